@@ -1,0 +1,134 @@
+// What `lora` retains for backward, decided while the graph is built by which arguments require grad:
+//   lora_A or lora_B   x itself (shared with every other reader), 16 bytes of random state, A, B
+//   x                  A, B, and the random state
+//   base only          nothing
+//   none of them       no node at all
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/grad_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "ops/lora.h"
+
+namespace safe_kernels {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+constexpr const char* kNoDoubleBackward =
+    "safe_kernels::lora cannot be differentiated twice: its backward is a fused kernel. "
+    "For second derivatives use the layer without the binding (Binding.detach()).";
+
+bool requires_grad(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() && tensor->defined() && tensor->requires_grad();
+}
+
+void check_no_forward_mode(const Tensor& tensor, const char* name) {
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(), name,
+                              " has a forward-mode tangent, but safe_kernels::lora has no "
+                              "forward-mode derivative; use reverse mode");
+}
+
+struct LoraFunction : torch::autograd::Function<LoraFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& base, const Tensor& lora_A,
+                               const Tensor& lora_B, double scaling, double dropout_p,
+                               const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts,
+                               int64_t block_rows, const std::optional<Tensor>& row_weight) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [out, statistics] =
+        lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({statistics});
+    const bool adapter_trains = lora_A.requires_grad() || lora_B.requires_grad();
+    const bool any = adapter_trains || x.requires_grad();
+    ctx->save_for_backward({adapter_trains ? x : Tensor(), any ? lora_A : Tensor(), any ? lora_B : Tensor(),
+                            any && dropout_p > 0.0 ? *rng_state : Tensor()});
+    ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["dropout_p"] = dropout_p;
+    return {out, statistics};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(10);
+    const Tensor& grad = grads[0];
+    if (!grad.defined()) return result;
+    result[1] = grad;
+    // Indices of needs_input_grad count tensor arguments: x, base, lora_A, lora_B.
+    const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(2), ctx->needs_input_grad(3)};
+    if (!wanted[0] && !wanted[1] && !wanted[2]) return result;
+    const auto saved = ctx->get_saved_variables();
+    const auto optional = [](const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
+    auto [grad_x, grad_A, grad_B] =
+        lora_backward(grad, optional(saved[0]), saved[1], saved[2], ctx->saved_data["scaling"].toDouble(),
+                      ctx->saved_data["dropout_p"].toDouble(), optional(saved[3]), wanted);
+    if (wanted[0]) result[0] = grad_x;
+    if (wanted[1]) result[2] = grad_A;
+    if (wanted[2]) result[3] = grad_B;
+    return result;
+  }
+};
+
+// Stands in the graph only while a backward is itself recorded (create_graph=True): PyTorch would
+// otherwise treat the kernel's results as constants, and a second derivative would be silently wrong.
+struct LoraBackwardFunction : torch::autograd::Function<LoraBackwardFunction> {
+  static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad, const std::optional<Tensor>& x,
+                               const Tensor& lora_A, const Tensor& lora_B, double scaling, double dropout_p,
+                               const std::optional<Tensor>& rng_state, std::array<bool, 3> output_mask) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [grad_x, grad_A, grad_B] = lora_backward(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
+    return {grad_x, grad_A, grad_B};
+  }
+
+  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
+    TORCH_CHECK(false, kNoDoubleBackward);
+  }
+};
+
+std::tuple<Tensor, Tensor> lora_autograd(const Tensor& x, const Tensor& base, const Tensor& lora_A,
+                                         const Tensor& lora_B, double scaling, double dropout_p,
+                                         const std::optional<Tensor>& rng_state,
+                                         const std::optional<Tensor>& block_starts, int64_t block_rows,
+                                         const std::optional<Tensor>& row_weight) {
+  check_lora(x, base, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
+  check_no_forward_mode(x, "x");
+  check_no_forward_mode(base, "base");
+  check_no_forward_mode(lora_A, "lora_A");
+  check_no_forward_mode(lora_B, "lora_B");
+  const bool builds_graph = at::GradMode::is_enabled() && (x.requires_grad() || base.requires_grad() ||
+                                                           lora_A.requires_grad() || lora_B.requires_grad());
+  if (!builds_graph) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
+  }
+  auto outputs =
+      LoraFunction::apply(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
+  return {outputs[0], outputs[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_backward_autograd(const Tensor& grad, const std::optional<Tensor>& x,
+                                                          const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                                                          double dropout_p, const std::optional<Tensor>& rng_state,
+                                                          std::array<bool, 3> output_mask) {
+  check_lora_backward(grad, x, lora_A, lora_B, dropout_p, rng_state, output_mask);
+  const bool builds_graph = at::GradMode::is_enabled() && (grad.requires_grad() || requires_grad(x) ||
+                                                           lora_A.requires_grad() || lora_B.requires_grad());
+  if (!builds_graph) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return lora_backward(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
+  }
+  auto outputs = LoraBackwardFunction::apply(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
+  m.impl("lora", lora_autograd);
+  m.impl("lora_backward", lora_backward_autograd);
+}
+
+}  // namespace safe_kernels

@@ -1,0 +1,110 @@
+// Dropout from Philox4x32-10 (Salmon et al. 2011): the bits of an element follow from its row, its column and the seed,
+// so backward makes the mask again instead of keeping it. The rule stands in safe_kernels/reference.py (dropout_keep).
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "cpu/isa.h"
+
+#ifdef SAFE_KERNELS_AVX2
+#include <immintrin.h>
+#endif
+
+namespace safe_kernels::cpu {
+
+struct Dropout {
+  uint64_t seed = 0;
+  uint64_t offset = 0;
+  uint32_t threshold = 0;  // dropped when the upper 24 bits of its word are below; 0 keeps everything
+  double scale = 1.0;
+
+  Dropout() = default;
+  Dropout(double p, int64_t seed, int64_t offset)
+      : seed(static_cast<uint64_t>(seed)),
+        offset(static_cast<uint64_t>(offset)),
+        threshold(static_cast<uint32_t>(std::nearbyint(p * 16777216.0))),
+        scale(p >= 1.0 ? 0.0 : 1.0 / (1.0 - p)) {}
+};
+
+constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
+constexpr uint32_t kKeyStep0 = 0x9E3779B9, kKeyStep1 = 0xBB67AE85;
+constexpr int64_t kWordsAtOnce = 32;
+
+// The words of one row, in the order of its columns; `words` has room for a whole number of kWordsAtOnce.
+inline void philox_row_baseline(const Dropout& dropout, uint32_t row, int64_t columns, uint32_t* words) {
+  for (int64_t group = 0; group < (columns + 3) / 4; ++group, words += 4) {
+    uint32_t c0 = static_cast<uint32_t>(group), c1 = row;
+    uint32_t c2 = static_cast<uint32_t>(dropout.offset), c3 = static_cast<uint32_t>(dropout.offset >> 32);
+    uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
+    for (int round = 0; round < 10; ++round, k0 += kKeyStep0, k1 += kKeyStep1) {
+      const uint64_t p0 = uint64_t{kMultiplier0} * c0, p1 = uint64_t{kMultiplier1} * c2;
+      c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+      c1 = static_cast<uint32_t>(p1);
+      c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+      c3 = static_cast<uint32_t>(p0);
+    }
+    words[0] = c0, words[1] = c1, words[2] = c2, words[3] = c3;
+  }
+}
+
+#ifdef SAFE_KERNELS_AVX2
+
+// Four counters a vector, one in each 64-bit lane, so that a product's halves stay in their lane; what is left in the
+// upper half of a lane does no harm, since the multiplication reads the lower one only.
+SAFE_KERNELS_AVX2 inline void philox_row_avx2(const Dropout& dropout, uint32_t row, int64_t columns, uint32_t* words) {
+  const __m256i m0 = _mm256_set1_epi64x(kMultiplier0), m1 = _mm256_set1_epi64x(kMultiplier1);
+  for (int64_t j = 0; j < columns; j += kWordsAtOnce, words += kWordsAtOnce) {
+    __m256i c0[2], c1[2], c2[2], c3[2];
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      c0[v] = _mm256_add_epi64(_mm256_set1_epi64x(j / 4 + 4 * v), _mm256_set_epi64x(3, 2, 1, 0));
+      c1[v] = _mm256_set1_epi64x(row);
+      c2[v] = _mm256_set1_epi64x(static_cast<uint32_t>(dropout.offset));
+      c3[v] = _mm256_set1_epi64x(static_cast<uint32_t>(dropout.offset >> 32));
+    }
+    uint32_t k0 = static_cast<uint32_t>(dropout.seed), k1 = static_cast<uint32_t>(dropout.seed >> 32);
+#pragma GCC unroll 10
+    for (int round = 0; round < 10; ++round, k0 += kKeyStep0, k1 += kKeyStep1) {
+      const __m256i key0 = _mm256_set1_epi64x(k0), key1 = _mm256_set1_epi64x(k1);
+#pragma GCC unroll 2
+      for (int v = 0; v < 2; ++v) {
+        const __m256i p0 = _mm256_mul_epu32(c0[v], m0), p1 = _mm256_mul_epu32(c2[v], m1);
+        c0[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p1, 32), c1[v]), key0);
+        c1[v] = p1;
+        c2[v] = _mm256_xor_si256(_mm256_xor_si256(_mm256_srli_epi64(p0, 32), c3[v]), key1);
+        c3[v] = p0;
+      }
+    }
+#pragma GCC unroll 2
+    for (int v = 0; v < 2; ++v) {
+      const __m256i w01 = _mm256_blend_epi32(c0[v], _mm256_slli_epi64(c1[v], 32), 0xAA);
+      const __m256i w23 = _mm256_blend_epi32(c2[v], _mm256_slli_epi64(c3[v], 32), 0xAA);
+      const __m256i even = _mm256_unpacklo_epi64(w01, w23), odd = _mm256_unpackhi_epi64(w01, w23);
+      __m256i* target = reinterpret_cast<__m256i*>(words + 16 * v);
+      _mm256_storeu_si256(target, _mm256_permute2x128_si256(even, odd, 0x20));
+      _mm256_storeu_si256(target + 1, _mm256_permute2x128_si256(even, odd, 0x31));
+    }
+  }
+}
+
+#endif
+
+inline void philox_row(const Dropout& dropout, uint32_t row, int64_t columns, uint32_t* words) {
+#ifdef SAFE_KERNELS_AVX2
+  if (has_avx2()) return philox_row_avx2(dropout, row, columns, words);
+#endif
+  philox_row_baseline(dropout, row, columns, words);
+}
+
+// factor[j] = what dropout multiplies column j of `row` by: 0 or 1 / (1 - p).
+template <typename T>
+SAFE_KERNELS_INLINE void dropout_factors(const Dropout& dropout, int64_t row, int64_t columns, uint32_t* words,
+                                         T* factor) {
+  philox_row(dropout, static_cast<uint32_t>(row), columns, words);
+  const T scale = static_cast<T>(dropout.scale);
+  for (int64_t j = 0; j < columns; ++j) factor[j] = (words[j] >> 8) < dropout.threshold ? T(0) : scale;
+}
+
+}  // namespace safe_kernels::cpu

@@ -1,0 +1,135 @@
+#include "ops/lora.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+namespace safe_kernels {
+
+namespace {
+
+void check_floating(const Tensor& tensor, const char* name) {
+  const auto dtype = tensor.scalar_type();
+  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name,
+                   " must be float64, float32, bfloat16 or float16, got ", dtype);
+}
+
+void check_device(const Tensor& tensor, const char* name, const Tensor& expected, const char* like) {
+  TORCH_CHECK_VALUE(tensor.device() == expected.device(), name, " is on ", tensor.device(), " but ", like, " is on ",
+                    expected.device(), "; move them to one device");
+}
+
+void check_adapter(const Tensor& lora_A, const Tensor& lora_B) {
+  check_floating(lora_A, "lora_A");
+  check_floating(lora_B, "lora_B");
+  TORCH_CHECK_VALUE(lora_A.dim() == 2, "lora_A must have shape [r, d_in], got ", lora_A.sym_sizes());
+  TORCH_CHECK_VALUE(lora_B.dim() == 2, "lora_B must have shape [d_out, r], got ", lora_B.sym_sizes());
+  TORCH_CHECK_VALUE(lora_A.sym_size(0) == lora_B.sym_size(1), "lora_A ", lora_A.sym_sizes(), " and lora_B ",
+                    lora_B.sym_sizes(), " differ in r: got ", lora_A.sym_size(0), " and ", lora_B.sym_size(1));
+  TORCH_CHECK_TYPE(lora_A.scalar_type() == lora_B.scalar_type(), "lora_A and lora_B must have one dtype, got ",
+                   lora_A.scalar_type(), " and ", lora_B.scalar_type());
+}
+
+void check_dropout(double dropout_p, const std::optional<Tensor>& rng_state, const Tensor& x) {
+  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], got ", dropout_p);
+  if (dropout_p == 0.0) return;
+  TORCH_CHECK_VALUE(rng_state.has_value() && rng_state->defined(),
+                    "rng_state must be an int64 tensor [2] when dropout_p > 0, got None");
+  TORCH_CHECK_TYPE(rng_state->scalar_type() == at::kLong, "rng_state must be int64, got ", rng_state->scalar_type());
+  TORCH_CHECK_VALUE(rng_state->dim() == 1 && rng_state->sym_size(0) == 2, "rng_state must have shape [2], got ",
+                    rng_state->sym_sizes());
+  check_device(*rng_state, "rng_state", x, "x");
+}
+
+void check_features(const Tensor& tensor, const char* name, const Tensor& weight, const char* weight_name,
+                    int64_t weight_dim) {
+  check_floating(tensor, name);
+  TORCH_CHECK_VALUE(tensor.dim() >= 1, name, " must have at least one dimension, got a scalar");
+  TORCH_CHECK_VALUE(tensor.sym_size(-1) == weight.sym_size(weight_dim), name, " has last dimension ",
+                    tensor.sym_size(-1), " but ", weight_name, " ", weight.sym_sizes(), " expects ",
+                    weight.sym_size(weight_dim));
+  check_device(tensor, name, weight, weight_name);
+}
+
+void check_leading(const Tensor& tensor, const char* name, const Tensor& x) {
+  TORCH_CHECK_VALUE(tensor.sym_sizes().slice(0, tensor.dim() - 1) == x.sym_sizes().slice(0, x.dim() - 1), name, " ",
+                    tensor.sym_sizes(), " and x ", x.sym_sizes(), " must agree in all dimensions but the last");
+}
+
+void check_blocks(const Tensor& x, const Tensor& block_starts, int64_t block_rows,
+                  const std::optional<Tensor>& row_weight) {
+  TORCH_CHECK_TYPE(block_starts.scalar_type() == at::kLong, "block_starts must be int64, got ",
+                   block_starts.scalar_type());
+  TORCH_CHECK_VALUE(block_starts.dim() == 1, "block_starts must have one dimension, got ", block_starts.sym_sizes());
+  TORCH_CHECK_VALUE(block_rows >= 1, "block_rows must be at least 1, got ", block_rows);
+  check_device(block_starts, "block_starts", x, "x");
+  if (!row_weight.has_value() || !row_weight->defined()) return;
+  const auto rows = c10::multiply_integers(x.sym_sizes().slice(0, x.dim() - 1));
+  TORCH_CHECK_VALUE(row_weight->dim() == 1 && row_weight->sym_size(0) == rows, "row_weight must have shape [", rows,
+                    "], one number a row of x, got ", row_weight->sym_sizes());
+  check_device(*row_weight, "row_weight", x, "x");
+}
+
+}  // namespace
+
+void check_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B, double dropout_p,
+                const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts, int64_t block_rows,
+                const std::optional<Tensor>& row_weight) {
+  check_adapter(lora_A, lora_B);
+  check_device(lora_B, "lora_B", lora_A, "lora_A");
+  check_features(x, "x", lora_A, "lora_A", 1);
+  check_features(base, "base", lora_B, "lora_B", 0);
+  check_leading(base, "base", x);
+  check_dropout(dropout_p, rng_state, x);
+  if (block_starts.has_value() && block_starts->defined()) {
+    check_blocks(x, *block_starts, block_rows, row_weight);
+  }
+}
+
+void check_lora_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& lora_A, const Tensor& lora_B,
+                         double dropout_p, const std::optional<Tensor>& rng_state,
+                         const std::array<bool, 3>& output_mask) {
+  check_adapter(lora_A, lora_B);
+  check_features(grad, "grad", lora_B, "lora_B", 0);
+  check_dropout(dropout_p, rng_state, grad);
+  if (x.has_value() && x->defined()) {
+    check_features(*x, "x", lora_A, "lora_A", 1);
+    check_leading(grad, "grad", *x);
+  } else {
+    TORCH_CHECK_VALUE(!output_mask[1] && !output_mask[2],
+                      "x is needed for the gradients of lora_A and lora_B, got None");
+  }
+}
+
+std::tuple<Tensor, Tensor> lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B,
+                                double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
+                                const std::optional<Tensor>& block_starts, int64_t block_rows,
+                                const std::optional<Tensor>& row_weight) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("safe_kernels::lora", "").typed<decltype(lora)>();
+  return op.call(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
+}
+
+std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& grad, const std::optional<Tensor>& x,
+                                                 const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                                                 double dropout_p, const std::optional<Tensor>& rng_state,
+                                                 std::array<bool, 3> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("safe_kernels::lora_backward", "")
+                             .typed<decltype(lora_backward)>();
+  return op.call(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
+}
+
+TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
+  m.def(
+      "lora(Tensor x, Tensor base, Tensor lora_A, Tensor lora_B, float scaling, "
+      "float dropout_p=0., Tensor? rng_state=None, Tensor? block_starts=None, int block_rows=0, "
+      "Tensor? row_weight=None) -> (Tensor out, Tensor statistics)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "lora_backward(Tensor grad, Tensor? x, Tensor lora_A, Tensor lora_B, float scaling, "
+      "float dropout_p, Tensor? rng_state, bool[3] output_mask) "
+      "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+}  // namespace safe_kernels

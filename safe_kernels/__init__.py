@@ -1,0 +1,28 @@
+"""Adapter kernels that retain nothing they do not need, and score the adapter in the same call.
+
+This package knows tensors only. `safe_peft` binds it into Hugging Face PEFT models.
+"""
+
+from __future__ import annotations
+
+import torch
+
+try:
+    from safe_kernels import _C as _C  # loading it registers the ops
+except ImportError as error:
+    raise ImportError(
+        f"safe_kernels._C cannot be loaded with torch {torch.__version__} ({error}); "
+        "build it for this torch with: pip install --no-build-isolation -e ."
+    ) from error
+
+from safe_kernels import flops as flops
+from safe_kernels import reference, retention
+from safe_kernels.functional import lora
+from safe_kernels.statistics import AdapterStatistics, RowBlocks
+
+# The library object must live as long as its registrations.
+_REFERENCE = torch.library.Library("safe_kernels", "IMPL")
+_REFERENCE.impl("lora", reference.lora, "CompositeExplicitAutograd")
+_REFERENCE.impl("lora_backward", reference.lora_backward, "CompositeExplicitAutograd")
+
+__all__ = ["AdapterStatistics", "RowBlocks", "lora", "reference", "retention"]

@@ -1,0 +1,106 @@
+"""FLOP counts of the ops for `torch.utils.flop_counter`, which would otherwise see nothing in them.
+
+Importing this module registers the formulas; `safe_kernels` does. A multiplication and an addition are two FLOPs, and,
+as everywhere in that counter, products of matrices count and element-wise work (dropout, scaling, adding the base) does
+not. With N rows::
+
+    lora            h = x A'                 2 N r d_in
+                    base + h B'              2 N r d_out
+    lora_backward   dh = dy B                2 N r d_out    if grad_x or grad_A is wanted
+                    dx = dh A                2 N r d_in     if grad_x is
+                    dA = dh' x               2 N r d_in     if grad_A is
+                    dB = dy' h               2 N r d_out    if grad_B is,
+                    with h = x A' once more  2 N r d_in     since h is not retained
+    statistics      see `statistics_flop`; nothing when they are not asked for
+
+Example:
+    >>> import torch, safe_kernels
+    >>> from torch.utils.flop_counter import FlopCounterMode
+    >>> x, base, A, B = torch.ones(10, 6), torch.ones(10, 5), torch.ones(4, 6), torch.ones(5, 4)
+    >>> with FlopCounterMode(display=False) as counter:
+    ...     out = safe_kernels.lora(x, base, A, B, 1.0)
+    >>> counter.get_total_flops() == 2 * 10 * 4 * (6 + 5)
+    True
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+__all__ = ["lora_backward_flop", "lora_flop", "statistics_flop"]
+
+Shape = Sequence[int]
+
+
+@register_flop_formula(torch.ops.safe_kernels.lora)
+def lora_flop(
+    x: Shape,
+    base: Shape,
+    lora_A: Shape,
+    lora_B: Shape,
+    scaling: float,
+    dropout_p: float = 0.0,
+    rng_state: Shape | None = None,
+    block_starts: Shape | None = None,
+    block_rows: int = 0,
+    row_weight: Shape | None = None,
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `lora` from its arguments' shapes."""
+    rows, (rank, d_in), d_out = math.prod(x[:-1]), lora_A, lora_B[0]
+    flops = 2 * rows * rank * (d_in + d_out)
+    if block_starts is None:
+        return flops
+    return flops + block_starts[0] * statistics_flop(min(block_rows, rows), d_out, rank)
+
+
+@register_flop_formula(torch.ops.safe_kernels.lora_backward)
+def lora_backward_flop(
+    grad: Shape,
+    x: Shape | None,
+    lora_A: Shape,
+    lora_B: Shape,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Shape | None,
+    output_mask: Sequence[bool],
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `lora_backward` from its arguments' shapes."""
+    rows, (rank, d_in), d_out = math.prod(grad[:-1]), lora_A, lora_B[0]
+    wants_x, wants_A, wants_B = output_mask
+    inner = (wants_x + wants_A + wants_B) * d_in
+    outer = ((wants_x or wants_A) + wants_B) * d_out
+    return 2 * rows * rank * (inner + outer)
+
+
+def statistics_flop(rows: int, d_out: int, rank: int) -> int:
+    """FLOPs that score one block of `rows` rows.
+
+    With the block's features X and h = scaling x A' centred: K = X X' and E = V h' + h V', of which, being symmetric,
+    one triangle is made, and V = X B + h (B' B) / 2. Shapes do not tell which rows are padding or where the last block
+    is cut, so every block counts in full.
+
+    Args:
+        rows: rows in the block.
+        d_out: features a row.
+        rank: rank of the adapter.
+
+    Returns:
+        FLOPs, a multiplication and an addition being two.
+
+    Example:
+        >>> from safe_kernels.flops import statistics_flop
+        >>> statistics_flop(rows=128, d_out=384, rank=8)
+        7456768
+    """
+    triangle = rows * (rows + 1)
+    v = 2 * rank * d_out * (rows + rank) + 2 * rows * rank * rank
+    return triangle * d_out + v + triangle * 2 * rank

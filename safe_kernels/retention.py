@@ -1,0 +1,207 @@
+"""Measures what autograd keeps from a forward pass, tensor by tensor.
+
+The numbers are exact: no allocator is asked and nothing is sampled. Every tensor that autograd saves passes through a
+hook, and what the graph still holds when the measured function returns is counted by storage, each storage once.
+"""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.parameter import is_lazy
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = ["RetainedTensor", "Retention", "measure"]
+
+
+class RetainedTensor(NamedTuple):
+    """One storage that autograd holds.
+
+    Attributes:
+        shape: shape of the largest tensor saved from this storage.
+        dtype: its dtype.
+        bytes: size of the whole storage in bytes: a saved slice keeps all of what it was cut from.
+        uses: how many times it was saved.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    bytes: int
+    uses: int
+
+
+@dataclass(frozen=True, repr=False)
+class Retention:
+    """What a function's autograd graph retains; printing it gives a table.
+
+    Attributes:
+        bytes: all retained bytes, each storage counted once.
+        tensors: the retained storages, largest first.
+        output: what the function returned. The graph lives as long as this does, and backward works on it.
+    """
+
+    bytes: int
+    tensors: tuple[RetainedTensor, ...]
+    output: Any
+
+    def __str__(self) -> str:
+        rows = [("bytes", "shape", "dtype", "uses")]
+        for tensor in self.tensors:
+            shape = " x ".join(map(str, tensor.shape)) or "scalar"
+            rows.append((f"{tensor.bytes:,}", shape, str(tensor.dtype).removeprefix("torch."), str(tensor.uses)))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = [
+            f"{size:>{widths[0]}}  {shape:<{widths[1]}}  {dtype:<{widths[2]}}  {uses:>{widths[3]}}"
+            for size, shape, dtype, uses in rows
+        ]
+        return "\n".join([*lines, f"{self.bytes:,} bytes retained in {len(self.tensors)} tensors"])
+
+    def __repr__(self) -> str:
+        return f"Retention(bytes={self.bytes}, tensors=<{len(self.tensors)}>)"
+
+
+def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Tensor | nn.Module] = ()) -> Retention:
+    """Runs ``fn()`` and tells what autograd keeps of it for backward.
+
+    What counts is what the graph still holds when ``fn`` returns, so ``fn`` has to return the loss (or whatever keeps
+    the graph alive). Parameters do not count, nor does any alias of one (``weight.t()``, ``weight.detach()``), since
+    they exist anyway. A storage saved by several nodes, or through several views, counts once, and counts whole.
+
+    Saves that hooks inside ``fn`` take over (activation checkpointing, ``save_on_cpu``) are theirs and are not
+    counted; hooks outside do not see what ``fn`` saves. Hooks belong to a thread: what other threads save is not seen.
+
+    Args:
+        fn: called once, without arguments, in this thread.
+        exclude: further tensors that exist anyway, whose storages are not to be counted: a tensor, a module (its
+            parameters and buffers), or an iterable of these.
+
+    Returns:
+        The bytes, the list of tensors, and the function's output, on which ``backward()`` still works.
+
+    Raises:
+        TypeError: if ``fn`` is not callable, or ``exclude`` holds something that is neither tensor nor module.
+
+    Example:
+        >>> import torch
+        >>> from safe_kernels import retention
+        >>> layer, x = torch.nn.Linear(8, 4), torch.ones(2, 8)
+        >>> retained = retention.measure(lambda: layer(x).relu().sum())
+        >>> retained.bytes, [tuple(tensor.shape) for tensor in retained.tensors]
+        (96, [(2, 8), (2, 4)])
+        >>> retained.output.backward()
+    """
+    if not callable(fn):
+        raise TypeError(
+            f"measure(): fn must be callable, got {type(fn).__name__}; wrap the call, as in measure(lambda: model(x))"
+        )
+    excluded = list(_tensors(exclude))
+    saves: list[weakref.ref[_Saved]] = []
+
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        saves.append(weakref.ref(saved))
+        return saved
+
+    with saved_tensors_hooks(pack, _Saved.unpack):
+        output = fn()
+    # Everything in `held` is alive at the same time, so two storages cannot be mistaken for one another by address.
+    held = [saved.tensor for ref in saves if (saved := ref()) is not None]
+    tensors = _by_storage(held, known=_storages_of([*excluded, *_living_parameters()]))
+    return Retention(sum(tensor.bytes for tensor in tensors), tensors, output)
+
+
+class _Saved:
+    """What the graph holds instead of a tensor; it dies with the node that saved it, which is how we notice."""
+
+    __slots__ = ("__weakref__", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        # Detached, or an output saved by its own node would keep that node alive in a cycle.
+        self.tensor = tensor.detach()
+        self.version = tensor._version
+
+    def unpack(self) -> Tensor:
+        # Autograd leaves this check to the hooks once there are any.
+        if self.tensor._version != self.version:
+            raise RuntimeError(
+                f"a tensor of shape {list(self.tensor.shape)} that backward needs was modified in place after it was "
+                f"saved: it is at version {self.tensor._version}, expected {self.version}; clone it before changing it"
+            )
+        return self.tensor
+
+
+def _tensors(exclude: Any) -> Iterator[Tensor]:
+    """Flattens tensors, modules and iterables of these to tensors."""
+    if isinstance(exclude, Tensor):
+        yield exclude
+    elif isinstance(exclude, nn.Module):
+        yield from exclude.parameters()
+        yield from exclude.buffers()
+    elif isinstance(exclude, Iterable) and not isinstance(exclude, (str, bytes)):
+        for item in exclude:
+            yield from _tensors(item)
+    else:
+        raise TypeError(
+            f"measure(): exclude takes tensors, modules or iterables of these, got {type(exclude).__name__}"
+        )
+
+
+def _living_parameters() -> list[Tensor]:
+    """All parameters of this process: a saved alias (``weight.detach()``) does not say whose storage it shares."""
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and not is_lazy(tensor)]
+
+
+def _leaves(tensor: Tensor) -> Iterator[Tensor]:
+    """The tensors with storages of their own that a subclass or a sparse tensor is made of."""
+    if is_traceable_wrapper_subclass(tensor):
+        names, _ = tensor.__tensor_flatten__()
+        parts = [getattr(tensor, name) for name in names]
+    elif tensor.layout == torch.sparse_coo:
+        parts = [tensor._indices(), tensor._values()]
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    else:
+        yield tensor
+        return
+    for part in parts:
+        yield from _leaves(part)
+
+
+def _storage(tensor: Tensor) -> tuple[int, int]:
+    """Identity and size of a tensor's storage; an opaque tensor, which shows none, stands for itself."""
+    try:
+        storage = tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return id(tensor), tensor.numel() * tensor.element_size()
+    return storage._cdata, storage.nbytes()
+
+
+def _storages_of(tensors: Iterable[Tensor]) -> set[int]:
+    return {_storage(leaf)[0] for tensor in tensors for leaf in _leaves(tensor)}
+
+
+def _by_storage(tensors: Iterable[Tensor], known: set[int]) -> tuple[RetainedTensor, ...]:
+    found: dict[int, RetainedTensor] = {}
+    for leaf in (leaf for tensor in tensors for leaf in _leaves(tensor)):
+        key, size = _storage(leaf)
+        if key in known:
+            continue
+        new = RetainedTensor(tuple(leaf.shape), leaf.dtype, size, 1)
+        old = found.get(key, new._replace(uses=0))
+        widest = max(old, new, key=lambda item: _numel(item.shape))
+        found[key] = widest._replace(uses=old.uses + 1)
+    return tuple(sorted(found.values(), key=lambda item: -item.bytes))
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    return torch.Size(shape).numel()

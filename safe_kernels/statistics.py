@@ -1,0 +1,138 @@
+"""Named views of the sums that score an adapter, and of the rows they are made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from safe_kernels import reference
+
+
+@dataclass(frozen=True)
+class RowBlocks:
+    """Which rows of the flattened batch score an adapter.
+
+    Rows are named in the call, so that every backend scores the same ones. Each block is centred by itself.
+
+    Args:
+        starts: int64 [n], the first row of each block.
+        block_rows: rows in a block.
+        row_weight: [N] bool or number, zero where a row is padding; None counts every row.
+
+    Example:
+        >>> import safe_kernels
+        >>> safe_kernels.RowBlocks.spread(1000, blocks=3).starts.tolist()
+        [0, 384, 768]
+    """
+
+    starts: Tensor
+    block_rows: int = 128
+    row_weight: Tensor | None = None
+
+    @classmethod
+    def spread(
+        cls,
+        num_rows: int,
+        blocks: int = 4,
+        block_rows: int = 128,
+        row_weight: Tensor | None = None,
+        shift: int = 0,
+        device: torch.device | str = "cpu",
+    ) -> RowBlocks:
+        """Blocks spread evenly over a batch, aligned to `block_rows`.
+
+        Args:
+            num_rows: rows of the flattened batch.
+            blocks: how many blocks at most; a small batch has fewer.
+            block_rows: rows in a block.
+            row_weight: [num_rows], zero where a row is padding.
+            shift: moves every block on by so many blocks, around the end, so that successive scorings see other rows.
+            device: where `starts` is to lie.
+
+        Returns:
+            The blocks, in ascending order.
+
+        Raises:
+            ValueError: `blocks` or `block_rows` is less than 1.
+
+        Example:
+            >>> import safe_kernels
+            >>> safe_kernels.RowBlocks.spread(1000, blocks=3, shift=1).starts.tolist()
+            [128, 512, 896]
+        """
+        if blocks < 1 or block_rows < 1:
+            raise ValueError(f"blocks and block_rows must be at least 1, got {blocks} and {block_rows}")
+        available = -(-num_rows // block_rows)
+        chosen = min(blocks, available)
+        starts = sorted((i * available // chosen + shift) % available * block_rows for i in range(chosen))
+        return cls(torch.tensor(starts, dtype=torch.int64, device=device), block_rows, row_weight)
+
+
+class AdapterStatistics:
+    """The additive sums (a, b, c, rows) of one adapter: a named view of four float64 numbers.
+
+    Sums of several calls, micro-batches or processes may simply be added; doubling all of them changes nothing.
+    The formulas stand in `safe_kernels.reference.cka_sums` and `one_minus_cka`.
+
+    Args:
+        sums: float64 [4] to add into, for instance one row of a buffer that holds every adapter's; None: a new one.
+        blocks: the rows to score at the next call; None scores nothing.
+
+    Raises:
+        ValueError: `sums` is not a float64 tensor of shape [4].
+
+    Example:
+        >>> import torch, safe_kernels
+        >>> x, base = torch.randn(256, 16), torch.randn(256, 32)
+        >>> A, B = torch.randn(4, 16), torch.zeros(32, 4)
+        >>> statistics = safe_kernels.AdapterStatistics(blocks=safe_kernels.RowBlocks.spread(256))
+        >>> out = safe_kernels.lora(x, base, A, B, 2.0, statistics=statistics)
+        >>> statistics.one_minus_cka(), statistics.rows
+        (0.0, 256.0)
+    """
+
+    def __init__(self, sums: Tensor | None = None, blocks: RowBlocks | None = None) -> None:
+        if sums is None:
+            sums = torch.zeros(4, dtype=torch.float64)
+        if sums.dtype != torch.float64 or sums.shape != (4,):
+            raise ValueError(f"sums must be a float64 tensor of shape [4], got {sums.dtype} {list(sums.shape)}")
+        self.sums = sums
+        self.blocks = blocks
+
+    @property
+    def a(self) -> float:
+        """|K|^2."""
+        return float(self.sums[0])
+
+    @property
+    def b(self) -> float:
+        """<K, E>."""
+        return float(self.sums[1])
+
+    @property
+    def c(self) -> float:
+        """|E|^2."""
+        return float(self.sums[2])
+
+    @property
+    def rows(self) -> float:
+        """How many rows were scored."""
+        return float(self.sums[3])
+
+    def add_(self, sums: Tensor) -> None:
+        """Adds the sums of another call, on whichever device they are."""
+        self.sums.add_(sums if sums.device == self.sums.device else sums.to(self.sums.device))
+
+    def zero_(self) -> None:
+        """Forgets all that was added."""
+        self.sums.zero_()
+
+    def all_reduce_(self, group: torch.distributed.ProcessGroup | None = None) -> None:
+        """Adds the sums of every process."""
+        torch.distributed.all_reduce(self.sums, group=group)
+
+    def one_minus_cka(self) -> float:
+        """The importance: see `safe_kernels.reference.one_minus_cka`."""
+        return reference.one_minus_cka(self.sums)
