@@ -1,0 +1,176 @@
+"""What the policy asks of an adapter, and the registry of the PEFT layer types it knows."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from safe_kernels import AdapterStatistics
+
+from ..importance import Evidence
+
+STATE = "_safe_state"
+"""The one attribute that binding adds to a layer."""
+
+
+class LayerState:
+    """What binding keeps about one layer: plain Python, so that neither a state dict nor an optimizer ever sees it.
+
+    Args:
+        frozen: keys of the adapters that the ledger calls frozen, whatever their requires_grad says.
+        observe: by key, gives the statistics that the coming forward is to add to; empty unless a scoring is due.
+        claimed: a freezer owns this layer.
+    """
+
+    __slots__ = ("claimed", "frozen", "observe")
+
+    def __init__(self) -> None:
+        self.frozen: set[str] = set()
+        self.observe: dict[str, Callable[[Tensor], AdapterStatistics | None]] = {}
+        self.claimed = False
+
+
+def adapter_keys(layer: nn.Module) -> list[str]:
+    """Return PEFT's names of the adapters in one of its layers.
+
+    Args:
+        layer: any adapter layer of PEFT's.
+    """
+    return sorted(layer._get_available_adapters()) if isinstance(layer, BaseTunerLayer) else []
+
+
+def adapter_parameters(layer: nn.Module, key: str) -> list[nn.Parameter]:
+    """Return the parameters of one adapter of a PEFT layer, whatever holds them there.
+
+    Args:
+        layer: any adapter layer of PEFT's.
+        key: PEFT's name of the adapter.
+    """
+    holders = [getattr(layer, name) for name in getattr(layer, "adapter_layer_names", ())]
+    held = [holder[key] for holder in holders if hasattr(holder, "keys") and key in holder]
+    return [p for item in held for p in ([item] if isinstance(item, nn.Parameter) else item.parameters())]
+
+
+class Adapter(ABC):
+    """One adapter of one bound layer.
+
+    Args:
+        name: the layer's path in the model.
+        layer: PEFT's layer.
+        key: PEFT's name of the adapter in that layer, mostly "default".
+    """
+
+    layer_type: ClassVar[type[nn.Module]]
+    """PEFT's type, matched exactly, since a subclass may compute something else."""
+    bound_type: ClassVar[type[nn.Module]]
+    """The subclass that binding puts on an instance of it."""
+
+    def __init__(self, name: str, layer: nn.Module, key: str) -> None:
+        self.name = name
+        self.layer = layer
+        self.key = key
+        self._trainable = [parameter.requires_grad for parameter in self.parameters()]
+        self._dropout_p: list[tuple[nn.Dropout, float]] = []
+
+    @staticmethod
+    @abstractmethod
+    def refusal(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
+        """Why a call of this layer cannot take the fast path, in a few words; None if it can."""
+
+    @abstractmethod
+    def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
+        """What is known about the adapter now."""
+
+    def parameters(self) -> list[nn.Parameter]:
+        """The adapter's own parameters."""
+        return adapter_parameters(self.layer, self.key)
+
+    def dropouts(self) -> list[nn.Dropout]:
+        """The adapter's own dropout modules."""
+        return []
+
+    @property
+    def state(self) -> LayerState | None:
+        """What binding keeps about the layer; None if it is not bound (any more)."""
+        return self.layer.__dict__.get(STATE)
+
+    @property
+    def trainable(self) -> bool:
+        """Whether any of its parameters requires grad."""
+        return any(parameter.requires_grad for parameter in self.parameters())
+
+    def freeze(self, *, keep_dropout: bool = False) -> None:
+        """Stop training the adapter, and switch off its dropout, since noise in a fixed adapter only costs.
+
+        Args:
+            keep_dropout: leave its dropout on.
+        """
+        if self.state is not None:
+            self.state.frozen.add(self.key)
+        self.hold()
+        if not keep_dropout:
+            for dropout in self.dropouts():
+                self._dropout_p.append((dropout, dropout.p))
+                dropout.p = 0.0
+
+    def hold(self) -> None:
+        """Keep it frozen: PEFT sets requires_grad again when adapters are switched, loaded or re-enabled."""
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+            parameter.grad = None
+
+    def restore(self) -> None:
+        """Make it train, and its dropout work, as they did when this object was made."""
+        if self.state is not None:
+            self.state.frozen.discard(self.key)
+        for parameter, trainable in zip(self.parameters(), self._trainable, strict=False):
+            parameter.requires_grad_(trainable)
+        while self._dropout_p:
+            dropout, p = self._dropout_p.pop()
+            dropout.p = p
+
+
+_ADAPTERS: dict[type[nn.Module], type[Adapter]] = {}
+
+
+def register_adapter(kind: type[Adapter]) -> type[Adapter]:
+    """Class decorator: make a kind of adapter known to `bind` and `explain`."""
+    _ADAPTERS[kind.layer_type] = kind
+    _ADAPTERS[kind.bound_type] = kind
+    return kind
+
+
+def adapter_of(layer: nn.Module) -> type[Adapter] | None:
+    """Return the kind of adapter a module holds, bound or not; None if it is none we know.
+
+    Example:
+        >>> adapter_of(nn.Linear(2, 2)) is None
+        True
+    """
+    return _ADAPTERS.get(type(layer))
+
+
+def is_bound(layer: nn.Module) -> bool:
+    """Whether `bind` has bound this layer."""
+    return STATE in layer.__dict__
+
+
+def peft_kind(layer: nn.Module) -> str | None:
+    """Return how PEFT prints a layer's type, such as "lora.Linear"; None if it is no adapter layer of PEFT's.
+
+    Example:
+        >>> peft_kind(nn.Linear(2, 2)) is None
+        True
+    """
+    if not isinstance(layer, BaseTunerLayer):
+        return None
+    known = adapter_of(layer)
+    kind = type(layer) if known is None else known.layer_type
+    package = kind.__module__.split(".")
+    method = package[package.index("tuners") + 1] if "tuners" in package else package[0]
+    return f"{method}.{kind.__name__}"

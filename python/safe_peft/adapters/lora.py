@@ -1,0 +1,195 @@
+"""LoRA on nn.Linear and on transformers' Conv1D: PEFT's `lora.Linear`, its adapter computed by `safe_kernels.lora`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from transformers.pytorch_utils import Conv1D
+
+import safe_kernels
+from safe_kernels import AdapterStatistics
+
+from ..importance import Evidence
+from .base import STATE, Adapter, LayerState, adapter_parameters, register_adapter
+
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_BASES = frozenset({nn.Linear, Conv1D})
+_DROPOUTS = frozenset({nn.Dropout, nn.Identity})
+_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
+_ROUTING = ("adapter_names", *VARIANT_KWARG_KEYS)
+
+
+def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
+    """Why a call of this layer has to take PEFT's own path.
+
+    It stands between every forward and its kernel. So it looks at types and flags only, never at values, and reads the
+    dicts of modules directly: nn.Module's attribute lookup costs more than all that is asked here.
+
+    Args:
+        layer: the LoRA layer.
+        args: what the call passes; () when only the layer is asked about.
+        kwargs: likewise.
+
+    Returns:
+        The reason in a few words, or None if `safe_kernels.lora` serves the call.
+    """
+    if layer._disable_adapters:
+        return "adapters are disabled"
+    if layer.merged_adapters:
+        return "adapters are merged into the base weight"
+    if kwargs:
+        for name in _ROUTING:
+            if kwargs.get(name) is not None:
+                return f"{name} is given"
+    keys = _active_keys(layer)
+    if len(keys) != 1:
+        return "several adapters are active" if keys else "no active adapter in this layer"
+    return _refuse_base(layer) or _refuse_adapter(layer, keys[0]) or _refuse_input(layer, keys[0], args)
+
+
+def _active_keys(layer: PeftLinear) -> list[str]:
+    active, lora_A = layer._active_adapter, layer._modules["lora_A"]._modules
+    if type(active) is str:
+        return [active] if active in lora_A else []
+    return [key for key in active if key in lora_A]
+
+
+def _refuse_base(layer: PeftLinear) -> str | None:
+    base = layer._modules["base_layer"]
+    if type(base) not in _BASES:
+        return f"base layer {type(base).__name__} is not nn.Linear or Conv1D"
+    weight = base._parameters.get("weight")
+    if weight is None:
+        return "base weight is not an ordinary parameter"
+    if weight.dtype not in _FLOATS or layer.quantization_backend is not None:
+        return f"base weight is quantised ({str(weight.dtype).removeprefix('torch.')})"
+    if "forward" in layer.__dict__:
+        return "forward is replaced on the layer itself (device hooks, for instance)"
+    return None
+
+
+def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
+    if key in layer.lora_variant:
+        name = type(layer.lora_variant[key]).__name__.removesuffix("LinearVariant")
+        return f"LoRA variant {name.replace('Dora', 'DoRA')}"
+    modules = layer._modules
+    lora_A, lora_B = modules["lora_A"]._modules[key], modules["lora_B"]._modules[key]
+    dropout = modules["lora_dropout"]._modules[key]
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        return f"adapter is made of {type(lora_A).__name__} and {type(lora_B).__name__}, not of nn.Linear"
+    A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
+    if A is None or B is None:
+        return "lora_A or lora_B is not an ordinary parameter"
+    if lora_A._parameters["bias"] is not None or lora_B._parameters["bias"] is not None:
+        return "adapter has a bias (lora_bias)"
+    if A.dtype not in _FLOATS or A.dtype != B.dtype:
+        return f"adapter dtype {str(A.dtype).removeprefix('torch.')} and {str(B.dtype).removeprefix('torch.')}"
+    if type(dropout) not in _DROPOUTS:
+        return f"dropout module {type(dropout).__name__} is not nn.Dropout"
+    if _is_hooked(lora_A) or _is_hooked(lora_B) or _is_hooked(dropout):
+        return "hooks on lora_A, lora_B or lora_dropout, which the fast path would not run"
+    return None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
+
+
+def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | None:
+    if not args:
+        return None
+    x = args[0]
+    if type(x) not in _TENSORS:
+        return f"input is a {type(x).__name__}, not a plain tensor"
+    if x.dtype not in _FLOATS or x.layout is not torch.strided:
+        return f"input is {str(x.dtype).removeprefix('torch.')}, {str(x.layout).removeprefix('torch.')}"
+    A = layer._modules["lora_A"]._modules[key]._parameters["weight"]
+    if x.dtype != A.dtype and not layer.cast_input_dtype_enabled:
+        return "input and adapter differ in dtype, and casting is switched off"
+    return None
+
+
+class SafeLoraLinear(PeftLinear):
+    """PEFT's LoRA layer whose adapter runs in `safe_kernels.lora` wherever `refusal` finds nothing against it.
+
+    Binding puts this class on an existing instance; nothing else about the instance changes but one plain attribute.
+    """
+
+    def _get_name(self) -> str:
+        return PeftLinear.__name__
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward, by the fast path if it can serve this call."""
+        state: LayerState | None = self.__dict__.get(STATE)
+        if state is None or refusal(self, (x, *args), kwargs) is not None:
+            self._hold_frozen(state)
+            return super().forward(x, *args, **kwargs)
+        key = _active_keys(self)[0]
+        lora_A, lora_B, dropout = (self._modules[name]._modules[key] for name in ("lora_A", "lora_B", "lora_dropout"))
+        A, B = lora_A.weight, lora_B.weight
+        if key in state.frozen and (A.requires_grad or B.requires_grad):
+            A, B = A.detach(), B.detach()  # PEFT has set requires_grad again behind the ledger's back
+        observe = state.observe.get(key) if self.training else None
+        base = self.base_layer(x, *args, **{name: value for name, value in kwargs.items() if name not in _ROUTING})
+        return safe_kernels.lora(
+            x,
+            base,
+            A,
+            B,
+            self.scaling[key],
+            dropout_p=dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
+            statistics=None if observe is None else observe(x),
+        )
+
+    def _hold_frozen(self, state: LayerState | None) -> None:
+        """PEFT's own path looks at requires_grad alone, so that has to be right."""
+        for key in () if state is None else state.frozen:
+            for parameter in adapter_parameters(self, key):
+                parameter.requires_grad_(False)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copied or pickled layer is an ordinary PEFT layer: no binding comes along, and none is needed to load."""
+        # Protocol 1's form names the class as a mere argument; from 2 on, pickle insists on the object's own class.
+        function, (_, *arguments), attributes = super().__reduce_ex__(1)
+        return function, (PeftLinear, *arguments), {name: attributes[name] for name in attributes if name != STATE}
+
+
+@register_adapter
+class LoraAdapter(Adapter):
+    """One LoRA adapter of one layer."""
+
+    layer_type = PeftLinear
+    bound_type = SafeLoraLinear
+    refusal = staticmethod(refusal)
+    layer: PeftLinear
+
+    def dropouts(self) -> list[nn.Dropout]:
+        """The adapter's dropout, if it has any."""
+        dropout = self.layer.lora_dropout[self.key]
+        return [dropout] if isinstance(dropout, nn.Dropout) else []
+
+    def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
+        """What is known about the adapter now."""
+        A, B = self.layer.lora_A[self.key].weight, self.layer.lora_B[self.key].weight
+        return Evidence(
+            statistics=statistics,
+            lora_A=A.detach(),
+            lora_B=B.detach(),
+            scaling=self.layer.scaling[self.key],
+            base_weight=self.layer.get_base_layer().weight.detach(),
+            grad_A=A.grad,
+            grad_B=B.grad,
+        )

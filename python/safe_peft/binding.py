@@ -1,0 +1,164 @@
+"""Puts the fast path under a PEFT model, layer by layer; the model object stays what it is."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from .adapters import Adapter, LayerState, adapter_of, is_bound, peft_kind
+from .adapters.base import STATE, adapter_keys
+from .errors import BindingError
+
+
+@dataclass
+class Binding:
+    """What `bind` did to a model, and how to undo it.
+
+    Args:
+        layers: every bound layer by its path in the model; also those that an earlier `bind` had bound.
+
+    Example:
+        >>> with bind(model) as binding:  # doctest: +SKIP
+        ...     model(**batch)
+    """
+
+    layers: dict[str, nn.Module]
+    _own: list[nn.Module] = field(default_factory=list, repr=False)
+
+    def live_adapters(self) -> list[Adapter]:
+        """Return the adapters that have a parameter which requires grad, in the model's order.
+
+        A layer with more than one of them has its path followed by the adapter's key in brackets.
+
+        Example:
+            >>> [adapter.name for adapter in bind(model).live_adapters()]  # doctest: +SKIP
+            ['encoder.layer.0.attention.self.query', ...]
+        """
+        found = []
+        for name, layer in self.layers.items():
+            kind = adapter_of(layer)
+            adapters = [] if kind is None else [kind(name, layer, key) for key in adapter_keys(layer)]
+            live = [adapter for adapter in adapters if adapter.trainable]
+            for adapter in live if len(live) > 1 else ():
+                adapter.name = f"{name}[{adapter.key}]"
+            found += live
+        return found
+
+    def claim(self) -> list[Adapter]:
+        """Hand the live adapters to one freezer, until `release`.
+
+        Raises:
+            BindingError: None is live, or another freezer has them.
+        """
+        adapters = self.live_adapters()
+        if not adapters:
+            raise BindingError("no adapter trains: requires_grad is False everywhere; call model.set_adapter(...).")
+        states = [adapter.state for adapter in adapters if adapter.state is not None]
+        if any(state.claimed for state in states):
+            raise BindingError("this model has an AdapterFreezer already; detach() that one first.")
+        for state in states:
+            state.claimed = True
+        return adapters
+
+    def release(self) -> None:
+        """Let another freezer have the adapters."""
+        for layer in self.layers.values():
+            if is_bound(layer):
+                layer.__dict__[STATE].claimed = False
+
+    def detach(self) -> None:
+        """Give every layer that this binding bound its own class back. Doing it twice does no harm."""
+        for layer in self._own:
+            kind = adapter_of(layer)
+            if kind is not None and type(layer) is kind.bound_type:
+                layer.__class__ = kind.layer_type
+            layer.__dict__.pop(STATE, None)
+        self._own.clear()
+
+    def __enter__(self) -> Binding:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.detach()
+
+
+def bind(model: nn.Module) -> Binding:
+    """Bind every adapter layer of a model that has a fast path, in place; nothing is frozen or scored.
+
+    The model object, its state dict's keys, `save_pretrained`, `isinstance` and what is printed stay as they are. A
+    call that the fast path does not cover runs PEFT's own code; `explain` says which and why. Copies and pickles of a
+    bound model are ordinary PEFT models. Layers that are bound already stay bound, and belong to the earlier binding.
+
+    Args:
+        model: a PEFT model, or anything that holds its layers; DDP's wrapper and `torch.compile`'s are looked through.
+
+    Returns:
+        The binding, whose `detach` undoes it; also a context manager.
+
+    Raises:
+        BindingError: The model has no layer that can be bound.
+
+    Example:
+        >>> binding = bind(model)  # doctest: +SKIP
+        >>> model(**batch).loss.backward()  # doctest: +SKIP
+        >>> binding.detach()  # doctest: +SKIP
+    """
+    modules = list(unwrap(model).named_modules())
+    layers = {short_name(name): module for name, module in modules if adapter_of(module) is not None}
+    if not layers:
+        raise BindingError(_nothing_to_bind(model, [module for _, module in modules]))
+    own = [layer for layer in layers.values() if not is_bound(layer)]
+    for layer in own:
+        layer.__dict__[STATE] = LayerState()
+        layer.__class__ = adapter_of(layer).bound_type  # type: ignore[union-attr]
+    return Binding(layers, own)
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP's wrapper and `torch.compile`'s.
+
+    Example:
+        >>> unwrap(nn.Linear(2, 2))
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        return unwrap(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return unwrap(compiled) if isinstance(compiled, nn.Module) else model
+
+
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that holds the state and runs the hooks: accelerate puts another around it.
+
+    Example:
+        >>> unwrap_optimizer(accelerator.prepare(optimizer)) is optimizer  # doctest: +SKIP
+        True
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def short_name(path: str) -> str:
+    """Return a layer's path without what PEFT puts before the model's own names.
+
+    Example:
+        >>> short_name("base_model.model.encoder.layer.0.query")
+        'encoder.layer.0.query'
+    """
+    return path.removeprefix("base_model.model.")
+
+
+def _nothing_to_bind(model: nn.Module, modules: list[nn.Module]) -> str:
+    kinds = Counter(kind for module in modules if (kind := peft_kind(module)) is not None)
+    if not kinds:
+        return f"{type(model).__name__} has no adapter layer of PEFT's; pass what peft.get_peft_model returned."
+    found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
+    return f"{type(model).__name__} has no layer that can be bound: expected lora.Linear, found {found}."

@@ -1,0 +1,144 @@
+"""The method inside a transformers Trainer; the only file that imports its classes."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from . import jsonio
+from .config import SafeConfig
+from .errors import BindingError
+from .freezer import AdapterFreezer
+from .report import FreezeReport
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "safe_state.json"
+
+
+class SafeCallback(TrainerCallback, ExportableState):
+    """Freezes adapters while a Trainer trains, and adds `safe/*` to everything the Trainer logs during training.
+
+    The length of the training comes from the Trainer. Checkpoints carry the method's state, so `resume_from_checkpoint`
+    goes on where it stopped; a copy stands in the checkpoint's `safe_state.json`, for `AdapterFreezer.load_state_dict`.
+
+    Args:
+        config: the options.
+        detach: take everything off the model when training ends, so that what `Trainer.train` leaves behind is the PEFT
+            model that it was; otherwise frozen adapters stay frozen, on the fast path, until `freezer.detach()`.
+
+    Example:
+        >>> callback = SafeCallback(SafeConfig(target_fraction=0.5))  # doctest: +SKIP
+        >>> Trainer(model=model, args=args, train_dataset=data, callbacks=[callback]).train()  # doctest: +SKIP
+        >>> callback.report().save_html("report.html")  # doctest: +SKIP
+    """
+
+    def __init__(self, config: SafeConfig | Mapping[str, Any] | None = None, *, detach: bool = True) -> None:
+        self.config = config if isinstance(config, SafeConfig) else SafeConfig.from_dict(config or {})
+        self._detach = detach
+        self._freezer: AdapterFreezer | None = None
+
+    @property
+    def freezer(self) -> AdapterFreezer:
+        """The freezer of the training that runs, or ran last.
+
+        Raises:
+            BindingError: No training has begun.
+        """
+        if self._freezer is None:
+            raise BindingError("there is no freezer yet: Trainer.train() makes it when training begins.")
+        return self._freezer
+
+    def report(self, **options: Any) -> FreezeReport:
+        """Return what happened; see `AdapterFreezer.report`."""
+        return self.freezer.report(**options)
+
+    def state(self) -> dict[str, Any]:
+        """Return what the Trainer saves in a checkpoint's `trainer_state.json`, and hands back on resuming."""
+        saved = {} if self._freezer is None else self._freezer.state_dict()
+        return {"args": {"config": self.config.to_dict(), "detach": self._detach}, "attributes": {"saved": saved}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Make the freezer, and go on from the checkpoint if there is one."""
+        if self._freezer is not None:
+            self._freezer.detach()
+        saved = _saved_state(state) if state.global_step else {}
+        self._freezer = AdapterFreezer(
+            kwargs["model"],
+            kwargs["optimizer"],
+            self.config,
+            total_steps=self.config.total_steps or state.max_steps,
+            first_step=state.global_step,
+        )
+        if saved:
+            self._freezer.load_state_dict(saved)
+        elif state.global_step:
+            logger.warning("the checkpoint at step %d carries no SAFE state; scoring starts afresh", state.global_step)
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the Trainer expects a key to fill
+        self._log_before_others()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Account for the optimizer step."""
+        self.freezer.step()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Add `safe/*` to a log of training, for the callbacks that come after this one and for the history."""
+        if self._freezer is None or not logs or "loss" not in logs:
+            return
+        metrics = self._freezer.metrics()
+        logs.update(metrics)
+        if state.log_history and state.log_history[-1].get("step") == state.global_step:
+            state.log_history[-1].update(metrics)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write the state into the checkpoint's folder."""
+        folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            jsonio.write_json(folder / STATE_FILE, self.freezer.state_dict())
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Leave an ordinary PEFT model behind, if asked to."""
+        if self._detach:
+            self.freezer.detach()
+
+    def _log_before_others(self) -> None:
+        """Move to the front of the Trainer's callbacks.
+
+        A log is one dict that goes from callback to callback, and those that send it on (TensorBoard and the like)
+        stand before the user's. No public call reorders them, and an event does not name its sender: it is looked up.
+        """
+        frame = inspect.currentframe()
+        while frame is not None:
+            handler = frame.f_locals.get("self")
+            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
+                handler.callbacks.remove(self)
+                handler.callbacks.insert(0, self)
+                return
+            frame = frame.f_back
+
+
+def _saved_state(state: TrainerState) -> dict[str, Any]:
+    """What `SafeCallback.state` gave to the checkpoint that the Trainer resumes from."""
+    entry = state.stateful_callbacks.get(SafeCallback.__name__) or {}
+    if isinstance(entry, list):
+        entry = entry[0]
+    saved: dict[str, Any] = entry.get("attributes", {}).get("saved", {})
+    return saved

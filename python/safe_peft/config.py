@@ -1,0 +1,152 @@
+"""The method's options: what to score, how far to freeze, and when."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from .errors import ConfigError
+
+Point = int | float
+"""A moment of the training: an int counts optimizer steps, a float is a share of the training."""
+
+DEFAULT_FRACTION = 0.75
+
+
+@dataclass(frozen=True)
+class SafeConfig:
+    """Options of Selective Adapter FrEezing.
+
+    Every moment of the schedule is either an int (optimizer steps) or a float in [0, 1] (a share of the training, whose
+    length is `total_steps`). The defaults are shares, so that a short run and a long one both freeze sensibly.
+
+    Args:
+        score: what importance means: "cka" (the method's own), "relative_norm", "gradient_sensitivity" or "random".
+        target_fraction: share of the adapters to freeze by `freeze_end`; 0.75 unless `threshold` is given.
+        threshold: importance at or below which an adapter is frozen from `freeze_end` on, instead of a fraction.
+        warmup: nothing is frozen before this moment.
+        max_warmup: warm-up ends here at the latest, however much importance still changes.
+        stable_change: warm-up ends once no importance changes by more than this share between two scorings.
+        freeze_end: when the cubic curve reaches its target: the last freezing.
+        freeze_interval: adapters are frozen in batches, this far apart.
+        score_interval: how often importance is measured, until the last freezing.
+        total_steps: optimizer steps of the whole training; a Trainer knows it, a raw loop states it.
+        score_blocks: row blocks of a batch that "cka" looks at.
+        block_rows: rows in such a block.
+        keep_dropout: leave a frozen adapter's dropout on.
+        never_freeze: shell patterns; adapters whose name matches one stay trainable.
+        seed: fixes the score "random".
+
+    Raises:
+        ConfigError: An option has a value that cannot work.
+
+    Example:
+        >>> SafeConfig(target_fraction=0.5, warmup=100, max_warmup=200, freeze_end=800).score
+        'cka'
+    """
+
+    score: str = "cka"
+    target_fraction: float | None = None
+    threshold: float | None = None
+    warmup: Point = 0.2
+    max_warmup: Point = 0.3
+    stable_change: float = 0.05
+    freeze_end: Point = 0.7
+    freeze_interval: Point = 0.05
+    score_interval: Point = 0.02
+    total_steps: int | None = None
+    score_blocks: int = 4
+    block_rows: int = 128
+    keep_dropout: bool = False
+    never_freeze: tuple[str, ...] = ()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.target_fraction is None and self.threshold is None:
+            object.__setattr__(self, "target_fraction", DEFAULT_FRACTION)
+        patterns: Any = self.never_freeze
+        if isinstance(patterns, list):
+            object.__setattr__(self, "never_freeze", patterns := tuple(patterns))
+        self._check_score()
+        self._check_target()
+        for name in ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval"):
+            _check_point(name, getattr(self, name))
+        for name in ("score_blocks", "block_rows"):
+            _check_int(name, getattr(self, name), least=1)
+        if self.total_steps is not None:
+            _check_int("total_steps", self.total_steps, least=1)
+        _check_int("seed", self.seed, least=0)
+        _check_number("stable_change", self.stable_change)
+        _check(isinstance(self.keep_dropout, bool), "keep_dropout", "True or False", self.keep_dropout)
+        is_tuple = isinstance(patterns, tuple) and all(isinstance(pattern, str) for pattern in patterns)
+        _check(is_tuple, "never_freeze", 'a tuple of shell patterns, such as ("*.layer.11.*",)', patterns)
+
+    def _check_score(self) -> None:
+        from .importance import score_names  # imports torch, which reading a report does not need
+
+        _check(self.score in score_names(), "score", f"one of {', '.join(score_names())}", self.score)
+
+    def _check_target(self) -> None:
+        if self.target_fraction is not None and self.threshold is not None:
+            raise ConfigError(
+                f"target_fraction and threshold: expected one of them, got {self.target_fraction!r} and "
+                f"{self.threshold!r}; pass target_fraction=None to freeze by threshold."
+            )
+        if self.target_fraction is not None:
+            _check_number("target_fraction", self.target_fraction, most=1.0)
+        if self.threshold is not None:
+            _check_number("threshold", self.threshold)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the options as JSON values.
+
+        Example:
+            >>> SafeConfig.from_dict(SafeConfig(seed=3).to_dict()) == SafeConfig(seed=3)
+            True
+        """
+        return {**asdict(self), "never_freeze": list(self.never_freeze)}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SafeConfig:
+        """Read what `to_dict` wrote; an option that is missing keeps its default.
+
+        Args:
+            data: options by name.
+
+        Raises:
+            ConfigError: An option is unknown, or has a value that cannot work.
+
+        Example:
+            >>> SafeConfig.from_dict({"score": "random"}).score
+            'random'
+        """
+        names = [field.name for field in fields(cls)]
+        unknown = sorted(set(data) - set(names))
+        if unknown:
+            raise ConfigError(f"config has no option {', '.join(unknown)}; the options are {', '.join(names)}.")
+        return cls(**data)
+
+
+def _check(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        raise ConfigError(f"{name}: expected {expected}, got {got!r}.")
+
+
+def _check_number(name: str, value: object, most: float = sys.float_info.max) -> None:
+    expected = "a number >= 0" if most == sys.float_info.max else f"a number between 0 and {most:g}"
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+    _check(is_number, name, expected, value)
+
+
+def _check_int(name: str, value: object, least: int) -> None:
+    is_int = isinstance(value, int) and not isinstance(value, bool) and value >= least
+    _check(is_int, name, f"an integer >= {least}", value)
+
+
+def _check_point(name: str, value: object) -> None:
+    is_share = isinstance(value, float) and 0.0 <= value <= 1.0
+    is_step = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    expected = "optimizer steps (an int >= 0) or a share of the training (a float between 0.0 and 1.0)"
+    _check(is_share or is_step, name, expected, value)

@@ -1,0 +1,23 @@
+"""The errors this package raises; each message names what is wrong and how to mend it."""
+
+from __future__ import annotations
+
+
+class SafeError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class ConfigError(SafeError, ValueError):
+    """An option has a value that cannot work."""
+
+
+class BindingError(SafeError, RuntimeError):
+    """A model, its adapters or its optimizer cannot be bound."""
+
+
+class StateError(SafeError, ValueError):
+    """A saved state or report is damaged, or belongs to something else."""
+
+
+class AssetError(SafeError, RuntimeError):
+    """A model or a data set cannot be fetched, or is not what it should be."""

@@ -1,0 +1,309 @@
+"""Observe, score, raise the threshold, freeze: the method, one optimizer step at a time."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from . import jsonio
+from .adapters import Adapter
+from .binding import bind, unwrap, unwrap_optimizer
+from .config import SafeConfig
+from .errors import BindingError
+from .ledger import Ledger
+from .report import AdapterRecord, FreezeReport
+from .schedule import check_fit, choose, cubic, is_freezing_step, is_scoring_step, is_stable, resolve
+from .scorer import Scorer
+from .state import VERSION, check_state
+
+logger = logging.getLogger(__name__)
+
+
+class AdapterFreezer:
+    """Scores a model's adapters while it trains, and freezes the least important ones for good.
+
+    It binds the model in place; the model object stays what it is. Call `step` after every optimizer step. Adapters
+    that do not train when it is made are left alone.
+
+    Args:
+        model: a PEFT model.
+        optimizer: the one that trains it; accelerate's wrapper is looked through.
+        config: the options.
+        total_steps: optimizer steps of the whole training; needed if an option is a share of it.
+        first_step: optimizer steps that were done before.
+
+    Raises:
+        BindingError: The model has no adapter that trains, has a freezer already, or is not what the optimizer trains.
+        ConfigError: An option cannot work with this model.
+
+    Example:
+        >>> freezer = AdapterFreezer(model, optimizer, SafeConfig(), total_steps=len(loader))  # doctest: +SKIP
+        >>> for batch in loader:  # doctest: +SKIP
+        ...     model(**batch).loss.backward()
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     freezer.step()
+        >>> freezer.report().save_html("report.html"); freezer.detach()  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: SafeConfig | None = None,
+        *,
+        total_steps: int | None = None,
+        first_step: int = 0,
+    ) -> None:
+        self.config = config or SafeConfig()
+        self.schedule = resolve(self.config, total_steps)
+        self.ledger = Ledger()
+        self.model = unwrap(model)
+        self._optimizer = unwrap_optimizer(optimizer)
+        self._step = first_step
+        self._warned: set[str] = set()
+        with ExitStack() as undo:
+            self.binding = bind(model)
+            undo.callback(self.binding.detach)
+            self._adapters = self.binding.claim()
+            undo.callback(self.binding.release)
+            self._others_train = self._check_parameters(model)
+            check_fit(self.config, [adapter.name for adapter in self._adapters], self._others_train)
+            self._scorer = Scorer(self.model, self._optimizer, self._adapters, self.config)
+            undo.pop_all()
+        self._attached = True
+        self._arm()
+
+    def _check_parameters(self, model: nn.Module) -> bool:
+        """Whether anything but the adapters trains; refuses what would train wrongly."""
+        live = {id(p) for adapter in self._adapters for p in adapter.parameters()}
+        if not live & {id(p) for group in self._optimizer.param_groups for p in group["params"]}:
+            raise BindingError(
+                "optimizer: it trains none of this model's adapters; make it from this model's parameters."
+            )
+        if isinstance(model, DistributedDataParallel) and (model.static_graph or not model.find_unused_parameters):
+            raise BindingError(
+                "DistributedDataParallel waits for the gradients of frozen adapters; make it with "
+                "find_unused_parameters=True and without static_graph."
+            )
+        return any(p.requires_grad and id(p) not in live for p in self.model.parameters())
+
+    @property
+    def adapters(self) -> tuple[Adapter, ...]:
+        """Every adapter this freezer decides about, in the model's order."""
+        return tuple(self._adapters)
+
+    @property
+    def frozen(self) -> tuple[str, ...]:
+        """Names of the adapters frozen so far, in the order in which they were."""
+        return self.ledger.frozen
+
+    @property
+    def unscored(self) -> tuple[str, ...]:
+        """Adapters the latest scoring could tell no importance of; these are never frozen."""
+        return tuple(name for name, value in self.ledger.importance.items() if not math.isfinite(value))
+
+    def step(self) -> tuple[str, ...]:
+        """Account for one optimizer step that is done: finish a scoring, and freeze if the schedule says so.
+
+        Call it after `optimizer.step()`, before or after `zero_grad()`, once per optimizer step.
+
+        Returns:
+            The names of the adapters frozen now; what they retained is gone from the next forward on.
+
+        Raises:
+            BindingError: The freezer is detached.
+        """
+        self._check_attached()
+        self._step += 1
+        for adapter in self._adapters_named(self.ledger.frozen):
+            self._drop(adapter)
+        if self._scorer.armed:
+            self._record(self._scorer.measure())
+        else:
+            self._end_warmup({})
+        names = self._freeze_due()
+        self._arm()
+        return names
+
+    def _check_attached(self) -> None:
+        if not self._attached:
+            raise BindingError("this freezer is detached; make a new AdapterFreezer to go on.")
+
+    def _record(self, importance: dict[str, float]) -> None:
+        self._warn_unscored([name for name, value in importance.items() if not math.isfinite(value)])
+        self._end_warmup(importance)
+        threshold = self._choose(importance)[1]
+        self.ledger.record_scoring(self._step, importance, self.ledger.threshold if threshold is None else threshold)
+
+    def _end_warmup(self, importance: Mapping[str, float]) -> None:
+        """Warm-up ends when importance has come to rest, or at `max_warmup`."""
+        if self.ledger.warmup_end is not None or self._step < self.schedule.warmup:
+            return
+        stable = is_stable(self.ledger.importance, importance, self.config.stable_change)
+        if stable or self._step >= self.schedule.max_warmup:
+            self.ledger.warmup_end = self._step
+
+    def _choose(self, importance: Mapping[str, float]) -> tuple[list[str], float | None]:
+        """Whom the curve says to freeze now, and the threshold that says so."""
+        start, frozen, count = self.ledger.warmup_end, self.ledger.frozen, len(self._adapters)
+        if start is None:
+            return [], None
+        live = {name: importance[name] for name in importance if name not in frozen}
+        share = cubic(self._step, start, self.schedule.freeze_end)
+        names, threshold = choose(self.config, live, adapters=count, frozen=len(frozen), share=share)
+        if not self._others_train and len(frozen) + len(names) == count:
+            names = names[:-1]  # a backward needs something that trains
+        return names, threshold
+
+    def _freeze_due(self) -> tuple[str, ...]:
+        if not is_freezing_step(self.schedule, self.ledger.warmup_end, self._step):
+            return ()
+        names, threshold = self._choose(self.ledger.importance)
+        for name in names:
+            self.ledger.record_freezing(self._step, name, threshold)
+        for adapter in self._adapters_named(names):
+            adapter.freeze(keep_dropout=self.config.keep_dropout)
+            self._drop(adapter)
+        if names:
+            logger.info("step %d: froze %d adapters, %d in all", self._step, len(names), len(self.ledger.frozen))
+        return tuple(names)
+
+    def _drop(self, adapter: Adapter) -> None:
+        """Keep a frozen adapter still: AdamW would go on moving it by its momentum and a gradient left over."""
+        adapter.hold()
+        for parameter in adapter.parameters():
+            self._optimizer.state.pop(parameter, None)
+
+    def _adapters_named(self, names: Sequence[str]) -> list[Adapter]:
+        wanted = set(names)
+        return [adapter for adapter in self._adapters if adapter.name in wanted]
+
+    def _arm(self) -> None:
+        """Prepare the coming step."""
+        frozen = set(self.ledger.frozen)
+        live = [index for index, adapter in enumerate(self._adapters) if adapter.name not in frozen]
+        if is_scoring_step(self.schedule, self._step + 1):
+            self._scorer.arm(live, shift=len(self.ledger.scorings))
+
+    def _warn_unscored(self, names: Sequence[str]) -> None:
+        new = [name for name in names if name not in self._warned]
+        if new:
+            self._warned.update(new)
+            some = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
+            why = "%d adapters have no finite importance at step %d and stay trainable: %s; explain(model) says why."
+            logger.warning(why, len(new), self._step, some)
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Score nothing inside the block, for forwards in training mode that are not training.
+
+        Example:
+            >>> with freezer.suspended():  # doctest: +SKIP
+            ...     reference = model(**other_batch)
+        """
+        with self._scorer.observation.suspended():
+            yield
+
+    def metrics(self) -> dict[str, float]:
+        """Return where the method stands, as finite numbers named `safe/*`, for a logger.
+
+        Example:
+            >>> freezer.metrics()["safe/frozen"]  # doctest: +SKIP
+            27.0
+        """
+        frozen = len(self.ledger.frozen)
+        metrics = {"step": self._step, "frozen": frozen, "frozen_fraction": frozen / len(self._adapters)}
+        if self.ledger.threshold is not None:
+            metrics["threshold"] = self.ledger.threshold
+        values = [value for value in self.ledger.importance.values() if math.isfinite(value)]
+        if values:
+            metrics |= {
+                "importance_min": min(values),
+                "importance_median": median(values),
+                "importance_max": max(values),
+            }
+        return {f"safe/{name}": float(value) for name, value in metrics.items()}
+
+    def report(self, model: str | None = None, retained: Sequence[tuple[int, int]] = ()) -> FreezeReport:
+        """Return what happened so far.
+
+        Args:
+            model: what was trained, for people to read; None takes the name in the model's own config.
+            retained: pairs of (optimizer step, bytes retained by a forward from that step on), if they were measured.
+
+        Example:
+            >>> freezer.report().save_json("report.json")  # doctest: +SKIP
+        """
+        own = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
+        return FreezeReport(
+            model=model or own,
+            config=self.config.to_dict(),
+            total_steps=max(self.schedule.total_steps or 0, self._step),
+            adapters=tuple(AdapterRecord(a.name, sum(p.numel() for p in a.parameters())) for a in self._adapters),
+            scorings=tuple(self.ledger.scorings),
+            freezings=tuple(self.ledger.freezings),
+            retained=tuple(retained),
+        )
+
+    def detach(self, keep_frozen: bool = False) -> None:
+        """Take everything off the model and the optimizer again. Doing it twice does no harm; `report` goes on working.
+
+        Args:
+            keep_frozen: leave frozen adapters frozen, their dropout off; otherwise all train again as before. What the
+                optimizer knew of them is gone in either case.
+        """
+        if not self._attached:
+            return
+        self._attached = False
+        self._scorer.close()
+        self.binding.release()
+        if not keep_frozen:
+            for adapter in self._adapters_named(self.ledger.frozen):
+                adapter.restore()
+        self.binding.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all that is needed to go on after a restart, as JSON values.
+
+        Example:
+            >>> json.dumps(freezer.state_dict())  # doctest: +SKIP
+        """
+        return {
+            "version": VERSION,
+            "step": self._step,
+            "config": self.config.to_dict(),
+            "adapters": [adapter.name for adapter in self._adapters],
+            "ledger": self.ledger.to_dict(),
+            "evidence": jsonio.encode(self._scorer.evidence()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a saved state; what was frozen is frozen again at once. Load the optimizer's state before it.
+
+        Args:
+            state: what `state_dict` returned, for the same options and the same adapters.
+
+        Raises:
+            StateError: It belongs to other options or other adapters, or is damaged; nothing is changed then.
+            BindingError: The freezer is detached.
+        """
+        self._check_attached()
+        step, ledger, evidence = check_state(state, self.config, [adapter.name for adapter in self._adapters])
+        for adapter in self._adapters_named(self.ledger.frozen):
+            adapter.restore()
+        self._step, self.ledger = step, ledger
+        for adapter in self._adapters_named(ledger.frozen):
+            adapter.freeze(keep_dropout=self.config.keep_dropout)
+            self._drop(adapter)
+        self._scorer.disarm()
+        self._arm()
+        self._scorer.load_evidence(evidence)
