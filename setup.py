@@ -109,6 +109,6 @@ setup(
         *find_packages("python", include=["safe_peft", "safe_peft.*"]),
     ],
     package_dir={"safe_kernels": "safe_kernels", "safe_peft": "python/safe_peft"},
-    package_data={"safe_kernels": ["py.typed"], "safe_peft": ["py.typed"]},
+    package_data={"safe_kernels": ["py.typed", "*.pyi"], "safe_peft": ["py.typed"]},
     **options(),
 )

@@ -69,9 +69,9 @@ def lora(
     """
     if dropout_p > 0.0 and rng_state is None:
         rng_state = draw_rng_state(x.device)
-    blocks = None if statistics is None else statistics.blocks
-    if blocks is None:
+    if statistics is None or statistics.blocks is None:
         return torch.ops.safe_kernels.lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state)[0]
+    blocks = statistics.blocks
     out, sums = torch.ops.safe_kernels.lora(
         x,
         base,

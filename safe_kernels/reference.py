@@ -24,7 +24,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
-def _multiply_words(a: Tensor | int, constant: int) -> tuple[Tensor, Tensor]:
+def _multiply_words(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
     """High and low 32 bits of ``a * constant``; in halves of 16 bits, since int64 cannot hold the product."""
     low = a * (constant & 0xFFFF)
     high = a * (constant >> 16) + (low >> 16)

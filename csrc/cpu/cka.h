@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <cstring>
 #include <vector>
 
 #include "cpu/gemm.h"

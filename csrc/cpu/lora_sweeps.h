@@ -12,10 +12,9 @@
 
 namespace safe_kernels::cpu {
 
-// Rows taken at a time: as many as leave a converted copy of them in the L1 or L2 cache.
-inline int64_t rows_in_block(int64_t columns) {
-  return std::clamp<int64_t>(16384 / std::max<int64_t>(columns, 1) / 8 * 8, 8, 64);
-}
+// Rows taken at a time: as many as stay in the L2 cache, but no fewer than make it worth while to read and write the
+// [r, d] sums of a gradient once a block; a multiple of 6 and of 8, the heights of gemm's tiles.
+inline int64_t rows_in_block(int64_t columns) { return columns <= 1024 ? 48 : 24; }
 
 template <typename T>
 std::unique_ptr<T[]> scratch(int64_t size) {

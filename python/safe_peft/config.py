@@ -55,7 +55,7 @@ class SafeConfig:
     stable_change: float = 0.05
     freeze_end: Point = 0.7
     freeze_interval: Point = 0.05
-    score_interval: Point = 0.02
+    score_interval: Point = 0.05
     total_steps: int | None = None
     score_blocks: int = 4
     block_rows: int = 128

@@ -1,7 +1,7 @@
 """Frozen dataclasses to JSON and back, with every value checked on the way in.
 
-A file that was cut short, edited by hand or written by another program must not turn into a wrong number three functions
-later, so reading is strict: names, types and ranges are those of the dataclass, or the file is refused.
+A file that was cut short, edited by hand or written by another program must not turn into a wrong number later on, so
+reading is strict: names and types are those of the dataclass, or the file is refused.
 """
 
 from __future__ import annotations
@@ -46,16 +46,16 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """Read a JSON value as the annotated type ``kind``.
+    """Read a JSON value as the annotated type `kind`.
 
     Args:
-        kind: a dataclass, ``int``, ``float``, ``str``, ``bool``, ``dict``, ``dict[str, X]``, ``tuple[X, ...]``,
-            ``tuple[X, Y]`` or a union of them. A ``float`` that is null was not finite, and is read as NaN.
-        value: what ``json.loads`` gave.
+        kind: a dataclass, `int`, `float`, `str`, `bool`, `dict`, `dict[str, X]`, `tuple[X, ...]`,
+            `tuple[X, Y]` or a union of them. A `float` that is null was not finite, and is read as NaN.
+        value: what `json.loads` gave.
         where: the value's place, named in errors.
 
     Returns:
-        An instance of ``kind``.
+        An instance of `kind`.
 
     Raises:
         StateError: The value is not of that kind.
@@ -77,7 +77,9 @@ def decode(kind: Any, value: Any, where: str) -> Any:
     if kind is Any:
         return value
     if kind is float:
-        _expect(value is None or (isinstance(value, int | float) and not isinstance(value, bool)), where, "a number", value)
+        _expect(
+            value is None or (isinstance(value, int | float) and not isinstance(value, bool)), where, "a number", value
+        )
         return math.nan if value is None else float(value)
     _expect(isinstance(value, kind) and not (kind is int and isinstance(value, bool)), where, f"{kind.__name__}", value)
     return value
@@ -122,7 +124,9 @@ def _decode_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, .
 
 def _expect(holds: bool, where: str, expected: str, value: Any) -> None:
     if not holds:
-        raise StateError(f"{where} must be {expected}, got {str(value)[:60]!r}; the file is damaged, so write it again.")
+        raise StateError(
+            f"{where} must be {expected}, got {str(value)[:60]!r}; the file is damaged, so write it again."
+        )
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -194,7 +198,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
     Args:
         path: the file.
-        value: anything ``encode`` takes.
+        value: anything `encode` takes.
 
     Example:
         >>> write_json("state.json", {"step": 3})  # doctest: +SKIP

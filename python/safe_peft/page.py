@@ -7,7 +7,7 @@ import io
 import json
 from html import escape
 
-from .picture import draw
+from .picture import DPI, draw
 from .report import FreezeReport
 from .summary import comparison, verdict
 from .tables import adapter_cells
@@ -17,8 +17,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8e8e8; --soft: #a8a8a8; --line: #444444; --back: #161616; --card: #222222; }
 }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 62rem; margin: 2rem auto;
-  padding: 0 1rem; }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 62rem;
+  margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
 .soft { color: var(--soft); } .scroll { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
@@ -29,35 +29,48 @@ pre { background: var(--card); padding: 0.8rem; border-radius: 6px; overflow-x: 
 """
 
 
-def render(report: FreezeReport) -> str:
+def render(report: FreezeReport, png: bytes | None = None) -> str:
     """Return a report as one self-contained HTML page.
 
     Args:
         report: the report.
+        png: its picture; drawn when missing.
 
     Example:
         >>> "https://" in render(FreezeReport("m", {}, 1, ()))
         False
     """
     name = escape(report.model)
-    counts = f"{len(report.freezings)} of {len(report.adapters)} adapters frozen in {report.total_steps:,} optimizer steps"
+    counts = (
+        f"{len(report.freezings)} of {len(report.adapters)} adapters frozen in {report.total_steps:,} optimizer steps"
+    )
     parts = [f"<h1>{name}</h1>", f'<p class="soft">{counts}</p>']
     if report.runs:
-        parts += ["<h2>Measured runs</h2>", _table(comparison(report.runs), words=1), f"<p>{escape(verdict(report.runs))}</p>"]
-    parts += ["<h2>Importance, threshold and retained bytes</h2>", _picture(report)]
+        parts += [
+            "<h2>Measured runs</h2>",
+            _table(comparison(report.runs), words=1),
+            f"<p>{escape(verdict(report.runs))}</p>",
+        ]
+    parts += ["<h2>Importance, threshold and retained bytes</h2>", _picture(png or _draw(report))]
     parts += ["<h2>Freezing</h2>", _freezings(report), "<h2>Adapters</h2>", _table(adapter_cells(report), words=2)]
     if report.retained:
         parts += ["<h2>Retained for backward by one step</h2>", _retained(report)]
     parts += ["<h2>Configuration</h2>", f"<pre>{escape(json.dumps(report.config, indent=1))}</pre>"]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
     body = "\n".join(parts)
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
 
 
-def _picture(report: FreezeReport) -> str:
+def _draw(report: FreezeReport) -> bytes:
     buffer = io.BytesIO()
-    draw(report).savefig(buffer, format="png", dpi=150)
-    data = base64.b64encode(buffer.getvalue()).decode("ascii")
+    draw(report).savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def _picture(png: bytes) -> str:
+    data = base64.b64encode(png).decode("ascii")
     alt = "Heat map of every adapter's importance over time, the threshold, and the bytes one step retains"
     return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
@@ -79,7 +92,7 @@ def _retained(report: FreezeReport) -> str:
 
 
 def _table(rows: list[list[str]], words: int, last: bool = False) -> str:
-    """Lay out text as a table whose first ``words`` columns, and the last if asked, are words rather than numbers."""
+    """Lay out text as a table whose first `words` columns, and the last if asked, are words rather than numbers."""
 
     def line(cells: list[str], tag: str) -> str:
         left = [i < words or (last and i == len(cells) - 1) for i in range(len(cells))]

@@ -17,13 +17,14 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette and viridis keep apart for every kind of colour vision; no colour of viridis is grey.
 FREEZE, THRESHOLD, BAND, OTHER = "#D55E00", "#000000", "#0072B2", "#666666"
-FROZEN = {"facecolor": "#F2F2F2", "edgecolor": "#C4C4C4", "hatch": "////", "lw": 0}
+FROZEN: dict[str, Any] = {"facecolor": "#F2F2F2", "edgecolor": "#C4C4C4", "hatch": "////", "lw": 0}
 SCORES = {
     "cka": "importance, 1 − CKA",
     "relative_norm": "importance, |sBA| / |W|",
     "gradient_sensitivity": "importance, gradient sensitivity",
     "random": "random rank (control)",
 }
+DPI = 150
 LABELLED_ROWS = 60  # more adapters than this are labelled by layer
 
 
@@ -53,7 +54,9 @@ def draw(report: FreezeReport) -> Figure:
     retained.set_xlim(0, max(1, report.total_steps))
     retained.set_xlabel("optimizer step")
     frozen, total = len(report.freezings), len(report.adapters)
-    figure.suptitle(f"{report.model}: {frozen} of {total} adapters frozen", x=0.01, ha="left", fontsize=13, weight="bold")
+    figure.suptitle(
+        f"{report.model}: {frozen} of {total} adapters frozen", x=0.01, ha="left", fontsize=13, weight="bold"
+    )
     return figure
 
 
@@ -103,7 +106,9 @@ def _draw_importance(report: FreezeReport, figure: Figure, axes: Axes) -> None:
     colours = colormaps["viridis"].with_extremes(under=colormaps["viridis"](0.0))
     masked = np.ma.masked_invalid(np.where(values > 0, values, np.where(np.isnan(values), np.nan, low / 2)))
     axes.set_facecolor("white")
-    mesh = axes.pcolormesh(edges, np.arange(len(rows) + 1), masked, cmap=colours, norm=LogNorm(low, high), rasterized=True)
+    mesh = axes.pcolormesh(
+        edges, np.arange(len(rows) + 1), masked, cmap=colours, norm=LogNorm(low, high), rasterized=True
+    )
     figure.colorbar(mesh, ax=axes, label=f"{score_label(report)} (log)", pad=0.01, fraction=0.04, aspect=30)
     _mark_frozen(report, axes, rows)
     _label_rows(axes, rows)
@@ -119,7 +124,9 @@ def _mark_frozen(report: FreezeReport, axes: Axes, rows: list[AdapterRow]) -> No
     for i, step in frozen:
         axes.fill_betweenx([i, i + 1], step, report.total_steps, **FROZEN)
     places = [i for i, _ in frozen]
-    axes.vlines([step for _, step in frozen], places, [i + 1 for i in places], color=FREEZE, lw=2.5, label="freezes here")
+    axes.vlines(
+        [step for _, step in frozen], places, [i + 1 for i in places], color=FREEZE, lw=2.5, label="freezes here"
+    )
     axes.fill_between([], [], [], label="frozen", **FROZEN)
     _legend(axes)
 
@@ -147,7 +154,7 @@ def _draw_threshold(report: FreezeReport, axes: Axes) -> None:
     axes.set_ylabel(f"{score_label(report)}\n(log)", fontsize=9)
     values = _importances(report, report.rows())
     steps = [scoring.step for scoring in report.scorings]
-    if values.size:
+    if np.any(values > 0):
         live = np.ma.masked_invalid(np.where(values > 0, values, np.nan))
         low, q1, median, q3, high = (_quantile(live, q) for q in (0.0, 0.25, 0.5, 0.75, 1.0))
         axes.fill_between(steps, low, high, color=BAND, alpha=0.15, lw=0, label="all")
@@ -158,8 +165,8 @@ def _draw_threshold(report: FreezeReport, axes: Axes) -> None:
     known = [(step, value) for step, value in known if value > 0] or _freezing_thresholds(report)
     if known:
         axes.step(*zip(*known, strict=True), where="post", color=THRESHOLD, lw=1.6, label="threshold")
-    if report.freezings:
-        marks = [(freezing.step, freezing.importance) for freezing in report.freezings]
+    marks = [(freezing.step, freezing.importance) for freezing in report.freezings if freezing.importance > 0]
+    if marks:
         axes.plot(*zip(*marks, strict=True), ls="", marker="x", ms=4, color=FREEZE, label="freezes")
     _legend(axes)
 
@@ -204,5 +211,5 @@ def _legend(axes: Axes) -> None:
     """Put the legend above the panel, beside its title, where it hides nothing."""
     entries = len(axes.get_legend_handles_labels()[0])
     if entries:
-        place = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
+        place: Any = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
         axes.legend(ncols=entries, frameon=False, fontsize=8.5, columnspacing=1.2, handlelength=1.6, **place)

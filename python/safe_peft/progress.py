@@ -52,4 +52,6 @@ def progress(title: str, total: int, console: Console, lines: int = 5) -> Iterat
 
 def _bar(console: Console) -> Progress:
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console)
+    return Progress(
+        *columns, TextColumn("eta"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=console
+    )

@@ -1,6 +1,6 @@
 """What a training did: which adapter was worth what, who was frozen when, and what it saved.
 
-A ``FreezeReport`` is plain data with a strict JSON form; the tables, the picture and the page are views of it.
+A `FreezeReport` is plain data with a strict JSON form; the tables, the picture and the page are views of it.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import math
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import jsonio
@@ -32,7 +33,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class Scoring:
-    """One scoring: the importance of every adapter scored after optimizer step ``step``, and the threshold, if any then."""
+    """One scoring: the importance of every adapter scored after an optimizer step, and the threshold then, if any."""
 
     step: int
     threshold: float | None
@@ -41,7 +42,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Freezing:
-    """One adapter frozen after optimizer step ``step``, the importance it had and the threshold it did not exceed."""
+    """One adapter frozen after an optimizer step, the importance it had and the threshold it did not exceed."""
 
     step: int
     name: str
@@ -53,7 +54,7 @@ class Freezing:
 class RunRecord:
     """What one training run gave and cost.
 
-    Retained bytes and FLOPs are those of one step on a fixed batch, before the first and after the last step of training.
+    Retained bytes and FLOPs are those of one step on a fixed batch, before the first and after the last training step.
     Seconds are those of the training steps alone, scoring and freezing included, evaluation and measuring not.
     """
 
@@ -87,7 +88,7 @@ class FreezeReport:
 
     Args:
         model: what was trained, for people to read.
-        config: the method's configuration (``SafeConfig.to_dict()``).
+        config: the method's configuration (`SafeConfig.to_dict()`).
         total_steps: optimizer steps of the whole training.
         adapters: every adapter, in the model's order.
         scorings: in the order of their steps.
@@ -154,7 +155,7 @@ class FreezeReport:
 
     @classmethod
     def from_dict(cls, data: Any) -> FreezeReport:
-        """Read what ``to_dict`` wrote, and refuse anything else.
+        """Read what `to_dict` wrote, and refuse anything else.
 
         Args:
             data: the JSON values.
@@ -169,12 +170,14 @@ class FreezeReport:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StateError(f"this is no report: 'format' must be {FORMAT!r}; point to a report.json of safe_peft.")
         if data.get("version") != VERSION:
-            raise StateError(f"report version {data.get('version')!r} is not {VERSION}; write it again with this version.")
+            raise StateError(
+                f"report version {data.get('version')!r} is not {VERSION}; write it again with this version."
+            )
         return jsonio.decode(cls, {key: data[key] for key in data if key not in ("format", "version")}, "report")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FreezeReport:
-        """Read a ``report.json``.
+        """Read a `report.json`.
 
         Args:
             path: the file.
@@ -218,23 +221,24 @@ class FreezeReport:
         Example:
             >>> report.save_png("runs/demo/report.png")  # doctest: +SKIP
         """
-        from .picture import draw
+        from .picture import DPI, draw
 
         with jsonio.replacing(path) as partial:
-            draw(self).savefig(partial, format="png", dpi=150)
+            draw(self).savefig(partial, format="png", dpi=DPI)
 
-    def save_html(self, path: str | os.PathLike[str]) -> None:
+    def save_html(self, path: str | os.PathLike[str], *, picture: str | os.PathLike[str] | None = None) -> None:
         """Write one self-contained HTML page: the tables, the picture and the configuration.
 
         Args:
             path: the file to write or replace.
+            picture: what `save_png` wrote, to save drawing it again.
 
         Example:
             >>> report.save_html("runs/demo/report.html")  # doctest: +SKIP
         """
         from .page import render
 
-        text = render(self)
+        text = render(self, None if picture is None else Path(picture).read_bytes())
         with jsonio.replacing(path) as partial:
             partial.write_text(text, encoding="utf-8")
 

@@ -18,7 +18,7 @@ TITLES = {
 
 
 class Measure(NamedTuple):
-    """A row of the comparison: its title, how a run yields it, how it is printed, whether a ratio to stock makes sense."""
+    """A row of the comparison: title, how a run yields it, how it is printed, whether a ratio makes sense."""
 
     title: str
     of: Callable[[RunRecord], float]
@@ -27,11 +27,11 @@ class Measure(NamedTuple):
 
 
 COSTS = (
-    Measure("retained MiB a step, start", lambda run: mebibytes(run.retained[0][1]), "{:,.1f}"),
-    Measure("retained MiB a step, end", lambda run: mebibytes(run.retained[-1][1]), "{:,.1f}"),
+    Measure("retained MiB/step, start", lambda run: mebibytes(run.retained[0][1]), "{:,.1f}"),
+    Measure("retained MiB/step, end", lambda run: mebibytes(run.retained[-1][1]), "{:,.1f}"),
     Measure("peak RSS, MiB", lambda run: mebibytes(run.peak_rss), "{:,.0f}"),
-    Measure("GFLOPs a step, start", lambda run: run.flops_start / 1e9, "{:,.1f}"),
-    Measure("GFLOPs a step, end", lambda run: run.flops_end / 1e9, "{:,.1f}"),
+    Measure("GFLOPs/step, start", lambda run: run.flops_start / 1e9, "{:,.1f}"),
+    Measure("GFLOPs/step, end", lambda run: run.flops_end / 1e9, "{:,.1f}"),
     Measure("seconds of training", lambda run: run.seconds, "{:,.1f}"),
     Measure("adapters frozen", lambda run: run.frozen, "{:.0f}", ratio=False),
 )
@@ -75,7 +75,10 @@ def comparison(runs: Sequence[RunRecord]) -> list[list[str]]:
     """
     groups = by_method(runs)
     quality = "accuracy" if all(run.metric == "accuracy" for run in runs) else "perplexity"
-    measures = (Measure(quality, lambda run: run.value, "{:.4g}" if quality == "perplexity" else "{:.3f}", False), *COSTS)
+    measures = (
+        Measure(quality, lambda run: run.value, "{:.4g}" if quality == "perplexity" else "{:.3f}", False),
+        *COSTS,
+    )
     stock = groups.get("stock", [])
     rows = [["", *(title(method) for method in groups)]]
     for measure in measures if runs else ():
@@ -126,8 +129,8 @@ def _cost_sentence(method: str, group: list[RunRecord], stock: list[RunRecord]) 
     retained, seconds = ratio(lambda run: run.retained[-1][1]), ratio(lambda run: run.seconds)
     frozen, adapters = statistics.fmean(run.frozen for run in group), group[0].adapters
     return (
-        f"{title(method)} ended with {frozen:.0f} of {adapters} adapters frozen, retaining {retained:.2f} times the bytes a step "
-        f"that stock PEFT retains, and its training took {seconds:.2f} times as long."
+        f"{title(method)} ended with {frozen:.0f} of {adapters} adapters frozen; a step then retained {retained:.2f} "
+        f"times the bytes it does in stock PEFT, and the training took {seconds:.2f} times as long."
     )
 
 
@@ -155,11 +158,11 @@ def _accuracy_sentence(groups: dict[str, list[RunRecord]]) -> str:
     error = math.sqrt(2.0) * standard_error(means["stock"], rows)
     gap = max(abs(mean - means["stock"]) for mean in means.values())
     figures = (
-        f"Accuracies lie at most {100 * gap:.1f} points from stock PEFT's, and the standard error of such a difference on "
-        f"{rows:,} test rows is {100 * error:.1f} points"
+        f"Accuracies lie at most {100 * gap:.1f} points from stock PEFT's, and the standard error of such a difference "
+        f"on {rows:,} test rows is {100 * error:.1f} points"
     )
     if gap <= error:
         return f"{figures}: on this task memory and time tell the methods apart, accuracy does not."
     if gap <= 2 * error:
-        return f"{figures}: less than twice that error, so on this task accuracy does not tell the methods apart with confidence."
+        return f"{figures}: less than twice that error, so accuracy hardly tells the methods apart here."
     return f"{figures}: more than twice that error, so here accuracy differs too, and has to be weighed with the costs."

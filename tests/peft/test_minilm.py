@@ -13,15 +13,11 @@ from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from safe_peft import AdapterFreezer, SafeConfig, assets, explain
-from safe_peft.errors import AssetError
 
 
 @pytest.fixture(scope="module")
 def weights() -> Path:
-    try:
-        return assets.fetch("minilm")
-    except AssetError as error:
-        pytest.skip(f"MiniLM is not here: {error}")
+    return assets.fetch("minilm")
 
 
 def minilm(weights: Path, **lora: float) -> PeftModel:

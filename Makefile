@@ -1,0 +1,45 @@
+# Every target does the set-up it needs; a second run finds it done. `make` alone lists the targets.
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help setup demo test lint format sanitize bench bench-table clean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' 2>/dev/null)
+export VENV
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+setup: ## virtual environment, torch, dependencies, extension (PYTHON=, TORCH=, CXX=, MAX_JOBS= choose others)
+	@bash .ci/setup.sh
+
+demo: setup ## fine-tune MiniLM on film reviews, stock PEFT beside SAFE (ARGS="--help" for its options)
+	@$(BIN)/safe-peft demo $(ARGS)
+
+test: lint ## lint, types and every test (ARGS= goes to pytest)
+	@HF_HUB_OFFLINE=1 $(BIN)/pytest $(ARGS)
+
+lint: setup ## ruff, clang-format and mypy
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+	@$(BIN)/clang-format --dry-run --Werror $(CPP)
+	@$(BIN)/mypy
+
+format: setup ## format Python and C++ in place
+	@$(BIN)/ruff check --quiet --fix .
+	@$(BIN)/ruff format --quiet .
+	@$(BIN)/clang-format -i $(CPP)
+
+sanitize: setup ## the extension's tests under AddressSanitizer and UBSan
+	@PYTHON=$(abspath $(BIN))/python bash tests/cpp/run_sanitized.sh $(ARGS)
+
+bench: setup ## time the ops and a training step beside stock PEFT (ARGS= goes to pytest)
+	@HF_HUB_OFFLINE=1 $(BIN)/pytest bench --benchmark-columns=median --benchmark-json=bench/results/cpu.json $(ARGS)
+
+bench-table: setup ## write the README's tables from the newest results
+	@$(BIN)/python bench/table.py bench/results/cpu.json --write README.md
+
+clean: ## remove the set-up and everything built, not the cache of models and data
+	@rm -rf $(VENV) build *.egg-info safe_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

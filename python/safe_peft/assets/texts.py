@@ -1,0 +1,118 @@
+"""Reads the labelled text among the assets."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .cache import fetch
+
+
+class Example(NamedTuple):
+    """A text and the number of its class."""
+
+    text: str
+    label: int
+
+
+Split = tuple[list[Example], list[Example]]
+
+
+def load_film_reviews(*, test_rows: int = 2_000, seed: int = 0) -> Split:
+    """Sentences of film reviews, 1 when their mean rating is positive and 0 when it is negative.
+
+    Args:
+        test_rows: how many of the 10,566 sentences are held out.
+        seed: of the shuffle; the same seed gives the same split everywhere.
+
+    Returns:
+        (train, test): 8,566 and 2,000 examples unless told otherwise.
+
+    Raises:
+        AssetError: See `fetch`.
+
+    Example:
+        >>> train, test = load_film_reviews()  # doctest: +SKIP
+        >>> len(train), len(test)  # doctest: +SKIP
+        (8566, 2000)
+    """
+    return _split(_read_rated(fetch("film-reviews") / "movieReviewSnippets_GroundTruth.txt"), test_rows, seed)
+
+
+def load_tweets(*, test_rows: int = 1_000, seed: int = 0) -> Split:
+    """Tweets, 1 when their mean rating is positive and 0 when it is negative.
+
+    Args:
+        test_rows: how many of the 4,196 tweets are held out.
+        seed: of the shuffle.
+
+    Returns:
+        (train, test): 3,196 and 1,000 examples unless told otherwise.
+
+    Raises:
+        AssetError: See `fetch`.
+
+    Example:
+        >>> train, test = load_tweets()  # doctest: +SKIP
+    """
+    return _split(_read_rated(fetch("tweets") / "tweets_GroundTruth.txt"), test_rows, seed)
+
+
+def load_reuters(name: str = "r8", *, labels: Sequence[str] | None = None) -> Split:
+    """News by topic, in the split they were published with.
+
+    Args:
+        name: "r8" or "r52", the number of classes.
+        labels: keep only these classes and number them in this order; None keeps all, numbered alphabetically.
+
+    Returns:
+        (train, test): 5,485 and 2,189 examples for "r8", 6,532 and 2,568 for "r52".
+
+    Raises:
+        ValueError: A name of `labels` is no class of this data set.
+        AssetError: See `fetch`.
+
+    Example:
+        >>> train, test = load_reuters("r8", labels=("earn", "acq"))  # doctest: +SKIP
+    """
+    folder = fetch(f"reuters-{name}")
+    train, test = _read_tab(folder / "train.tab"), _read_tab(folder / "test.tab")
+    classes = sorted({label for label, _ in train})
+    unknown = sorted(set(labels or ()) - set(classes))
+    if unknown:
+        raise ValueError(f"labels: reuters-{name} has no class {', '.join(unknown)}; it has {', '.join(classes)}.")
+    number = {label: index for index, label in enumerate(labels or classes)}
+    return _number(train, number), _number(test, number)
+
+
+def _read_rated(path: Path) -> list[Example]:
+    """Lines `id TAB mean of 20 ratings, -4..4 TAB text`, without undecided ones and without repetitions."""
+    examples: dict[str, Example] = {}
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        _, rating, text = line.rstrip("\r").split("\t") if line.strip() else ("", "0", "")
+        if float(rating) != 0:
+            examples.setdefault(text.strip(), Example(text.strip(), int(float(rating) > 0)))
+    return list(examples.values())
+
+
+def _split(examples: list[Example], test_rows: int, seed: int) -> Split:
+    if not 0 < test_rows < len(examples):
+        raise ValueError(f"test_rows must be between 1 and {len(examples) - 1}, got {test_rows}.")
+    random.Random(seed).shuffle(examples)
+    return examples[test_rows:], examples[:test_rows]
+
+
+def _read_tab(path: Path) -> list[tuple[str, str]]:
+    """Three lines of header, then `class TAB text`."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").split("\n")[3:]:
+        if line.strip():
+            label, text = line.split("\t", 1)
+            rows.append((label, text.strip()))
+    return rows
+
+
+def _number(rows: list[tuple[str, str]], number: dict[str, int]) -> list[Example]:
+    return [Example(text, number[label]) for label, text in rows if label in number]

@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Builds the extension with AddressSanitizer and UBSan in a temporary folder and drives it there.
+# Arguments go to drive_lora.py (number of shapes). PYTHON and CXX choose the interpreter and the compiler.
+set -euo pipefail
+
+repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+python=${PYTHON:-python}
+compiler=${CXX:-c++}
+build=$(mktemp -d)
+trap 'rm -rf "$build"' EXIT
+
+cd "$repo"
+if ! SAFE_KERNELS_SANITIZE=1 "$python" setup.py -q build --build-base "$build" --build-lib "$build/lib" \
+  >"$build/log" 2>&1; then
+  cat "$build/log" >&2
+  echo "run_sanitized.sh: the extension could not be built with sanitizers (see above)." >&2
+  exit 1
+fi
+
+# The interpreter is not instrumented: the sanitizers' runtime has to come first, and libstdc++ with it, so that
+# exceptions thrown by the extension are intercepted. Leaks are looked for by a test on RSS: an interpreter leaks at exit.
+cd "$build"
+LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
+  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+  PYTHONPATH="$build/lib" "$python" "$repo/tests/cpp/drive_lora.py" "$@"

@@ -1,0 +1,219 @@
+"""The layout's rules, which reviews forget and a test does not: who imports whom, one stem per op, sizes."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import safe_kernels
+from safe_kernels import functional, reference
+
+ROOT = Path(__file__).parents[1]
+KERNELS, POLICY, NATIVE = ROOT / "safe_kernels", ROOT / "python" / "safe_peft", ROOT / "csrc"
+PYTHON = sorted(
+    path
+    for folder in (KERNELS, POLICY, ROOT / "tests", ROOT / "bench", ROOT / "tools")
+    for path in folder.rglob("*.py")
+)
+CPP = sorted(path for kind in ("*.cpp", "*.h") for path in NATIVE.rglob(kind))
+MAX_FILE, MAX_FUNCTION = 350, 60
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def imports(path: Path) -> Iterator[tuple[str, str]]:
+    """Modules that a file imports, wherever it does, with the names taken from them; relative ones resolved."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "") for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module or ""
+            if node.level:
+                package = path.relative_to(path.parents[len(path.relative_to(POLICY.parent).parts) - 1]).parts
+                module = ".".join((*package[: -node.level], *filter(None, [module])))
+            yield from ((module, alias.name) for alias in node.names)
+
+
+def users_of(package: str, folder: Path) -> set[str]:
+    return {
+        str(path.relative_to(folder))
+        for path in folder.rglob("*.py")
+        if any(module.split(".")[0] == package for module, _ in imports(path))
+    }
+
+
+# ---------------------------------------------------------------- who imports whom
+
+
+@pytest.mark.parametrize("package", ["peft", "transformers", "accelerate", "datasets", "safe_peft"])
+def test_the_kernels_know_tensors_only(package: str) -> None:
+    assert users_of(package, KERNELS) == set()
+
+
+def test_pefts_layers_are_known_to_the_adapters_alone() -> None:
+    users = users_of("peft", POLICY)
+    # Making a PEFT model for the command line is PEFT's public API, not its layers.
+    assert {user for user in users if not user.startswith("adapters/")} <= {"modeling.py"}
+    assert "adapters/lora.py" in users, "the test must see what it looks for"
+    internals = {
+        str(path.relative_to(POLICY))
+        for path in POLICY.rglob("*.py")
+        if any(module.startswith("peft.tuners") for module, _ in imports(path))
+    }
+    assert all(user.startswith("adapters/") for user in internals)
+
+
+def test_the_trainer_is_known_to_the_callback_alone() -> None:
+    users = {
+        path.name
+        for path in POLICY.rglob("*.py")
+        for module, name in imports(path)
+        if module.startswith("transformers") and (name.startswith("Train") or "trainer" in module)
+    }
+    assert users == {"callback.py"}
+
+
+def test_the_extension_is_loaded_in_one_place() -> None:
+    loaders = {
+        path.name
+        for path in [*KERNELS.rglob("*.py"), *POLICY.rglob("*.py")]
+        if any("_C" in (name, module.split(".")[-1]) and "safe_kernels" in module for module, name in imports(path))
+    }
+    # The doctor's inspection only asks it how it was built.
+    assert loaders <= {"__init__.py", "inspection.py"}
+
+
+def test_no_device_branches() -> None:
+    """PyTorch's dispatcher is the only dispatcher."""
+    pattern = re.compile(r"(device\.type|\.is_cuda|\.is_cpu|is_available\(\))")
+    found = [name_of(path) for path in KERNELS.rglob("*.py") if pattern.search(path.read_text())]
+    assert not found
+
+
+# ---------------------------------------------------------------- one stem, one op, one set of argument names
+
+
+def stems(folder: str) -> set[str]:
+    return {path.stem for path in (NATIVE / folder).glob("*.cpp")}
+
+
+def test_an_op_has_the_same_stem_everywhere() -> None:
+    assert stems("ops") == stems("autograd")
+    assert stems("ops") <= stems("cpu"), "beside the ops, building blocks that several of them use"
+    assert {path.stem for path in (NATIVE / "ops").glob("*.h")} == stems("ops")
+
+
+def test_a_kernels_file_registers_it() -> None:
+    """Registration is the last block of the kernel's own file; building blocks register nothing."""
+    for folder, key in (("cpu", "CPU"), ("autograd", "Autograd")):
+        registering = {p.stem for p in (NATIVE / folder).glob("*.cpp") if "TORCH_LIBRARY_IMPL" in p.read_text()}
+        assert registering == stems("ops")
+        for path in (NATIVE / folder).glob("*.cpp"):
+            assert re.findall(r"TORCH_LIBRARY_IMPL\(safe_kernels, (\w+),", path.read_text()) in ([], [key])
+
+
+def ops() -> list[str]:
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("safe_kernels::")]
+    return sorted(name.removeprefix("safe_kernels::") for name in names)
+
+
+def argument_names(op: str) -> list[str]:
+    return [argument.name for argument in getattr(torch.ops.safe_kernels, op).default._schema.arguments]
+
+
+def test_every_op_belongs_to_a_stem() -> None:
+    assert {op.removesuffix("_backward") for op in ops()} == stems("ops")
+
+
+@pytest.mark.parametrize("op", ops())
+def test_schema_reference_and_flop_formula_name_the_same_arguments(op: str) -> None:
+    from safe_kernels import flops
+
+    assert list(inspect.signature(getattr(reference, op)).parameters) == argument_names(op)
+    formula = inspect.signature(getattr(flops, f"{op}_flop")).parameters
+    assert [name for name in formula if name != "out_shape"] == argument_names(op)
+
+
+@pytest.mark.parametrize("op", [op for op in ops() if not op.endswith("_backward")])
+def test_schema_and_public_function_name_the_same_arguments(op: str) -> None:
+    public = list(inspect.signature(getattr(functional, op)).parameters)
+    blocks = ["block_starts", "block_rows", "row_weight"]
+    schema = [name for name in argument_names(op) if name not in blocks]
+    assert sorted(public) == sorted([*schema, "statistics"]), "statistics stands for the row blocks"
+    assert public[:5] == schema[:5]
+    assert getattr(safe_kernels, op) is getattr(functional, op)
+
+
+@pytest.mark.parametrize("op", ops())
+def test_defaults_agree(op: str) -> None:
+    parameters = inspect.signature(getattr(reference, op)).parameters
+    for argument in getattr(torch.ops.safe_kernels, op).default._schema.arguments:
+        default = parameters[argument.name].default
+        assert (default is not inspect.Parameter.empty) == argument.has_default_value(), argument.name
+        if argument.has_default_value():
+            assert default == argument.default_value, argument.name
+
+
+@pytest.mark.parametrize("op", ops())
+@pytest.mark.parametrize("key", ["CPU", "Autograd", "CompositeExplicitAutograd"])
+def test_every_op_has_its_kernels(op: str, key: str) -> None:
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(f"safe_kernels::{op}", key)
+
+
+# ---------------------------------------------------------------- sizes
+
+
+@pytest.mark.parametrize("path", [*PYTHON, *CPP], ids=name_of)
+def test_files_are_small(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_FILE, f"{lines} lines; split it, at most {MAX_FILE}"
+
+
+def python_functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Functions and their lines of code: docstrings are there to be long."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) is not None else node.body
+            yield node.name, (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
+
+
+def cpp_functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Blocks that open on a line of a function's head and close in the same column."""
+    head, start = "", 0
+    for number, line in enumerate(path.read_text().splitlines()):
+        if re.match(r"^(?!namespace|struct|class|TORCH_LIBRARY|extern|#|//)\S.*\{$", line) and "(" in line + head:
+            head, start = line, number
+        elif line.startswith("}") and head:
+            yield head, number - start - 1
+            head = ""
+
+
+@pytest.mark.parametrize("path", PYTHON, ids=name_of)
+def test_python_functions_are_short(path: Path) -> None:
+    long = {name: lines for name, lines in python_functions(path) if lines > MAX_FUNCTION}
+    assert not long, f"at most {MAX_FUNCTION} lines a function"
+
+
+@pytest.mark.parametrize("path", CPP, ids=name_of)
+def test_cpp_functions_are_short(path: Path) -> None:
+    long = {name: lines for name, lines in cpp_functions(path) if lines > MAX_FUNCTION}
+    assert not long, f"at most {MAX_FUNCTION} lines a function"
+
+
+def test_functions_are_short_as_a_rule() -> None:
+    sizes = sorted(
+        lines
+        for path in PYTHON
+        if KERNELS in path.parents or POLICY in path.parents
+        for _, lines in python_functions(path)
+    )
+    assert sizes[len(sizes) // 2] <= 15
+    assert any(cpp_functions(path) for path in CPP)
