@@ -24,7 +24,7 @@ class RowBlocks:
     Example:
         >>> import safe_kernels
         >>> safe_kernels.RowBlocks.spread(1000, blocks=3).starts.tolist()
-        [0, 384, 768]
+        [0, 256, 640]
     """
 
     starts: Tensor
@@ -60,7 +60,7 @@ class RowBlocks:
         Example:
             >>> import safe_kernels
             >>> safe_kernels.RowBlocks.spread(1000, blocks=3, shift=1).starts.tolist()
-            [128, 512, 896]
+            [128, 384, 768]
         """
         if blocks < 1 or block_rows < 1:
             raise ValueError(f"blocks and block_rows must be at least 1, got {blocks} and {block_rows}")

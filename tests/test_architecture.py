@@ -16,11 +16,7 @@ from safe_kernels import functional, reference
 
 ROOT = Path(__file__).parents[1]
 KERNELS, POLICY, NATIVE = ROOT / "safe_kernels", ROOT / "python" / "safe_peft", ROOT / "csrc"
-PYTHON = sorted(
-    path
-    for folder in (KERNELS, POLICY, ROOT / "tests", ROOT / "bench", ROOT / "tools")
-    for path in folder.rglob("*.py")
-)
+PYTHON = sorted(path for folder in (KERNELS, POLICY, ROOT / "tests", ROOT / "bench") for path in folder.rglob("*.py"))
 CPP = sorted(path for kind in ("*.cpp", "*.h") for path in NATIVE.rglob(kind))
 MAX_FILE, MAX_FUNCTION = 350, 60
 
