@@ -1,0 +1,81 @@
+"""The README's Python runs as it stands there, on tiny models; its relative links and commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import batches, bert
+from transformers import Trainer, TrainingArguments
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows for a Trainer."""
+
+    def __init__(self, count: int) -> None:
+        self.rows = [{name: column[0] for name, column in batch.items()} for batch in batches(count, rows=1)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the README's snippets take for granted."""
+    import safe_peft
+
+    monkeypatch.chdir(tmp_path)
+    model = bert()
+    layer = torch.nn.Linear(6, 5)
+    arguments = TrainingArguments(str(tmp_path / "out"), max_steps=4, report_to=[], save_strategy="no", use_cpu=True)
+    return {
+        "torch": torch,
+        "safe_peft": safe_peft,
+        "Trainer": Trainer,
+        "base_model": bert().unload(),
+        "model": model,
+        "batch": next(iter(batches(1))),
+        "loader": list(batches(40)),
+        "data": Rows(32),
+        "args": arguments,
+        "train": lambda model: model(**next(iter(batches(1)))).loss.backward(),
+        "layer": layer,
+        "x": torch.randn(3, 6),
+        "lora_A": torch.randn(2, 6),
+        "lora_B": torch.randn(5, 2),
+        "scaling": 2.0,
+    }
+
+
+@pytest.mark.parametrize("number", range(len(BLOCKS)))
+def test_a_block_runs(number: int, names: dict[str, Any]) -> None:
+    exec(compile(BLOCKS[number], f"README.md, block {number}", "exec"), names)
+    if "freezer" in names:
+        freezer = names["freezer"]
+        assert abs(len(freezer.frozen) - 0.75 * len(freezer.adapters)) <= 0.5
+        assert (Path.cwd() / "report.html").stat().st_size > 1000
+
+
+def test_there_are_blocks() -> None:
+    assert len(BLOCKS) >= 4
+
+
+def test_links_lead_somewhere() -> None:
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", TEXT):
+        assert (ROOT / link).exists(), link
+
+
+def test_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in set(re.findall(r"\bmake ([a-z-]+)", TEXT)):
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
