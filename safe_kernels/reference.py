@@ -195,7 +195,7 @@ def cka_sums(
     sums = base.new_zeros(4, dtype=torch.float64)
     if base.shape[0] == 0 or block_starts.shape[0] == 0:
         return sums
-    rows = block_starts[:, None] + torch.arange(block_rows, device=base.device)
+    rows = block_starts[:, None] + torch.arange(min(block_rows, base.shape[0]), device=base.device)
     inside = (rows >= 0) & (rows < base.shape[0])
     rows = rows.clamp(0, base.shape[0] - 1)
     counts = inside if row_weight is None else inside & (row_weight[rows] != 0)

@@ -96,7 +96,8 @@ SAFE_KERNELS_INLINE void cka_block(const CkaArgs<T>& args, int64_t block) {
   std::vector<T> values(n * kFeatures), h(n * r);
   double* V = VH.data();
   double* H = HV.data();
-  for (int64_t i = 0; i < n; ++i) std::memcpy(h.data() + i * r, args.h + rows[i] * args.h_stride, r * sizeof(T));
+  for (int64_t i = 0; i < n && r > 0; ++i)
+    std::memcpy(h.data() + i * r, args.h + rows[i] * args.h_stride, r * sizeof(T));
   centre_columns(h.data(), r, n, r, H);
   for (int64_t j = 0; j < d; j += kFeatures) {
     const int64_t width = d - j < kFeatures ? d - j : kFeatures;
@@ -109,11 +110,13 @@ SAFE_KERNELS_INLINE void cka_block(const CkaArgs<T>& args, int64_t block) {
     gemm<double>({r, n, width, B.data(), 1, r, X.data(), n, first ? nullptr : V, n, V, n});
     gemm<double>({r, r, width, B.data(), 1, r, B.data(), r, first ? nullptr : G.data(), r, G.data(), r});
   }
-  for (double& g : G) g *= 0.5;
-  gemm<double>({r, n, r, G.data(), r, 1, H, n, V, n, V, n});
-  std::memcpy(VH.data() + r * n, H, r * n * sizeof(double));
-  std::memcpy(HV.data() + r * n, V, r * n * sizeof(double));
-  gemm_upper(n, 2 * r, VH.data(), HV.data(), false, E.data());
+  if (r > 0) {  // else E stays zero, and there is nothing to point at
+    for (double& g : G) g *= 0.5;
+    gemm<double>({r, n, r, G.data(), r, 1, H, n, V, n, V, n});
+    std::memcpy(VH.data() + r * n, H, r * n * sizeof(double));
+    std::memcpy(HV.data() + r * n, V, r * n * sizeof(double));
+    gemm_upper(n, 2 * r, VH.data(), HV.data(), false, E.data());
+  }
   add_products(K.data(), E.data(), n, sums);
 }
 

@@ -91,6 +91,11 @@ SAFE_KERNELS_INLINE void bands(const Gemm<T>& g, int64_t begin, int64_t end, int
 template <typename T>
 SAFE_KERNELS_INLINE void gemm_body(const Gemm<T>& g, int64_t begin, int64_t end) {
   constexpr int64_t kStrip = 2 * Simd<T>::kLanes;
+  if (g.k == 0) {  // L and P may be null then, which not even an offset may be added to
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j < g.n; ++j) element(g, i, j);
+    return;
+  }
   if (g.k * g.n * static_cast<int64_t>(sizeof(T)) <= kPanelBytes) return bands(g, begin, end, 0, g.n);
   Gemm<T> piece = g;
   for (int64_t k = 0; k < g.k; k += kSumLength) {
