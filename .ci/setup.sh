@@ -156,7 +156,10 @@ build_extension() {
 mkdir -p build
 if command -v flock >/dev/null; then # of two runs at once the second waits, and then finds everything done
   exec 9>build/.setup.lock
-  flock 9
+  if ! flock --nonblock 9; then
+    say "waiting for another set-up of this tree to end"
+    flock 9
+  fi
 fi
 if ! venv_works || ! is_current "$DEPENDENCIES" "$(dependencies_key)"; then install_dependencies; fi
 is_built() { compgen -G "safe_kernels/_C*.so" >/dev/null && is_current "$EXTENSION" "$(extension_key)"; }
