@@ -22,7 +22,7 @@ from safe_kernels.statistics import AdapterStatistics, RowBlocks
 
 # The library object must live as long as its registrations.
 _REFERENCE = torch.library.Library("safe_kernels", "IMPL")
-_REFERENCE.impl("lora", reference.lora, "CompositeExplicitAutograd")
-_REFERENCE.impl("lora_backward", reference.lora_backward, "CompositeExplicitAutograd")
+for _op in reference.OPS:
+    _REFERENCE.impl(_op.__name__, _op, "CompositeExplicitAutograd")
 
 __all__ = ["AdapterStatistics", "RowBlocks", "lora", "reference", "retention"]

@@ -1,4 +1,4 @@
-// The sums that score an adapter, made from one block of rows: see cka_sums in safe_kernels/reference.py.
+// The sums that score an adapter, made from one block of rows: see cka_sums in safe_kernels/reference/importance.py.
 
 #pragma once
 

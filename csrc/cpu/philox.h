@@ -1,5 +1,5 @@
 // Dropout from Philox4x32-10 (Salmon et al. 2011): the bits of an element follow from its row, its column and the seed,
-// so backward makes the mask again instead of keeping it. The rule stands in safe_kernels/reference.py (dropout_keep).
+// so backward makes the mask again instead of keeping it. The rule stands in safe_kernels/reference/philox.py.
 
 #pragma once
 

@@ -10,7 +10,7 @@ namespace safe_kernels {
 
 using at::Tensor;
 
-// Calls through the dispatcher. The formulas and shapes stand in safe_kernels/reference.py.
+// Calls through the dispatcher. The formulas and shapes stand in safe_kernels/reference/.
 std::tuple<Tensor, Tensor> lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B,
                                 double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
                                 const std::optional<Tensor>& block_starts, int64_t block_rows,

@@ -1,0 +1,8 @@
+"""The public ops, one file a stem: what they compute, for whom, and the dispatcher call."""
+
+from __future__ import annotations
+
+from safe_kernels.functional.lora import lora
+from safe_kernels.functional.random import draw_rng_state
+
+__all__ = ["draw_rng_state", "lora"]

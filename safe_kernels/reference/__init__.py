@@ -1,0 +1,17 @@
+"""The formulas, once, in plain PyTorch, one file a stem.
+
+Each op's function here is three things at the same time: the oracle that tests compare kernels with, the default
+kernel for every device that has none of its own, and the fake kernel that `torch.compile` traces with
+(`safe_kernels` registers them under ``CompositeExplicitAutograd``, which covers meta tensors too).
+"""
+
+from __future__ import annotations
+
+from safe_kernels.reference.importance import cka_sums, one_minus_cka
+from safe_kernels.reference.lora import lora, lora_backward
+from safe_kernels.reference.philox import dropout_keep, philox
+
+OPS = (lora, lora_backward)
+"""What is registered, under its own name."""
+
+__all__ = ["OPS", "cka_sums", "dropout_keep", "lora", "lora_backward", "one_minus_cka", "philox"]

@@ -1,0 +1,74 @@
+"""Importance 1 - CKA: Son et al. 2025 (arXiv 2412.03587); linear CKA: Kornblith et al. 2019 (arXiv 1905.00414)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def cka_sums(
+    base: Tensor, delta: Tensor, block_starts: Tensor, block_rows: int, row_weight: Tensor | None = None
+) -> Tensor:
+    """The sums from which 1 - CKA of a layer's features without and with its adapter is made.
+
+    With X = base and Y = base + delta, centred over the rows of each block, K = Xc Xc' and E = Yc Yc' - K:
+    a = |K|^2, b = <K, E>, c = |E|^2. They are added over blocks, so sums of several calls, micro-batches or processes
+    may simply be added (minibatch CKA, Nguyen et al. 2021, arXiv 2010.15327).
+
+    Args:
+        base: [N, d_out], features without the adapter.
+        delta: [N, d_out], what the adapter adds.
+        block_starts: int64 [n], the first row of each block.
+        block_rows: rows in a block; a block that runs past row N is cut there.
+        row_weight: [N], zero where a row must not count.
+
+    Returns:
+        float64 [4] = (a, b, c, number of rows that counted).
+    """
+    sums = base.new_zeros(4, dtype=torch.float64)
+    if base.shape[0] == 0 or block_starts.shape[0] == 0:
+        return sums
+    rows = block_starts[:, None] + torch.arange(min(block_rows, base.shape[0]), device=base.device)
+    inside = (rows >= 0) & (rows < base.shape[0])
+    rows = rows.clamp(0, base.shape[0] - 1)
+    counts = inside if row_weight is None else inside & (row_weight[rows] != 0)
+    weight = counts.to(torch.float64)[:, :, None]
+    total = weight.sum(1, keepdim=True).clamp(min=1)
+
+    def centred(features: Tensor) -> Tensor:
+        block = features[rows].to(torch.float64).masked_fill(weight == 0, 0.0)
+        return (block - block.sum(1, keepdim=True) / total) * weight
+
+    X, D = centred(base), centred(delta)
+    K, cross = X @ X.mT, D @ X.mT
+    E = cross + cross.mT + D @ D.mT
+    return torch.stack([(K * K).sum(), (K * E).sum(), (E * E).sum(), weight.sum()])
+
+
+def one_minus_cka(sums: Tensor) -> float:
+    """1 - CKA from the sums (a, b, c, rows), without the cancellation that subtracting from 1 would bring.
+
+    CKA = (a + b) / sqrt(a (a + 2 b + c)) is the cosine between K and K + E, so its sine is at hand:
+    sin^2 = (a c - b^2) / (a (a + 2 b + c)), and 1 - cos = sin^2 / (1 + cos).
+
+    Args:
+        sums: float64 [4], or [3]: (a, b, c[, rows]), as `cka_sums` makes them.
+
+    Returns:
+        A number in [0, 1]; exactly 0.0 for an adapter that changes nothing; nan when the features are constant, when no
+        row was scored, or when a sum is not finite.
+    """
+    a, b, c = (float(value) for value in sums[:3])
+    if not all(math.isfinite(value) for value in (a, b, c)) or a <= 0.0:
+        return math.nan
+    if c == 0.0:
+        return 0.0
+    # Ratios to a, since a * c of large features could overflow.
+    b, c = b / a, c / a
+    length = 1.0 + 2.0 * b + c
+    if length <= 0.0:
+        return math.nan
+    sin2 = max(c - b * b, 0.0) / length
+    return sin2 / (1.0 + (1.0 + b) / math.sqrt(length))

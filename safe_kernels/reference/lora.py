@@ -1,0 +1,94 @@
+"""LoRA, Hu et al. 2021 (arXiv 2106.09685), eq. 3, with the sums that score the adapter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from safe_kernels.reference.common import compute_dtype, dropout_factor, dropped
+from safe_kernels.reference.importance import cka_sums
+
+
+def lora(
+    x: Tensor,
+    base: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    block_starts: Tensor | None = None,
+    block_rows: int = 0,
+    row_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``out = base + scaling * (dropout(x) A') B'`` and the sums that score the adapter.
+
+    Args:
+        x: [..., d_in], the layer's input.
+        base: [..., d_out], the base layer's output for x.
+        lora_A: [r, d_in].
+        lora_B: [d_out, r].
+        scaling: lora_alpha / r, or / sqrt(r) for rsLoRA.
+        dropout_p: probability that an element of x is dropped.
+        rng_state: int64 [2] = (seed, offset); needed when ``dropout_p > 0``.
+        block_starts: int64 [n], the first flattened row of each scored block; None scores nothing.
+        block_rows: rows in a block.
+        row_weight: [N], zero where a row is padding and must not be scored.
+
+    Returns:
+        out, shaped and typed like `base`, and float64 [4] = (a, b, c, rows), or [0] when nothing was scored.
+    """
+    dtype = compute_dtype(x, base, lora_A, lora_B)
+    rows = x.reshape(-1, x.shape[-1])
+    h = dropped(rows, dropout_factor(rows, dropout_p, rng_state, dtype), dtype) @ lora_A.to(dtype).t()
+    delta = scaling * (h @ lora_B.to(dtype).t())
+    out = (base.to(dtype) + delta.reshape(base.shape)).to(base.dtype)
+    if block_starts is None:
+        return out.contiguous(), x.new_empty(0, dtype=torch.float64)
+    base_rows = base.reshape(-1, base.shape[-1])
+    return out.contiguous(), cka_sums(base_rows, delta, block_starts, block_rows, row_weight)
+
+
+def lora_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of `lora` for x, lora_A and lora_B; that for base is `grad` itself.
+
+    Args:
+        grad: [..., d_out], gradient of the output.
+        x: [..., d_in], the layer's input; None when only grad_x is wanted, which does not depend on it.
+        lora_A: [r, d_in].
+        lora_B: [d_out, r].
+        scaling: as in `lora`.
+        dropout_p: as in `lora`.
+        rng_state: as in `lora`: the mask is made again, not kept.
+        output_mask: which of (grad_x, grad_A, grad_B) are wanted.
+
+    Returns:
+        grad_x [..., d_in], grad_A [r, d_in], grad_B [d_out, r]; those not wanted have shape [0].
+    """
+    want_x, want_A, want_B = output_mask
+    like_x = grad if x is None else x
+    dtype = compute_dtype(grad, like_x, lora_A, lora_B)
+    A, B = lora_A.to(dtype), lora_B.to(dtype)
+    grad_rows = scaling * grad.reshape(-1, grad.shape[-1]).to(dtype)
+    shape = (*grad.shape[:-1], lora_A.shape[1])
+    factor = dropout_factor(grad.new_empty(shape).reshape(-1, shape[-1]), dropout_p, rng_state, dtype)
+    grad_x, grad_A, grad_B = grad.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    grad_h = grad_rows @ B if want_x or want_A else None
+    if grad_h is not None and want_x:
+        grad_x = dropped(grad_h @ A, factor, dtype).to(like_x.dtype).reshape(shape)
+    if x is not None and (want_A or want_B):
+        x_dropped = dropped(x.reshape(-1, x.shape[-1]), factor, dtype)
+        if grad_h is not None and want_A:
+            grad_A = (grad_h.t() @ x_dropped).to(lora_A.dtype)
+        if want_B:
+            grad_B = (grad_rows.t() @ (x_dropped @ A.t())).to(lora_B.dtype)
+    return grad_x, grad_A, grad_B

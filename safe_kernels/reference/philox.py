@@ -1,0 +1,60 @@
+"""Dropout's bits: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+
+
+def _multiply_words(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of ``a * constant``; in halves of 16 bits, since int64 cannot hold the product."""
+    low = a * (constant & 0xFFFF)
+    high = a * (constant >> 16) + (low >> 16)
+    return (high >> 16) & _WORD, ((high << 16) | (low & 0xFFFF)) & _WORD
+
+
+def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-10: four random 32-bit words for each counter.
+
+    Args:
+        counter: four int64 tensors holding 32-bit words, broadcastable with each other.
+        key: two int64 tensors holding 32-bit words.
+
+    Returns:
+        Four int64 tensors with values in ``[0, 2**32)``.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply_words(c0, 0xD2511F53)
+        high1, low1 = _multiply_words(c2, 0xCD9E8D57)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+def dropout_keep(rows: int, columns: int, dropout_p: float, rng_state: Tensor) -> Tensor:
+    """Which elements of a [rows, columns] matrix dropout keeps.
+
+    The bits depend on the element's row and column and on `rng_state` alone, so any kernel can make them again in
+    backward, on any device, in any order: nothing is stored. Columns ``4 i .. 4 i + 3`` take the four words of one
+    counter.
+
+    Args:
+        rows: number of rows.
+        columns: number of columns.
+        dropout_p: probability that an element is dropped, in steps of ``2**-24``.
+        rng_state: int64 tensor [2] = (seed, offset).
+
+    Returns:
+        Bool tensor [rows, columns], True where the element is kept.
+    """
+    device = rng_state.device
+    seed, offset = rng_state[0], rng_state[1]
+    row = torch.arange(rows, device=device, dtype=torch.int64)[:, None]
+    group = torch.arange((columns + 3) // 4, device=device, dtype=torch.int64)[None, :]
+    counter = (group + torch.zeros_like(row), row, offset & _WORD, (offset >> 32) & _WORD)
+    words = torch.stack(philox(counter, (seed & _WORD, (seed >> 32) & _WORD)), dim=-1)
+    return (words.flatten(1)[:, :columns] >> 8) >= round(dropout_p * 2**24)
