@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import TracebackType
 
-import torch
 from torch import nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 
-from .adapters import Adapter, LayerState, adapter_of, is_bound, peft_kind
-from .adapters.base import STATE, adapter_keys
-from .errors import BindingError
+from .adapters import Adapter, LayerState, adapter_of, peft_kind
+from .adapters.base import adapter_keys
+from .blocks import PARTS, bind_blocks, transformer_blocks
+from .errors import BindingError, ConfigError
+from .paths import short_name, unwrap
+from .swap import STATE, is_bound, put_on, take_off
 
 
 @dataclass
@@ -20,7 +22,10 @@ class Binding:
     """What `bind` did to a model, and how to undo it.
 
     Args:
-        layers: every bound layer by its path in the model; also those that an earlier `bind` had bound.
+        layers: every bound adapter layer by its path in the model; also those that an earlier `bind` had bound.
+        recompute: names of transformer blocks that, once everything in them is frozen, retain their input alone and run
+            again in backward: exact, less memory, more time. May be changed at any time; `blocks` are their names.
+        blocks: names of the transformer blocks, lowest first.
 
     Example:
         >>> with bind(model) as binding:  # doctest: +SKIP
@@ -28,6 +33,8 @@ class Binding:
     """
 
     layers: dict[str, nn.Module]
+    recompute: set[str] = field(default_factory=set)
+    blocks: tuple[str, ...] = ()
     _own: list[nn.Module] = field(default_factory=list, repr=False)
 
     def live_adapters(self) -> list[Adapter]:
@@ -72,12 +79,9 @@ class Binding:
                 layer.__dict__[STATE].claimed = False
 
     def detach(self) -> None:
-        """Give every layer that this binding bound its own class back. Doing it twice does no harm."""
-        for layer in self._own:
-            kind = adapter_of(layer)
-            if kind is not None and type(layer) is kind.bound_type:
-                layer.__class__ = kind.layer_type
-            layer.__dict__.pop(STATE, None)
+        """Give every module that this binding bound its own class back. Doing it twice does no harm."""
+        for module in self._own:
+            take_off(module)
         self._own.clear()
 
     def __enter__(self) -> Binding:
@@ -89,8 +93,11 @@ class Binding:
         self.detach()
 
 
-def bind(model: nn.Module) -> Binding:
-    """Bind every adapter layer of a model that has a fast path, in place; nothing is frozen or scored.
+def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
+    """Bind every adapter layer of a model that has a fast path, and what retains more than it needs around them.
+
+    Nothing is frozen or scored. Beside the adapters this serves norms, MLPs and dropouts, and lets the graph begin at
+    the lowest transformer block in which anything trains.
 
     The model object, its state dict's keys, `save_pretrained`, `isinstance` and what is printed stay as they are. A
     call that the fast path does not cover runs PEFT's own code; `explain` says which and why. Copies and pickles of a
@@ -98,62 +105,31 @@ def bind(model: nn.Module) -> Binding:
 
     Args:
         model: a PEFT model, or anything that holds its layers; DDP's wrapper and `torch.compile`'s are looked through.
+        parts: what to serve beside the adapters: "norms", "mlps" (with their activations) and "dropouts".
 
     Returns:
         The binding, whose `detach` undoes it; also a context manager.
 
     Raises:
         BindingError: The model has no layer that can be bound.
+        ConfigError: `parts` names something else.
 
     Example:
         >>> binding = bind(model)  # doctest: +SKIP
         >>> model(**batch).loss.backward()  # doctest: +SKIP
         >>> binding.detach()  # doctest: +SKIP
     """
+    if unknown := sorted(set(parts) - set(PARTS)):
+        raise ConfigError(f"parts: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}.")
     modules = list(unwrap(model).named_modules())
     layers = {short_name(name): module for name, module in modules if adapter_of(module) is not None}
     if not layers:
         raise BindingError(_nothing_to_bind(model, [module for _, module in modules]))
     own = [layer for layer in layers.values() if not is_bound(layer)]
     for layer in own:
-        layer.__dict__[STATE] = LayerState()
-        layer.__class__ = adapter_of(layer).bound_type  # type: ignore[union-attr]
-    return Binding(layers, own)
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP's wrapper and `torch.compile`'s.
-
-    Example:
-        >>> unwrap(nn.Linear(2, 2))
-        Linear(in_features=2, out_features=2, bias=True)
-    """
-    if isinstance(model, DistributedDataParallel | DataParallel):
-        return unwrap(model.module)
-    compiled = getattr(model, "_orig_mod", None)
-    return unwrap(compiled) if isinstance(compiled, nn.Module) else model
-
-
-def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that holds the state and runs the hooks: accelerate puts another around it.
-
-    Example:
-        >>> unwrap_optimizer(accelerator.prepare(optimizer)) is optimizer  # doctest: +SKIP
-        True
-    """
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
-
-
-def short_name(path: str) -> str:
-    """Return a layer's path without what PEFT puts before the model's own names.
-
-    Example:
-        >>> short_name("base_model.model.encoder.layer.0.query")
-        'encoder.layer.0.query'
-    """
-    return path.removeprefix("base_model.model.")
+        put_on(layer, adapter_of(layer).mixin, LayerState())  # type: ignore[union-attr]
+    bound, recompute = bind_blocks(unwrap(model), parts)
+    return Binding(layers, recompute, tuple(transformer_blocks(unwrap(model))), own + bound)
 
 
 def _nothing_to_bind(model: nn.Module, modules: list[nn.Module]) -> str:

@@ -15,10 +15,11 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import jsonio
 from .adapters import Adapter
-from .binding import bind, unwrap, unwrap_optimizer
+from .binding import bind
 from .config import SafeConfig
 from .errors import BindingError
 from .ledger import Ledger
+from .paths import unwrap, unwrap_optimizer
 from .report import AdapterRecord, FreezeReport
 from .schedule import check_fit, choose, cubic, is_freezing_step, is_scoring_step, is_stable, resolve
 from .scorer import Scorer

@@ -73,7 +73,7 @@ def test_detach_restores_every_layer() -> None:
     layers = [module for module in model.modules() if isinstance(module, PeftLinear)]
     before = [set(layer.__dict__) for layer in layers]
     binding = bind(model)
-    assert all(type(layer) is SafeLoraLinear for layer in layers)
+    assert all(isinstance(layer, SafeLoraLinear) for layer in layers)
     binding.detach()
     binding.detach()
     assert all(type(layer) is PeftLinear for layer in layers)
@@ -86,7 +86,7 @@ def test_binding_twice_leaves_the_first_binding_in_charge() -> None:
     second = bind(model)
     assert list(second.layers) == list(first.layers)
     second.detach()
-    assert all(type(layer) is SafeLoraLinear for layer in first.layers.values())
+    assert all(isinstance(layer, SafeLoraLinear) for layer in first.layers.values())
     first.detach()
     assert not any(isinstance(module, SafeLoraLinear) for module in model.modules())
 
@@ -121,8 +121,8 @@ def test_a_copy_is_an_ordinary_peft_model(copied: Callable[[nn.Module], nn.Modul
     assert not any(isinstance(module, SafeLoraLinear) for module in twin.modules())
     batch = next(batches(1))
     torch.testing.assert_close(twin(**batch).logits, model(**batch).logits)
-    assert len(bind(twin)._own) == 12
-    assert all(type(layer) is SafeLoraLinear for layer in binding.layers.values())
+    assert len(bind(twin).layers) == 12
+    assert all(isinstance(layer, SafeLoraLinear) for layer in binding.layers.values())
 
 
 def _saved(model: nn.Module) -> io.BytesIO:

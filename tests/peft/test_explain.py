@@ -32,7 +32,7 @@ def test_a_bound_model_takes_the_fast_path_and_needs_no_reason() -> None:
     model = gpt2()
     with bind(model):
         assert {(row.path, row.reason) for row in explain(model)} == {("safe_kernels::lora", "")}
-        assert str(explain(model)).endswith("8 adapter layers: 8 by safe_kernels::lora")
+        assert "8 adapter layers: 8 by safe_kernels::lora" in str(explain(model))
     assert {row.path for row in explain(model)} == {"peft"}
 
 

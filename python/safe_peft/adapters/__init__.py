@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from . import lora as lora  # registers its layer type
-from .base import Adapter, LayerState, adapter_of, is_bound, peft_kind, register_adapter
+from .base import Adapter, LayerState, adapter_of, peft_kind, register_adapter
 
-__all__ = ["Adapter", "LayerState", "adapter_of", "is_bound", "peft_kind", "register_adapter"]
+__all__ = ["Adapter", "LayerState", "adapter_of", "peft_kind", "register_adapter"]

@@ -12,9 +12,7 @@ from torch import Tensor, nn
 from safe_kernels import AdapterStatistics
 
 from ..importance import Evidence
-
-STATE = "_safe_state"
-"""The one attribute that binding adds to a layer."""
+from ..swap import STATE, Swapped, original_type
 
 
 class LayerState:
@@ -66,8 +64,8 @@ class Adapter(ABC):
 
     layer_type: ClassVar[type[nn.Module]]
     """PEFT's type, matched exactly, since a subclass may compute something else."""
-    bound_type: ClassVar[type[nn.Module]]
-    """The subclass that binding puts on an instance of it."""
+    mixin: ClassVar[type[Swapped]]
+    """What binding puts on an instance of it."""
 
     def __init__(self, name: str, layer: nn.Module, key: str) -> None:
         self.name = name
@@ -141,7 +139,6 @@ _ADAPTERS: dict[type[nn.Module], type[Adapter]] = {}
 def register_adapter(kind: type[Adapter]) -> type[Adapter]:
     """Class decorator: make a kind of adapter known to `bind` and `explain`."""
     _ADAPTERS[kind.layer_type] = kind
-    _ADAPTERS[kind.bound_type] = kind
     return kind
 
 
@@ -152,12 +149,7 @@ def adapter_of(layer: nn.Module) -> type[Adapter] | None:
         >>> adapter_of(nn.Linear(2, 2)) is None
         True
     """
-    return _ADAPTERS.get(type(layer))
-
-
-def is_bound(layer: nn.Module) -> bool:
-    """Whether `bind` has bound this layer."""
-    return STATE in layer.__dict__
+    return _ADAPTERS.get(original_type(layer))
 
 
 def peft_kind(layer: nn.Module) -> str | None:
@@ -169,8 +161,7 @@ def peft_kind(layer: nn.Module) -> str | None:
     """
     if not isinstance(layer, BaseTunerLayer):
         return None
-    known = adapter_of(layer)
-    kind = type(layer) if known is None else known.layer_type
+    kind = original_type(layer)
     package = kind.__module__.split(".")
     method = package[package.index("tuners") + 1] if "tuners" in package else package[0]
     return f"{method}.{kind.__name__}"

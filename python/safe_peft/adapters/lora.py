@@ -16,7 +16,8 @@ import safe_kernels
 from safe_kernels import AdapterStatistics
 
 from ..importance import Evidence
-from .base import STATE, Adapter, LayerState, adapter_parameters, register_adapter
+from ..swap import STATE, Swapped, is_hooked
+from .base import Adapter, LayerState, adapter_parameters, register_adapter
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _BASES = frozenset({nn.Linear, Conv1D})
@@ -92,20 +93,9 @@ def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
         return f"adapter dtype {str(A.dtype).removeprefix('torch.')} and {str(B.dtype).removeprefix('torch.')}"
     if type(dropout) not in _DROPOUTS:
         return f"dropout module {type(dropout).__name__} is not nn.Dropout"
-    if _is_hooked(lora_A) or _is_hooked(lora_B) or _is_hooked(dropout):
+    if is_hooked(lora_A) or is_hooked(lora_B) or is_hooked(dropout):
         return "hooks on lora_A, lora_B or lora_dropout, which the fast path would not run"
     return None
-
-
-def _is_hooked(module: nn.Module) -> bool:
-    own = module.__dict__
-    return bool(
-        own["_forward_hooks"]
-        or own["_forward_pre_hooks"]
-        or own["_backward_hooks"]
-        or own["_backward_pre_hooks"]
-        or "forward" in own
-    )
 
 
 def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | None:
@@ -122,14 +112,11 @@ def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | N
     return None
 
 
-class SafeLoraLinear(PeftLinear):
-    """PEFT's LoRA layer whose adapter runs in `safe_kernels.lora` wherever `refusal` finds nothing against it.
+class SafeLoraLinear(Swapped):
+    """PEFT's LoRA layer whose adapter runs in `safe_kernels.lora` wherever `refusal` finds nothing against it."""
 
-    Binding puts this class on an existing instance; nothing else about the instance changes but one plain attribute.
-    """
-
-    def _get_name(self) -> str:
-        return PeftLinear.__name__
+    base_layer: nn.Module
+    scaling: dict[str, float]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward, by the fast path if it can serve this call."""
@@ -138,7 +125,8 @@ class SafeLoraLinear(PeftLinear):
             self._hold_frozen(state)
             return super().forward(x, *args, **kwargs)
         key = _active_keys(self)[0]
-        lora_A, lora_B, dropout = (self._modules[name]._modules[key] for name in ("lora_A", "lora_B", "lora_dropout"))
+        own: Any = self._modules
+        lora_A, lora_B, dropout = (own[name]._modules[key] for name in ("lora_A", "lora_B", "lora_dropout"))
         A, B = lora_A.weight, lora_B.weight
         if key in state.frozen and (A.requires_grad or B.requires_grad):
             A, B = A.detach(), B.detach()  # PEFT has set requires_grad again behind the ledger's back
@@ -160,19 +148,13 @@ class SafeLoraLinear(PeftLinear):
             for parameter in adapter_parameters(self, key):
                 parameter.requires_grad_(False)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copied or pickled layer is an ordinary PEFT layer: no binding comes along, and none is needed to load."""
-        # Protocol 1's form names the class as a mere argument; from 2 on, pickle insists on the object's own class.
-        function, (_, *arguments), attributes = super().__reduce_ex__(1)
-        return function, (PeftLinear, *arguments), {name: attributes[name] for name in attributes if name != STATE}
-
 
 @register_adapter
 class LoraAdapter(Adapter):
     """One LoRA adapter of one layer."""
 
     layer_type = PeftLinear
-    bound_type = SafeLoraLinear
+    mixin = SafeLoraLinear
     refusal = staticmethod(refusal)
     layer: PeftLinear
 

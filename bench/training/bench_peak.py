@@ -1,0 +1,37 @@
+"""Peak of a process's memory: SmolLM2, 4 x 512 tokens, fresh processes, ours beside stock PEFT with the same loss."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from typing import Any
+
+import pytest
+import smollm2
+from pytest_benchmark.fixture import BenchmarkFixture
+from smollm2 import LAYERS
+
+
+@cache
+def run(provider: str, p: float, frozen: int, loss: str) -> dict[str, Any]:
+    """Two steps in a process of their own."""
+    command = [sys.executable, smollm2.__file__, "--provider", provider, "--p", p, "--frozen", frozen, "--loss", loss]
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("loss", ["model", "chunked"])
+@pytest.mark.parametrize("p", [0.0, 0.1])
+@pytest.mark.parametrize("frozen", [0, LAYERS // 2])
+def test_peak(benchmark: BenchmarkFixture, frozen: int, p: float, loss: str) -> None:
+    stock = run("peft", p, 0, loss)
+    ours = benchmark.pedantic(run, args=("safe", p, frozen, loss), rounds=1, iterations=1)
+    benchmark.extra_info |= {
+        "peak_rss": ours["peak_rss"],
+        "stock_peak_rss": stock["peak_rss"],
+        "ratio": ours["peak_rss"] / stock["peak_rss"],
+    }
+    if p == 0.0:
+        assert ours["losses"] == pytest.approx(stock["losses"], rel=1e-3)

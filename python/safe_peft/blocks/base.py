@@ -1,0 +1,85 @@
+"""What binding needs to know of a part of a transformer block, and how a module is recognised: by what it computes.
+
+Names of classes say little: every model family has its own. So a copy of a module, with small random weights in the
+place of its own, is called once, and what it returns is compared with the formula.
+"""
+
+from __future__ import annotations
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from ..swap import Swapped, is_hooked
+
+
+class Part(ABC):
+    """What binding keeps about one part, and why a call of it may not take the fast path."""
+
+    mixin: ClassVar[type[Swapped]]
+    """What binding puts on the module."""
+    stem: ClassVar[str]
+    """What `bind(parts=...)` calls it: "norms", "mlps" or "dropouts"."""
+    op: str
+    """The op that serves it, such as "safe_kernels::rms_norm"."""
+    covers: tuple[str, ...] = ()
+    """Names of the module's children whose work the op does as well."""
+
+    @classmethod
+    @abstractmethod
+    def recognise(cls, module: nn.Module) -> Part | None:
+        """Return what is to be kept about a module of this kind; None if it is no such module."""
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why the module's own code has to serve its calls, in a few words; None if the op can."""
+        if "forward" in module.__dict__:
+            return "forward is replaced on the module itself"
+        return None
+
+    def note(self, module: nn.Module) -> str:
+        """What a user may want to know about how the op serves it."""
+        return ""
+
+
+def hooked(module: nn.Module, *children: str) -> str | None:
+    """The first of a module's children that somebody has put hooks on, and which would be passed over."""
+    return next((f"hooks on {name}" for name in children if is_hooked(module._modules[name])), None)  # type: ignore[arg-type]
+
+
+def stand_in(
+    module: nn.Module,
+    *,
+    parameters: Mapping[str, Tensor] | None = None,
+    children: Mapping[str, nn.Module] | None = None,
+) -> nn.Module:
+    """Return a shallow copy with other parameters and children, which may be called without touching the original."""
+    clone = copy.copy(module)
+    own = {name: nn.Parameter(value, requires_grad=False) for name, value in (parameters or {}).items()}
+    clone.__dict__ |= {"_parameters": own, "_buffers": dict(module._buffers), "_modules": dict(children or {})}
+    return clone
+
+
+def agrees(run: Callable[[], Any], expected: Tensor) -> bool:
+    """Whether a trial returns what a formula says, to the rounding of float32.
+
+    Args:
+        run: calls a stand-in; whatever it raises means no.
+        expected: float32.
+    """
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            result = run()
+    except Exception:
+        return False
+    if not isinstance(result, Tensor) or result.shape != expected.shape or result.dtype != expected.dtype:
+        return False
+    return torch.allclose(result, expected, rtol=1e-5, atol=1e-6)
+
+
+def sample(*shape: int, seed: int = 0) -> Tensor:
+    """Standard normal float32, the same every time, without drawing from torch's own generator."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)

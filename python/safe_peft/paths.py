@@ -1,0 +1,42 @@
+"""Looks through what others put around a model or an optimizer, and shortens the paths that this makes long."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP's wrapper and `torch.compile`'s.
+
+    Example:
+        >>> unwrap(nn.Linear(2, 2))
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        return unwrap(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return unwrap(compiled) if isinstance(compiled, nn.Module) else model
+
+
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that holds the state and runs the hooks: accelerate puts another around it.
+
+    Example:
+        >>> unwrap_optimizer(accelerator.prepare(optimizer)) is optimizer  # doctest: +SKIP
+        True
+    """
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def short_name(path: str) -> str:
+    """Return a layer's path without what PEFT puts before the model's own names.
+
+    Example:
+        >>> short_name("base_model.model.encoder.layer.0.query")
+        'encoder.layer.0.query'
+    """
+    return path.removeprefix("base_model.model.")

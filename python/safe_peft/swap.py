@@ -1,0 +1,82 @@
+"""Puts a subclass on an existing module's instance, and takes it off: how everything here binds a model in place.
+
+The instance keeps its identity, its attributes and its hooks; `isinstance`, the state dict's keys and what is printed
+stay as they were. Copies and pickles of it are of the original class.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import nn
+
+STATE = "_safe_state"
+"""The one attribute that binding adds to a module."""
+
+
+class Swapped(nn.Module):
+    """Base of the classes that binding puts on instances; `original` is the class that the instance had."""
+
+    original: ClassVar[type[nn.Module]]
+
+    def _get_name(self) -> str:
+        return self.original.__name__
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """A copied or pickled module is an ordinary one: no binding comes along, and none is needed to load."""
+        # Protocol 1's form names the class as a mere argument; from 2 on, pickle insists on the object's own class.
+        reduced: Any = super().__reduce_ex__(1)
+        function, (_, *arguments), attributes = reduced
+        return function, (self.original, *arguments), {k: v for k, v in attributes.items() if k != STATE}
+
+
+_CLASSES: dict[tuple[type[Swapped], type[nn.Module]], type[Swapped]] = {}
+
+
+def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> type[Swapped]:
+    """Return the subclass of `original` that behaves as `mixin` says: one for all instances."""
+    if (mixin, original) not in _CLASSES:
+        names = {"original": original, "__module__": original.__module__, "__doc__": original.__doc__}
+        _CLASSES[mixin, original] = type(original.__name__, (mixin, original), names)
+    return _CLASSES[mixin, original]
+
+
+def put_on(module: nn.Module, mixin: type[Swapped], state: object) -> None:
+    """Make an instance behave as `mixin` says, with `state` for it to read.
+
+    Args:
+        module: not bound yet.
+        mixin: the behaviour.
+        state: kept in the instance's `__dict__`, where neither a state dict nor an optimizer sees it.
+    """
+    module.__dict__[STATE] = state
+    module.__class__ = swapped_class(mixin, type(module))
+
+
+def take_off(module: nn.Module) -> None:
+    """Give an instance its own class back. Doing it twice does no harm."""
+    if isinstance(module, Swapped):
+        module.__dict__.pop(STATE, None)
+        module.__class__ = module.original  # type: ignore[assignment]
+
+
+def is_bound(module: nn.Module) -> bool:
+    """Whether `put_on` was called for it, and not undone."""
+    return STATE in module.__dict__
+
+
+def original_type(module: nn.Module) -> type[nn.Module]:
+    """The class a module has when it is not bound."""
+    return module.original if isinstance(module, Swapped) else type(module)
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether somebody wants to see its calls, so that it cannot be passed over."""
+    own = module.__dict__
+    return bool(
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+    )
