@@ -64,6 +64,16 @@ def step_table(results: dict[str, Any]) -> list[str]:
     return table(["frozen", "dropout", "**time**", "noise", "PEFT retains MiB", "we retain"], rows)
 
 
+def smollm2_table(results: dict[str, Any]) -> list[str]:
+    """A whole training step of a decoder."""
+    rows = []
+    for row in rows_of(results, "test_smollm2_step"):
+        params = row["params"]
+        again = "yes" if params["recompute"] else "no"
+        rows.append([f"{params['frozen']} of 30", str(params["p"]), again, ratio(row), mib(row)])
+    return table(["blocks frozen", "dropout", "run again in backward", "**time**", "we retain MiB"], rows)
+
+
 def scoring_table(results: dict[str, Any]) -> list[str]:
     """What scoring costs."""
     rows = []
@@ -71,6 +81,42 @@ def scoring_table(results: dict[str, Any]) -> list[str]:
         share = 100 * row["extra_info"]["share_of_training"]
         rows.append([str(row["params"]["p"]), ratio(row), str(row["extra_info"]["scorings"]), f"{share:.1f} %"])
     return table(["dropout", "scoring step / other step", "scorings in 160 steps", "share of training, at most"], rows)
+
+
+def retention_table(results: dict[str, Any]) -> list[str]:
+    """What a forward retains, beside stock PEFT with the same adapters frozen and with none."""
+    rows = []
+    for row in rows_of(results, "test_retention"):
+        params, facts = row["params"], row["extra_info"]
+        frozen = params["frozen"] + (", run again in backward" if params["recompute"] else "")
+        stock, ours = (f"{facts[name] / 2**20:.1f}" for name in ("stock_nothing_bytes", "retained_bytes"))
+        ratios = (f"{facts[name]:.2f}" for name in ("ratio_nothing", "ratio_same"))
+        rows.append([f"{params['shape']}, {params['dtype']}", str(params["p"]), frozen, stock, ours, *ratios])
+    header = ["shape", "dropout", "frozen", "PEFT MiB, nothing frozen", "ours", "**ratio**", "ratio, same frozen"]
+    return table(header, rows)
+
+
+def cumulative_table(results: dict[str, Any]) -> list[str]:
+    """One technique after the other."""
+    rows, all_rows = [], rows_of(results, "test_cumulative")
+    by_p = {p: [row for row in all_rows if row["params"]["p"] == p] for p in (0.0, 0.1)}
+    for plain, dropped in zip(by_p[0.0], by_p[0.1], strict=True):
+        facts = plain["extra_info"]
+        deviations = [f"{facts[name]:.0e}" for name in ("loss_deviation", "gradient_deviation")]
+        rows.append([facts["technique"], mib(plain), ratio(plain), mib(dropped), ratio(dropped), *deviations])
+    header = ["", "MiB, dropout 0", "time", "MiB, dropout 0.1", "time", "loss differs by", "gradients differ by"]
+    return table(header, rows)
+
+
+def peak_table(results: dict[str, Any]) -> list[str]:
+    """The peak of a process's memory."""
+    rows = []
+    for row in rows_of(results, "test_peak"):
+        params, facts = row["params"], row["extra_info"]
+        sizes = (f"{facts[name] / 2**20:,.0f}" for name in ("stock_peak_rss", "peak_rss"))
+        change = f"{100 * (facts['ratio'] - 1):+.1f} %"
+        rows.append([params["loss"], str(params["p"]), f"{params['frozen']} of 30", *sizes, change])
+    return table(["loss", "dropout", "blocks frozen", "PEFT MiB, nothing frozen", "ours", "**change**"], rows)
 
 
 def render(results: dict[str, Any], source: str) -> str:
@@ -83,6 +129,16 @@ def render(results: dict[str, Any], source: str) -> str:
     parts = [
         f"Times are ratios to stock PEFT with the same adapters frozen, fp32, run in turns, medians ({where}; "
         f"`make bench`, `{source}`). *Noise* is PEFT beside itself.",
+        "One technique after the other, on a Llama-shaped model (8 blocks, d 512, 1,024 tokens, LoRA r 16 on every linear "
+        "layer); bytes are what a training forward retains; deviations from stock PEFT are relative, without dropout:",
+        "\n".join(cumulative_table(results)),
+        "What a training forward retains for the shapes of other families (8 blocks, d 512, 1,024 tokens):",
+        "\n".join(retention_table(results)),
+        "Peak memory of a process that trains SmolLM2-135M (real weights, fp32, 4 x 512 tokens, LoRA r 16 on every linear "
+        "layer). *model* is the model's own loss, *chunked* is torch's `linear_cross_entropy`, on both sides:",
+        "\n".join(peak_table(results)),
+        "A whole training step of SmolLM2-135M (2 x 256 tokens; the lowest blocks are frozen):",
+        "\n".join(smollm2_table(results)),
         "A whole training step of MiniLM (real weights, 32 x 32 tokens, LoRA r 8 on all 36 linear layers, AdamW; the "
         "lowest adapters are frozen):",
         "\n".join(step_table(results)),

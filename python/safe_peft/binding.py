@@ -105,7 +105,8 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
 
     Args:
         model: a PEFT model, or anything that holds its layers; DDP's wrapper and `torch.compile`'s are looked through.
-        parts: what to serve beside the adapters: "norms", "mlps" (with their activations) and "dropouts".
+        parts: what to serve beside the adapters: "norms", "mlps" (with their activations), "attention" (that
+            which is written out in Python) and "dropouts".
 
     Returns:
         The binding, whose `detach` undoes it; also a context manager.

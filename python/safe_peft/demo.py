@@ -55,7 +55,7 @@ class DemoConfig:
     output: str
     model: str = "minilm"
     methods: tuple[str, ...] = ("stock", "safe", "random")
-    rows: int = 2560
+    rows: int = 5120
     test_rows: int = 2000
     epochs: int = 1
     seed: int = 0

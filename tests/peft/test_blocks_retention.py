@@ -58,8 +58,7 @@ BLOCKS = {
     "distilbert": Block(mlp=1, adapters=6, dropouts=1),
     "gpt2": Block(mlp=1, adapters=4, dropouts=2),
     "vit": Block(mlp=1, adapters=6, dropouts=2),
-    # Attention is written out in Python: its probabilities are kept, in the model's dtype.
-    "mpnet": Block(features=6.0 + HEADS * LENGTH / D, mlp=1, attention=0, adapters=6, dropouts=2),
+    "mpnet": BERT,  # its attention goes through SDPA
 }
 
 

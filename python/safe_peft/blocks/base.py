@@ -23,7 +23,7 @@ class Part(ABC):
     mixin: ClassVar[type[Swapped]]
     """What binding puts on the module."""
     stem: ClassVar[str]
-    """What `bind(parts=...)` calls it: "norms", "mlps" or "dropouts"."""
+    """What `bind(parts=...)` calls it: "norms", "mlps", "attention" or "dropouts"."""
     op: str
     """The op that serves it, such as "safe_kernels::rms_norm"."""
     covers: tuple[str, ...] = ()
@@ -83,3 +83,16 @@ def agrees(run: Callable[[], Any], expected: Tensor) -> bool:
 def sample(*shape: int, seed: int = 0) -> Tensor:
     """Standard normal float32, the same every time, without drawing from torch's own generator."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+
+
+def small_linear(d_in: int, d_out: int, seed: int) -> nn.Linear:
+    """A frozen layer with the same weights every time, without drawing from torch's own generator."""
+    layer = nn.Linear(d_in, d_out, device="meta", dtype=torch.float32)
+    layer.weight = nn.Parameter(sample(d_out, d_in, seed=seed), requires_grad=False)
+    layer.bias = nn.Parameter(sample(d_out, seed=seed + 10), requires_grad=False)
+    return layer
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """A linear layer, whatever PEFT or a quantiser has made of it; GPT-2's Conv1D calls its features nx and nf."""
+    return all(hasattr(module, name) for name in ("in_features", "out_features")) or hasattr(module, "nf")

@@ -10,6 +10,7 @@ from ..adapters import peft_kind
 from ..paths import short_name
 from ..swap import STATE, is_bound, original_type, put_on
 from .activations import KINDS, Activation
+from .attention import Attention
 from .base import Part
 from .dropouts import Dropout
 from .entry import Entry, SafeEmbedding, input_embeddings
@@ -17,11 +18,11 @@ from .mlps import Mlp
 from .norms import Norm
 from .stack import Block, stacks, transformer_blocks
 
-PARTS = ("norms", "mlps", "dropouts")
+PARTS = ("norms", "mlps", "attention", "dropouts")
 """All that `bind(parts=...)` takes."""
 ANYWHERE: tuple[type[Part], ...] = (Norm, Dropout)
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
-IN_BLOCKS: tuple[type[Part], ...] = (Mlp, Activation)
+IN_BLOCKS: tuple[type[Part], ...] = (Mlp, Attention, Activation)
 """An activation outside a block may feed a layer that trains whole, and then has nothing to gain."""
 
 

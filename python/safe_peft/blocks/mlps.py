@@ -15,7 +15,7 @@ from safe_kernels import reference
 
 from ..swap import STATE, Swapped, original_type
 from .activations import activation_kind
-from .base import Part, agrees, hooked, sample, stand_in
+from .base import Part, agrees, hooked, is_linear, sample, small_linear, stand_in
 
 
 class SafeMlp(Swapped):
@@ -75,7 +75,7 @@ class Mlp(Part):
     def recognise(cls, module: nn.Module) -> Mlp | None:
         """A module of two or three linear layers, an activation and at most one dropout, that computes such an MLP."""
         children = module._modules
-        linear = [name for name, child in children.items() if _is_linear(child)]
+        linear = [name for name, child in children.items() if is_linear(child)]
         dropouts = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
         others = [name for name in children if name not in linear and name not in dropouts]
         if len(linear) not in (2, 3) or len(dropouts) > 1 or len(others) != 1 or module._parameters or module._buffers:
@@ -108,12 +108,7 @@ class Mlp(Part):
         sizes = {self.gate: (4, 12 if self.fused else 6), self.down: (6, 4)}
         if self.up is not None:
             sizes[self.up] = (4, 6)
-        layers = {}
-        for seed, (name, (d_in, d_out)) in enumerate(sizes.items()):
-            layers[name] = nn.Linear(d_in, d_out, device="meta", dtype=torch.float32)
-            layers[name].weight = nn.Parameter(sample(d_out, d_in, seed=seed), requires_grad=False)
-            layers[name].bias = nn.Parameter(sample(d_out, seed=seed + 10), requires_grad=False)
-        return layers
+        return {name: small_linear(*size, seed) for seed, (name, size) in enumerate(sizes.items())}
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Gate and up of a layer that gives both."""
@@ -157,11 +152,6 @@ class _Marker(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 1.0
-
-
-def _is_linear(module: nn.Module | None) -> bool:
-    """A linear layer, whatever PEFT or a quantiser has made of it; GPT-2's Conv1D calls its features nx and nf."""
-    return all(hasattr(module, name) for name in ("in_features", "out_features")) or hasattr(module, "nf")
 
 
 def _candidates(linear: list[str], dropouts: list[str], known: dict[str, str]) -> Iterator[Mlp]:

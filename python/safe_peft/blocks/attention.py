@@ -1,0 +1,117 @@
+"""Attention that is written out, with a bias by position (MPNet), computed by SDPA, which retains no probabilities."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..swap import STATE, Swapped, original_type
+from .base import Part, agrees, hooked, is_linear, sample, small_linear, stand_in
+
+_SIZES = ("num_attention_heads", "attention_head_size")
+
+
+class SafeAttention(Swapped):
+    """Self-attention computed by `torch.nn.functional.scaled_dot_product_attention`."""
+
+    training: bool
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_bias: Tensor | None = None,
+        output_attentions: bool = False,
+        **kwargs: Any,
+    ) -> tuple[Tensor, ...]:
+        """The module's own formula."""
+        part: Attention = self.__dict__[STATE]
+        if (
+            output_attentions
+            or kwargs
+            or part.refusal(self) is not None
+            or part.must_be_written_out(self, position_bias)
+        ):
+            return super().forward(
+                hidden_states, attention_mask, position_bias, output_attentions=output_attentions, **kwargs
+            )
+        return (part.attend(self, hidden_states, attention_mask, position_bias),)
+
+
+@dataclass
+class Attention(Part):
+    """Self-attention of four linear layers, with additive mask and bias.
+
+    Args:
+        layers: names of the query's, key's, value's and output's layer.
+        dropout: name of the dropout on the probabilities.
+    """
+
+    mixin = SafeAttention
+    stem = "attention"
+    layers: tuple[str, str, str, str]
+    dropout: str
+    op: str = "scaled_dot_product_attention"
+    _sum: tuple[weakref.ref[Tensor], ...] = field(default=(), repr=False)
+
+    @classmethod
+    def recognise(cls, module: nn.Module) -> Attention | None:
+        """Four layers called q, k, v and o and a dropout, that compute such an attention."""
+        children = module._modules
+        dropouts = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
+        names = ("q", "k", "v", "o")
+        if set(children) != {*names, *dropouts} or len(dropouts) != 1 or not all(hasattr(module, n) for n in _SIZES):
+            return None
+        part = cls(names, dropouts[0])
+        return part if all(is_linear(children[name]) for name in names) and part._computes(module) else None
+
+    def _computes(self, module: nn.Module) -> bool:
+        children: dict[str, nn.Module] = {name: small_linear(4, 4, seed) for seed, name in enumerate(self.layers)}
+        children[self.dropout] = nn.Identity()
+        clone = stand_in(module, children=children)
+        clone.__dict__ |= {"num_attention_heads": 2, "attention_head_size": 2, "all_head_size": 4}
+        x, mask, bias = sample(3, 5, 4), sample(3, 1, 1, 5, seed=1), sample(1, 2, 5, 5, seed=2)
+        with torch.no_grad():
+            expected = self.attend(clone, x, mask, bias)
+        return agrees(lambda: original_type(module).forward(clone, x, mask, bias)[0], expected)
+
+    def attend(self, module: nn.Module, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The whole of it."""
+        layers: Any = [module._modules[name] for name in self.layers]
+        shape = (*x.shape[:-1], -1, module.attention_head_size)
+        query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in layers[:3])
+        added = self._add(mask, bias)
+        added = added if added is None or added.dtype == query.dtype else added.to(query.dtype)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=added)
+        return layers[3](out.transpose(1, 2).flatten(2))
+
+    def _add(self, mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """Mask and bias: one sum for all layers of a forward, since every layer's SDPA retains what it is given."""
+        if mask is None or bias is None:
+            return bias if mask is None else mask
+        if torch.compiler.is_compiling():
+            return mask + bias
+        known = [ref() for ref in self._sum]
+        if known and known[0] is mask and known[1] is bias and known[2] is not None:
+            return known[2]
+        total = mask + bias
+        self._sum = tuple(weakref.ref(tensor) for tensor in (mask, bias, total))
+        return total
+
+    def must_be_written_out(self, module: nn.Module, bias: Tensor | None) -> bool:
+        """Whether SDPA would not help: with dropout it keeps probabilities too, and it gives a bias no gradient."""
+        dropout: Any = module._modules[self.dropout]
+        return (dropout.training and dropout.p > 0) or (bias is not None and bias.requires_grad)
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """The dropout must have nobody watching."""
+        return super().refusal(module) or hooked(module, self.dropout)
+
+    def note(self, module: nn.Module) -> str:
+        """Where the module's own code serves it after all."""
+        dropout: Any = module._modules[self.dropout]
+        return "written out while training: attention dropout is on" if dropout.p > 0 else ""
