@@ -68,10 +68,11 @@ def smollm2_table(results: dict[str, Any]) -> list[str]:
     """A whole training step of a decoder."""
     rows = []
     for row in rows_of(results, "test_smollm2_step"):
-        params = row["params"]
+        params, stock = row["params"], f"{row['extra_info']['stock_bytes'] / 2**20:.1f}"
         again = "yes" if params["recompute"] else "no"
-        rows.append([f"{params['frozen']} of 30", str(params["p"]), again, ratio(row), mib(row)])
-    return table(["blocks frozen", "dropout", "run again in backward", "**time**", "we retain MiB"], rows)
+        rows.append([params["frozen"], str(params["p"]), again, ratio(row), stock, mib(row)])
+    header = ["blocks frozen", "dropout", "run again in backward", "**time**", "PEFT retains MiB", "we retain"]
+    return table(header, rows)
 
 
 def scoring_table(results: dict[str, Any]) -> list[str]:
@@ -115,7 +116,7 @@ def peak_table(results: dict[str, Any]) -> list[str]:
         params, facts = row["params"], row["extra_info"]
         sizes = (f"{facts[name] / 2**20:,.0f}" for name in ("stock_peak_rss", "peak_rss"))
         change = f"{100 * (facts['ratio'] - 1):+.1f} %"
-        rows.append([params["loss"], str(params["p"]), f"{params['frozen']} of 30", *sizes, change])
+        rows.append([params["loss"], str(params["p"]), params["frozen"], *sizes, change])
     return table(["loss", "dropout", "blocks frozen", "PEFT MiB, nothing frozen", "ours", "**change**"], rows)
 
 
@@ -129,15 +130,15 @@ def render(results: dict[str, Any], source: str) -> str:
     parts = [
         f"Times are ratios to stock PEFT with the same adapters frozen, fp32, run in turns, medians ({where}; "
         f"`make bench`, `{source}`). *Noise* is PEFT beside itself.",
-        "One technique after the other, on a Llama-shaped model (8 blocks, d 512, 1,024 tokens, LoRA r 16 on every linear "
-        "layer); bytes are what a training forward retains; deviations from stock PEFT are relative, without dropout:",
+        "One technique after the other, on a Llama-shaped model (8 blocks, d 512, 1,024 tokens, LoRA r 16 on every "
+        "linear layer); bytes are what a training forward retains; deviations from stock PEFT are relative, without dropout:",
         "\n".join(cumulative_table(results)),
         "What a training forward retains for the shapes of other families (8 blocks, d 512, 1,024 tokens):",
         "\n".join(retention_table(results)),
-        "Peak memory of a process that trains SmolLM2-135M (real weights, fp32, 4 x 512 tokens, LoRA r 16 on every linear "
-        "layer). *model* is the model's own loss, *chunked* is torch's `linear_cross_entropy`, on both sides:",
+        "Peak memory of a process that trains SmolLM2-135M (real weights, fp32, 4 x 512 tokens, LoRA r 16 on every "
+        "linear layer). *model* is the model's own loss, *chunked* is torch's `linear_cross_entropy`, on both sides:",
         "\n".join(peak_table(results)),
-        "A whole training step of SmolLM2-135M (2 x 256 tokens; the lowest blocks are frozen):",
+        "A whole training step of SmolLM2-135M (2 x 256 tokens; PEFT with the same blocks frozen):",
         "\n".join(smollm2_table(results)),
         "A whole training step of MiniLM (real weights, 32 x 32 tokens, LoRA r 8 on all 36 linear layers, AdamW; the "
         "lowest adapters are frozen):",

@@ -2,7 +2,7 @@
 
 Run as a script it trains a few steps in this fresh process and prints the peak of its memory as JSON:
 
-    python bench/training/smollm2.py --provider safe --p 0.1 --frozen 15 --loss chunked
+    python bench/training/smollm2.py --provider safe --p 0.1 --frozen "lower half" --loss chunked
 """
 
 from __future__ import annotations
@@ -25,14 +25,17 @@ ROWS, LENGTH = 4, 512
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make_model(p: float, frozen: int = 0) -> nn.Module:
-    """In training mode, fp32, the adapters of the lowest `frozen` blocks frozen by requires_grad."""
+FROZEN = {"none": slice(0, 0), "lower half": slice(0, LAYERS // 2), "all but the lowest": slice(1, LAYERS)}
+
+
+def make_model(p: float, frozen: str = "none") -> nn.Module:
+    """In training mode, fp32, the adapters of some blocks frozen by requires_grad."""
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(assets.fetch("smollm2"), dtype=torch.float32)
     base.config.use_cache = False
     lora = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=p, target_modules=TARGETS)
     model = get_peft_model(base, lora).train()
-    for block in model.base_model.model.model.layers[:frozen]:
+    for block in model.base_model.model.model.layers[FROZEN[frozen]]:
         for layer in block.modules():
             if hasattr(layer, "lora_A"):
                 layer.lora_A.requires_grad_(False)
@@ -90,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--provider", choices=["peft", "safe"], required=True)
     parser.add_argument("--p", type=float, default=0.0, help="dropout of the adapters")
-    parser.add_argument("--frozen", type=int, default=0, help="frozen blocks, the lowest first")
+    parser.add_argument("--frozen", choices=list(FROZEN), default="none", help="blocks")
     parser.add_argument("--loss", choices=list(LOSSES), default="model")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--steps", type=int, default=2)
