@@ -131,7 +131,8 @@ def render(results: dict[str, Any], source: str) -> str:
         f"Times are ratios to stock PEFT with the same adapters frozen, fp32, run in turns, medians ({where}; "
         f"`make bench`, `{source}`). *Noise* is PEFT beside itself.",
         "One technique after the other, on a Llama-shaped model (8 blocks, d 512, 1,024 tokens, LoRA r 16 on every "
-        "linear layer); bytes are what a training forward retains; deviations from stock PEFT are relative, without dropout:",
+        "linear layer); bytes are what a training forward retains; deviations from stock PEFT are relative, "
+        "without dropout:",
         "\n".join(cumulative_table(results)),
         "What a training forward retains for the shapes of other families (8 blocks, d 512, 1,024 tokens):",
         "\n".join(retention_table(results)),

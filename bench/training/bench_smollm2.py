@@ -10,7 +10,6 @@ from smollm2 import Step, make_batch, make_model, switch_off_frozen_dropout
 import safe_peft
 from safe_kernels import retention
 
-
 CASES = [
     *((frozen, p, False) for frozen in ("none", "lower half") for p in (0.0, 0.1)),
     *(("all but the lowest", p, recompute) for p in (0.0, 0.1) for recompute in (False, True)),

@@ -12,7 +12,7 @@ import safe_kernels
 from safe_kernels import reference
 
 from ..swap import STATE, Swapped, original_type
-from .base import Part, agrees, stand_in
+from .base import Part, agrees, is_plain, stand_in
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 
@@ -31,7 +31,7 @@ def activation_kind(module: nn.Module | None) -> str | None:
         return None
     if isinstance(module, nn.Dropout | nn.Identity) or getattr(module, "inplace", False):
         return None
-    x = torch.linspace(-6.0, 6.0, 97)
+    x = torch.cat([torch.linspace(-6.0, 6.0, 97), torch.tensor([-300.0, -30.0, -9.0, 9.0, 12.0, 30.0, 300.0])])
     clone = stand_in(module)
 
     def run() -> Any:
@@ -45,7 +45,7 @@ class SafeActivation(Swapped):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own formula."""
-        if args or kwargs or not x.is_floating_point():
+        if args or kwargs or not is_plain(x):
             return super().forward(x, *args, **kwargs)
         return safe_kernels.activation(x, self.__dict__[STATE].kind)
 

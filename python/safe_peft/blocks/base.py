@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from ..swap import Swapped, is_hooked
 
@@ -43,6 +44,14 @@ class Part(ABC):
     def note(self, module: nn.Module) -> str:
         """What a user may want to know about how the op serves it."""
         return ""
+
+
+_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
+
+
+def is_plain(*values: Any) -> bool:
+    """Whether all of them are floating-point tensors, and of no subclass that would change what an op does."""
+    return all(type(value) in _TENSORS and value.is_floating_point() and value.dim() > 0 for value in values)
 
 
 def hooked(module: nn.Module, *children: str) -> str | None:

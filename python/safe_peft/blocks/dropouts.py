@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import safe_kernels
 
 from ..swap import Swapped, original_type
-from .base import Part
+from .base import Part, is_plain
 
 
 class SafeDropout(Swapped):
@@ -20,7 +20,7 @@ class SafeDropout(Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         """Zeroes elements at random while training."""
-        if not self.training or self.p == 0.0 or self.inplace or not input.is_floating_point() or input.dim() == 0:
+        if not self.training or self.p == 0.0 or self.inplace or not is_plain(input):
             return super().forward(input)
         return safe_kernels.dropout(input, self.p)
 

@@ -15,7 +15,7 @@ from safe_kernels import reference
 
 from ..swap import STATE, Swapped, original_type
 from .activations import activation_kind
-from .base import Part, agrees, hooked, is_linear, sample, small_linear, stand_in
+from .base import Part, agrees, hooked, is_linear, is_plain, sample, small_linear, stand_in
 
 
 class SafeMlp(Swapped):
@@ -24,9 +24,10 @@ class SafeMlp(Swapped):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own formula."""
         part: Mlp = self.__dict__[STATE]
-        if len(args) != 1 or kwargs or part.refusal(self) is not None or part.casts(self, args[0]):
+        if len(args) != 1 or kwargs or not is_plain(*args) or part.refusal(self) or part.casts(self, args[0]):
             return super().forward(*args, **kwargs)
-        return part.rest(self, part.activate(self, part.first(self, args[0])))
+        hidden = part.first(self, args[0])
+        return part.rest(self, part.activate(self, hidden))
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import safe_kernels
 from safe_kernels import reference
 
 from ..swap import STATE, Swapped, original_type
-from .base import Part, agrees, sample, stand_in
+from .base import Part, agrees, is_plain, sample, stand_in
 
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 _OFFSETS = (0.0, 1.0)  # Gemma's weight counts from 1
@@ -94,9 +94,10 @@ class Norm(Part):
 
     def takes(self, module: nn.Module, x: Any) -> bool:
         """Whether the op serves a call: dtypes that differ follow rules that every family makes for itself."""
-        if not isinstance(x, Tensor) or not x.is_floating_point() or not isinstance(getattr(module, self.eps), float):
+        weight, bias = module._parameters["weight"], module._parameters.get("bias")
+        shown = [p for p in (weight, bias) if p is not None]
+        if not is_plain(x, *shown) or not isinstance(getattr(module, self.eps), float):
             return False
-        weight = module._parameters["weight"]
         if weight is None or x.dtype == weight.dtype:
             return True
         return self.formula == "layer_norm" and torch.is_autocast_enabled(x.device.type)

@@ -179,13 +179,12 @@ def _checkpoints_reentrantly(block: nn.Module) -> bool:
 @contextmanager
 def _without_checkpointing(block: nn.Module) -> Iterator[None]:
     """Nothing is differentiated, so nothing needs to be computed again: the checkpointing function just calls."""
-    if not _checkpoints(block):
+    own, name = block.__dict__, "_gradient_checkpointing_func"
+    if not _checkpoints(block) or name not in own:
         yield
         return
-    own = block.__dict__
-    before = own.get("_gradient_checkpointing_func")
-    own["_gradient_checkpointing_func"] = lambda function, *args, **_: function(*args)
+    before, own[name] = own[name], lambda function, *args, **_: function(*args)
     try:
         yield
     finally:
-        own["_gradient_checkpointing_func"] = before
+        own[name] = before
