@@ -3,20 +3,11 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include "checks.h"
+
 namespace safe_kernels {
 
 namespace {
-
-void check_floating(const Tensor& tensor, const char* name) {
-  const auto dtype = tensor.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name,
-                   " must be float64, float32, bfloat16 or float16, got ", dtype);
-}
-
-void check_device(const Tensor& tensor, const char* name, const Tensor& expected, const char* like) {
-  TORCH_CHECK_VALUE(tensor.device() == expected.device(), name, " is on ", tensor.device(), " but ", like, " is on ",
-                    expected.device(), "; move them to one device");
-}
 
 void check_adapter(const Tensor& lora_A, const Tensor& lora_B) {
   check_floating(lora_A, "lora_A");
