@@ -14,8 +14,8 @@
 #include <optional>
 
 #include "checks.h"
-#include "cpu/reduce.h"
 #include "cpu/rows.h"
+#include "cpu/simd.h"
 
 namespace safe_kernels::cpu {
 
@@ -47,7 +47,7 @@ struct NormForward {
   T* rstd;  // [rows]
 };
 
-// target = a (x - mean) scale + bias
+// target = (x - mean) rstd scale + bias
 template <typename Norm, typename T>
 SAFE_KERNELS_INLINE void normalise(const T* __restrict__ x, T mean, T rstd, const T* __restrict__ scale,
                                    const T* __restrict__ bias, int64_t columns, T* __restrict__ target) {
@@ -58,30 +58,18 @@ SAFE_KERNELS_INLINE void normalise(const T* __restrict__ x, T mean, T rstd, cons
   }
 }
 
-template <typename T>
-SAFE_KERNELS_INLINE void subtract(const T* __restrict__ x, T mean, int64_t columns, T* __restrict__ target) {
-  for (int64_t j = 0; j < columns; ++j) target[j] = x[j] - mean;
-}
-
 template <typename Norm>
 SAFE_KERNELS_INLINE void forward_body(const NormForward<Norm>& args, int64_t begin, int64_t end) {
   using T = typename Norm::Real;
   const int64_t columns = args.x.columns;
   const bool direct = args.out.dtype == c10::CppTypeToScalarType<T>::value;
-  const auto copy = row_scratch<T>(columns), centred = row_scratch<T>(Norm::kCentred ? columns : 0);
-  const auto result = row_scratch<T>(direct ? 0 : columns);
+  const auto copy = row_scratch<T>(columns), result = row_scratch<T>(direct ? 0 : columns);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = read_block(args.x, row, row + 1, copy.get()).data;
-    T mean = T(0), square;
-    if constexpr (Norm::kCentred) {
-      mean = sum(x, columns) / static_cast<T>(columns);
-      subtract(x, mean, columns, centred.get());
-      square = dot<T>(centred.get(), centred.get(), columns);
-      args.mean[row] = mean;
-    } else {
-      square = dot(x, x, columns);
-    }
-    const T rstd = T(1) / std::sqrt(square / static_cast<T>(columns) + args.eps);
+    const T mean = Norm::kCentred ? sum(x, columns) / static_cast<T>(columns) : T(0);
+    const T square = sum_of_squares(x, mean, columns) / static_cast<T>(columns);
+    const T rstd = T(1) / std::sqrt(square + args.eps);
+    if constexpr (Norm::kCentred) args.mean[row] = mean;
     args.rstd[row] = rstd;
     T* out = direct ? static_cast<T*>(args.out.data) + row * columns : result.get();
     normalise<Norm>(x, mean, rstd, args.scale, args.bias, columns, out);
@@ -105,47 +93,110 @@ struct NormBackward {
   int64_t chunk_rows;
 };
 
-// target = the normalised row, from the output or from the input.
-template <typename Norm, typename T>
-SAFE_KERNELS_INLINE void normalised_row(const NormBackward<Norm>& args, int64_t row, const T* __restrict__ retained,
-                                        T* __restrict__ target) {
-  const int64_t columns = args.retained.columns;
-  const T* __restrict__ inverse = args.inverse;
-  const T* __restrict__ bias = args.bias;
-  if (inverse == nullptr) {
-    const T rstd = args.rstd[row], mean = Norm::kCentred ? args.mean[row] : T(0);
-    for (int64_t j = 0; j < columns; ++j) target[j] = (retained[j] - mean) * rstd;
-  } else if constexpr (Norm::kCentred) {
-    for (int64_t j = 0; j < columns; ++j) target[j] = (retained[j] - bias[j]) * inverse[j];
+// One row on its way back. x_hat and g = grad scale are made again in each pass: the row is in the L1 cache, and
+// storing them would cost more than they do.
+template <typename Norm>
+struct BackwardRow {
+  using T = typename Norm::Real;
+  const NormBackward<Norm>& args;
+  const T* grad;
+  const T* retained;
+  T mean, rstd;
+  int64_t columns;
+};
+
+// centred = out - bias, or (x - mean) rstd, which is x_hat already.
+template <typename Norm, typename Step, bool kFromOutput>
+SAFE_KERNELS_INLINE void make_centred(const BackwardRow<Norm>& row, int64_t j, typename Step::Vector& centred) {
+  centred = load<Step>(row.retained + j);
+  if constexpr (kFromOutput) {
+    if constexpr (Norm::kCentred) centred -= load<Step>(row.args.bias + j);
   } else {
-    for (int64_t j = 0; j < columns; ++j) target[j] = retained[j] * inverse[j];
+    if constexpr (Norm::kCentred) centred -= row.mean;
+    centred *= row.rstd;
   }
 }
 
-// target (+)= values * factors, or values alone; `first` overwrites.
+template <typename Norm, typename Step, bool kFromOutput>
+SAFE_KERNELS_INLINE void make_x_hat(const BackwardRow<Norm>& row, int64_t j, typename Step::Vector& x_hat) {
+  make_centred<Norm, Step, kFromOutput>(row, j, x_hat);
+  if constexpr (kFromOutput) x_hat *= load<Step>(row.args.inverse + j);
+}
+
+// From the output, g x_hat = grad scale (out - bias) / scale needs neither the scale nor its inverse.
+template <typename Norm, typename Step, bool kFromOutput>
+SAFE_KERNELS_INLINE void means_step(const BackwardRow<Norm>& row, int64_t j, typename Step::Vector& along,
+                                    typename Step::Vector& level) {
+  typename Step::Vector centred;
+  make_centred<Norm, Step, kFromOutput>(row, j, centred);
+  const typename Step::Vector grad = load<Step>(row.grad + j), g = grad * load<Step>(row.args.scale + j);
+  along += (kFromOutput ? grad : g) * centred;
+  if constexpr (Norm::kCentred) level += g;
+}
+
 template <typename T>
-SAFE_KERNELS_INLINE void accumulate(const T* __restrict__ values, const T* __restrict__ factors, bool first,
-                                    int64_t columns, T* __restrict__ target) {
-  for (int64_t j = 0; j < columns; ++j) {
-    const T term = factors == nullptr ? values[j] : values[j] * factors[j];
-    target[j] = first ? term : target[j] + term;
+struct Means {
+  T along, level;  // of g x_hat, and of g (LayerNorm only)
+};
+
+template <typename Norm, bool kFromOutput>
+SAFE_KERNELS_INLINE Means<typename Norm::Real> means_of(const BackwardRow<Norm>& row) {
+  using T = typename Norm::Real;
+  constexpr int64_t kLanes = Wide<T>::kLanes;
+  typename Wide<T>::Vector along[2] = {}, level[2] = {};
+  T along_rest = T(0), level_rest = T(0);
+  int64_t j = 0;
+  for (; j + 2 * kLanes <= row.columns; j += 2 * kLanes) {
+    means_step<Norm, Wide<T>, kFromOutput>(row, j, along[0], level[0]);
+    means_step<Norm, Wide<T>, kFromOutput>(row, j + kLanes, along[1], level[1]);
   }
+  for (; j + kLanes <= row.columns; j += kLanes) means_step<Norm, Wide<T>, kFromOutput>(row, j, along[0], level[0]);
+  for (; j < row.columns; ++j) means_step<Norm, Narrow<T>, kFromOutput>(row, j, along_rest, level_rest);
+  const T count = static_cast<T>(row.columns);
+  return {(total<T>(along) + along_rest) / count, (total<T>(level) + level_rest) / count};
 }
 
-// target = rstd (g - mean(g) [LayerNorm only] - x_hat mean(g x_hat)), g = grad * scale
-template <typename Norm, typename T>
-SAFE_KERNELS_INLINE void grad_x_row(const T* __restrict__ g, const T* __restrict__ x_hat, T rstd, int64_t columns,
-                                    T* __restrict__ target) {
-  const T share = T(1) / static_cast<T>(columns);
-  const T along = dot(g, x_hat, columns) * share;
-  const T level = Norm::kCentred ? sum(g, columns) * share : T(0);
-  for (int64_t j = 0; j < columns; ++j) target[j] = rstd * (g[j] - level - x_hat[j] * along);
+// target = rstd (g - mean(g) [LayerNorm only] - x_hat mean(g x_hat)).
+template <typename Norm, typename Step, bool kFromOutput>
+SAFE_KERNELS_INLINE void grad_x_step(const BackwardRow<Norm>& row, int64_t j, const Means<typename Norm::Real>& means,
+                                     typename Norm::Real* target) {
+  typename Step::Vector x_hat;
+  make_x_hat<Norm, Step, kFromOutput>(row, j, x_hat);
+  typename Step::Vector g = load<Step>(row.grad + j) * load<Step>(row.args.scale + j);
+  if constexpr (Norm::kCentred) g -= means.level;
+  store<Step>(target + j, row.rstd * (g - x_hat * means.along));
 }
 
-template <typename T>
-SAFE_KERNELS_INLINE void times(const T* __restrict__ left, const T* __restrict__ right, int64_t columns,
-                               T* __restrict__ target) {
-  for (int64_t j = 0; j < columns; ++j) target[j] = left[j] * right[j];
+// grad_weight (+)= grad x_hat, grad_bias (+)= grad; the first row of a chunk overwrites. Null: not wanted.
+template <typename Norm, typename Step, bool kFromOutput>
+SAFE_KERNELS_INLINE void parameters_step(const BackwardRow<Norm>& row, int64_t j, bool first,
+                                         typename Norm::Real* grad_weight, typename Norm::Real* grad_bias) {
+  const typename Step::Vector grad = load<Step>(row.grad + j);
+  typename Step::Vector x_hat;
+  make_x_hat<Norm, Step, kFromOutput>(row, j, x_hat);
+  x_hat *= grad;
+  if (grad_weight != nullptr) store<Step>(grad_weight + j, first ? x_hat : x_hat + load<Step>(grad_weight + j));
+  if (grad_bias != nullptr) store<Step>(grad_bias + j, first ? grad : grad + load<Step>(grad_bias + j));
+}
+
+template <typename Norm, bool kFromOutput>
+SAFE_KERNELS_INLINE void backward_row(const BackwardRow<Norm>& row, bool first, int64_t chunk,
+                                      typename Norm::Real* target) {
+  using T = typename Norm::Real;
+  constexpr int64_t kLanes = Wide<T>::kLanes;
+  const int64_t columns = row.columns, whole = columns / kLanes * kLanes;
+  if (row.args.grad_weight != nullptr || row.args.grad_bias != nullptr) {
+    T* grad_weight = row.args.grad_weight != nullptr ? row.args.grad_weight + chunk * columns : nullptr;
+    T* grad_bias = row.args.grad_bias != nullptr ? row.args.grad_bias + chunk * columns : nullptr;
+    for (int64_t j = 0; j < whole; j += kLanes)
+      parameters_step<Norm, Wide<T>, kFromOutput>(row, j, first, grad_weight, grad_bias);
+    for (int64_t j = whole; j < columns; ++j)
+      parameters_step<Norm, Narrow<T>, kFromOutput>(row, j, first, grad_weight, grad_bias);
+  }
+  if (target == nullptr) return;
+  const Means<T> means = means_of<Norm, kFromOutput>(row);
+  for (int64_t j = 0; j < whole; j += kLanes) grad_x_step<Norm, Wide<T>, kFromOutput>(row, j, means, target);
+  for (int64_t j = whole; j < columns; ++j) grad_x_step<Norm, Narrow<T>, kFromOutput>(row, j, means, target);
 }
 
 template <typename Norm>
@@ -153,22 +204,22 @@ SAFE_KERNELS_INLINE void backward_chunk(const NormBackward<Norm>& args, int64_t 
   using T = typename Norm::Real;
   const int64_t columns = args.grad.columns;
   const int64_t begin = chunk * args.chunk_rows, end = std::min(begin + args.chunk_rows, args.grad.count);
-  const bool direct = args.grad_x.dtype == c10::CppTypeToScalarType<T>::value;
+  const bool wants_x = args.grad_x.data != nullptr;
+  const bool direct = wants_x && args.grad_x.dtype == c10::CppTypeToScalarType<T>::value;
   const auto grad_copy = row_scratch<T>(columns), retained_copy = row_scratch<T>(columns);
-  const auto x_hat = row_scratch<T>(columns), scaled = row_scratch<T>(columns);
-  for (int64_t row = begin; row < end; ++row) {
-    const T* grad = read_block(args.grad, row, row + 1, grad_copy.get()).data;
-    const T* retained = read_block(args.retained, row, row + 1, retained_copy.get()).data;
-    normalised_row(args, row, retained, x_hat.get());
-    if (args.grad_weight != nullptr)
-      accumulate<T>(grad, x_hat.get(), row == begin, columns, args.grad_weight + chunk * columns);
-    if (args.grad_bias != nullptr)
-      accumulate<T>(grad, nullptr, row == begin, columns, args.grad_bias + chunk * columns);
-    if (args.grad_x.data == nullptr) continue;
-    times(grad, args.scale, columns, scaled.get());
-    T* target = direct ? static_cast<T*>(args.grad_x.data) + row * columns : retained_copy.get();
-    grad_x_row<Norm, T>(scaled.get(), x_hat.get(), args.rstd[row], columns, target);
-    if (!direct) write_row(args.grad_x, row, target);
+  const auto result = row_scratch<T>(columns);
+  for (int64_t i = begin; i < end; ++i) {
+    const T* grad = read_block(args.grad, i, i + 1, grad_copy.get()).data;
+    const T* retained = read_block(args.retained, i, i + 1, retained_copy.get()).data;
+    const T mean = args.mean == nullptr ? T(0) : args.mean[i];
+    const BackwardRow<Norm> row{args, grad, retained, mean, args.rstd[i], columns};
+    T* target = direct ? static_cast<T*>(args.grad_x.data) + i * columns : wants_x ? result.get() : nullptr;
+    if (args.inverse != nullptr) {
+      backward_row<Norm, true>(row, i == begin, chunk, target);
+    } else {
+      backward_row<Norm, false>(row, i == begin, chunk, target);
+    }
+    if (wants_x && !direct) write_row(args.grad_x, i, target);
   }
 }
 
