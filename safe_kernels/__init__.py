@@ -17,7 +17,7 @@ except ImportError as error:
 
 from safe_kernels import flops as flops
 from safe_kernels import reference, retention
-from safe_kernels.functional import layer_norm, lora, rms_norm
+from safe_kernels.functional import activation, dropout, gated_activation, layer_norm, lora, rms_norm
 from safe_kernels.inversion import invertible
 from safe_kernels.statistics import AdapterStatistics, RowBlocks
 
@@ -29,6 +29,9 @@ for _op in reference.OPS:
 __all__ = [
     "AdapterStatistics",
     "RowBlocks",
+    "activation",
+    "dropout",
+    "gated_activation",
     "invertible",
     "layer_norm",
     "lora",

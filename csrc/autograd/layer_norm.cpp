@@ -4,11 +4,10 @@
 //   none of them                                       no node at all
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd/refusals.h"
+#include "autograd/graph.h"
 #include "checks.h"
 #include "ops/layer_norm.h"
 
@@ -18,8 +17,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-bool requires_grad(const std::optional<Tensor>& tensor) { return given(tensor) && tensor->requires_grad(); }
 
 Tensor or_undefined(const std::optional<Tensor>& tensor) { return given(tensor) ? *tensor : Tensor(); }
 
@@ -82,9 +79,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, const st
   refuse_forward_mode(x, "x", "layer_norm");
   if (given(weight)) refuse_forward_mode(*weight, "weight", "layer_norm");
   if (given(bias)) refuse_forward_mode(*bias, "bias", "layer_norm");
-  const bool builds_graph =
-      at::GradMode::is_enabled() && (x.requires_grad() || requires_grad(weight) || requires_grad(bias));
-  if (!builds_graph) {
+  if (!builds_graph({x, weight, bias})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return layer_norm(x, weight, bias, eps, retain_output);
   }
@@ -98,9 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(const Tensor& gr
                                                                 const std::optional<Tensor>& mean, const Tensor& rstd,
                                                                 bool from_output, std::array<bool, 3> output_mask) {
   check_layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
-  const bool builds_graph = at::GradMode::is_enabled() && (grad.requires_grad() || retained.requires_grad() ||
-                                                           requires_grad(weight) || requires_grad(bias));
-  if (!builds_graph) {
+  if (!builds_graph({grad, retained, weight, bias})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
   }

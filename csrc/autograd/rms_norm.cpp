@@ -4,11 +4,10 @@
 //   neither                                    no node at all
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include "autograd/refusals.h"
+#include "autograd/graph.h"
 #include "ops/rms_norm.h"
 
 namespace safe_kernels {
@@ -68,7 +67,7 @@ std::tuple<Tensor, Tensor> rms_norm_autograd(const Tensor& x, const Tensor& weig
   check_rms_norm(x, weight, eps);
   refuse_forward_mode(x, "x", "rms_norm");
   refuse_forward_mode(weight, "weight", "rms_norm");
-  if (!at::GradMode::is_enabled() || !(x.requires_grad() || weight.requires_grad())) {
+  if (!builds_graph({x, weight})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return rms_norm(x, weight, eps, weight_offset, retain_output);
   }
@@ -80,9 +79,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_autograd(const Tensor& grad, const 
                                                       const Tensor& rstd, double weight_offset, bool from_output,
                                                       std::array<bool, 2> output_mask) {
   check_rms_norm_backward(grad, retained, weight, rstd);
-  const bool builds_graph =
-      at::GradMode::is_enabled() && (grad.requires_grad() || retained.requires_grad() || weight.requires_grad());
-  if (!builds_graph) {
+  if (!builds_graph({grad, retained, weight})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return rms_norm_backward(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
   }
