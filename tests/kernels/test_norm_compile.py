@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from itertools import product
 
 import pytest
 import torch
@@ -53,7 +52,7 @@ def metadata(p: Norm, from_output: bool, mask: list[bool]) -> list[tuple]:
 
 
 @pytest.mark.parametrize("from_output", [True, False])
-@pytest.mark.parametrize("mask", list(product([False, True], repeat=3)), ids=str)
+@pytest.mark.parametrize("mask", [(True, False, False), (False, True, True), (True, True, True)], ids=str)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", BOTH)
 def test_fake_tensors_have_the_real_ones_metadata(
