@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["LIMIT", "invertible"]
 
-LIMIT = 4.0
+LIMIT = 3.0
 """Largest |bias| / |weight| that keeps the gradient as exact as PyTorch's own: measured, see `invertible`."""
 
 
@@ -25,19 +25,19 @@ def invertible(
     its dtype moves it by eps/2 * (|x_hat| + |bias| / |weight + weight_offset|) at most: a zero weight has lost
     its feature, and a bias far larger than its weight hides it.
 
-    `LIMIT` was found by measurement: with every feature at the same ratio, and gradients from random ones to ones
-    parallel to ``x_hat`` (for which the error counts in full), the largest error of grad_x relative to that of
-    `torch.nn.functional.layer_norm`, d = 33 and 384, was
+    `LIMIT` was found by measurement: with every feature at the same ratio, d = 33 and 384, eight seeds, and gradients
+    from random ones to ones parallel to ``x_hat`` (for which the error counts in full), the error of grad_x relative to
+    that of `torch.nn.functional.layer_norm` was at worst (root mean square / largest element)
 
-    ======== ==== ==== ==== ==== ====
-    ratio    0    2    4    8    16
-    ======== ==== ==== ==== ==== ====
-    float32  1.5  1.5  1.9  1.7  2.6
-    bfloat16 0.9  1.1  1.5  2.5  5.1
-    float16  1.3  1.4  1.6  2.9  5.0
-    ======== ==== ==== ==== ==== ====
+    ======== ========= ========= ========= ========= ========= =========
+    ratio    0         2         3         4         8         16
+    ======== ========= ========= ========= ========= ========= =========
+    float32  1.1 / 1.5 1.2 / 1.5 1.3 / 1.8 1.5 / 1.8 2.1 / 1.8 3.9 / 2.7
+    bfloat16 0.7 / 1.0 1.1 / 1.2 1.6 / 1.6 2.1 / 1.8 4.0 / 2.9 8.2 / 5.3
+    float16  0.7 / 1.3 1.1 / 1.4 1.6 / 1.7 2.1 / 2.4 4.1 / 3.0 8.2 / 5.5
+    ======== ========= ========= ========= ========= ========= =========
 
-    so that 4 is the last power of two which keeps it below twice. ``tests/kernels/test_norm_inversion.py`` holds it
+    so that 3 keeps both below twice, and 4 does not. ``tests/kernels/test_norm_inversion.py`` holds it
     there. This reads values, which waits for the device: call it once, when a layer is bound, not in every step.
 
     Args:
