@@ -9,6 +9,7 @@
 
 #include "autograd/graph.h"
 #include "autograd/recipe.h"
+#include "autograd/refusals.h"
 
 namespace safe_kernels {
 
@@ -50,16 +51,14 @@ struct ActivationBackwardFunction : torch::autograd::Function<ActivationBackward
   }
 
   static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    TORCH_CHECK(false,
-                "safe_kernels::activation cannot be differentiated twice: its backward is a fused kernel. "
-                "For second derivatives use torch.nn.functional's silu, gelu or relu.");
+    refuse_double_backward("activation");
   }
 };
 
 Tensor activation_autograd(const Tensor& x, std::string_view kind, double dropout_p,
                            const std::optional<Tensor>& rng_state) {
   check_activation(x, kind, dropout_p, rng_state);
-  check_no_forward_mode(x, "x", "activation");
+  refuse_forward_mode(x, "x", "activation");
   if (!builds_graph({x})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return activation(x, kind, dropout_p, rng_state);

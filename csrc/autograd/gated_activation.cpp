@@ -11,6 +11,7 @@
 
 #include "autograd/graph.h"
 #include "autograd/recipe.h"
+#include "autograd/refusals.h"
 
 namespace safe_kernels {
 
@@ -59,17 +60,15 @@ struct GatedActivationBackwardFunction : torch::autograd::Function<GatedActivati
   }
 
   static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    TORCH_CHECK(false,
-                "safe_kernels::gated_activation cannot be differentiated twice: its backward is a fused kernel. "
-                "For second derivatives use act(gate) * up with torch.nn.functional's silu, gelu or relu.");
+    refuse_double_backward("gated_activation");
   }
 };
 
 Tensor gated_activation_autograd(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
                                  const std::optional<Tensor>& rng_state) {
   check_gated_activation(gate, up, kind, dropout_p, rng_state);
-  check_no_forward_mode(gate, "gate", "gated_activation");
-  check_no_forward_mode(up, "up", "gated_activation");
+  refuse_forward_mode(gate, "gate", "gated_activation");
+  refuse_forward_mode(up, "up", "gated_activation");
   if (!builds_graph({gate, up})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return gated_activation(gate, up, kind, dropout_p, rng_state);

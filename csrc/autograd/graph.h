@@ -1,4 +1,4 @@
-// What the ops share where their graph is built.
+// Whether a call gets a node.
 
 #pragma once
 
@@ -16,18 +16,12 @@ inline bool requires_grad(const std::optional<Tensor>& tensor) {
   return tensor.has_value() && tensor->defined() && tensor->requires_grad();
 }
 
-// Whether a call with these differentiable arguments gets a node.
+// Of a call with these differentiable arguments.
 inline bool builds_graph(std::initializer_list<std::optional<Tensor>> arguments) {
   if (!at::GradMode::is_enabled()) return false;
   for (const auto& argument : arguments)
     if (requires_grad(argument)) return true;
   return false;
-}
-
-inline void check_no_forward_mode(const Tensor& tensor, const char* name, const char* op) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(), name,
-                              " has a forward-mode tangent, but safe_kernels::", op,
-                              " has no forward-mode derivative; use reverse mode");
 }
 
 }  // namespace safe_kernels

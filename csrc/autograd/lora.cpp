@@ -11,6 +11,7 @@
 
 #include "autograd/graph.h"
 #include "autograd/recipe.h"
+#include "autograd/refusals.h"
 #include "ops/lora.h"
 
 namespace safe_kernels {
@@ -20,10 +21,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-
-constexpr const char* kNoDoubleBackward =
-    "safe_kernels::lora cannot be differentiated twice: its backward is a fused kernel. "
-    "For second derivatives use the layer without the binding (Binding.detach()).";
 
 struct LoraFunction : torch::autograd::Function<LoraFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& base, const Tensor& lora_A,
@@ -88,7 +85,7 @@ struct LoraBackwardFunction : torch::autograd::Function<LoraBackwardFunction> {
   }
 
   static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    TORCH_CHECK(false, kNoDoubleBackward);
+    refuse_double_backward("lora");
   }
 };
 
@@ -98,10 +95,10 @@ std::tuple<Tensor, Tensor> lora_autograd(const Tensor& x, const Tensor& base, co
                                          const std::optional<Tensor>& block_starts, int64_t block_rows,
                                          const std::optional<Tensor>& row_weight) {
   check_lora(x, base, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
-  check_no_forward_mode(x, "x", "lora");
-  check_no_forward_mode(base, "base", "lora");
-  check_no_forward_mode(lora_A, "lora_A", "lora");
-  check_no_forward_mode(lora_B, "lora_B", "lora");
+  refuse_forward_mode(x, "x", "lora");
+  refuse_forward_mode(base, "base", "lora");
+  refuse_forward_mode(lora_A, "lora_A", "lora");
+  refuse_forward_mode(lora_B, "lora_B", "lora");
   if (!builds_graph({x, base, lora_A, lora_B})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);

@@ -20,6 +20,10 @@ fi
 # The interpreter is not instrumented: the sanitizers' runtime has to come first, and libstdc++ with it, so that
 # exceptions thrown by the extension are intercepted. Leaks are looked for by a test on RSS: an interpreter leaks at exit.
 cd "$build"
-LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
-  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-  PYTHONPATH="$build/lib" "$python" "$repo/tests/cpp/drive_lora.py" "$@"
+drive() {
+  LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+    PYTHONPATH="$build/lib" "$python" "$repo/tests/cpp/$1" "${@:2}"
+}
+drive drive_lora.py "$@"
+drive drive_activations.py
