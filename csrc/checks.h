@@ -9,45 +9,34 @@
 
 namespace safe_kernels {
 
-using at::Tensor;
+inline bool given(const std::optional<at::Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
 
-inline bool given(const std::optional<Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
-
-inline void check_floating(const Tensor& tensor, const char* name) {
+inline void check_floating(const at::Tensor& tensor, const char* name) {
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name,
                    " must be float64, float32, bfloat16 or float16, got ", dtype);
 }
 
-inline void check_device(const Tensor& tensor, const char* name, const Tensor& expected, const char* like) {
+inline void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& expected, const char* like) {
   TORCH_CHECK_VALUE(tensor.device() == expected.device(), name, " is on ", tensor.device(), " but ", like, " is on ",
                     expected.device(), "; move them to one device");
 }
 
-// A floating tensor that is walked in rows, of which dropout's bits depend on the number.
-inline void check_rows(const Tensor& tensor, const char* name) {
-  check_floating(tensor, name);
-  TORCH_CHECK_VALUE(tensor.dim() >= 1, name, " must have at least one dimension, got a scalar");
+inline void check_has_features(const at::Tensor& x, const char* name) {
+  check_floating(x, name);
+  TORCH_CHECK_VALUE(x.dim() >= 1, name, " must have at least one dimension, got a scalar");
 }
 
 // Nothing is broadcast or promoted: a kernel walks both side by side.
-inline void check_alike(const Tensor& tensor, const char* name, const Tensor& like, const char* like_name) {
-  check_device(tensor, name, like, like_name);
-  TORCH_CHECK_VALUE(tensor.sym_sizes() == like.sym_sizes(), name, " ", tensor.sym_sizes(), " and ", like_name, " ",
-                    like.sym_sizes(), " must have one shape; expand the smaller one");
-  TORCH_CHECK_TYPE(tensor.scalar_type() == like.scalar_type(), name, " and ", like_name, " must have one dtype, got ",
-                   tensor.scalar_type(), " and ", like.scalar_type());
-}
-
-// The same, but each may have its own dtype.
-inline void check_same_shape(const Tensor& tensor, const char* name, const Tensor& expected, const char* like) {
-  check_floating(tensor, name);
-  TORCH_CHECK_VALUE(tensor.sym_sizes() == expected.sym_sizes(), name, " must have the shape of ", like, ", ",
-                    expected.sym_sizes(), ", got ", tensor.sym_sizes());
+inline void check_alike(const at::Tensor& tensor, const char* name, const at::Tensor& expected, const char* like) {
   check_device(tensor, name, expected, like);
+  TORCH_CHECK_VALUE(tensor.sym_sizes() == expected.sym_sizes(), name, " must have the shape of ", like, ", ",
+                    expected.sym_sizes(), ", got ", tensor.sym_sizes(), "; expand the smaller one");
+  TORCH_CHECK_TYPE(tensor.scalar_type() == expected.scalar_type(), name, " must have the dtype of ", like, ", ",
+                   expected.scalar_type(), ", got ", tensor.scalar_type());
 }
 
-inline void check_dropout(double dropout_p, const std::optional<Tensor>& rng_state, const Tensor& like,
+inline void check_dropout(double dropout_p, const std::optional<at::Tensor>& rng_state, const at::Tensor& like,
                           const char* like_name) {
   TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], got ", dropout_p);
   if (dropout_p == 0.0) return;
@@ -59,7 +48,7 @@ inline void check_dropout(double dropout_p, const std::optional<Tensor>& rng_sta
 }
 
 // What a norm multiplies or adds: one number a feature of x.
-inline void check_per_feature(const Tensor& tensor, const char* name, const Tensor& x, const char* like) {
+inline void check_per_feature(const at::Tensor& tensor, const char* name, const at::Tensor& x, const char* like) {
   check_floating(tensor, name);
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_size(0) == x.sym_size(-1), name, " must have shape [",
                     x.sym_size(-1), "], the last dimension of ", like, " ", x.sym_sizes(), ", got ",
@@ -68,11 +57,18 @@ inline void check_per_feature(const Tensor& tensor, const char* name, const Tens
 }
 
 // A statistic of a norm: one number a row of x.
-inline void check_per_row(const Tensor& tensor, const char* name, const Tensor& x, const char* like) {
+inline void check_per_row(const at::Tensor& tensor, const char* name, const at::Tensor& x, const char* like) {
   check_floating(tensor, name);
   TORCH_CHECK_VALUE(tensor.sym_sizes() == x.sym_sizes().slice(0, x.dim() - 1), name, " must have shape ",
                     x.sym_sizes().slice(0, x.dim() - 1), ", one number a row of ", like, ", got ", tensor.sym_sizes());
   check_device(tensor, name, x, like);
+}
+
+inline void check_same_shape(const at::Tensor& tensor, const char* name, const at::Tensor& expected, const char* like) {
+  check_floating(tensor, name);
+  TORCH_CHECK_VALUE(tensor.sym_sizes() == expected.sym_sizes(), name, " must have the shape of ", like, ", ",
+                    expected.sym_sizes(), ", got ", tensor.sym_sizes());
+  check_device(tensor, name, expected, like);
 }
 
 inline void check_eps(double eps) { TORCH_CHECK_VALUE(eps >= 0.0, "eps must be at least 0, got ", eps); }

@@ -8,6 +8,7 @@
 #include <torch/library.h>
 
 #include "autograd/graph.h"
+#include "autograd/refusals.h"
 
 namespace safe_kernels {
 

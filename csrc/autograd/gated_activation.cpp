@@ -11,6 +11,7 @@
 
 #include "autograd/graph.h"
 #include "autograd/recipe.h"
+#include "autograd/refusals.h"
 
 namespace safe_kernels {
 

@@ -45,6 +45,7 @@ inline c10::StorageImpl* storage_of(const Tensor& tensor) {
 // For an activation's output that has just got its node; `up` is undefined for a plain activation.
 inline void attach_recipe(const Tensor& out, const Tensor& gate, const Tensor& up, std::string_view kind,
                           double dropout_p, const std::optional<Tensor>& rng_state) {
+  if (out.unsafeGetTensorImpl()->get_backend_meta() != nullptr) return;  // the device's own use of it goes before ours
   auto recipe = c10::make_intrusive<Recipe>();
   recipe->inputs = {gate, up, dropout_p > 0.0 ? *rng_state : Tensor()};
   for (size_t i = 0; i < recipe->inputs.size(); ++i)

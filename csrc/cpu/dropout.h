@@ -11,6 +11,7 @@
 
 #include "cpu/philox.h"
 #include "cpu/rows.h"
+#include "cpu/scratch.h"
 
 namespace safe_kernels::cpu {
 

@@ -11,12 +11,31 @@
 
 namespace safe_kernels::cpu {
 
-// exp(x) to about an ulp: x = n ln 2 + r with |r| <= ln(2) / 2, exp(r) by a polynomial (minimax, 3e-9), 2^n by its
-// bits. Below 2^-126.5 it is 0 and from 2^127.5 it is infinity, which no caller can tell from the truth.
-SAFE_KERNELS_INLINE float exponential(float x) {
+SAFE_KERNELS_INLINE int32_t bits_of(float x) {
+  int32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+SAFE_KERNELS_INLINE float from_bits(int32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+// min(|x|, bound), where a NaN counts as large. Compared as integers, in whose order non-negative numbers are, since of
+// two comparisons of floats on the way to one result GCC makes a path for each outcome and blends them all.
+SAFE_KERNELS_INLINE float magnitude(float x, float bound) {
+  const int32_t bits = bits_of(x) & 0x7FFFFFFF, limit = bits_of(bound);
+  return from_bits(bits < limit ? bits : limit);
+}
+
+// exp(x) to about an ulp, for x from -95 to 88.5: x = n ln 2 + r with |r| <= ln(2) / 2, exp(r) by a polynomial
+// (minimax, 3e-9), 2^n by its bits. Below 2^-126.5 it is 0 and from 2^127.5 it is infinity, which no caller can tell
+// from the truth.
+SAFE_KERNELS_INLINE float exponential_inside(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the lowest bits
-  x = x < -88.0f ? -88.0f : x;           // a NaN compares false, and stays
-  x = x > 89.0f ? 89.0f : x;
+  constexpr int32_t kRoundBits = 0x4B400000;
   const float shifted = x * 1.44269504f + kRound;
   const float n = shifted - kRound;
   const float r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // ln 2 in two parts, the first of few bits
@@ -26,13 +45,12 @@ SAFE_KERNELS_INLINE float exponential(float x) {
   p = p * r + 0.166665205f;
   p = p * r + 0.499999934f;
   p = p * (r * r) + r + 1.0f;
-  uint32_t bits;
-  std::memcpy(&bits, &shifted, sizeof bits);
-  bits = (bits << 23) + (127u << 23);  // n = -127 gives 0, n = 128 infinity
-  float power;
-  std::memcpy(&power, &bits, sizeof power);
-  return p * power;
+  const int32_t exponent = bits_of(shifted) - (kRoundBits - 127);  // at most 255, infinity; what is below 1 is 0
+  return p * from_bits((exponent > 0 ? exponent : 0) << 23);
 }
+
+// For any x. exp(NaN) is a number: every caller has what the NaN came from in its result otherwise.
+SAFE_KERNELS_INLINE float exponential(float x) { return exponential_inside(std::copysign(magnitude(x, 88.5f), x)); }
 
 SAFE_KERNELS_INLINE double exponential(double x) { return std::exp(x); }
 
@@ -50,8 +68,7 @@ struct Normal {
 // cdf(-a) = exp(-a^2 / 2) R(a), with R rational (minimax, 5e-9): one exponential serves both, and the lower tail, which
 // 1 + erf(x / sqrt 2) loses to cancellation, keeps its digits.
 SAFE_KERNELS_INLINE Normal<float> normal(float x) {
-  float a = std::fabs(x);
-  a = a > 14.0f ? 14.0f : a;  // exp(-98) is 0 already
+  const float a = magnitude(x, 13.5f);  // whose exp(-a^2 / 2) is 0 already
   float numerator = 0.00403694041f;
   numerator = numerator * a + 0.0400976972f;
   numerator = numerator * a + 0.181644796f;
@@ -63,7 +80,7 @@ SAFE_KERNELS_INLINE Normal<float> normal(float x) {
   denominator = denominator * a + 1.19589201f;
   denominator = denominator * a + 1.67017476f;
   denominator = denominator * a + 1.0f;
-  const float e = exponential(-0.5f * (a * a));
+  const float e = exponential_inside(-0.5f * (a * a));
   const float tail = e * (numerator / denominator);
   const float rest = 1.0f - tail;
   return {x < 0.0f ? tail : rest, e * 0.398942280f};

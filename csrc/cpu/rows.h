@@ -6,7 +6,6 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
-#include <memory>
 #include <type_traits>
 
 #include "cpu/half.h"
@@ -32,16 +31,6 @@ struct Rows {
     stride = owner.stride(0);
   }
 };
-
-template <typename T>
-std::unique_ptr<T[]> scratch(int64_t size) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);  // not initialised
-}
-
-template <typename T>
-SAFE_KERNELS_INLINE void multiply(T* values, const T* factors, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) values[i] *= factors[i];
-}
 
 template <typename From, typename To>
 SAFE_KERNELS_INLINE void convert(const void* from, int64_t count, void* to) {

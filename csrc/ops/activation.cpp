@@ -15,7 +15,7 @@ void check_kind(std::string_view kind) {
 void check_activation(const Tensor& x, std::string_view kind, double dropout_p,
                       const std::optional<Tensor>& rng_state) {
   check_kind(kind);
-  check_rows(x, "x");
+  check_has_features(x, "x");
   check_dropout(dropout_p, rng_state, x, "x");
 }
 

@@ -8,7 +8,7 @@
 namespace safe_kernels {
 
 void check_dropout_op(const Tensor& x, double dropout_p, const Tensor& rng_state) {
-  check_rows(x, "x");
+  check_has_features(x, "x");
   check_dropout(dropout_p, rng_state, x, "x");
 }
 

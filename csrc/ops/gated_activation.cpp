@@ -11,8 +11,8 @@ namespace safe_kernels {
 void check_gated_activation(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
                             const std::optional<Tensor>& rng_state) {
   check_kind(kind);
-  check_rows(gate, "gate");
-  check_rows(up, "up");
+  check_has_features(gate, "gate");
+  check_has_features(up, "up");
   check_alike(up, "up", gate, "gate");
   check_dropout(dropout_p, rng_state, gate, "gate");
 }

@@ -9,7 +9,7 @@ namespace safe_kernels {
 
 void check_layer_norm(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                       double eps) {
-  check_rows(x, "x");
+  check_has_features(x, "x");
   if (given(weight)) check_per_feature(*weight, "weight", x, "x");
   if (given(bias)) check_per_feature(*bias, "bias", x, "x");
   check_eps(eps);
@@ -18,7 +18,7 @@ void check_layer_norm(const Tensor& x, const std::optional<Tensor>& weight, cons
 void check_layer_norm_backward(const Tensor& grad, const Tensor& retained, const std::optional<Tensor>& weight,
                                const std::optional<Tensor>& bias, const std::optional<Tensor>& mean, const Tensor& rstd,
                                bool from_output, const std::array<bool, 3>& output_mask) {
-  check_rows(retained, "retained");
+  check_has_features(retained, "retained");
   check_same_shape(grad, "grad", retained, "retained");
   if (given(weight)) check_per_feature(*weight, "weight", retained, "retained");
   if (given(bias)) check_per_feature(*bias, "bias", retained, "retained");

@@ -8,13 +8,13 @@
 namespace safe_kernels {
 
 void check_rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  check_rows(x, "x");
+  check_has_features(x, "x");
   check_per_feature(weight, "weight", x, "x");
   check_eps(eps);
 }
 
 void check_rms_norm_backward(const Tensor& grad, const Tensor& retained, const Tensor& weight, const Tensor& rstd) {
-  check_rows(retained, "retained");
+  check_has_features(retained, "retained");
   check_same_shape(grad, "grad", retained, "retained");
   check_per_feature(weight, "weight", retained, "retained");
   check_per_row(rstd, "rstd", retained, "retained");

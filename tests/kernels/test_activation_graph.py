@@ -59,7 +59,7 @@ def test_one_graph_backward_twice() -> None:
 def test_second_derivatives_are_refused(kind: str) -> None:
     x = normal(*SHAPE).requires_grad_()
     (grad,) = torch.autograd.grad(safe_kernels.activation(x, kind).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"activation cannot be differentiated twice"):
+    with pytest.raises(RuntimeError, match=r"activation cannot be differentiated twice.*Binding\.detach"):
         torch.autograd.grad(grad.sum(), x)
 
 
@@ -157,7 +157,7 @@ def test_the_op_itself_refuses() -> None:
     x = torch.ones(2, 3)
     with pytest.raises(ValueError, match=r"rng_state.*None"):
         torch.ops.safe_kernels.activation(x, "silu", 0.5)
-    with pytest.raises(ValueError, match=r"grad .*\[2, 4\].* x .*\[2, 3\]"):
+    with pytest.raises(ValueError, match=r"grad must .* of x, \[2, 3\], got \[2, 4\]"):
         torch.ops.safe_kernels.activation_backward(torch.ones(2, 4), x, "silu", 0.0, None)
     with pytest.raises(ValueError, match="kind"), torch.inference_mode():
         torch.ops.safe_kernels.activation(x.to("meta"), "tanh")

@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safe_kernels.inversion import invertible
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 import safe_kernels
 from safe_kernels import reference
+from safe_kernels.inversion import invertible
 
 from ..swap import STATE, Swapped, original_type
 from .base import Part, agrees, is_plain, sample, stand_in
