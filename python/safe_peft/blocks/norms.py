@@ -26,7 +26,7 @@ class SafeNorm(Swapped):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own formula."""
         part: Norm = self.__dict__[STATE]
-        weight = self._parameters["weight"]
+        weight: Any = self._parameters["weight"]  # of a LayerNorm it may be None
         if args or kwargs or not part.takes(self, x):
             return super().forward(x, *args, **kwargs)
         keep = part.retains_output(self)
