@@ -58,6 +58,8 @@ def compile_flags(compiler: str, torch_includes: list[str]) -> list[str]:
     """Flags for our own files; torch's headers count as system headers, so that our warnings stay ours."""
     flags = ["-O1", "-g", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3"]
     flags += ["-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
+    # Nobody asks which floating-point exceptions were raised, and GCC makes vector code of comparisons only then.
+    flags.append("-fno-trapping-math")
     flags.append(f"-ffile-prefix-map={ROOT}/=")  # the dispatcher tells where a kernel was registered: csrc/...
     for folder in torch_includes:
         flags += ["-isystem", folder]

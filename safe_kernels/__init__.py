@@ -17,7 +17,8 @@ except ImportError as error:
 
 from safe_kernels import flops as flops
 from safe_kernels import reference, retention
-from safe_kernels.functional import lora
+from safe_kernels.functional import activation, dropout, gated_activation, layer_norm, lora, rms_norm
+from safe_kernels.inversion import invertible
 from safe_kernels.statistics import AdapterStatistics, RowBlocks
 
 # The library object must live as long as its registrations.
@@ -25,4 +26,16 @@ _REFERENCE = torch.library.Library("safe_kernels", "IMPL")
 for _op in reference.OPS:
     _REFERENCE.impl(_op.__name__, _op, "CompositeExplicitAutograd")
 
-__all__ = ["AdapterStatistics", "RowBlocks", "lora", "reference", "retention"]
+__all__ = [
+    "AdapterStatistics",
+    "RowBlocks",
+    "activation",
+    "dropout",
+    "gated_activation",
+    "invertible",
+    "layer_norm",
+    "lora",
+    "reference",
+    "retention",
+    "rms_norm",
+]

@@ -1,14 +1,17 @@
 // What `lora` retains for backward, decided while the graph is built by which arguments require grad:
-//   lora_A or lora_B   x itself (shared with every other reader), 16 bytes of random state, A, B
+//   lora_A or lora_B   x itself (shared with every other reader), 16 bytes of random state, A, B; of an x that an
+//                      activation has just made, the activation's inputs instead, which it retains anyway
 //   x                  A, B, and the random state
 //   base only          nothing
 //   none of them       no node at all
 
 #include <ATen/core/LegacyTypeDispatch.h>
-#include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/graph.h"
+#include "autograd/recipe.h"
+#include "autograd/refusals.h"
 #include "ops/lora.h"
 
 namespace safe_kernels {
@@ -18,20 +21,6 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
-
-constexpr const char* kNoDoubleBackward =
-    "safe_kernels::lora cannot be differentiated twice: its backward is a fused kernel. "
-    "For second derivatives use the layer without the binding (Binding.detach()).";
-
-bool requires_grad(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() && tensor->defined() && tensor->requires_grad();
-}
-
-void check_no_forward_mode(const Tensor& tensor, const char* name) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(), name,
-                              " has a forward-mode tangent, but safe_kernels::lora has no "
-                              "forward-mode derivative; use reverse mode");
-}
 
 struct LoraFunction : torch::autograd::Function<LoraFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& base, const Tensor& lora_A,
@@ -45,8 +34,16 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     ctx->mark_non_differentiable({statistics});
     const bool adapter_trains = lora_A.requires_grad() || lora_B.requires_grad();
     const bool any = adapter_trains || x.requires_grad();
-    ctx->save_for_backward({adapter_trains ? x : Tensor(), any ? lora_A : Tensor(), any ? lora_B : Tensor(),
-                            any && dropout_p > 0.0 ? *rng_state : Tensor()});
+    variable_list saved{adapter_trains ? x : Tensor(), any ? lora_A : Tensor(), any ? lora_B : Tensor(),
+                        any && dropout_p > 0.0 ? *rng_state : Tensor()};
+    const Recipe* recipe = adapter_trains ? find_recipe(x) : nullptr;
+    if (recipe != nullptr) {
+      saved[0] = Tensor();
+      saved.insert(saved.end(), recipe->inputs.begin(), recipe->inputs.end());
+      ctx->saved_data["recipe_kind"] = recipe->kind;
+      ctx->saved_data["recipe_dropout_p"] = recipe->dropout_p;
+    }
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
     return {out, statistics};
@@ -61,9 +58,13 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(2), ctx->needs_input_grad(3)};
     if (!wanted[0] && !wanted[1] && !wanted[2]) return result;
     const auto saved = ctx->get_saved_variables();
+    const Tensor x = saved.size() > 4
+                         ? follow_recipe(saved[4], saved[5], saved[6], ctx->saved_data["recipe_kind"].toStringRef(),
+                                         ctx->saved_data["recipe_dropout_p"].toDouble())
+                         : saved[0];
     const auto optional = [](const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
     auto [grad_x, grad_A, grad_B] =
-        lora_backward(grad, optional(saved[0]), saved[1], saved[2], ctx->saved_data["scaling"].toDouble(),
+        lora_backward(grad, optional(x), saved[1], saved[2], ctx->saved_data["scaling"].toDouble(),
                       ctx->saved_data["dropout_p"].toDouble(), optional(saved[3]), wanted);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[2] = grad_A;
@@ -84,7 +85,7 @@ struct LoraBackwardFunction : torch::autograd::Function<LoraBackwardFunction> {
   }
 
   static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    TORCH_CHECK(false, kNoDoubleBackward);
+    refuse_double_backward("lora");
   }
 };
 
@@ -94,13 +95,11 @@ std::tuple<Tensor, Tensor> lora_autograd(const Tensor& x, const Tensor& base, co
                                          const std::optional<Tensor>& block_starts, int64_t block_rows,
                                          const std::optional<Tensor>& row_weight) {
   check_lora(x, base, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
-  check_no_forward_mode(x, "x");
-  check_no_forward_mode(base, "base");
-  check_no_forward_mode(lora_A, "lora_A");
-  check_no_forward_mode(lora_B, "lora_B");
-  const bool builds_graph = at::GradMode::is_enabled() && (x.requires_grad() || base.requires_grad() ||
-                                                           lora_A.requires_grad() || lora_B.requires_grad());
-  if (!builds_graph) {
+  refuse_forward_mode(x, "x", "lora");
+  refuse_forward_mode(base, "base", "lora");
+  refuse_forward_mode(lora_A, "lora_A", "lora");
+  refuse_forward_mode(lora_B, "lora_B", "lora");
+  if (!builds_graph({x, base, lora_A, lora_B})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
   }
@@ -114,9 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward_autograd(const Tensor& grad, co
                                                           double dropout_p, const std::optional<Tensor>& rng_state,
                                                           std::array<bool, 3> output_mask) {
   check_lora_backward(grad, x, lora_A, lora_B, dropout_p, rng_state, output_mask);
-  const bool builds_graph = at::GradMode::is_enabled() && (grad.requires_grad() || requires_grad(x) ||
-                                                           lora_A.requires_grad() || lora_B.requires_grad());
-  if (!builds_graph) {
+  if (!builds_graph({grad, x, lora_A, lora_B})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return lora_backward(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
   }

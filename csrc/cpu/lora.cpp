@@ -12,8 +12,8 @@
 #include <vector>
 
 #include "cpu/cka.h"
+#include "cpu/dropout.h"
 #include "cpu/lora_sweeps.h"
-#include "cpu/philox.h"
 #include "cpu/rows.h"
 #include "ops/lora.h"
 
@@ -32,13 +32,6 @@ at::ScalarType compute_dtype(std::initializer_list<Tensor> tensors) {
   for (const Tensor& tensor : tensors)
     if (tensor.scalar_type() == at::kDouble) return at::kDouble;
   return at::kFloat;
-}
-
-Dropout make_dropout(double dropout_p, const std::optional<Tensor>& rng_state) {
-  if (dropout_p == 0.0) return Dropout();
-  const Tensor state = rng_state->contiguous();
-  const int64_t* words = state.const_data_ptr<int64_t>();
-  return Dropout(dropout_p, words[0], words[1]);
 }
 
 // A copy of a [rows, r] matrix whose rows are filled up with zeros to whole vectors.

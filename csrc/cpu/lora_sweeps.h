@@ -4,22 +4,17 @@
 #pragma once
 
 #include <algorithm>
-#include <memory>
 
 #include "cpu/gemm.h"
 #include "cpu/philox.h"
 #include "cpu/rows.h"
+#include "cpu/scratch.h"
 
 namespace safe_kernels::cpu {
 
 // Rows taken at a time: as many as stay in the L2 cache, but no fewer than make it worth while to read and write the
 // [r, d] sums of a gradient once a block; a multiple of 6 and of 8, the heights of gemm's tiles.
 inline int64_t rows_in_block(int64_t columns) { return columns <= 1024 ? 48 : 24; }
-
-template <typename T>
-std::unique_ptr<T[]> scratch(int64_t size) {
-  return std::unique_ptr<T[]>(new T[static_cast<size_t>(size)]);  // not initialised
-}
 
 template <typename T>
 SAFE_KERNELS_INLINE void multiply(T* values, const T* factors, int64_t count) {

@@ -6,6 +6,9 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <type_traits>
+
+#include "cpu/half.h"
 #include "cpu/isa.h"
 
 namespace safe_kernels::cpu {
@@ -33,6 +36,11 @@ template <typename From, typename To>
 SAFE_KERNELS_INLINE void convert(const void* from, int64_t count, void* to) {
   const From* source = static_cast<const From*>(from);
   To* target = static_cast<To*>(to);
+  if constexpr (std::is_same_v<From, c10::Half> && std::is_same_v<To, float>) {
+    return half_to_float(source, count, target);
+  } else if constexpr (std::is_same_v<From, float> && std::is_same_v<To, c10::Half>) {
+    return float_to_half(source, count, target);
+  }
   for (int64_t i = 0; i < count; ++i) target[i] = static_cast<To>(source[i]);
 }
 

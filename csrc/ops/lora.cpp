@@ -3,20 +3,11 @@
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
+#include "checks.h"
+
 namespace safe_kernels {
 
 namespace {
-
-void check_floating(const Tensor& tensor, const char* name) {
-  const auto dtype = tensor.scalar_type();
-  TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name,
-                   " must be float64, float32, bfloat16 or float16, got ", dtype);
-}
-
-void check_device(const Tensor& tensor, const char* name, const Tensor& expected, const char* like) {
-  TORCH_CHECK_VALUE(tensor.device() == expected.device(), name, " is on ", tensor.device(), " but ", like, " is on ",
-                    expected.device(), "; move them to one device");
-}
 
 void check_adapter(const Tensor& lora_A, const Tensor& lora_B) {
   check_floating(lora_A, "lora_A");
@@ -27,17 +18,6 @@ void check_adapter(const Tensor& lora_A, const Tensor& lora_B) {
                     lora_B.sym_sizes(), " differ in r: got ", lora_A.sym_size(0), " and ", lora_B.sym_size(1));
   TORCH_CHECK_TYPE(lora_A.scalar_type() == lora_B.scalar_type(), "lora_A and lora_B must have one dtype, got ",
                    lora_A.scalar_type(), " and ", lora_B.scalar_type());
-}
-
-void check_dropout(double dropout_p, const std::optional<Tensor>& rng_state, const Tensor& x) {
-  TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], got ", dropout_p);
-  if (dropout_p == 0.0) return;
-  TORCH_CHECK_VALUE(rng_state.has_value() && rng_state->defined(),
-                    "rng_state must be an int64 tensor [2] when dropout_p > 0, got None");
-  TORCH_CHECK_TYPE(rng_state->scalar_type() == at::kLong, "rng_state must be int64, got ", rng_state->scalar_type());
-  TORCH_CHECK_VALUE(rng_state->dim() == 1 && rng_state->sym_size(0) == 2, "rng_state must have shape [2], got ",
-                    rng_state->sym_sizes());
-  check_device(*rng_state, "rng_state", x, "x");
 }
 
 void check_features(const Tensor& tensor, const char* name, const Tensor& weight, const char* weight_name,
@@ -79,7 +59,7 @@ void check_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const
   check_features(x, "x", lora_A, "lora_A", 1);
   check_features(base, "base", lora_B, "lora_B", 0);
   check_leading(base, "base", x);
-  check_dropout(dropout_p, rng_state, x);
+  check_dropout(dropout_p, rng_state, x, "x");
   if (block_starts.has_value() && block_starts->defined()) {
     check_blocks(x, *block_starts, block_rows, row_weight);
   }
@@ -90,7 +70,7 @@ void check_lora_backward(const Tensor& grad, const std::optional<Tensor>& x, con
                          const std::array<bool, 3>& output_mask) {
   check_adapter(lora_A, lora_B);
   check_features(grad, "grad", lora_B, "lora_B", 0);
-  check_dropout(dropout_p, rng_state, grad);
+  check_dropout(dropout_p, rng_state, grad, "grad");
   if (x.has_value() && x->defined()) {
     check_features(*x, "x", lora_A, "lora_A", 1);
     check_leading(grad, "grad", *x);

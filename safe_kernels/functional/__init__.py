@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from safe_kernels.functional.activation import activation
+from safe_kernels.functional.dropout import dropout
+from safe_kernels.functional.gated_activation import gated_activation
+from safe_kernels.functional.layer_norm import layer_norm
 from safe_kernels.functional.lora import lora
 from safe_kernels.functional.random import draw_rng_state
+from safe_kernels.functional.rms_norm import rms_norm
 
-__all__ = ["draw_rng_state", "lora"]
+__all__ = ["activation", "draw_rng_state", "dropout", "gated_activation", "layer_norm", "lora", "rms_norm"]

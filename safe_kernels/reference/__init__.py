@@ -7,11 +7,45 @@ kernel for every device that has none of its own, and the fake kernel that `torc
 
 from __future__ import annotations
 
+from safe_kernels.reference.activation import activation, activation_backward
+from safe_kernels.reference.dropout import dropout
+from safe_kernels.reference.gated_activation import gated_activation, gated_activation_backward
 from safe_kernels.reference.importance import cka_sums, one_minus_cka
+from safe_kernels.reference.layer_norm import layer_norm, layer_norm_backward
 from safe_kernels.reference.lora import lora, lora_backward
 from safe_kernels.reference.philox import dropout_keep, philox
+from safe_kernels.reference.rms_norm import rms_norm, rms_norm_backward
 
-OPS = (lora, lora_backward)
+OPS = (
+    activation,
+    activation_backward,
+    dropout,
+    gated_activation,
+    gated_activation_backward,
+    layer_norm,
+    layer_norm_backward,
+    lora,
+    lora_backward,
+    rms_norm,
+    rms_norm_backward,
+)
 """What is registered, under its own name."""
 
-__all__ = ["OPS", "cka_sums", "dropout_keep", "lora", "lora_backward", "one_minus_cka", "philox"]
+__all__ = [
+    "OPS",
+    "activation",
+    "activation_backward",
+    "cka_sums",
+    "dropout",
+    "dropout_keep",
+    "gated_activation",
+    "gated_activation_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "lora",
+    "lora_backward",
+    "one_minus_cka",
+    "philox",
+    "rms_norm",
+    "rms_norm_backward",
+]

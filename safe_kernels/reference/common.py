@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,3 +26,10 @@ def dropout_factor(x: Tensor, dropout_p: float, rng_state: Tensor | None, dtype:
 def dropped(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """``x * factor`` in `dtype`."""
     return x.to(dtype) if factor is None else x.to(dtype) * factor
+
+
+def dropout_of(x: Tensor, dropout_p: float, rng_state: Tensor | None) -> Tensor:
+    """Dropout of x [..., d] in its own dtype; the row that decides the bits is that of x flattened to [N, d]."""
+    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    factor = dropout_factor(rows, dropout_p, rng_state, x.dtype)
+    return x if factor is None else x * factor.reshape(x.shape)

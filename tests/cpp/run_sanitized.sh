@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the extension with AddressSanitizer and UBSan in a temporary folder and drives it there.
-# Arguments go to drive_lora.py (number of shapes). PYTHON and CXX choose the interpreter and the compiler.
+# Arguments go to each drive_*.py (number of shapes). PYTHON and CXX choose the interpreter and the compiler.
 set -euo pipefail
 
 repo=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -20,6 +20,9 @@ fi
 # The interpreter is not instrumented: the sanitizers' runtime has to come first, and libstdc++ with it, so that
 # exceptions thrown by the extension are intercepted. Leaks are looked for by a test on RSS: an interpreter leaks at exit.
 cd "$build"
-LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
-  ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-  PYTHONPATH="$build/lib" "$python" "$repo/tests/cpp/drive_lora.py" "$@"
+for driver in "$repo"/tests/cpp/drive_*.py; do
+  echo "$(basename "$driver")"
+  LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
+    ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
+    PYTHONPATH="$build/lib" "$python" "$driver" "$@"
+done

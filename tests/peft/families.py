@@ -128,7 +128,11 @@ def _t5(feed_forward: str) -> Callable[[int, float], nn.Module]:
         sizes = {"vocab_size": VOCABULARY, "d_model": D, "d_kv": D // HEADS, "d_ff": F, "num_layers": layers}
         config = hf.T5Config(**sizes, num_heads=HEADS, dropout_rate=p, feed_forward_proj=feed_forward, use_cache=False)
         config.decoder_start_token_id = 0
-        return hf.T5ForConditionalGeneration(config)
+        model = hf.T5ForConditionalGeneration(config)
+        for module in model.modules():  # no attention dropout: one rate serves all of T5's dropouts
+            if type(module).__name__ == "T5Attention":
+                module.dropout = 0.0
+        return model
 
     return make
 

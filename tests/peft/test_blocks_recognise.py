@@ -188,7 +188,9 @@ def test_a_replaced_forward_is_left_alone() -> None:
 
 
 def test_dropout_in_place_and_other_dropouts_are_left_alone() -> None:
-    model = in_blocks(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5, inplace=True), nn.Dropout1d(0.5)), r".*layers\.0\.0\.0")
+    model = in_blocks(
+        nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5, inplace=True), nn.Dropout1d(0.5)), r".*layers\.0\.0\.0"
+    )
     with bind(model):
         assert {part.kind: part.path for part in explain(model).parts if "Dropout" in part.kind} == {
             "Dropout": "as it is"

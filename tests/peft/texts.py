@@ -37,6 +37,8 @@ def bert_folder(folder: Path) -> str:
         num_attention_heads=2,
         intermediate_size=64,
         max_position_embeddings=32,
+        hidden_dropout_prob=0.0,  # stock PEFT's and ours draw different numbers
+        attention_probs_dropout_prob=0.0,
     )
     BertForSequenceClassification(config).bert.save_pretrained(folder)
     save_tokenizer(folder, pad_token="[PAD]")

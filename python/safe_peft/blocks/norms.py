@@ -6,12 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safe_kernels.inversion import invertible
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
 import safe_kernels
 from safe_kernels import reference
+from safe_kernels.inversion import invertible
 
 from ..swap import STATE, Swapped, original_type
 from .base import Part, agrees, is_plain, sample, stand_in
@@ -26,7 +26,7 @@ class SafeNorm(Swapped):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own formula."""
         part: Norm = self.__dict__[STATE]
-        weight = self._parameters["weight"]
+        weight: Any = self._parameters["weight"]  # of a LayerNorm it may be None
         if args or kwargs or not part.takes(self, x):
             return super().forward(x, *args, **kwargs)
         keep = part.retains_output(self)

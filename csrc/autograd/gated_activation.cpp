@@ -1,0 +1,102 @@
+// What `gated_activation` retains for backward, decided while the graph is built by which arguments require grad:
+//   gate         gate, up, and 16 bytes of random state with dropout
+//   up only      gate and the random state: act(gate) is made again
+//   none         no node at all
+
+#include "ops/gated_activation.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/graph.h"
+#include "autograd/recipe.h"
+#include "autograd/refusals.h"
+
+namespace safe_kernels {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+struct GatedActivationFunction : torch::autograd::Function<GatedActivationFunction> {
+  static Variable forward(AutogradContext* ctx, const Tensor& gate, const Tensor& up, std::string_view kind,
+                          double dropout_p, const std::optional<Tensor>& rng_state) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({gate, gate.requires_grad() ? up : Tensor(), dropout_p > 0.0 ? *rng_state : Tensor()});
+    ctx->saved_data["kind"] = std::string(kind);
+    ctx->saved_data["dropout_p"] = dropout_p;
+    return gated_activation(gate, up, kind, dropout_p, rng_state);
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(5);
+    const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
+    if (!grads[0].defined() || (!wanted[0] && !wanted[1])) return result;
+    const auto saved = ctx->get_saved_variables();
+    const Tensor& gate = saved[0];
+    const Tensor& up = saved[1].defined() ? saved[1] : gate;  // not read when the gradient of gate is not wanted
+    const auto rng_state = saved[2].defined() ? std::optional(saved[2]) : std::nullopt;
+    auto [grad_gate, grad_up] = gated_activation_backward(grads[0], gate, up, ctx->saved_data["kind"].toStringRef(),
+                                                          ctx->saved_data["dropout_p"].toDouble(), rng_state, wanted);
+    if (wanted[0]) result[0] = grad_gate;
+    if (wanted[1]) result[1] = grad_up;
+    return result;
+  }
+};
+
+// Stands in the graph only while a backward is itself recorded (create_graph=True): PyTorch would
+// otherwise treat the kernel's results as constants, and a second derivative would be silently wrong.
+struct GatedActivationBackwardFunction : torch::autograd::Function<GatedActivationBackwardFunction> {
+  static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad, const Tensor& gate, const Tensor& up,
+                               std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state,
+                               std::array<bool, 2> output_mask) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [grad_gate, grad_up] = gated_activation_backward(grad, gate, up, kind, dropout_p, rng_state, output_mask);
+    return {grad_gate, grad_up};
+  }
+
+  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
+    refuse_double_backward("gated_activation");
+  }
+};
+
+Tensor gated_activation_autograd(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
+                                 const std::optional<Tensor>& rng_state) {
+  check_gated_activation(gate, up, kind, dropout_p, rng_state);
+  refuse_forward_mode(gate, "gate", "gated_activation");
+  refuse_forward_mode(up, "up", "gated_activation");
+  if (!builds_graph({gate, up})) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return gated_activation(gate, up, kind, dropout_p, rng_state);
+  }
+  Tensor out = GatedActivationFunction::apply(gate, up, kind, dropout_p, rng_state);
+  // Where up is not retained anyway, a reader does better to retain the output.
+  if (gate.requires_grad()) attach_recipe(out, gate, up, kind, dropout_p, rng_state);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> gated_activation_backward_autograd(const Tensor& grad, const Tensor& gate, const Tensor& up,
+                                                              std::string_view kind, double dropout_p,
+                                                              const std::optional<Tensor>& rng_state,
+                                                              std::array<bool, 2> output_mask) {
+  check_gated_activation_backward(grad, gate, up, kind, dropout_p, rng_state);
+  if (!builds_graph({grad, gate, up})) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return gated_activation_backward(grad, gate, up, kind, dropout_p, rng_state, output_mask);
+  }
+  auto outputs = GatedActivationBackwardFunction::apply(grad, gate, up, kind, dropout_p, rng_state, output_mask);
+  return {outputs[0], outputs[1]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
+  m.impl("gated_activation", gated_activation_autograd);
+  m.impl("gated_activation_backward", gated_activation_backward_autograd);
+}
+
+}  // namespace safe_kernels

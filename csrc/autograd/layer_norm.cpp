@@ -1,0 +1,112 @@
+// What `layer_norm` retains for backward, decided while the graph is built:
+//   weight or bias trains, or retain_output is false   x, mean and rstd
+//   only x requires grad                               the output, which its readers retain anyway, and rstd
+//   none of them                                       no node at all
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/graph.h"
+#include "autograd/refusals.h"
+#include "checks.h"
+#include "ops/layer_norm.h"
+
+namespace safe_kernels {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+Tensor or_undefined(const std::optional<Tensor>& tensor) { return given(tensor) ? *tensor : Tensor(); }
+
+std::optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
+
+struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& weight,
+                               const std::optional<Tensor>& bias, double eps, bool retain_output) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [out, mean, rstd] = layer_norm(x, weight, bias, eps, retain_output);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({mean, rstd});
+    const bool from_output = retain_output && !requires_grad(weight) && !requires_grad(bias);
+    ctx->save_for_backward(
+        {from_output ? out : x, or_undefined(weight), or_undefined(bias), from_output ? Tensor() : mean, rstd});
+    ctx->saved_data["from_output"] = from_output;
+    return {out, mean, rstd};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(5);
+    if (!grads[0].defined()) return result;
+    const auto saved = ctx->get_saved_variables();
+    const auto weight = or_none(saved[1]), bias = or_none(saved[2]);
+    // Indices of needs_input_grad count the tensors that were given.
+    const size_t bias_index = weight.has_value() ? 2 : 1;
+    const std::array<bool, 3> wanted{ctx->needs_input_grad(0), weight.has_value() && ctx->needs_input_grad(1),
+                                     bias.has_value() && ctx->needs_input_grad(bias_index)};
+    if (!wanted[0] && !wanted[1] && !wanted[2]) return result;
+    auto [grad_x, grad_weight, grad_bias] = layer_norm_backward(
+        grads[0], saved[0], weight, bias, or_none(saved[3]), saved[4], ctx->saved_data["from_output"].toBool(), wanted);
+    if (wanted[0]) result[0] = grad_x;
+    if (wanted[1]) result[1] = grad_weight;
+    if (wanted[2]) result[2] = grad_bias;
+    return result;
+  }
+};
+
+// Stands in the graph only while a backward is itself recorded (create_graph=True); see LoraBackwardFunction.
+struct LayerNormBackwardFunction : torch::autograd::Function<LayerNormBackwardFunction> {
+  static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad, const Tensor& retained,
+                               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                               const std::optional<Tensor>& mean, const Tensor& rstd, bool from_output,
+                               std::array<bool, 3> output_mask) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [grad_x, grad_weight, grad_bias] =
+        layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
+    return {grad_x, grad_weight, grad_bias};
+  }
+
+  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
+    refuse_double_backward("layer_norm");
+  }
+};
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, const std::optional<Tensor>& weight,
+                                                       const std::optional<Tensor>& bias, double eps,
+                                                       bool retain_output) {
+  check_layer_norm(x, weight, bias, eps);
+  refuse_forward_mode(x, "x", "layer_norm");
+  if (given(weight)) refuse_forward_mode(*weight, "weight", "layer_norm");
+  if (given(bias)) refuse_forward_mode(*bias, "bias", "layer_norm");
+  if (!builds_graph({x, weight, bias})) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return layer_norm(x, weight, bias, eps, retain_output);
+  }
+  auto outputs = LayerNormFunction::apply(x, weight, bias, eps, retain_output);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(const Tensor& grad, const Tensor& retained,
+                                                                const std::optional<Tensor>& weight,
+                                                                const std::optional<Tensor>& bias,
+                                                                const std::optional<Tensor>& mean, const Tensor& rstd,
+                                                                bool from_output, std::array<bool, 3> output_mask) {
+  check_layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
+  if (!builds_graph({grad, retained, weight, bias})) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
+  }
+  auto outputs = LayerNormBackwardFunction::apply(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
+  return {outputs[0], outputs[1], outputs[2]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
+  m.impl("layer_norm", layer_norm_autograd);
+  m.impl("layer_norm_backward", layer_norm_backward_autograd);
+}
+
+}  // namespace safe_kernels

@@ -1,0 +1,98 @@
+// What `rms_norm` retains for backward, decided while the graph is built:
+//   weight trains, or retain_output is false   x and rstd
+//   only x requires grad                       the output, which its readers retain anyway, and rstd
+//   neither                                    no node at all
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/graph.h"
+#include "autograd/refusals.h"
+#include "ops/rms_norm.h"
+
+namespace safe_kernels {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps,
+                               double weight_offset, bool retain_output) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [out, rstd] = rms_norm(x, weight, eps, weight_offset, retain_output);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({rstd});
+    const bool from_output = retain_output && !weight.requires_grad();
+    ctx->save_for_backward({from_output ? out : x, weight, rstd});
+    ctx->saved_data["from_output"] = from_output;
+    ctx->saved_data["weight_offset"] = weight_offset;
+    return {out, rstd};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(5);
+    if (!grads[0].defined()) return result;
+    const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
+    if (!wanted[0] && !wanted[1]) return result;
+    const auto saved = ctx->get_saved_variables();
+    auto [grad_x, grad_weight] =
+        rms_norm_backward(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["weight_offset"].toDouble(),
+                          ctx->saved_data["from_output"].toBool(), wanted);
+    if (wanted[0]) result[0] = grad_x;
+    if (wanted[1]) result[1] = grad_weight;
+    return result;
+  }
+};
+
+// Stands in the graph only while a backward is itself recorded (create_graph=True); see LoraBackwardFunction.
+struct RmsNormBackwardFunction : torch::autograd::Function<RmsNormBackwardFunction> {
+  static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad, const Tensor& retained,
+                               const Tensor& weight, const Tensor& rstd, double weight_offset, bool from_output,
+                               std::array<bool, 2> output_mask) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [grad_x, grad_weight] =
+        rms_norm_backward(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
+    return {grad_x, grad_weight};
+  }
+
+  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
+    refuse_double_backward("rms_norm");
+  }
+};
+
+std::tuple<Tensor, Tensor> rms_norm_autograd(const Tensor& x, const Tensor& weight, double eps, double weight_offset,
+                                             bool retain_output) {
+  check_rms_norm(x, weight, eps);
+  refuse_forward_mode(x, "x", "rms_norm");
+  refuse_forward_mode(weight, "weight", "rms_norm");
+  if (!builds_graph({x, weight})) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return rms_norm(x, weight, eps, weight_offset, retain_output);
+  }
+  auto outputs = RmsNormFunction::apply(x, weight, eps, weight_offset, retain_output);
+  return {outputs[0], outputs[1]};
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward_autograd(const Tensor& grad, const Tensor& retained, const Tensor& weight,
+                                                      const Tensor& rstd, double weight_offset, bool from_output,
+                                                      std::array<bool, 2> output_mask) {
+  check_rms_norm_backward(grad, retained, weight, rstd);
+  if (!builds_graph({grad, retained, weight})) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return rms_norm_backward(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
+  }
+  auto outputs = RmsNormBackwardFunction::apply(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
+  return {outputs[0], outputs[1]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
+  m.impl("rms_norm", rms_norm_autograd);
+  m.impl("rms_norm_backward", rms_norm_backward_autograd);
+}
+
+}  // namespace safe_kernels

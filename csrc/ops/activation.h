@@ -1,0 +1,27 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <optional>
+#include <string_view>
+
+namespace safe_kernels {
+
+using at::Tensor;
+
+// Calls through the dispatcher. The formulas and shapes stand in safe_kernels/reference/.
+Tensor activation(const Tensor& x, std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state);
+
+Tensor activation_backward(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
+                           const std::optional<Tensor>& rng_state);
+
+// Run by every kernel, so that errors are the same on each way in. Sizes are compared as SymInt, so that a shape that
+// torch.compile left open stays open.
+void check_kind(std::string_view kind);
+
+void check_activation(const Tensor& x, std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state);
+
+void check_activation_backward(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
+                               const std::optional<Tensor>& rng_state);
+
+}  // namespace safe_kernels

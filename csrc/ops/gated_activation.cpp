@@ -1,0 +1,53 @@
+#include "ops/gated_activation.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "ops/activation.h"
+
+namespace safe_kernels {
+
+void check_gated_activation(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
+                            const std::optional<Tensor>& rng_state) {
+  check_kind(kind);
+  check_has_features(gate, "gate");
+  check_has_features(up, "up");
+  check_alike(up, "up", gate, "gate");
+  check_dropout(dropout_p, rng_state, gate, "gate");
+}
+
+void check_gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view kind,
+                                     double dropout_p, const std::optional<Tensor>& rng_state) {
+  check_gated_activation(gate, up, kind, dropout_p, rng_state);
+  check_alike(grad, "grad", gate, "gate");
+}
+
+Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
+                        const std::optional<Tensor>& rng_state) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("safe_kernels::gated_activation", "")
+                             .typed<decltype(gated_activation)>();
+  return op.call(gate, up, kind, dropout_p, rng_state);
+}
+
+std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up,
+                                                     std::string_view kind, double dropout_p,
+                                                     const std::optional<Tensor>& rng_state,
+                                                     std::array<bool, 2> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("safe_kernels::gated_activation_backward", "")
+                             .typed<decltype(gated_activation_backward)>();
+  return op.call(grad, gate, up, kind, dropout_p, rng_state, output_mask);
+}
+
+TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
+  m.def("gated_activation(Tensor gate, Tensor up, str kind, float dropout_p=0., Tensor? rng_state=None) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+  m.def(
+      "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind, float dropout_p, Tensor? rng_state, "
+      "bool[2] output_mask) -> (Tensor grad_gate, Tensor grad_up)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+}  // namespace safe_kernels

@@ -1,0 +1,31 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace safe_kernels {
+
+using at::Tensor;
+
+// Calls through the dispatcher. The formulas and shapes stand in safe_kernels/reference/.
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const std::optional<Tensor>& weight,
+                                              const std::optional<Tensor>& bias, double eps, bool retain_output);
+
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& retained,
+                                                       const std::optional<Tensor>& weight,
+                                                       const std::optional<Tensor>& bias,
+                                                       const std::optional<Tensor>& mean, const Tensor& rstd,
+                                                       bool from_output, std::array<bool, 3> output_mask);
+
+// Throws, naming the argument, when a call cannot be right on any backend.
+void check_layer_norm(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                      double eps);
+
+void check_layer_norm_backward(const Tensor& grad, const Tensor& retained, const std::optional<Tensor>& weight,
+                               const std::optional<Tensor>& bias, const std::optional<Tensor>& mean, const Tensor& rstd,
+                               bool from_output, const std::array<bool, 3>& output_mask);
+
+}  // namespace safe_kernels

@@ -1,0 +1,50 @@
+#include "ops/rms_norm.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "checks.h"
+
+namespace safe_kernels {
+
+void check_rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  check_has_features(x, "x");
+  check_per_feature(weight, "weight", x, "x");
+  check_eps(eps);
+}
+
+void check_rms_norm_backward(const Tensor& grad, const Tensor& retained, const Tensor& weight, const Tensor& rstd) {
+  check_has_features(retained, "retained");
+  check_same_shape(grad, "grad", retained, "retained");
+  check_per_feature(weight, "weight", retained, "retained");
+  check_per_row(rstd, "rstd", retained, "retained");
+}
+
+std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset,
+                                    bool retain_output) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("safe_kernels::rms_norm", "").typed<decltype(rms_norm)>();
+  return op.call(x, weight, eps, weight_offset, retain_output);
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& retained, const Tensor& weight,
+                                             const Tensor& rstd, double weight_offset, bool from_output,
+                                             std::array<bool, 2> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("safe_kernels::rms_norm_backward", "")
+                             .typed<decltype(rms_norm_backward)>();
+  return op.call(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
+}
+
+TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
+  m.def(
+      "rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0., bool retain_output=True) "
+      "-> (Tensor out, Tensor rstd)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "rms_norm_backward(Tensor grad, Tensor retained, Tensor weight, Tensor rstd, float weight_offset, "
+      "bool from_output, bool[2] output_mask) -> (Tensor grad_x, Tensor grad_weight)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+}  // namespace safe_kernels

@@ -1,0 +1,46 @@
+"""Activation and dropout in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from safe_kernels.functional.random import draw_rng_state
+
+
+def activation(x: Tensor, kind: str, *, dropout_p: float = 0.0, rng_state: Tensor | None = None) -> Tensor:
+    """``dropout(act(x))``: SiLU, GELU (arXiv 1606.08415) or ReLU, with dropout in the same pass.
+
+    Autograd retains x, and with dropout 16 bytes of random state, if x requires grad; else there is no graph node. A
+    `lora` that reads the result directly and trains retains the same x instead of the result, and makes the result
+    again in backward: as long as neither has been changed in place, and as it comes, not through a view.
+
+    The result keeps x alive as long as it lives itself, even where hooks moved what the graph retains elsewhere.
+
+    Args:
+        x: [..., d], the pre-activation; float64, float32, bfloat16 or float16, any strides. Made in float32 (float64
+            for float64) and rounded once.
+        kind: "silu", "gelu" (by erf), "gelu_tanh" or "relu".
+        dropout_p: probability in [0, 1] that an element of the result is dropped.
+        rng_state: int64 [2], Philox seed and offset; drawn from torch's generator when None.
+
+    Returns:
+        A new contiguous tensor shaped and typed like `x`.
+
+    Raises:
+        ValueError: `kind` is unknown, `dropout_p` is outside [0, 1], or x has no dimension.
+        TypeError: the dtype is not supported.
+        RuntimeError: the result is differentiated twice, which is not supported.
+
+    Example:
+        >>> import torch, safe_kernels
+        >>> x = torch.tensor([[-1.0, 0.0, 2.0]], requires_grad=True)
+        >>> safe_kernels.activation(x, "relu")
+        tensor([[0., 0., 2.]], grad_fn=...)
+        >>> safe_kernels.activation(x, "gelu").sum().backward()
+        >>> x.grad
+        tensor([[-0.0833,  0.5000,  1.0852]])
+    """
+    if dropout_p > 0.0 and rng_state is None:
+        rng_state = draw_rng_state(x.device)
+    return torch.ops.safe_kernels.activation(x, kind, dropout_p, rng_state)

@@ -1,0 +1,54 @@
+"""The gated activation of a transformer's MLP in one pass."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from safe_kernels.functional.random import draw_rng_state
+
+
+def gated_activation(
+    gate: Tensor, up: Tensor, kind: str, *, dropout_p: float = 0.0, rng_state: Tensor | None = None
+) -> Tensor:
+    """``dropout(act(gate) * up)``: SwiGLU, GeGLU or ReGLU (arXiv 2002.05202), with dropout in the same pass.
+
+    What autograd retains follows from which arguments require grad:
+
+    * gate does: gate and up, and with dropout 16 bytes of random state; no activation, no product, no mask.
+    * only up does: gate and the random state.
+    * none does: there is no graph node.
+
+    Gate and up may be halves of one tensor (``chunk(2, -1)``), which is then retained as it is, without a copy. A
+    `lora` that reads the result directly and trains retains gate and up instead of the result, and makes the result
+    again in backward: as long as none of them has been changed in place, and as it comes, not through a view.
+
+    The result keeps gate and up alive as long as it lives itself, even where hooks moved what the graph retains
+    elsewhere.
+
+    Args:
+        gate: [..., d], the pre-activation; float64, float32, bfloat16 or float16, any strides. Made in float32 (float64
+            for float64) and rounded once.
+        up: [..., d], what is gated; of the shape and dtype of gate.
+        kind: "silu", "gelu" (by erf), "gelu_tanh" or "relu".
+        dropout_p: probability in [0, 1] that an element of the result is dropped.
+        rng_state: int64 [2], Philox seed and offset; drawn from torch's generator when None.
+
+    Returns:
+        A new contiguous tensor shaped and typed like `gate`.
+
+    Raises:
+        ValueError: `kind` is unknown, shapes differ, `dropout_p` is outside [0, 1], or there is no dimension.
+        TypeError: the dtypes differ or are not supported.
+        RuntimeError: the result is differentiated twice, which is not supported.
+
+    Example:
+        >>> import torch, safe_kernels
+        >>> gate, up = torch.randn(2, 5, 16, requires_grad=True).chunk(2, -1)
+        >>> out = safe_kernels.gated_activation(gate, up, "silu")
+        >>> torch.allclose(out, torch.nn.functional.silu(gate) * up, atol=1e-6)
+        True
+    """
+    if dropout_p > 0.0 and rng_state is None:
+        rng_state = draw_rng_state(gate.device)
+    return torch.ops.safe_kernels.gated_activation(gate, up, kind, dropout_p, rng_state)

@@ -1,0 +1,49 @@
+"""RMSNorm over the last dimension."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.0, retain_output: bool = True
+) -> Tensor:
+    """Divides each row by its root mean square: ``x * rstd * (weight + weight_offset)`` (arXiv 1910.07467).
+
+    ``rstd = 1 / sqrt(mean(x^2) + eps)``. Sums are made in float32 (float64 for float64), and the result is rounded
+    once. What autograd retains follows from which arguments require grad:
+
+    * only x does (a frozen weight): the output, which the layers that read it retain anyway, and rstd, 4 bytes a row
+      (8 for float64). Backward finds the normalised row again as ``out / (weight + weight_offset)``.
+    * weight does, or `retain_output` is False: x and rstd.
+    * neither does: there is no graph node.
+
+    Where ``weight + weight_offset`` has a zero the output cannot be inverted, and the gradient of x would not be
+    finite. The op cannot look at values without stopping a device, so the caller has to: pass ``retain_output=False``
+    unless `invertible` says that the output may be retained. A retained output must not be changed in place.
+
+    Args:
+        x: [..., d]; float64, float32, bfloat16 or float16, any strides.
+        weight: [d], of any of these dtypes.
+        eps: added to the mean of the squares, at least 0.
+        weight_offset: added to the weight: 1 where a model stores the difference from 1, as Gemma does.
+        retain_output: whether backward may be made from the output.
+
+    Returns:
+        A new tensor shaped and typed like `x`.
+
+    Raises:
+        ValueError: shapes do not fit together, or `eps` is negative.
+        TypeError: a dtype is not supported.
+        RuntimeError: the result is differentiated twice, which is not supported.
+
+    Example:
+        >>> import torch, safe_kernels
+        >>> x = torch.tensor([[3.0, 4.0]], requires_grad=True)
+        >>> out = safe_kernels.rms_norm(x, torch.ones(2), 1e-6)
+        >>> out.sum().backward()
+        >>> out.square().mean().round(decimals=3).item(), x.grad.shape
+        (1.0, torch.Size([1, 2]))
+    """
+    return torch.ops.safe_kernels.rms_norm(x, weight, eps, weight_offset, retain_output)[0]

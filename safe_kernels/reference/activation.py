@@ -1,0 +1,93 @@
+"""Activations between two linear layers, with dropout: SiLU, GELU (by erf and by tanh, arXiv 1606.08415) and ReLU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from safe_kernels.reference.common import compute_dtype, dropout_of
+
+KINDS = ("silu", "gelu", "gelu_tanh", "relu")
+"""The activations there are."""
+
+
+def check_kind(kind: str) -> None:
+    """Refuses a name that is not in `KINDS`."""
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
+
+
+def value(x: Tensor, kind: str) -> Tensor:
+    """The activation of x: silu is x / (1 + exp(-x)), gelu is x Phi(x) with Phi the standard normal distribution.
+
+    gelu_tanh is x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3); relu is max(x, 0).
+    """
+    check_kind(kind)
+    if kind == "silu":
+        return x * x.sigmoid()
+    if kind == "gelu":
+        return x * (0.5 * torch.erfc(x * -math.sqrt(0.5)))
+    if kind == "gelu_tanh":
+        return x * (2 * _u(x)).sigmoid()
+    return x.clamp(min=0)
+
+
+def slope(x: Tensor, kind: str) -> Tensor:
+    """The derivative of `value`; that of relu at 0 is 0."""
+    check_kind(kind)
+    if kind == "silu":
+        s = x.sigmoid()
+        return s * (1 + x * (1 - s))
+    if kind == "gelu":
+        density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return 0.5 * torch.erfc(x * -math.sqrt(0.5)) + x * density
+    if kind == "gelu_tanh":
+        x = x.clamp(-10, 10)  # further out it is 0 or 1 to the last bit, while x^2 would overflow
+        s, rest = (2 * _u(x)).sigmoid(), (-2 * _u(x)).sigmoid()  # rest = 1 - s, without its cancellation
+        return s + x * s * rest * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
+    return (~(x <= 0)).to(x.dtype)
+
+
+def _u(x: Tensor) -> Tensor:
+    return math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+
+
+def pull_back(grad: Tensor, x: Tensor, kind: str) -> Tensor:
+    """``grad * slope(x)``, where relu stops even an infinite gradient."""
+    return torch.where(x <= 0, 0.0, grad) if kind == "relu" else grad * slope(x, kind)
+
+
+def activation(x: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor | None = None) -> Tensor:
+    """``dropout(act(x))``.
+
+    Args:
+        x: [..., d], the pre-activation.
+        kind: one of `KINDS`.
+        dropout_p: probability that an element is dropped.
+        rng_state: int64 [2] = (seed, offset); needed when ``dropout_p > 0``.
+
+    Returns:
+        A contiguous tensor shaped and typed like x.
+    """
+    dtype = compute_dtype(x)
+    return dropout_of(value(x.to(dtype), kind), dropout_p, rng_state).to(x.dtype).contiguous()
+
+
+def activation_backward(grad: Tensor, x: Tensor, kind: str, dropout_p: float, rng_state: Tensor | None) -> Tensor:
+    """The gradient of `activation` for x.
+
+    Args:
+        grad: [..., d], gradient of the output.
+        x: [..., d], the pre-activation.
+        kind: as in `activation`.
+        dropout_p: as in `activation`.
+        rng_state: as in `activation`: the mask is made again, not kept.
+
+    Returns:
+        A contiguous tensor shaped and typed like x.
+    """
+    dtype = compute_dtype(x)
+    grad_act = dropout_of(grad.to(dtype), dropout_p, rng_state)
+    return pull_back(grad_act, x.to(dtype), kind).to(x.dtype).contiguous()

@@ -1,0 +1,71 @@
+"""RMSNorm, Zhang and Sennrich 2019 (arXiv 1910.07467), eq. 4."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from safe_kernels.reference.common import compute_dtype
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, retain_output: bool = True
+) -> tuple[Tensor, Tensor]:
+    """``out = x * rstd * (weight + weight_offset)``, ``rstd = 1 / sqrt(mean(x^2) + eps)``, rounded once at the end.
+
+    Args:
+        x: [..., d].
+        weight: [d].
+        eps: added to the mean of the squares, at least 0.
+        weight_offset: added to the weight: 1 where a model stores the difference from 1, as Gemma does.
+        retain_output: whether autograd may retain out in place of x; no matter for values.
+
+    Returns:
+        out, shaped and typed like x, and rstd [...], in float32, or float64 if x or weight has it.
+    """
+    dtype = compute_dtype(x, weight)
+    values = x.to(dtype)
+    rstd = torch.rsqrt(values.square().mean(-1) + eps)
+    out = values * rstd.unsqueeze(-1) * (weight.to(dtype) + weight_offset)
+    return out.to(x.dtype).contiguous(), rstd.contiguous()
+
+
+def rms_norm_backward(
+    grad: Tensor,
+    retained: Tensor,
+    weight: Tensor,
+    rstd: Tensor,
+    weight_offset: float,
+    from_output: bool,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of `rms_norm` for x and weight.
+
+    With ``x_hat = x * rstd``, or ``out / (weight + weight_offset)``, and ``g = grad * (weight + weight_offset)``::
+
+        grad_x = rstd * (g - x_hat * mean(g * x_hat))
+        grad_weight = sum over rows of grad * x_hat
+
+    Args:
+        grad: [..., d], gradient of the output.
+        retained: [..., d], the output if `from_output`, else x.
+        weight: [d].
+        rstd: [...], as `rms_norm` returned it.
+        weight_offset: as in `rms_norm`.
+        from_output: whether `retained` is the output; no element of ``weight + weight_offset`` may then be zero.
+        output_mask: which of (grad_x, grad_weight) are wanted.
+
+    Returns:
+        grad_x [..., d], grad_weight [d]; those not wanted have shape [0].
+    """
+    dtype = compute_dtype(retained, weight)
+    scale = weight.to(dtype) + weight_offset
+    row_rstd = rstd.to(dtype).unsqueeze(-1)
+    x_hat = retained.to(dtype) / scale if from_output else retained.to(dtype) * row_rstd
+    grad_x, grad_weight = retained.new_empty(0), weight.new_empty(0)
+    if output_mask[0]:
+        g = grad.to(dtype) * scale
+        grad_x = (row_rstd * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))).to(retained.dtype).contiguous()
+    if output_mask[1]:
+        grad_weight = (grad.to(dtype) * x_hat).reshape(-1, scale.shape[0]).sum(0).to(weight.dtype)
+    return grad_x, grad_weight

@@ -1,0 +1,106 @@
+"""What the norms retain, to the byte: one storage with what their readers retain, and 4 bytes a row."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from norms import MIDDLE, Norm, norm
+from oracle import DTYPES, Dtypes
+from test_norm_backward import CASES
+from torch import Tensor, nn
+
+import safe_kernels
+from safe_kernels.retention import measure
+
+
+def expected_bytes(p: Norm, names: tuple[str, ...], retain_output: bool) -> int:
+    """Output and rstd, or input, rstd and (LayerNorm) mean."""
+    if not names:
+        return 0
+    per_row = 4 * p.x[..., 0].numel()
+    from_output = retain_output and names == ("x",)
+    statistics = 1 if from_output or p.kind.startswith("rms") else 2
+    return p.x.nbytes + statistics * per_row
+
+
+@pytest.mark.parametrize("retain_output", [True, False])
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[4]], ids=str)
+@pytest.mark.parametrize(("kind", "names"), CASES, ids=str)
+def test_every_subset_of_requires_grad(kind: str, names: tuple[str, ...], dtypes: Dtypes, retain_output: bool) -> None:
+    p = norm(kind, dtypes=dtypes).require(*names)
+    parameters = [tensor for name, tensor in p.inputs.items() if name != "x"]
+    retained = measure(lambda: p.call(retain_output), exclude=parameters)
+    assert retained.bytes == expected_bytes(p, names, retain_output), str(retained)
+    if names:
+        retained.output.sum().backward()
+
+
+@pytest.mark.parametrize("names", [("x",), ("x", "weight", "bias")], ids=str)
+def test_float64_statistics_take_8_bytes(names: tuple[str, ...]) -> None:
+    p = norm("layer", dtypes=DTYPES[1]).require(*names)
+    retained = measure(lambda: p.call(), exclude=[p.weight, p.bias])
+    assert retained.bytes == p.x.nbytes + 8 * MIDDLE[0] * (1 if names == ("x",) else 2)
+
+
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[4]], ids=str)
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_the_output_is_what_its_readers_retain(kind: str, dtypes: Dtypes) -> None:
+    """The norm before q, k and v: one tensor for four nodes, and 4 bytes a row."""
+    p = norm(kind, dtypes=dtypes).require("x")
+    adapters = [[nn.Parameter(torch.randn(4, 33)), nn.Parameter(torch.randn(20, 4))] for _ in range(3)]
+    base = torch.randn(MIDDLE[0], 20).to(dtypes.x)
+
+    def forward() -> list[Tensor]:
+        y = p.call()
+        return [safe_kernels.lora(y, base, A, B, 2.0) for A, B in adapters]
+
+    retained = measure(forward, exclude=[tensor for tensor in (p.weight, p.bias) if tensor is not None])
+    assert retained.bytes == p.x.nbytes + 4 * MIDDLE[0], str(retained)
+    assert [tensor.uses for tensor in retained.tensors] == [4, 1]
+    torch.stack(retained.output).sum().backward()
+    assert p.x.grad is not None
+    assert all(tensor.grad is not None for pair in adapters for tensor in pair)
+
+
+def test_readers_keep_the_input_beside_the_output_when_the_weight_trains() -> None:
+    p = norm("rms").require("x", "weight")
+    A, B = nn.Parameter(torch.randn(4, 33)), nn.Parameter(torch.randn(20, 4))
+    base = torch.randn(MIDDLE[0], 20)
+    retained = measure(lambda: safe_kernels.lora(p.call(), base, A, B, 2.0), exclude=p.weight)
+    assert retained.bytes == 2 * p.x.nbytes + 4 * MIDDLE[0]
+
+
+def test_a_chain_of_norms_retains_one_tensor_each() -> None:
+    p, q = norm("layer").require("x"), norm("rms", seed=1)
+    retained = measure(lambda: q.apply(p.call(), q.weight), exclude=[p.weight, p.bias, q.weight])
+    assert retained.bytes == 2 * (p.x.nbytes + 4 * MIDDLE[0])
+
+
+def test_a_strided_input_is_not_copied_to_be_retained() -> None:
+    p = norm("layer")
+    wide = torch.randn(37, 66, requires_grad=True)
+    retained = measure(lambda: p.apply(**{**p.inputs, "x": wide[:, ::2]}, retain_output=False), exclude=[p.weight])
+    assert {tensor.bytes for tensor in retained.tensors} == {wide.nbytes, 4 * 37, p.bias.nbytes}
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_stock_pytorch_by_the_same_measure(kind: str) -> None:
+    """The incumbents beside a reader that trains: LayerNorm keeps its input too, RMSNorm four tensors more."""
+    p = norm(kind).require("x")
+    reader = nn.Parameter(torch.randn(20, 33))
+    size, row = p.x.nbytes, 4 * MIDDLE[0]
+
+    def layer_norm() -> Tensor:
+        return nn.functional.layer_norm(p.x, (33,), p.weight, p.bias, p.eps)
+
+    def rms_norm() -> Tensor:
+        hidden = p.x.to(torch.float32)
+        return p.weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + p.eps))
+
+    parameters = [tensor for tensor in (p.weight, p.bias) if tensor is not None]
+    stock = measure(
+        lambda: nn.functional.linear({"rms": rms_norm, "layer": layer_norm}[kind](), reader), exclude=parameters
+    )
+    ours = measure(lambda: nn.functional.linear(p.call(), reader), exclude=parameters)
+    assert stock.bytes == {"rms": 2 * size + row, "layer": 2 * size + 2 * row}[kind], str(stock)
+    assert ours.bytes == size + row, str(ours)
