@@ -1,0 +1,74 @@
+"""Copies a model without its values: tensors that have a shape, a dtype and a storage, but no memory."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode
+
+from .errors import PlanError
+
+_PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor})
+
+
+class FakeModel:
+    """A copy of a model on fake tensors. The model itself is neither changed nor read, and may be on the meta device.
+
+    Hooks and replaced forwards come along, as `copy.deepcopy` copies them; bindings of this package do not.
+
+    Args:
+        model: any module.
+
+    Raises:
+        PlanError: It cannot be copied.
+
+    Example:
+        >>> fake = FakeModel(nn.Linear(2, 3, device="meta"))
+        >>> with fake.mode:
+        ...     fake.module(torch.ones(5, 2)).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.mode = FakeTensorMode()
+        memo: dict[int, Any] = {}
+        shapes: dict[int, Tensor] = {}
+        tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        with self.mode:
+            for tensor in tensors:
+                memo[id(tensor)] = self._fake(tensor, shapes)
+            for parameter in model.parameters():
+                memo[id(parameter)].grad = None
+        try:
+            with FakeCopyMode(self.mode), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.module: nn.Module = copy.deepcopy(model, memo)
+        except Exception as error:
+            raise PlanError(
+                f"{type(model).__name__} cannot be copied for a plan ({first_line(error)}); take off what was put on "
+                "its modules, or plan before that."
+            ) from error
+
+    def _fake(self, tensor: Tensor, shapes: dict[int, Tensor]) -> Tensor:
+        if type(tensor) not in _PLAIN:
+            return self.mode.from_tensor(tensor, static_shapes=True)
+        device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
+        storage = tensor.untyped_storage()
+        if storage._cdata not in shapes:  # tensors that share memory go on sharing it
+            count = storage.nbytes() // tensor.element_size()
+            shapes[storage._cdata] = torch.empty(count, dtype=tensor.dtype, device=device)
+        base = shapes[storage._cdata]
+        base = base if base.dtype == tensor.dtype else base.view(tensor.dtype)
+        fake = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        return fake
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

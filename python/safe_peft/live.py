@@ -1,0 +1,78 @@
+"""Follows the bytes that live tensors occupy, operation by operation, on real tensors or on fake ones."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from safe_kernels.retention import storages
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of every storage from the operation that makes it until the last tensor of it is gone.
+
+    What a kernel allocates for itself and frees before it returns is not seen. Autograd adds gradients up in place where
+    it can, but not under a mode like this one: the peak may be one gradient too high, never too low for that.
+
+    Args:
+        existing: tensors that are there already and do not count.
+        on_draw: called at every operation that draws random numbers.
+
+    Example:
+        >>> with LiveBytes() as live:
+        ...     x = torch.ones(1024)
+        ...     y = (x + 1) * 2
+        >>> live.now, live.peak
+        (8192, 12288)
+    """
+
+    def __init__(self, existing: Iterable[Tensor] = (), on_draw: Callable[[], None] | None = None) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._on_draw = on_draw
+        self._existing = list(existing)  # alive, so that none of their identities can come again
+        self._sizes: dict[int, int] = {}
+        for tensor in self._existing:
+            self._sizes.update({key: 0 for key, _ in storages(tensor)})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operation, and count what it made."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.equal.default and not any(isinstance(arg, FakeTensor) for arg in args):
+            # Generators' states are real even where all else is fake, and somebody compares them.
+            with _disable_current_modes():
+                return func(*args, **kwargs)
+        if self._on_draw is not None and torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
+            self._on_draw()
+        result = func(*args, **kwargs)
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf)
+        return result
+
+    def _count(self, tensor: Tensor) -> None:
+        key, size = next(storages(tensor))
+        if key in self._sizes:
+            return
+        self._sizes[key] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(tensor.untyped_storage(), self._forget, key)
+
+    def _forget(self, key: int) -> None:
+        self.now -= self._sizes.pop(key)
+
+
+def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Attention kernels may draw, but do so only with a dropout."""
+    for index, argument in enumerate(func._schema.arguments):
+        if argument.name == "dropout_p":
+            return bool(args[index] if index < len(args) else kwargs.get("dropout_p", argument.default_value))
+    return True
