@@ -1,13 +1,17 @@
-"""What a step retains, as plain data: every storage, who holds it, and what would have to freeze for it to go.
-
-Adapters are bits of an int, so that "does anything live hold this?" is one operation; a plan asks it millions of times.
-"""
+"""What a step retains, as plain data: every storage, who holds it, and what would have to freeze for it to go."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Live = NDArray[np.bool_]
+"""What lives: one truth value an adapter, and a last one for what always trains."""
 
 PARTS = (
     "attention",
@@ -80,6 +84,15 @@ class BlockFacts:
     random_state: int = 0
 
 
+class _Rows(NamedTuple):
+    """Who holds what: one row a holder, the holders of a storage side by side."""
+
+    needs: NDArray[np.float32]
+    blocks: NDArray[np.int64]
+    starts: list[int]
+    sizes: NDArray[np.int64]
+
+
 @dataclass(frozen=True)
 class RetainedTable:
     """Everything a step retains, and what it would retain with more adapters frozen or blocks recomputed.
@@ -100,11 +113,10 @@ class RetainedTable:
     blocks: tuple[BlockFacts, ...]
     storages: tuple[Storage, ...]
 
-    def mask(self, frozen: Collection[str] = ()) -> int:
-        """Return the bits of what lives when these are frozen; names of others are passed over."""
-        everything = (1 << len(self.adapters) + 1) - 1
-        gone = sum(1 << index for index, name in enumerate(self.adapters) if name in frozen)
-        return everything & ~gone
+    def live(self, frozen: Collection[str] = ()) -> Live:
+        """Return what lives when these are frozen; names of others are passed over."""
+        gone = set(frozen)
+        return np.array([name not in gone for name in self.adapters] + [True])
 
     def bytes(self, frozen: Collection[str] = (), recompute: Collection[str] = ()) -> int:
         """Return the bytes a step would retain.
@@ -113,39 +125,58 @@ class RetainedTable:
             frozen: names of further adapters to freeze.
             recompute: names of the blocks that run again in backward once nothing in them trains.
         """
-        return self.bytes_of(self.mask(frozen), recompute)
+        return int(self.bytes_of(self.live(frozen)[None], recompute)[0])
 
-    def bytes_of(self, live: int, recompute: Collection[str] = ()) -> int:
-        """Return the same for the bits of what lives."""
-        again = self.recomputed(live, recompute)
-        if not again:
-            return sum(size for size, needs, _ in self._flat if needs & live)
-        kept = {index for number in again for index in self.blocks[number].inputs}
-        total = sum(self.blocks[number].random_state for number in again)
-        for index, (size, needs, holds) in enumerate(self._flat):
-            if index in kept or (needs & live and any(n & live and block not in again for n, block in holds)):
-                total += size
-        return total
+    def bytes_of(self, live: Live, recompute: Collection[str] = ()) -> NDArray[np.int64]:
+        """Return the same for many cases at once.
+
+        Args:
+            live: [cases, adapters + 1].
+            recompute: as above.
+
+        Returns:
+            Bytes by case.
+        """
+        rows, columns = self._rows, live.T.astype(np.float32)
+        again = self._recomputed(columns, recompute)
+        held = (rows.needs @ columns > 0) & ~np.vstack([again, np.zeros_like(again[:1])])[rows.blocks]
+        alive = np.logical_or.reduceat(held, rows.starts, axis=0) if len(rows.starts) else held
+        for number, block in enumerate(self.blocks):
+            alive[list(block.inputs)] |= again[number]
+        states = np.array([*(block.random_state for block in self.blocks), 0])
+        return rows.sizes @ alive + states @ np.vstack([again, np.zeros_like(again[:1])])
+
+    def recomputed(self, frozen: Collection[str], recompute: Collection[str]) -> list[str]:
+        """Return the blocks that would run again: asked to, wholly frozen, and a gradient passes."""
+        again = self._recomputed(self.live(frozen)[:, None].astype(np.float32), recompute)
+        return [block.name for block, runs in zip(self.blocks, again[:, 0], strict=False) if runs]
+
+    def _recomputed(self, columns: NDArray[np.float32], recompute: Collection[str]) -> NDArray[np.bool_]:
+        asked = set(recompute)
+        if not self.blocks:
+            return np.zeros((1, columns.shape[1]), dtype=bool)
+        holds, passes = (self._bits([getattr(block, n) for block in self.blocks]) for n in ("holds", "passes"))
+        wanted = np.array([block.name in asked for block in self.blocks])[:, None]
+        again: NDArray[np.bool_] = wanted & (holds @ columns == 0) & (passes @ columns > 0)
+        return again
+
+    def _bits(self, masks: Sequence[int]) -> NDArray[np.float32]:
+        width = len(self.adapters) + 1
+        return np.array([[mask >> bit & 1 for bit in range(width)] for mask in masks], dtype=np.float32)
 
     @cached_property
-    def _flat(self) -> list[tuple[int, int, tuple[tuple[int, int], ...]]]:
-        """Size, all needs at once, and (needs, block) of every saver, by storage."""
-        found = []
+    def _rows(self) -> _Rows:
+        found, starts = [], []
         for storage in self.storages:
-            holds = tuple({(saver.needs, saver.block) for saver in storage.savers})
-            needs = 0
-            for need, _ in holds:
-                needs |= need
-            found.append((storage.bytes, needs, holds))
-        return found
-
-    def recomputed(self, live: int, recompute: Collection[str]) -> set[int]:
-        """Return the indices of the blocks that would run again: asked to, wholly frozen, and a gradient passes."""
-        return {
-            number
-            for number, block in enumerate(self.blocks)
-            if block.name in recompute and not block.holds & live and block.passes & live
-        }
+            starts.append(len(found))
+            # One that nobody holds yet needs a row as well, for its place among the sums.
+            found += sorted({(saver.needs, saver.block) for saver in storage.savers}) or [(0, -1)]
+        return _Rows(
+            self._bits([needs for needs, _ in found]).reshape(len(found), len(self.adapters) + 1),
+            np.array([block for _, block in found], dtype=np.int64),
+            starts,
+            np.array([storage.bytes for storage in self.storages], dtype=np.int64),
+        )
 
     def groups(self) -> list[tuple[str, ...]]:
         """Return the live adapters in groups that read the same tensors: its members free little one by one."""
