@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ _PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor})
 class FakeModel:
     """A copy of a model on fake tensors. The model itself is neither changed nor read, and may be on the meta device.
 
-    Hooks and replaced forwards come along, as `copy.deepcopy` copies them; bindings of this package do not.
+    Hooks and replaced forwards come along, as `copy.deepcopy` copies them; this package's own hooks and bindings do not.
 
     Args:
         model: any module.
@@ -44,6 +45,7 @@ class FakeModel:
                 memo[id(tensor)] = self._fake(tensor, shapes)
             for parameter in model.parameters():
                 memo[id(parameter)].grad = None
+        memo |= {id(hook): _ignore for hook in _own_hooks(model)}
         try:
             with FakeCopyMode(self.mode), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
@@ -68,6 +70,19 @@ class FakeModel:
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake
+
+
+def _own_hooks(model: nn.Module) -> Iterator[Any]:
+    """Hooks by which a freezer watches: a copy's forward is none of the training's."""
+    package = __name__.split(".")[0]
+    for module in model.modules():
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if (getattr(hook, "__module__", None) or "").split(".")[0] == package:
+                yield hook
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Stands where one of them was."""
 
 
 def first_line(error: BaseException) -> str:

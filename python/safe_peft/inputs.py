@@ -38,6 +38,7 @@ class Inputs:
         tensors: by the name of the model's argument.
         constants: arguments that are numbers, strings, booleans or None.
         padded: some rows are padded. Attention masks of ones are then not looked through, as it is with real ones.
+        autocast: torch's name of the dtype that the model is called under; "" for none but what holds around the plan.
 
     Example:
         >>> Inputs({"input_ids": InputSpec((4, 128), "int64")}).rows
@@ -47,6 +48,7 @@ class Inputs:
     tensors: dict[str, InputSpec]
     constants: dict[str, Any] = field(default_factory=dict)
     padded: bool = False
+    autocast: str = ""
 
     @property
     def rows(self) -> int:
@@ -67,25 +69,40 @@ class Inputs:
         return {**tensors, **self.constants}
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any]) -> Inputs:
+    def of(cls, batch: Mapping[str, Any], *, padded: bool | None = None, autocast: bool = False) -> Inputs:
         """Describe a real batch. A mask without padding is left out: attention leaves it out as well.
 
         Args:
             batch: a model's arguments by name; what is neither tensor nor plain constant is passed over.
+            padded: some rows of such batches are padded; None looks.
+            autocast: note the autocast that holds now.
 
         Example:
             >>> Inputs.of({"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3)}).tensors
             {'input_ids': InputSpec(shape=(2, 3), dtype='int64')}
         """
         masks = {name: v for name, v in batch.items() if isinstance(v, Tensor) and name.endswith("attention_mask")}
-        padded = any(bool((mask == 0).any()) for mask in masks.values())
+        if padded is None:
+            padded = any(bool((mask == 0).any()) for mask in masks.values())
         tensors = {
-            name: InputSpec(tuple(value.shape), str(value.dtype).removeprefix("torch."))
+            name: InputSpec(tuple(value.shape), _name(value.dtype))
             for name, value in batch.items()
             if isinstance(value, Tensor) and (padded or name not in masks)
         }
         plain = {n: v for n, v in batch.items() if isinstance(v, bool | int | float | str)}
-        return cls(tensors, plain, padded)
+        device = next((value.device.type for value in batch.values() if isinstance(value, Tensor)), "cpu")
+        enabled = autocast and torch.is_autocast_enabled(device)
+        return cls(tensors, plain, padded, _name(torch.get_autocast_dtype(device)) if enabled else "")
+
+
+def largest(batch: Mapping[str, Any]) -> int:
+    """Return how many elements the largest tensor of a batch has.
+
+    Example:
+        >>> largest({"input_ids": torch.ones(2, 3), "use_cache": False})
+        6
+    """
+    return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)
 
 
 def inputs_for(model: nn.Module, batch_size: int, sequence_length: int | None, *, padded: bool = False) -> Inputs:
@@ -136,7 +153,11 @@ def _labels(base: nn.Module, rows: int, ids: InputSpec | None) -> dict[str, Inpu
 
 
 def _dtype(module: nn.Module) -> str:
-    return next((str(p.dtype).removeprefix("torch.") for p in module.parameters() if p.is_floating_point()), "float32")
+    return next((_name(p.dtype) for p in module.parameters() if p.is_floating_point()), "float32")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _sides(size: Any) -> tuple[int, int]:

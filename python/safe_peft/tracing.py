@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -144,8 +144,9 @@ class _Step:
     def run(self, inputs: Inputs) -> Trace:
         """Forward, account, backward."""
         module = self.fake.module
-        with self.fake.mode, torch.enable_grad(), torch.random.fork_rng(devices=[]):
-            arguments = inputs.make(next(module.parameters()).device)
+        device = next(module.parameters()).device
+        with self.fake.mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), _autocast(device, inputs):
+            arguments = inputs.make(device)
             batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
             existing = [*module.parameters(), *module.buffers()]
             with LiveBytes([*existing, *batch], self._note_draw) as live:
@@ -256,6 +257,12 @@ class _Step:
         keys = [key for tensor in self.arguments.get(name, ()) for key, _ in storages(tensor) if key in places]
         state = torch.get_rng_state().numel() if self.random.get(name) else 0
         return BlockFacts(name, holds, passes, tuple(dict.fromkeys(places[key] for key in keys)), state)
+
+
+def _autocast(device: torch.device, inputs: Inputs) -> AbstractContextManager[Any]:
+    if not inputs.autocast:
+        return nullcontext()
+    return torch.autocast(device.type, dtype=getattr(torch, inputs.autocast))
 
 
 def _loss(output: Any) -> Tensor | None:
