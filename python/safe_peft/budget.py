@@ -1,4 +1,4 @@
-"""Chooses what to freeze and what to run again so that a step retains no more than it may: pure functions of a table."""
+"""Chooses what to freeze and what to run again so that a step retains no more than it may: pure functions."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .retained import RetainedTable
+
 
 @dataclass(frozen=True)
 class Choice:

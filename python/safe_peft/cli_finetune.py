@@ -63,7 +63,9 @@ Fraction = Annotated[
     float | None, _option(FREEZING, "Share of the adapters to freeze; 0.75 unless --threshold is given.")
 ]
 Threshold = Annotated[float | None, _option(FREEZING, "Freeze at or below this importance, instead of a share.")]
-Target = Annotated[str, _option(FREEZING, "What the share is of: adapters, or bytes that freezing them all would save.")]
+Target = Annotated[
+    str, _option(FREEZING, "What the share is of: adapters, or bytes that freezing them all would save.")
+]
 Budget = Annotated[
     str | None, _option(FREEZING, "What a step may retain in the end, such as 6GiB; freezes by importance per byte.")
 ]

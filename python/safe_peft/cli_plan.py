@@ -13,7 +13,9 @@ from .errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-Model = Annotated[str, typer.Option(help="A folder, a hub id, or one of minilm, mpnet, smollm2; its weights stay unread.")]
+Model = Annotated[
+    str, typer.Option(help="A folder, a hub id, or one of minilm, mpnet, smollm2; its weights stay unread.")
+]
 BatchSize = Annotated[int, typer.Option(help="Rows a batch.")]
 Length = Annotated[int, typer.Option(help="Tokens a row.")]
 Padded = Annotated[bool, typer.Option("--padded", help="Rows are of different length, so that attention takes a mask.")]

@@ -39,8 +39,8 @@ class SafeConfig:
         total_steps: optimizer steps of the whole training; a Trainer knows it, a raw loop states it.
         score_blocks: row blocks of a batch that "cka" looks at.
         block_rows: rows in such a block.
-        memory_budget: what a step may retain for backward from `freeze_end` on, such as "6GiB", or bytes. On the way there
-            the limit comes down along the same curve; beyond the target, adapters freeze by importance per byte.
+        memory_budget: what a step may retain for backward from `freeze_end` on, such as "6GiB", or bytes. On the way
+            there the limit comes down along the same curve; beyond the target, adapters freeze by importance per byte.
         recompute: blocks that retain their input alone and run again in backward once they are frozen: "off", "frozen"
             (all of them) or "auto" (those that `memory_budget` takes). Exact, and costs the time of their forward.
         keep_dropout: leave a frozen adapter's dropout on.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,15 +13,18 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeCopyMode
 
+from transformers import masking_utils
+
 from .errors import PlanError
 
+_FIND_PACKED = "find_packed_sequence_indices"
 _PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor})
 
 
 class FakeModel:
     """A copy of a model on fake tensors. The model itself is neither changed nor read, and may be on the meta device.
 
-    Hooks and replaced forwards come along, as `copy.deepcopy` copies them; this package's own hooks and bindings do not.
+    Hooks and replaced forwards come along, as `copy.deepcopy` copies them; bindings and a freezer's hooks do not.
 
     Args:
         model: any module.
@@ -70,6 +74,29 @@ class FakeModel:
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake
+
+
+@contextmanager
+def ordinary_positions() -> Iterator[None]:
+    """Let transformers take a fake batch for an unpacked one, as nearly every batch is.
+
+    It looks for sequences packed into one row in the values of `position_ids`, and builds a mask to be safe where there
+    are no values. For real tensors nothing changes, in whatever thread.
+    """
+    original = getattr(masking_utils, _FIND_PACKED, None)
+    if original is None:
+        yield
+        return
+
+    def find(position_ids: Tensor) -> Tensor | None:
+        found: Tensor | None = None if isinstance(position_ids, FakeTensor) else original(position_ids)
+        return found
+
+    setattr(masking_utils, _FIND_PACKED, find)
+    try:
+        yield
+    finally:
+        setattr(masking_utils, _FIND_PACKED, original)
 
 
 def _own_hooks(model: nn.Module) -> Iterator[Any]:

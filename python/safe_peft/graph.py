@@ -37,7 +37,8 @@ class Reach:
         >>> a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
         >>> y = (a * 2) * b
         >>> reach = Reach([y.grad_fn], lambda leaf: 1 if leaf is a else 2)
-        >>> reach.behind(y.grad_fn), reach.direct[y.grad_fn._sequence_nr()]
+        >>> node = y.grad_fn._sequence_nr()
+        >>> reach.all[node], reach.direct[node]
         (3, 2)
     """
 
@@ -51,10 +52,6 @@ class Reach:
         """By a node's sequence number, every leaf behind it."""
         for root in roots:
             self._visit(root)
-
-    def behind(self, node: Any) -> int:
-        """Return the bits of all leaves behind a node; None has none."""
-        return 0 if node is None else self._all.get(node, 0)
 
     def _visit(self, root: Any) -> None:
         stack = [root]

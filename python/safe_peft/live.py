@@ -18,8 +18,7 @@ from safe_kernels.retention import storages
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of every storage from the operation that makes it until the last tensor of it is gone.
 
-    What a kernel allocates for itself and frees before it returns is not seen. Autograd adds gradients up in place where
-    it can, but not under a mode like this one: the peak may be one gradient too high, never too low for that.
+    What a kernel allocates for itself and frees before it returns is not seen.
 
     Args:
         existing: tensors that are there already and do not count.
@@ -45,6 +44,7 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count what it made."""
         kwargs = kwargs or {}
+        self.peak = max(self.peak, self.now)
         if func is torch.ops.aten.equal.default and not any(isinstance(arg, FakeTensor) for arg in args):
             # Generators' states are real even where all else is fake, and somebody compares them.
             with _disable_current_modes():
@@ -55,6 +55,8 @@ class LiveBytes(TorchDispatchMode):
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
                 self._count(leaf)
+        if not _adds_gradients(func):
+            self.peak = max(self.peak, self.now)
         return result
 
     def _count(self, tensor: Tensor) -> None:
@@ -63,11 +65,18 @@ class LiveBytes(TorchDispatchMode):
             return
         self._sizes[key] = size
         self.now += size
-        self.peak = max(self.peak, self.now)
         weakref.finalize(tensor.untyped_storage(), self._forget, key)
 
     def _forget(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def _adds_gradients(func: Any) -> bool:
+    """Whether autograd adds two gradients up: in place with real tensors, but not with fake ones.
+
+    There the sum counts when the next operation begins, and the term that it would have been written to is gone.
+    """
+    return func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() >= 0
 
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -151,7 +151,9 @@ def _blocks(table: RetainedTable, recompute: Collection[str]) -> list[tuple[str,
     now, lives = table.bytes(recompute=recompute), []
     for block in table.blocks:
         lives.append([not block.holds >> bit & 1 for bit in range(len(table.adapters))] + [True])
-    rest = table.bytes_of(np.array(lives), recompute) if lives else []
+    if not lives:
+        return []
+    rest = table.bytes_of(np.array(lives), recompute)
     return [(block.name, int(now - size)) for block, size in zip(table.blocks, rest, strict=True)]
 
 
@@ -168,8 +170,10 @@ def chosen(names: Sequence[str], wanted: Sequence[str] | float, option: str, wha
         ConfigError: A pattern matches nothing, or the share is none.
 
     Example:
-        >>> chosen(["a.0", "a.1", "b.0", "b.1"], ["a.*"], "frozen", "adapter"), chosen(["a", "b"], 0.5, "frozen", "adapter")
-        (['a.0', 'a.1'], ['a'])
+        >>> chosen(["a.0", "a.1", "b.0", "b.1"], ["a.*"], "frozen", "adapter")
+        ['a.0', 'a.1']
+        >>> chosen(["a.0", "a.1", "b.0", "b.1"], 0.75, "frozen", "adapter")
+        ['a.0', 'a.1', 'b.0']
     """
     if isinstance(wanted, int | float):
         if isinstance(wanted, bool) or not 0.0 <= wanted <= 1.0:

@@ -74,7 +74,9 @@ def _draw(report: FreezeReport) -> bytes:
 
 
 def _picture(png: bytes) -> str:
-    return _image(png, "Heat map of every adapter's importance over time, the threshold, and the bytes one step retains")
+    return _image(
+        png, "Heat map of every adapter's importance over time, the threshold, and the bytes one step retains"
+    )
 
 
 def _image(png: bytes, alt: str) -> str:

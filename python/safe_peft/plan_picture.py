@@ -56,7 +56,9 @@ def draw_plans(plans: Sequence[tuple[str, MemoryPlan]]) -> Figure:
 
 
 def _draw_parts(axes: Axes, plans: Sequence[tuple[str, MemoryPlan]]) -> None:
-    sides = [(f"{who}, {name}" if name else who, s) for name, p in plans for who, s in (("stock", p.stock), ("ours", p.ours))]
+    sides = [
+        (f"{who}, {name}" if name else who, s) for name, p in plans for who, s in (("stock", p.stock), ("ours", p.ours))
+    ]
     labels = [label for label, _ in sides]
     left = np.zeros(len(sides))
     for part in PARTS:
@@ -87,6 +89,8 @@ def _draw_blocks(axes: Axes, plans: Sequence[tuple[str, MemoryPlan]]) -> None:
         axes.set_yticks(places, list(rows), fontsize=7.5)
     else:
         axes.set_ylabel("block, lowest first")
-    axes.set_title(f"by block{', ' + plans[-1][0] if plans[-1][0] else ''}, lowest first at the bottom", loc="left", fontsize=10)
+    axes.set_title(
+        f"by block{', ' + plans[-1][0] if plans[-1][0] else ''}, lowest first at the bottom", loc="left", fontsize=10
+    )
     axes.set_xlabel("MiB")
     axes.legend(frameon=False, fontsize=8.5, loc="lower right")

@@ -166,7 +166,8 @@ class RetainedTable:
 
     @cached_property
     def _rows(self) -> _Rows:
-        found, starts = [], []
+        found: list[tuple[int, int]] = []
+        starts: list[int] = []
         for storage in self.storages:
             starts.append(len(found))
             # One that nobody holds yet needs a row as well, for its place among the sums.

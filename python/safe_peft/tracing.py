@@ -1,4 +1,4 @@
-"""Runs one training step on a copy of a model that has no values, and tells what autograd holds and how high memory goes.
+"""Runs one training step on a copy of a model without values: what autograd holds, and how high memory goes.
 
 Nothing is estimated by formulas: the model's own code, PEFT's and this package's make every decision as they do in
 training, and every tensor that is saved is seen. So whatever architecture runs, its plan is right.
@@ -7,6 +7,7 @@ training, and every tensor that is saved is seen. So whatever architecture runs,
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from .adapters import Adapter, adapter_of
 from .binding import Binding, bind
 from .blocks import transformer_blocks
 from .errors import PlanError
-from .fakes import FakeModel, first_line
+from .fakes import FakeModel, first_line, ordinary_positions
 from .graph import Reach, latest_node
 from .inputs import Inputs
 from .live import LiveBytes
@@ -123,6 +124,20 @@ class _Note(NamedTuple):
     part: str
 
 
+class _Argument(NamedTuple):
+    """A block's argument: its storage, and what a gradient that passes it comes from: leaves, or a node."""
+
+    storage: tuple[int, int]
+    alive: weakref.ref[Any]
+    leaf: int
+    node: int
+
+    def key(self) -> tuple[int, int]:
+        """Identity and size of its storage; once that is dead another may have its identity, but not its reference."""
+        key, size = self.storage
+        return (key, size) if self.alive() is not None else (-id(self.alive), size)
+
+
 class _Step:
     """One forward and backward, watched."""
 
@@ -137,7 +152,7 @@ class _Step:
         self.entered = False
         self.left: str | None = None  # a block that was left just now, having saved nothing
         self.saves = 0
-        self.arguments: dict[str, list[Tensor]] = {}
+        self.arguments: dict[str, list[_Argument]] = {}
         self.random: dict[str, bool] = {}
         self.thread = threading.get_ident()
 
@@ -145,7 +160,9 @@ class _Step:
         """Forward, account, backward."""
         module = self.fake.module
         device = next(module.parameters()).device
-        with self.fake.mode, torch.enable_grad(), torch.random.fork_rng(devices=[]), _autocast(device, inputs):
+        positions = nullcontext() if "position_ids" in inputs.tensors else ordinary_positions()
+        random = torch.random.fork_rng(devices=[])
+        with self.fake.mode, torch.enable_grad(), random, positions, _autocast(device, inputs):
             arguments = inputs.make(device)
             batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
             existing = [*module.parameters(), *module.buffers()]
@@ -162,9 +179,7 @@ class _Step:
             loss, saves = record(lambda: _loss(self.fake.module(**arguments)), self._note)
         if not isinstance(loss, Tensor) or not loss.requires_grad:
             return None, self._table([], Reach([], self._bit), known)
-        table = self._table(saves, Reach([loss.grad_fn], self._bit), known)
-        self.arguments.clear()  # or they would outlive the forward, and raise the peak
-        return loss, table
+        return loss, self._table(saves, Reach([loss.grad_fn], self._bit), known)
 
     def _bit(self, leaf: Tensor) -> int:
         return self.bits.get(id(leaf), self.always)
@@ -206,7 +221,17 @@ class _Step:
         clean = {name: value for name, value in kwargs.items() if name not in _CACHES}
         path = self._path(block)
         if path is not None:
-            self.arguments[path] = [leaf for leaf in tree_leaves((args, clean)) if isinstance(leaf, Tensor)]
+            tensors = [leaf for leaf in tree_leaves((args, clean)) if isinstance(leaf, Tensor)]
+            self.arguments[path] = [self._argument(tensor) for tensor in tensors]
+
+    def _argument(self, tensor: Tensor) -> _Argument:
+        """What is to be known of it, without keeping it or its graph alive."""
+        node, leaf = -1, 0
+        if tensor.grad_fn is not None:
+            node = tensor.grad_fn._sequence_nr()
+        elif tensor.requires_grad:
+            leaf = self._bit(tensor)
+        return _Argument(next(storages(tensor)), weakref.ref(tensor.untyped_storage()), leaf, node)
 
     def _note(self) -> _Note:
         self.saves += 1
@@ -234,10 +259,11 @@ class _Step:
                 if key not in known:
                     sizes[key] = size
                     savers.setdefault(key, []).append(self._saver(save.note, reach))
-        for tensor in (tensor for tensors in self.arguments.values() for tensor in tensors):
-            sizes.update({key: size for key, size in storages(tensor) if key not in known})
+        inputs = {name: [argument.key() for argument in found] for name, found in self.arguments.items()}
+        sizes |= {key: size for pairs in inputs.values() for key, size in pairs if key not in known}
         places = {key: index for index, key in enumerate(sizes)}
-        blocks = tuple(self._facts(name, block, reach, places) for name, block in self.blocks.items())
+        kept = {name: [places[key] for key, _ in pairs if key in places] for name, pairs in inputs.items()}
+        blocks = tuple(self._facts(name, block, reach, kept.get(name, [])) for name, block in self.blocks.items())
         found = tuple(Storage(size, tuple(dict.fromkeys(savers.get(key, ())))) for key, size in sizes.items())
         return RetainedTable(tuple(adapter.name for adapter in self.adapters), blocks, found)
 
@@ -247,16 +273,14 @@ class _Step:
         adapter = own.bit_length() - 1 if own else -1
         return Saver(note.module, note.part, self.places.block(note.module), direct or everything, adapter)
 
-    def _facts(self, name: str, block: nn.Module, reach: Reach, places: dict[int, int]) -> BlockFacts:
+    def _facts(self, name: str, block: nn.Module, reach: Reach, inputs: list[int]) -> BlockFacts:
         holds = passes = 0
         for parameter in block.parameters():
             holds |= self._bit(parameter) if parameter.requires_grad else 0
-        for tensor in self.arguments.get(name, ()):
-            if tensor.requires_grad:
-                passes |= self._bit(tensor) if tensor.is_leaf else reach.behind(tensor.grad_fn)
-        keys = [key for tensor in self.arguments.get(name, ()) for key, _ in storages(tensor) if key in places]
+        for argument in self.arguments.get(name, ()):
+            passes |= argument.leaf | reach.all.get(argument.node, 0)
         state = torch.get_rng_state().numel() if self.random.get(name) else 0
-        return BlockFacts(name, holds, passes, tuple(dict.fromkeys(places[key] for key in keys)), state)
+        return BlockFacts(name, holds, passes, tuple(dict.fromkeys(inputs)), state)
 
 
 def _autocast(device: torch.device, inputs: Inputs) -> AbstractContextManager[Any]:
