@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeCopyMode
-
 from transformers import masking_utils
 
 from .errors import PlanError
