@@ -53,7 +53,7 @@ def fit(
         keep_one: one adapter has to stay live, since nothing else trains.
 
     Returns:
-        The choice; if it does not fit, whatever could freeze is frozen.
+        The choice; if it does not fit, whatever could freeze and would free something is frozen.
 
     Example:
         >>> from safe_peft.retained import Saver, Storage
