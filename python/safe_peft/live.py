@@ -23,6 +23,7 @@ class LiveBytes(TorchDispatchMode):
     Args:
         existing: tensors that are there already and do not count.
         on_draw: called at every operation that draws random numbers.
+        fake: a `FakeTensorMode` is on; operations on real tensors alone are then done for real, and not counted.
 
     Example:
         >>> with LiveBytes() as live:
@@ -32,8 +33,11 @@ class LiveBytes(TorchDispatchMode):
         (8192, 12288)
     """
 
-    def __init__(self, existing: Iterable[Tensor] = (), on_draw: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self, existing: Iterable[Tensor] = (), on_draw: Callable[[], None] | None = None, *, fake: bool = False
+    ) -> None:
         super().__init__()
+        self._fake = fake
         self.now = self.peak = 0
         self._on_draw = on_draw
         self._existing = list(existing)  # alive, so that none of their identities can come again
@@ -45,8 +49,8 @@ class LiveBytes(TorchDispatchMode):
         """Run the operation, and count what it made."""
         kwargs = kwargs or {}
         self.peak = max(self.peak, self.now)
-        if func is torch.ops.aten.equal.default and not any(isinstance(arg, FakeTensor) for arg in args):
-            # Generators' states are real even where all else is fake, and somebody compares them.
+        if self._fake and _is_real(args):
+            # Generators' states have values even where nothing else has: somebody keeps and compares them.
             with _disable_current_modes():
                 return func(*args, **kwargs)
         if self._on_draw is not None and torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
@@ -69,6 +73,12 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
+
+
+def _is_real(args: tuple[Any, ...]) -> bool:
+    """Whether there are tensors among an operation's arguments, and none of them is fake."""
+    tensors = [arg for arg in args if isinstance(arg, Tensor)]
+    return bool(tensors) and not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(args))
 
 
 def _adds_gradients(func: Any) -> bool:

@@ -166,7 +166,7 @@ class _Step:
             arguments = inputs.make(device)
             batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
             existing = [*module.parameters(), *module.buffers()]
-            with LiveBytes([*existing, *batch], self._note_draw) as live:
+            with LiveBytes([*existing, *batch], self._note_draw, fake=True) as live:
                 loss, table = self._forward(arguments, {key for t in [*existing, *batch] for key, _ in storages(t)})
                 if loss is not None:
                     loss.backward()
