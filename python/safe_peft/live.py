@@ -15,6 +15,9 @@ from torch.utils._pytree import tree_leaves
 from safe_kernels.retention import storages
 
 
+_ON_STATES = frozenset({torch.ops.aten.equal.default, torch.ops.aten.detach.default})
+
+
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of every storage from the operation that makes it until the last tensor of it is gone.
 
@@ -23,7 +26,7 @@ class LiveBytes(TorchDispatchMode):
     Args:
         existing: tensors that are there already and do not count.
         on_draw: called at every operation that draws random numbers.
-        fake: a `FakeTensorMode` is on; operations on real tensors alone are then done for real, and not counted.
+        fake: a `FakeTensorMode` is on; generators' states are real even so.
 
     Example:
         >>> with LiveBytes() as live:
@@ -49,7 +52,7 @@ class LiveBytes(TorchDispatchMode):
         """Run the operation, and count what it made."""
         kwargs = kwargs or {}
         self.peak = max(self.peak, self.now)
-        if self._fake and _is_real(args):
+        if self._fake and func in _ON_STATES and _is_real(args):
             # Generators' states have values even where nothing else has: somebody keeps and compares them.
             with _disable_current_modes():
                 return func(*args, **kwargs)

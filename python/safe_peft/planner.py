@@ -21,7 +21,7 @@ from .memory import plan_of
 from .plan import MemoryPlan
 from .retained import RetainedTable
 from .state import Planned
-from .tracing import trace
+from .tracing import Trace, trace
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class Planner:
         self._model, self._refusal = _copy(model)
         if config.needs_plan and self._refusal is not None:
             raise self._refusal
-        self._table: RetainedTable | None = None
+        self._traces: dict[tuple[frozenset[str], frozenset[str]], Trace] = {}
         self._source: nn.Module | None = None
         self._suspended = 0
         inner = getattr(model, "get_base_model", lambda: model)()
@@ -72,7 +72,7 @@ class Planner:
 
     def load(self, planned: Planned) -> None:
         """Go on from what `planned` was."""
-        self.planned, self._table = planned, None
+        self.planned, self._traces = planned, {}
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note a training batch if none as large has been there. The outer model is called first, and counts."""
@@ -89,7 +89,7 @@ class Planner:
             return
         seen = Inputs.of(batch, padded=True if known is not None and known.padded else None, autocast=True)
         if known is None or _order(seen)[:2] > _order(known)[:2]:
-            self.planned, self._table = replace(self.planned, inputs=seen), None
+            self.planned, self._traces = replace(self.planned, inputs=seen), {}
 
     def agree(self) -> None:
         """Plan for the largest batch of all processes, so that they all decide the same."""
@@ -98,7 +98,7 @@ class Planner:
             torch.distributed.all_gather_object(found, self.planned.inputs)
             largest = max((one for one in found if one is not None), key=_order, default=None)
             if largest != self.planned.inputs:
-                self.planned, self._table = replace(self.planned, inputs=largest), None
+                self.planned, self._traces = replace(self.planned, inputs=largest), {}
 
     # ---------------------------------------------------------------- decisions
 
@@ -131,7 +131,10 @@ class Planner:
             return Choice((), (), 0, True)
         budget = self.config.memory_budget
         assert isinstance(budget, int)
-        allowed = bytes_limit(self._unfrozen().bytes(), budget, share)
+        full = self._unfrozen().bytes()
+        if full <= budget and self.config.recompute != "frozen":
+            return Choice((), (), full, True)
+        allowed = bytes_limit(full, budget, share)
         limit, table = allowed, self._trace(frozen).table
         for _ in range(ATTEMPTS):
             choice = fit(
@@ -147,6 +150,7 @@ class Planner:
             if choice.fits or limit <= 0 or found <= limit:
                 break
             limit -= found - allowed  # the table was a little too hopeful
+        self._traces = {key: value for key, value in self._traces.items() if not key[0] or key[0] >= set(frozen)}
         if not choice.fits and share >= 1.0 and not self.planned.warned:
             self._warn(choice, budget)
         self.planned = replace(self.planned, recompute=choice.recompute)
@@ -168,13 +172,15 @@ class Planner:
         return [block.name for block in self._unfrozen().blocks]
 
     def _unfrozen(self) -> RetainedTable:
-        if self._table is None:
-            self._table = self._trace().table
-        return self._table
+        return self._trace().table
 
-    def _trace(self, frozen: Collection[str] = (), recompute: Collection[str] = ()) -> Any:
-        model, inputs = self._known()
-        return trace(model, inputs, frozen=frozen, recompute=recompute, keep_dropout=self.config.keep_dropout)
+    def _trace(self, frozen: Collection[str] = (), recompute: Collection[str] = ()) -> Trace:
+        key = frozenset(frozen), frozenset(recompute)
+        if key not in self._traces:
+            model, inputs = self._known()
+            keep = self.config.keep_dropout
+            self._traces[key] = trace(model, inputs, frozen=frozen, recompute=recompute, keep_dropout=keep)
+        return self._traces[key]
 
     def start_and_end(self, frozen: Sequence[str], recompute: Collection[str]) -> tuple[tuple[str, MemoryPlan], ...]:
         """Return the plan of a step with nothing frozen, and of one as it is now.

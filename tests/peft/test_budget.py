@@ -142,7 +142,7 @@ def by_hand(table: RetainedTable, frozen: tuple[str, ...], recompute: tuple[str,
 
 
 @given(tables())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_bytes_are_what_their_definition_says(case: tuple[RetainedTable, dict[str, float]]) -> None:
     table, _ = case
     sets = list(chain.from_iterable(combinations(table.adapters, n) for n in range(len(table.adapters) + 1)))
@@ -151,7 +151,7 @@ def test_bytes_are_what_their_definition_says(case: tuple[RetainedTable, dict[st
 
 
 @given(tables(), st.integers(1, 500), st.sampled_from(["off", "frozen", "auto"]), st.booleans())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_a_choice_is_what_it_says(
     case: tuple[RetainedTable, dict[str, float]], limit: int, recompute: str, keep_one: bool
 ) -> None:
@@ -167,7 +167,7 @@ def test_a_choice_is_what_it_says(
 
 
 @given(st.integers(0, 2000), st.lists(st.sampled_from(NAMES), unique=True))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_the_least_important_are_taken_until_enough_is_saved(goal: int, frozen: list[str]) -> None:
     ranked = [name for name in NAMES[::-1] if name not in frozen]
     taken = least_important(TABLE, ranked, goal, frozen=frozen)

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from safe_peft import AdapterFreezer, ConfigError, FreezeReport, SafeConfig, plan_memory
 
-BATCH = {"rows": 8, "length": 12}
+FEW = EARLY | {"freeze_interval": 5}
+"""Freezing at three steps or so."""
 
 
 def full_batches(count: int, seed: int = 1, rows: int = 8) -> Iterator[dict[str, Tensor]]:
@@ -26,9 +27,9 @@ def full_batches(count: int, seed: int = 1, rows: int = 8) -> Iterator[dict[str,
 
 
 def trained(steps: int = 16, model: PeftModel | None = None, **options: Any) -> tuple[PeftModel, AdapterFreezer]:
-    model = bert(layers=4, lora_dropout=0.1) if model is None else model
+    model = bert(layers=3, lora_dropout=0.1) if model is None else model
     optimizer = adamw(model)
-    freezer = AdapterFreezer(model, optimizer, SafeConfig(**{**EARLY, "score": "relative_norm", **options}))
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**{**FEW, "score": "relative_norm", **options}))
     train(model, optimizer, full_batches(steps), freezer)
     return model, freezer
 
@@ -37,16 +38,15 @@ def now(model: PeftModel) -> int:
     return retained(model.train(), next(full_batches(1, seed=5)))
 
 
-FULL = plan_memory(bert(layers=4, lora_dropout=0.1), 8, 12).ours.retained
+FULL = plan_memory(bert(layers=3, lora_dropout=0.1), 8, 12).ours.retained
 
 
-@pytest.mark.parametrize("recompute", ["off", "frozen", "auto"])
-@pytest.mark.parametrize("share", [0.9, 0.55])
+@pytest.mark.parametrize(("recompute", "share"), [("off", 0.9), ("frozen", 0.55), ("auto", 0.55), ("auto", 0.3)])
 def test_a_budget_is_met_from_freeze_end_on(share: float, recompute: str) -> None:
     budget = int(share * FULL)
     model, freezer = trained(memory_budget=budget, recompute=recompute)
     assert now(model) <= budget
-    assert freezer.frozen and len(freezer.frozen) < 24
+    assert freezer.frozen and len(freezer.frozen) < 18
     steps = [freezing.step for freezing in freezer.ledger.freezings]
     assert steps[0] > freezer.ledger.warmup_end and steps[-1] <= 14
     assert all(freezing.threshold is None for freezing in freezer.ledger.freezings)
@@ -56,10 +56,10 @@ def test_a_budget_is_met_from_freeze_end_on(share: float, recompute: str) -> Non
 
 def test_the_budget_comes_on_top_of_the_fraction() -> None:
     model, freezer = trained(memory_budget=FULL, target_fraction=0.5)
-    assert len(freezer.frozen) == 12
-    model, tight = trained(memory_budget=FULL // 4, target_fraction=0.25)
-    assert len(tight.frozen) > 6 and now(model) <= FULL // 4
-    assert all(freezing.threshold is None for freezing in tight.ledger.freezings[6:]) or len(tight.frozen) > 6
+    assert len(freezer.frozen) == 9
+    model, tight = trained(memory_budget=FULL // 3, target_fraction=0.25)
+    by_curve = [freezing for freezing in tight.ledger.freezings if freezing.threshold is not None]
+    assert now(model) <= FULL // 3 and 0 < len(by_curve) < len(tight.frozen)
 
 
 def test_a_budget_above_all_needs_nothing() -> None:
@@ -76,9 +76,9 @@ def test_a_budget_that_cannot_be_met_is_said_once(caplog: pytest.LogCaptureFixtu
 
 
 def test_padding_counts() -> None:
-    model = bert(layers=4)
+    model = bert(layers=3)
     optimizer = adamw(model)
-    config = SafeConfig(**EARLY, score="relative_norm", memory_budget=FULL // 2)
+    config = SafeConfig(**FEW, score="relative_norm", memory_budget=FULL // 2)
     freezer = AdapterFreezer(model, optimizer, config)
     train(model, optimizer, batches(16), freezer)
     assert freezer.planner.planned.inputs.padded
@@ -86,9 +86,9 @@ def test_padding_counts() -> None:
 
 
 def test_it_plans_for_the_largest_batch_so_far() -> None:
-    model = bert(layers=4)
+    model = bert(layers=3)
     optimizer = adamw(model)
-    freezer = AdapterFreezer(model, optimizer, SafeConfig(**EARLY, score="relative_norm", memory_budget=FULL // 2))
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**FEW, score="relative_norm", memory_budget=FULL // 2))
     for rows in (2, 16, 8):
         train(model, optimizer, full_batches(1, rows=rows), freezer)
     assert freezer.planner.planned.inputs.rows == 16
@@ -105,7 +105,7 @@ def test_it_plans_for_the_largest_batch_so_far() -> None:
 @pytest.mark.parametrize("recompute", ["off", "frozen"])
 def test_the_target_may_be_a_share_of_bytes(recompute: str) -> None:
     model, freezer = trained(target="bytes", target_fraction=0.6, recompute=recompute)
-    everything = FULL - plan_memory(bert(layers=4, lora_dropout=0.1), 8, 12, frozen=1.0).ours.retained
+    everything = FULL - plan_memory(bert(layers=3, lora_dropout=0.1), 8, 12, frozen=1.0).ours.retained
     saved = FULL - now(model)
     assert saved >= 0.6 * everything
     last = freezer.ledger.freezings[-1]
@@ -115,10 +115,10 @@ def test_the_target_may_be_a_share_of_bytes(recompute: str) -> None:
 
 
 def test_frozen_blocks_recompute() -> None:
-    frozen = ("*.layer.0.*", "*.layer.2.*", "*.layer.3.*")
+    spared = ("*.layer.0.*", "*.layer.2.*")
     sizes = {}
     for recompute in ("off", "frozen"):
-        model, freezer = trained(target_fraction=0.25, recompute=recompute, never_freeze=frozen)
+        model, freezer = trained(target_fraction=1 / 3, recompute=recompute, never_freeze=spared)
         assert len(freezer.frozen) == 6 and all(".layer.1." in name for name in freezer.frozen)
         sizes[recompute] = now(model)
         freezer.detach()
@@ -133,7 +133,7 @@ def test_recomputing_changes_nothing_about_training() -> None:
         optimizer = adamw(model)
         options = {"target_fraction": 1 / 3, "never_freeze": ("*.layer.0.*", "*.layer.2.*")}
         freezer = AdapterFreezer(
-            model, optimizer, SafeConfig(**EARLY, score="relative_norm", recompute=recompute, **options)
+            model, optimizer, SafeConfig(**FEW, score="relative_norm", recompute=recompute, **options)
         )
         losses.append(train(model, optimizer, full_batches(24), freezer))
         assert len(freezer.frozen) == 6
@@ -150,14 +150,14 @@ def test_recomputing_changes_nothing_about_training() -> None:
 def test_a_resumed_training_decides_the_same(options: dict[str, Any]) -> None:
     whole_model, whole = trained(**options)
     data = list(full_batches(16))
-    model = bert(layers=4, lora_dropout=0.1)
+    model = bert(layers=3, lora_dropout=0.1)
     optimizer = adamw(model)
-    config = SafeConfig(**EARLY, score="relative_norm", **options)
+    config = SafeConfig(**FEW, score="relative_norm", **options)
     freezer = AdapterFreezer(model, optimizer, config)
     train(model, optimizer, iter(data[:9]), freezer)
     state = json.loads(json.dumps(freezer.state_dict()))
     weights, moments, random = model.state_dict(), optimizer.state_dict(), torch.get_rng_state()
-    again = bert(layers=4, lora_dropout=0.1)
+    again = bert(layers=3, lora_dropout=0.1)
     again.load_state_dict(weights)
     optimizer = adamw(again)
     optimizer.load_state_dict(moments)
@@ -174,18 +174,18 @@ def test_a_resumed_training_decides_the_same(options: dict[str, Any]) -> None:
 def test_one_adapter_is_spared_where_nothing_else_trains() -> None:
     model = gpt2()
     optimizer = adamw(model)
-    freezer = AdapterFreezer(model, optimizer, SafeConfig(**EARLY, memory_budget=1))
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**FEW, memory_budget=1))
     train(model, optimizer, causal_batches(16), freezer)
     assert len(freezer.frozen) < 8
     with pytest.raises(ConfigError, match=r"target_fraction: 1\.0 would freeze all 8 adapters"):
         model = gpt2()
-        AdapterFreezer(model, adamw(model), SafeConfig(**EARLY, target="bytes", target_fraction=1.0))
+        AdapterFreezer(model, adamw(model), SafeConfig(**FEW, target="bytes", target_fraction=1.0))
 
 
 def test_steps_without_a_forward_decide_nothing() -> None:
     for options in ({"memory_budget": 1}, {"target": "bytes", "target_fraction": 0.5}):
         model = bert()
-        freezer = AdapterFreezer(model, adamw(model), SafeConfig(**EARLY, score="relative_norm", **options))
+        freezer = AdapterFreezer(model, adamw(model), SafeConfig(**FEW, score="relative_norm", **options))
         for _ in range(16):
             freezer.step()
         assert not freezer.frozen
@@ -198,7 +198,7 @@ def test_the_report_says_where_each_byte_goes(tmp_path: Any) -> None:
     assert (first, last) == ("start", "end")
     assert start.frozen == () and start.ours.retained == FULL
     assert set(end.frozen) == set(freezer.frozen) and end.ours.retained == now(model) < end.stock.retained
-    assert start.stock.by_part["LoRA dropout"] > end.stock.by_part["LoRA dropout"] > 0, "stock leaves dropout on"
+    assert start.stock.by_part["LoRA dropout"] >= end.stock.by_part["LoRA dropout"] > 0, "stock leaves dropout on"
     assert "LoRA dropout" not in end.ours.by_part or end.ours.by_part["LoRA dropout"] == 0
     assert FreezeReport.from_dict(json.loads(json.dumps(report.to_dict()))) == report
     assert report.save_memory_png(tmp_path / "memory.png")
