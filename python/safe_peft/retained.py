@@ -139,12 +139,12 @@ class RetainedTable:
         """
         rows, columns = self._rows, live.T.astype(np.float32)
         again = self._recomputed(columns, recompute)
-        held = (rows.needs @ columns > 0) & ~np.vstack([again, np.zeros_like(again[:1])])[rows.blocks]
-        alive = np.logical_or.reduceat(held, rows.starts, axis=0) if len(rows.starts) else held
+        held = (rows.needs @ columns > 0) & ~again[rows.blocks]
+        alive = np.logical_or.reduceat(held, rows.starts, axis=0) if rows.starts else held
         for number, block in enumerate(self.blocks):
             alive[list(block.inputs)] |= again[number]
         states = np.array([*(block.random_state for block in self.blocks), 0])
-        return rows.sizes @ alive + states @ np.vstack([again, np.zeros_like(again[:1])])
+        return rows.sizes @ alive + states @ again
 
     def recomputed(self, frozen: Collection[str], recompute: Collection[str]) -> list[str]:
         """Return the blocks that would run again: asked to, wholly frozen, and a gradient passes."""
@@ -152,12 +152,13 @@ class RetainedTable:
         return [block.name for block, runs in zip(self.blocks, again[:, 0], strict=False) if runs]
 
     def _recomputed(self, columns: NDArray[np.float32], recompute: Collection[str]) -> NDArray[np.bool_]:
+        """[blocks + 1, cases]; the last row, where index -1 leads, is for what lies outside the blocks."""
         asked = set(recompute)
-        if not self.blocks:
-            return np.zeros((1, columns.shape[1]), dtype=bool)
-        holds, passes = (self._bits([getattr(block, n) for block in self.blocks]) for n in ("holds", "passes"))
-        wanted = np.array([block.name in asked for block in self.blocks])[:, None]
-        again: NDArray[np.bool_] = wanted & (holds @ columns == 0) & (passes @ columns > 0)
+        again = np.zeros((len(self.blocks) + 1, columns.shape[1]), dtype=bool)
+        if asked and self.blocks:
+            holds, passes = (self._bits([getattr(block, n) for block in self.blocks]) for n in ("holds", "passes"))
+            wanted = np.array([block.name in asked for block in self.blocks])[:, None]
+            again[:-1] = wanted & (holds @ columns == 0) & (passes @ columns > 0)
         return again
 
     def _bits(self, masks: Sequence[int]) -> NDArray[np.float32]:

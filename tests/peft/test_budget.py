@@ -55,6 +55,14 @@ def test_what_the_table_says() -> None:
     assert sum(TABLE.by_part().values()) == sum(TABLE.by_block().values()) == TABLE.bytes()
 
 
+def test_a_model_without_blocks_and_a_step_that_retains_nothing() -> None:
+    bare = RetainedTable(("a",), (), (Storage(8, (Saver("a", "LoRA inputs", -1, 1, 0),)),))
+    assert (bare.bytes(), bare.bytes(["a"], ["x"]), bare.recomputed(["a"], ["x"])) == (8, 0, [])
+    assert fit(bare, {"a": 0.5}, 4, recompute="auto").freeze == ("a",)
+    empty = RetainedTable((), (), ())
+    assert empty.bytes() == 0 and empty.groups() == [] and fit(empty, {}, 1).fits
+
+
 def test_nothing_is_done_where_nothing_has_to_be() -> None:
     choice = fit(TABLE, EVEN, 10_000, recompute="auto")
     assert (choice.freeze, choice.recompute, choice.bytes, choice.fits) == ((), (), TABLE.bytes(), True)
