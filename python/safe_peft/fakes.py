@@ -14,6 +14,8 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeCopyMode
 from transformers import masking_utils
 
+from .blocks import parts_of
+from .blocks.norms import INVERTS, Norm
 from .errors import PlanError
 
 _FIND_PACKED = "find_packed_sequence_indices"
@@ -58,6 +60,16 @@ class FakeModel:
                 f"{type(model).__name__} cannot be copied for a plan ({first_line(error)}); take off what was put on "
                 "its modules, or plan before that."
             ) from error
+        self._note_norms(model)
+
+    def _note_norms(self, model: nn.Module) -> None:
+        """Whether a norm can do without its input depends on its weights' values, which the copy does not have."""
+        if any(type(parameter) is FakeTensor or parameter.is_meta for parameter in model.parameters()):
+            return  # nothing to look at, or noted before
+        norms = {id(module): part for _, module, part in parts_of(model) if isinstance(part, Norm)}
+        for original, module in zip(model.modules(), self.module.modules(), strict=True):
+            if id(original) in norms:
+                module.__dict__[INVERTS] = norms[id(original)].retains_output(original)
 
     def _fake(self, tensor: Tensor, shapes: dict[int, Tensor]) -> Tensor:
         if type(tensor) not in _PLAIN:

@@ -17,6 +17,7 @@ import safe_peft
 from safe_kernels import retention
 from safe_peft import BindingError, ConfigError, MemoryPlan, PlanError, bind, plan_memory
 from safe_peft.blocks import transformer_blocks
+from safe_peft.fakes import FakeModel
 from safe_peft.inputs import Inputs, inputs_for
 from safe_peft.live import LiveBytes
 from safe_peft.retained import RetainedTable
@@ -77,6 +78,17 @@ def test_other_families(name: str, fast: bool) -> None:
     if fast:
         bind(model)
     assert planned.retained == retained(model, one.batch())
+
+
+def test_norms_whose_weights_forbid_to_retain_the_output() -> None:
+    one = family("bert")
+    model, shell = one.model(), one.model().to("meta")
+    with torch.no_grad():
+        model.get_submodule("base_model.model.bert.encoder.layer.0.output.LayerNorm").weight[3] = 0.0
+    inputs = inputs_for(model, ROWS, LENGTH)
+    sizes = [trace(m, inputs).retained for m in (shell, model, FakeModel(model).module)]
+    bind(model)
+    assert sizes[0] < sizes[1] == sizes[2] == retained(model, one.batch()), "without values the best is assumed"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
