@@ -45,13 +45,13 @@ class FakeModel:
         memo: dict[int, Any] = {}
         shapes: dict[int, Tensor] = {}
         tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
-        with self.mode:
-            for tensor in tensors:
-                memo[id(tensor)] = self._fake(tensor, shapes)
-            for parameter in model.parameters():
-                memo[id(parameter)].grad = None
-        memo |= {id(hook): _ignore for hook in _own_hooks(model)}
         try:
+            with self.mode:
+                for tensor in tensors:
+                    memo[id(tensor)] = self._fake(tensor, shapes)
+                for parameter in model.parameters():
+                    memo[id(parameter)].grad = None
+            memo |= {id(hook): _ignore for hook in _own_hooks(model)}
             with FakeCopyMode(self.mode), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.module: nn.Module = copy.deepcopy(model, memo)
@@ -64,7 +64,7 @@ class FakeModel:
 
     def _note_norms(self, model: nn.Module) -> None:
         """Whether a norm can do without its input depends on its weights' values, which the copy does not have."""
-        if any(type(parameter) is FakeTensor or parameter.is_meta for parameter in model.parameters()):
+        if any(isinstance(parameter.data, FakeTensor) or parameter.is_meta for parameter in model.parameters()):
             return  # nothing to look at, or noted before
         norms = {id(module): part for _, module, part in parts_of(model) if isinstance(part, Norm)}
         for original, module in zip(model.modules(), self.module.modules(), strict=True):

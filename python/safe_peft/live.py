@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_leaves
 
 from safe_kernels.retention import storages
 
-
 _ON_STATES = frozenset({torch.ops.aten.equal.default, torch.ops.aten.detach.default})
 
 

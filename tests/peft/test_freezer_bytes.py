@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ from test_memory_plan import retained
 from tiny import EARLY, adamw, batches, bert, causal_batches, gpt2, train
 from torch import Tensor
 
-from safe_peft import AdapterFreezer, ConfigError, FreezeReport, SafeConfig, plan_memory
+from safe_peft import AdapterFreezer, ConfigError, FreezeReport, PlanError, SafeConfig, plan_memory
 
 FEW = EARLY | {"freeze_interval": 5}
 """Freezing at three steps or so."""
@@ -189,6 +190,36 @@ def test_steps_without_a_forward_decide_nothing() -> None:
         for _ in range(16):
             freezer.step()
         assert not freezer.frozen
+
+
+def test_a_model_that_cannot_be_copied_freezes_by_count_all_the_same() -> None:
+    model = bert()
+    model.lock = threading.Lock()
+    with pytest.raises(PlanError, match=r"cannot be copied for a plan .*lock"):
+        AdapterFreezer(model, adamw(model), SafeConfig(**FEW, memory_budget="1GiB"))
+    assert not any(hasattr(module, "_safe_state") for module in model.modules())
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**FEW, score="relative_norm"))
+    train(model, optimizer, full_batches(16), freezer)
+    assert len(freezer.frozen) == 9
+    with pytest.raises(PlanError, match="cannot be copied"):
+        freezer.report(memory=True)
+
+
+def test_a_plan_in_the_middle_of_a_training_is_not_observed() -> None:
+    model, freezer = trained(steps=9)
+    before = freezer.state_dict()
+    assert plan_memory(model, 64, 12).ours.retained > 0
+    assert freezer.state_dict() == before
+
+
+def test_processes_plan_for_the_largest_batch_of_all(tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        _, freezer = trained(memory_budget=FULL // 2)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert freezer.frozen == trained(memory_budget=FULL // 2)[1].frozen
 
 
 def test_the_report_says_where_each_byte_goes(tmp_path: Any) -> None:
