@@ -61,15 +61,31 @@ def fit(
         >>> fit(RetainedTable(("a", "b"), (), tuple(hold)), {"a": 0.2, "b": 0.1}, 100).freeze
         ('b',)
     """
-    blocks = [] if recompute == "off" else [block.name for block in table.blocks]
-    search = _Search(table, importance, set(frozen), blocks, keep_one)
-    freeze = search.run(limit)
+    every = [] if recompute == "off" else [block.name for block in table.blocks]
+    spans = [every, []] if recompute == "auto" else [every]
+    searches = [_Search(table, importance, set(frozen), blocks, keep_one).run(limit) for blocks in spans]
+    found = [_choice(table, freeze, frozen, every, recompute, limit) for freeze in searches]
+    return min(found, key=lambda choice: (not choice.fits, _cost(importance, choice), len(choice.recompute)))
+
+
+def _choice(
+    table: RetainedTable,
+    freeze: Sequence[str],
+    frozen: Collection[str],
+    blocks: Sequence[str],
+    recompute: str,
+    limit: int,
+) -> Choice:
     gone = {*frozen, *freeze}
     again = table.recomputed(gone, blocks)
     if recompute == "auto":
         again = _as_few(table, gone, again, limit)
     size = table.bytes(gone, again)
     return Choice(tuple(freeze), tuple(again), size, size <= limit)
+
+
+def _cost(importance: Mapping[str, float], choice: Choice) -> float:
+    return math.fsum(max(0.0, importance[name]) for name in choice.freeze)
 
 
 def _as_few(table: RetainedTable, frozen: Collection[str], blocks: Sequence[str], limit: int) -> list[str]:

@@ -97,6 +97,9 @@ class _Rows(NamedTuple):
 class RetainedTable:
     """Everything a step retains, and what it would retain with more adapters frozen or blocks recomputed.
 
+    What it would retain is exact but for one case, in which it is a little less: where nothing before an MLP's
+    activation lives any more, the layer after it keeps its own input instead of the activation's.
+
     Args:
         adapters: names of the live adapters; their places are their bits.
         blocks: lowest first.

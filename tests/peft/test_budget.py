@@ -172,6 +172,10 @@ def test_a_choice_is_what_it_says(
     if keep_one:
         assert len(choice.freeze) < len(table.adapters)
     assert choice == fit(table, importance, limit, recompute=recompute, keep_one=keep_one)
+    plain = fit(table, importance, limit, keep_one=keep_one)
+    if recompute == "auto" and plain.fits:
+        costs = [sum(importance[name] for name in one.freeze) for one in (choice, plain)]
+        assert choice.fits and costs[0] <= costs[1] + 1e-9
 
 
 @given(st.integers(0, 2000), st.lists(st.sampled_from(NAMES), unique=True))
