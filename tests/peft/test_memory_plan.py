@@ -80,7 +80,7 @@ def test_a_table_never_promises_too_much() -> None:
 
 
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("name", ["t5", "vit", "distilbert", "qwen3"])
+@pytest.mark.parametrize("name", ["t5", "vit", "mpnet"])
 def test_other_families(name: str, fast: bool) -> None:
     one = family(name)
     model = one.model(p=0.1, lora_dropout=0.1)
@@ -135,8 +135,7 @@ def test_rows_of_different_length_retain_a_mask(name: str) -> None:
     assert sizes[0] == retained(model, {**batch, "attention_mask": torch.ones_like(mask)})
 
 
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "p"), [("bert", 0.0), ("bert", 0.1), ("gpt2", 0.1), ("llama", 0.0)])
 def test_blocks_that_recompute(name: str, p: float) -> None:
     one = family(name)
     model = one.model(layers=4, p=p, lora_dropout=p)
@@ -164,7 +163,7 @@ def test_what_freezing_a_group_frees() -> None:
     )
     together = [{name.split(".")[-1] for name in row.adapters} for row in plan.groups]
     assert {"q_proj", "k_proj", "v_proj"} in together and {"gate_proj", "up_proj"} in together
-    for row in plan.groups[::2]:
+    for row in plan.groups[::3]:
         for fast, frees, side in ((True, row.frees, plan.ours), (False, row.stock_frees, plan.stock)):
             again = trace(model, inputs, frozen=[*plan.frozen, *row.adapters], fast=fast)
             assert side.retained - again.retained == frees
