@@ -18,7 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["RetainedTensor", "Retention", "measure"]
+__all__ = ["RetainedTensor", "Retention", "Save", "measure", "record", "storages"]
 
 
 class RetainedTensor(NamedTuple):
@@ -35,6 +35,18 @@ class RetainedTensor(NamedTuple):
     dtype: torch.dtype
     bytes: int
     uses: int
+
+
+class Save(NamedTuple):
+    """One tensor that one node of the graph holds.
+
+    Attributes:
+        tensor: the tensor, detached; its storage is the node's own.
+        note: what was noted when it was saved.
+    """
+
+    tensor: Tensor
+    note: Any
 
 
 @dataclass(frozen=True, repr=False)
@@ -102,30 +114,66 @@ def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Ten
             f"measure(): fn must be callable, got {type(fn).__name__}; wrap the call, as in measure(lambda: model(x))"
         )
     excluded = list(_tensors(exclude))
-    saves: list[weakref.ref[_Saved]] = []
+    output, saves = record(fn)
+    tensors = _by_storage((save.tensor for save in saves), known=_storages_of([*excluded, *_living_parameters()]))
+    return Retention(sum(tensor.bytes for tensor in tensors), tensors, output)
+
+
+def record(fn: Callable[[], Any], note: Callable[[], Any] = lambda: None) -> tuple[Any, list[Save]]:
+    """Runs ``fn()`` and returns its output and every save that the output's graph still holds, in their order.
+
+    `measure` counts these; here is what it counts, parameters included, with a note of who saved it. The same limits
+    hold.
+
+    Args:
+        fn: called once, without arguments, in this thread.
+        note: called at each save; what it returns stands in that save's `note`.
+
+    Returns:
+        The function's output, and the saves. While these live, no two storages of theirs have the same identity.
+
+    Example:
+        >>> x = torch.ones(3, requires_grad=True)
+        >>> output, saves = record(lambda: x.exp().sin(), note=lambda: "here")
+        >>> [(tuple(save.tensor.shape), save.note) for save in saves]
+        [((3,), 'here'), ((3,), 'here')]
+    """
+    refs: list[weakref.ref[_Saved]] = []
 
     def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor)
-        saves.append(weakref.ref(saved))
+        saved = _Saved(tensor, note())
+        refs.append(weakref.ref(saved))
         return saved
 
     with saved_tensors_hooks(pack, _Saved.unpack):
         output = fn()
-    # Everything in `held` is alive at the same time, so two storages cannot be mistaken for one another by address.
-    held = [saved.tensor for ref in saves if (saved := ref()) is not None]
-    tensors = _by_storage(held, known=_storages_of([*excluded, *_living_parameters()]))
-    return Retention(sum(tensor.bytes for tensor in tensors), tensors, output)
+    return output, [Save(saved.tensor, saved.note) for ref in refs if (saved := ref()) is not None]
+
+
+def storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
+    """Yields identity and size in bytes of every storage a tensor has: one, unless it is a subclass or sparse.
+
+    Args:
+        tensor: the identity holds while it, or another tensor of the same storage, lives.
+
+    Example:
+        >>> x = torch.ones(4, 4)
+        >>> list(storages(x[1])) == list(storages(x)), next(storages(x))[1]
+        (True, 64)
+    """
+    yield from (_storage(leaf) for leaf in _leaves(tensor))
 
 
 class _Saved:
     """What the graph holds instead of a tensor; it dies with the node that saved it, which is how we notice."""
 
-    __slots__ = ("__weakref__", "tensor", "version")
+    __slots__ = ("__weakref__", "note", "tensor", "version")
 
-    def __init__(self, tensor: Tensor) -> None:
+    def __init__(self, tensor: Tensor, note: Any) -> None:
         # Detached, or an output saved by its own node would keep that node alive in a cycle.
         self.tensor = tensor.detach()
         self.version = tensor._version
+        self.note = note
 
     def unpack(self) -> Tensor:
         # Autograd leaves this check to the hooks once there are any.
@@ -187,7 +235,7 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
 
 
 def _storages_of(tensors: Iterable[Tensor]) -> set[int]:
-    return {_storage(leaf)[0] for tensor in tensors for leaf in _leaves(tensor)}
+    return {key for tensor in tensors for key, _ in storages(tensor)}
 
 
 def _by_storage(tensors: Iterable[Tensor], known: set[int]) -> tuple[RetainedTensor, ...]:

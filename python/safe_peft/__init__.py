@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import AssetError, BindingError, ConfigError, SafeError, StateError
+from .errors import AssetError, BindingError, ConfigError, PlanError, SafeError, StateError
 
 # Bound before anything can import the module of the same name, which would else take the function's place here.
 from .explain import explain
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .callback import SafeCallback
     from .config import SafeConfig
     from .freezer import AdapterFreezer
+    from .memory import MemoryPlan, plan_memory
     from .report import FreezeReport
 
 __all__ = [
@@ -24,12 +25,15 @@ __all__ = [
     "BindingError",
     "ConfigError",
     "FreezeReport",
+    "MemoryPlan",
+    "PlanError",
     "SafeCallback",
     "SafeConfig",
     "SafeError",
     "StateError",
     "bind",
     "explain",
+    "plan_memory",
 ]
 
 # Imported when first asked for: torch, PEFT and transformers take seconds, and `safe-peft report` needs none of them.
@@ -37,9 +41,11 @@ _LAZY = {
     "AdapterFreezer": "freezer",
     "Binding": "binding",
     "FreezeReport": "report",
+    "MemoryPlan": "memory",
     "SafeCallback": "callback",
     "SafeConfig": "config",
     "bind": "binding",
+    "plan_memory": "memory",
 }
 
 

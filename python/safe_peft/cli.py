@@ -1,4 +1,4 @@
-"""The command line: safe-peft finetune | demo | report | doctor."""
+"""The command line: safe-peft finetune | plan | demo | report | doctor."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 from .cli_finetune import finetune
+from .cli_plan import plan
 from .messages import EXPECTED, sentence
 
 app = typer.Typer(
@@ -58,6 +59,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
 
 
 app.command()(clear_errors(finetune))
+app.command()(clear_errors(plan))
 
 
 @app.command()
@@ -81,7 +83,7 @@ def demo(
     """Compare stock PEFT, SAFE and freezing at random on sentences of film reviews; takes some minutes."""
     from . import demo as comparison
     from .summary import verdict
-    from .tables import runs_table
+    from .tables import plans_table, runs_table
 
     config = comparison.DemoConfig(
         output=output,
@@ -101,6 +103,8 @@ def demo(
     console = Console()
     console.print(runs_table(report.runs, f"{report.model}, {report.total_steps} steps a run"), highlight=False)
     console.print(verdict(report.runs), highlight=False)
+    if report.plans:
+        console.print(plans_table(report.plans), highlight=False)
     console.print(f"report: {Path(output, 'report.html')}", highlight=False)
 
 
@@ -110,7 +114,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.j
     """Show a report's tables, and draw its picture and its page again."""
     from .report import FreezeReport
     from .summary import verdict
-    from .tables import runs_table
+    from .tables import plans_table, runs_table
 
     path = folder if folder.suffix == ".json" else folder / "report.json"
     found = FreezeReport.load(path)
@@ -120,7 +124,10 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.j
         console.print(runs_table(found.runs), highlight=False)
         if says := verdict(found.runs):
             console.print(says, highlight=False)
+    if found.plans:
+        console.print(plans_table(found.plans), highlight=False)
     found.save_png(path.with_name("report.png"))
+    found.save_memory_png(path.with_name("memory.png"))
     found.save_html(path.with_name("report.html"), picture=path.with_name("report.png"))
     console.print(f"drawn again: {path.with_name('report.png')}, {path.with_name('report.html')}", highlight=False)
 

@@ -63,6 +63,13 @@ Fraction = Annotated[
     float | None, _option(FREEZING, "Share of the adapters to freeze; 0.75 unless --threshold is given.")
 ]
 Threshold = Annotated[float | None, _option(FREEZING, "Freeze at or below this importance, instead of a share.")]
+Target = Annotated[
+    str, _option(FREEZING, "What the share is of: adapters, or bytes that freezing them all would save.")
+]
+Budget = Annotated[
+    str | None, _option(FREEZING, "What a step may retain in the end, such as 6GiB; freezes by importance per byte.")
+]
+Recompute = Annotated[str, _option(FREEZING, "Run frozen blocks again in backward: off, frozen (all) or auto.")]
 Warmup = Annotated[str, _option(FREEZING, f"No freezing before: {STEPS_OR_SHARE}.")]
 MaxWarmup = Annotated[str, _option(FREEZING, "Freezing starts by then, however much importance still changes.")]
 End = Annotated[str, _option(FREEZING, "The last freezing.")]
@@ -100,6 +107,9 @@ def finetune(
     score: Score = SafeConfig.score,
     target_fraction: Fraction = None,
     threshold: Threshold = None,
+    target: Target = SafeConfig.target,
+    memory_budget: Budget = None,
+    recompute: Recompute = SafeConfig.recompute,
     warmup: Warmup = str(SafeConfig.warmup),
     max_warmup: MaxWarmup = str(SafeConfig.max_warmup),
     freeze_end: End = str(SafeConfig.freeze_end),

@@ -8,11 +8,14 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from .errors import ConfigError
+from .sizes import parse_size
 
 Point = int | float
 """A moment of the training: an int counts optimizer steps, a float is a share of the training."""
 
 DEFAULT_FRACTION = 0.75
+TARGETS = ("adapters", "bytes")
+RECOMPUTE = ("off", "frozen", "auto")
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,8 @@ class SafeConfig:
 
     Args:
         score: what importance means: "cka" (the method's own), "relative_norm", "gradient_sensitivity" or "random".
-        target_fraction: share of the adapters to freeze by `freeze_end`; 0.75 unless `threshold` is given.
+        target_fraction: share to freeze by `freeze_end`; 0.75 unless `threshold` or `memory_budget` is given.
+        target: what that is a share of: of the "adapters", or of the "bytes" that freezing them all would save.
         threshold: importance at or below which an adapter is frozen from `freeze_end` on, instead of a fraction.
         warmup: nothing is frozen before this moment.
         max_warmup: warm-up ends here at the latest, however much importance still changes.
@@ -35,6 +39,10 @@ class SafeConfig:
         total_steps: optimizer steps of the whole training; a Trainer knows it, a raw loop states it.
         score_blocks: row blocks of a batch that "cka" looks at.
         block_rows: rows in such a block.
+        memory_budget: what a step may retain for backward from `freeze_end` on, such as "6GiB", or bytes. On the way
+            there the limit comes down along the same curve; beyond the target, adapters freeze by importance per byte.
+        recompute: blocks that retain their input alone and run again in backward once they are frozen: "off", "frozen"
+            (all of them) or "auto" (those that `memory_budget` takes). Exact, and costs the time of their forward.
         keep_dropout: leave a frozen adapter's dropout on.
         never_freeze: shell patterns; adapters whose name matches one stay trainable.
         seed: fixes the score "random".
@@ -49,6 +57,7 @@ class SafeConfig:
 
     score: str = "cka"
     target_fraction: float | None = None
+    target: str = "adapters"
     threshold: float | None = None
     warmup: Point = 0.2
     max_warmup: Point = 0.3
@@ -59,12 +68,16 @@ class SafeConfig:
     total_steps: int | None = None
     score_blocks: int = 4
     block_rows: int = 128
+    memory_budget: int | str | None = None
+    recompute: str = "off"
     keep_dropout: bool = False
     never_freeze: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.target_fraction is None and self.threshold is None:
+        if self.memory_budget is not None:
+            object.__setattr__(self, "memory_budget", parse_size(self.memory_budget))
+        elif self.target_fraction is None and self.threshold is None:
             object.__setattr__(self, "target_fraction", DEFAULT_FRACTION)
         patterns: Any = self.never_freeze
         if isinstance(patterns, list):
@@ -98,6 +111,17 @@ class SafeConfig:
             _check_number("target_fraction", self.target_fraction, most=1.0)
         if self.threshold is not None:
             _check_number("threshold", self.threshold)
+        _check(self.target in TARGETS, "target", f"one of {', '.join(TARGETS)}", self.target)
+        if self.target == "bytes" and self.target_fraction is None:
+            raise ConfigError('target: "bytes" says what target_fraction is a share of; give target_fraction=....')
+        _check(self.recompute in RECOMPUTE, "recompute", f"one of {', '.join(RECOMPUTE)}", self.recompute)
+        if self.recompute == "auto" and self.memory_budget is None:
+            raise ConfigError('recompute: "auto" needs a memory_budget to meet; give one, or choose "frozen".')
+
+    @property
+    def needs_plan(self) -> bool:
+        """Whether a decision depends on bytes, and so on the shape of the batches."""
+        return self.memory_budget is not None or self.target == "bytes"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values.

@@ -21,3 +21,7 @@ class StateError(SafeError, ValueError):
 
 class AssetError(SafeError, RuntimeError):
     """A model or a data set cannot be fetched, or is not what it should be."""
+
+
+class PlanError(SafeError, RuntimeError):
+    """A model's memory cannot be planned: it does not run without values, or is not known how to be called."""

@@ -90,17 +90,18 @@ def _save(prepared: Prepared, report: FreezeReport, stage: Path) -> None:
 
 
 def save_report(report: FreezeReport, folder: Path) -> None:
-    """Write a report's three files.
+    """Write a report's files.
 
     Args:
         report: the report.
-        folder: where report.json, report.png and report.html go.
+        folder: where report.json, report.png and report.html go, and memory.png if the report has plans.
 
     Example:
         >>> save_report(report, Path("runs/mine"))  # doctest: +SKIP
     """
     report.save_json(folder / "report.json")
     report.save_png(folder / "report.png")
+    report.save_memory_png(folder / "memory.png")
     report.save_html(folder / "report.html", picture=folder / "report.png")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from statistics import median
 from typing import Any
@@ -20,8 +20,9 @@ from .config import SafeConfig
 from .errors import BindingError
 from .ledger import Ledger
 from .paths import unwrap, unwrap_optimizer
+from .planner import Planner
 from .report import AdapterRecord, FreezeReport
-from .schedule import check_fit, choose, cubic, is_freezing_step, is_scoring_step, is_stable, resolve
+from .schedule import check_fit, choose, cubic, is_freezing_step, is_scoring_step, is_stable, rank, resolve
 from .scorer import Scorer
 from .state import VERSION, check_state
 
@@ -78,8 +79,12 @@ class AdapterFreezer:
             undo.callback(self.binding.release)
             self._others_train = self._check_parameters(model)
             check_fit(self.config, [adapter.name for adapter in self._adapters], self._others_train)
+            self.planner = Planner(self.model, self.config, self._others_train)
+            undo.callback(self.planner.close)
             self._scorer = Scorer(self.model, self._optimizer, self._adapters, self.config)
             undo.pop_all()
+        if self.config.recompute == "frozen":
+            self.binding.recompute.update(self.binding.blocks)
         self._attached = True
         self._arm()
 
@@ -160,23 +165,44 @@ class AdapterFreezer:
             return [], None
         live = {name: importance[name] for name in importance if name not in frozen}
         share = cubic(self._step, start, self.schedule.freeze_end)
-        names, threshold = choose(self.config, live, adapters=count, frozen=len(frozen), share=share)
+        if self.config.target == "bytes":
+            names = self.planner.by_bytes(rank(self.config, live), frozen, share)
+            threshold = max((live[name] for name in names), default=None)
+        else:
+            names, threshold = choose(self.config, live, adapters=count, frozen=len(frozen), share=share)
         if not self._others_train and len(frozen) + len(names) == count:
             names = names[:-1]  # a backward needs something that trains
         return names, threshold
+
+    def _meet_budget(self, chosen: Sequence[str]) -> tuple[str, ...]:
+        """Whom to freeze besides, so that the next steps retain no more than they may."""
+        if self.config.memory_budget is None or self.ledger.warmup_end is None:
+            return ()
+        frozen = [*self.ledger.frozen, *chosen]
+        known = self.ledger.importance
+        live = {name: known[name] for name in rank(self.config, known) if name not in frozen}
+        choice = self.planner.fit(live, frozen, cubic(self._step, self.ledger.warmup_end, self.schedule.freeze_end))
+        self._recompute(choice.recompute)
+        return choice.freeze
+
+    def _recompute(self, blocks: Sequence[str]) -> None:
+        if self.config.recompute == "auto":
+            self.binding.recompute.clear()
+            self.binding.recompute.update(blocks)
 
     def _freeze_due(self) -> tuple[str, ...]:
         if not is_freezing_step(self.schedule, self.ledger.warmup_end, self._step):
             return ()
         names, threshold = self._choose(self.ledger.importance)
-        for name in names:
-            self.ledger.record_freezing(self._step, name, threshold)
-        for adapter in self._adapters_named(names):
+        thresholds = dict.fromkeys(names, threshold) | dict.fromkeys(self._meet_budget(names))
+        for name, value in thresholds.items():
+            self.ledger.record_freezing(self._step, name, value)
+        for adapter in self._adapters_named(thresholds):
             adapter.freeze(keep_dropout=self.config.keep_dropout)
             self._drop(adapter)
-        if names:
-            logger.info("step %d: froze %d adapters, %d in all", self._step, len(names), len(self.ledger.frozen))
-        return tuple(names)
+        if thresholds:
+            logger.info("step %d: froze %d adapters, %d in all", self._step, len(thresholds), len(self.ledger.frozen))
+        return tuple(thresholds)
 
     def _drop(self, adapter: Adapter) -> None:
         """Keep a frozen adapter still: AdamW would go on moving it by its momentum and a gradient left over."""
@@ -184,7 +210,7 @@ class AdapterFreezer:
         for parameter in adapter.parameters():
             self._optimizer.state.pop(parameter, None)
 
-    def _adapters_named(self, names: Sequence[str]) -> list[Adapter]:
+    def _adapters_named(self, names: Iterable[str]) -> list[Adapter]:
         wanted = set(names)
         return [adapter for adapter in self._adapters if adapter.name in wanted]
 
@@ -211,7 +237,7 @@ class AdapterFreezer:
             >>> with freezer.suspended():  # doctest: +SKIP
             ...     reference = model(**other_batch)
         """
-        with self._scorer.observation.suspended():
+        with self._scorer.observation.suspended(), self.planner.suspended():
             yield
 
     def metrics(self) -> dict[str, float]:
@@ -234,12 +260,18 @@ class AdapterFreezer:
             }
         return {f"safe/{name}": float(value) for name, value in metrics.items()}
 
-    def report(self, model: str | None = None, retained: Sequence[tuple[int, int]] = ()) -> FreezeReport:
+    def report(
+        self, model: str | None = None, retained: Sequence[tuple[int, int]] = (), *, memory: bool = False
+    ) -> FreezeReport:
         """Return what happened so far.
 
         Args:
             model: what was trained, for people to read; None takes the name in the model's own config.
             retained: pairs of (optimizer step, bytes retained by a forward from that step on), if they were measured.
+            memory: plan where each byte of a step goes, at the start and now; takes seconds for a large model.
+
+        Raises:
+            PlanError: `memory` is asked for, and no batch has been seen or the model does not run without values.
 
         Example:
             >>> freezer.report().save_json("report.json")  # doctest: +SKIP
@@ -253,6 +285,7 @@ class AdapterFreezer:
             scorings=tuple(self.ledger.scorings),
             freezings=tuple(self.ledger.freezings),
             retained=tuple(retained),
+            plans=self.planner.start_and_end(self.ledger.frozen, tuple(self.binding.recompute)) if memory else (),
         )
 
     def detach(self, keep_frozen: bool = False) -> None:
@@ -266,6 +299,7 @@ class AdapterFreezer:
             return
         self._attached = False
         self._scorer.close()
+        self.planner.close()
         self.binding.release()
         if not keep_frozen:
             for adapter in self._adapters_named(self.ledger.frozen):
@@ -285,6 +319,7 @@ class AdapterFreezer:
             "adapters": [adapter.name for adapter in self._adapters],
             "ledger": self.ledger.to_dict(),
             "evidence": jsonio.encode(self._scorer.evidence()),
+            "planned": jsonio.encode(self.planner.planned),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -298,13 +333,15 @@ class AdapterFreezer:
             BindingError: The freezer is detached.
         """
         self._check_attached()
-        step, ledger, evidence = check_state(state, self.config, [adapter.name for adapter in self._adapters])
+        step, ledger, evidence, planned = check_state(state, self.config, [adapter.name for adapter in self._adapters])
         for adapter in self._adapters_named(self.ledger.frozen):
             adapter.restore()
         self._step, self.ledger = step, ledger
         for adapter in self._adapters_named(ledger.frozen):
             adapter.freeze(keep_dropout=self.config.keep_dropout)
             self._drop(adapter)
+        self.planner.load(planned)
+        self._recompute(planned.recompute)
         self._scorer.disarm()
         self._arm()
         self._scorer.load_evidence(evidence)

@@ -152,6 +152,35 @@ def load_model(source: str, task: str, classes: Sequence[str] | None, pad_id: in
     return model
 
 
+def load_shell(source: str, task: str, classes: int = 2, dtype: str = "float32") -> PreTrainedModel:
+    """Make a base model from its configuration alone, on the meta device: no weights are read, no memory is taken.
+
+    Args:
+        source: as `locate` returns it.
+        task: "seq-cls" or "causal-lm".
+        classes: for "seq-cls".
+        dtype: torch's name of the parameters' dtype.
+
+    Raises:
+        ConfigError: There is no such configuration, or none for this task.
+
+    Example:
+        >>> load_shell(locate("minilm"), "seq-cls").device.type  # doctest: +SKIP
+        'meta'
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kinds = {"seq-cls": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+    with _loading(source, "configuration"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source)
+        if task == "seq-cls":
+            config.num_labels = classes
+        if getattr(config, "pad_token_id", None) is None:  # classifiers of decoder models look for it
+            config.pad_token_id = 0
+        return kinds[task].from_config(config, dtype=getattr(torch, dtype))
+
+
 def add_lora(model: PreTrainedModel, task: str, options: Mapping[str, Any]) -> nn.Module:
     """Put PEFT's LoRA on a model.
 

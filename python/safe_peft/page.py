@@ -8,6 +8,8 @@ import json
 from html import escape
 
 from .picture import DPI, draw
+from .plan import parts_cells
+from .plan_picture import draw_plans
 from .report import FreezeReport
 from .summary import comparison, verdict
 from .tables import adapter_cells
@@ -55,6 +57,8 @@ def render(report: FreezeReport, png: bytes | None = None) -> str:
     parts += ["<h2>Freezing</h2>", _freezings(report), "<h2>Adapters</h2>", _table(adapter_cells(report), words=2)]
     if report.retained:
         parts += ["<h2>Retained for backward by one step</h2>", _retained(report)]
+    if report.plans:
+        parts += ["<h2>Where each byte of a step goes</h2>", *_plans(report)]
     parts += ["<h2>Configuration</h2>", f"<pre>{escape(json.dumps(report.config, indent=1))}</pre>"]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
     body = "\n".join(parts)
@@ -70,8 +74,13 @@ def _draw(report: FreezeReport) -> bytes:
 
 
 def _picture(png: bytes) -> str:
+    return _image(
+        png, "Heat map of every adapter's importance over time, the threshold, and the bytes one step retains"
+    )
+
+
+def _image(png: bytes, alt: str) -> str:
     data = base64.b64encode(png).decode("ascii")
-    alt = "Heat map of every adapter's importance over time, the threshold, and the bytes one step retains"
     return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
 
 
@@ -89,6 +98,14 @@ def _freezings(report: FreezeReport) -> str:
 def _retained(report: FreezeReport) -> str:
     rows = [["from step", "MiB", "bytes"]]
     return _table(rows + [[str(step), f"{size / 2**20:,.2f}", f"{size:,}"] for step, size in report.retained], words=0)
+
+
+def _plans(report: FreezeReport) -> list[str]:
+    buffer = io.BytesIO()
+    draw_plans(report.plans).savefig(buffer, format="png", dpi=DPI)
+    batch = escape(f"Planned without values for {report.plans[0][1].batch}.")
+    alt = "Bars of the bytes that one step retains by what keeps them and by block, stock PEFT beside ours"
+    return [f'<p class="soft">{batch}</p>', _table(parts_cells(report.plans), words=1), _image(buffer.getvalue(), alt)]
 
 
 def _table(rows: list[list[str]], words: int, last: bool = False) -> str:

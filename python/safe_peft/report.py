@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import jsonio
 from .errors import StateError
+from .plan import MemoryPlan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -95,6 +96,7 @@ class FreezeReport:
         freezings: in the order of their steps; an adapter freezes once.
         retained: pairs of (optimizer step, bytes retained for backward by a forward from that step on).
         runs: measured runs: this one first, then those it is compared with, if any.
+        plans: where each byte of a step goes, stock PEFT against ours, at the "start" and at the "end".
 
     Raises:
         StateError: The parts contradict each other.
@@ -113,6 +115,7 @@ class FreezeReport:
     freezings: tuple[Freezing, ...] = ()
     retained: tuple[tuple[int, int], ...] = ()
     runs: tuple[RunRecord, ...] = field(default=())
+    plans: tuple[tuple[str, MemoryPlan], ...] = ()
 
     def __post_init__(self) -> None:
         names = {adapter.name for adapter in self.adapters}
@@ -211,6 +214,27 @@ class FreezeReport:
         from .tables import adapter_table
 
         return adapter_table(self)
+
+    def save_memory_png(self, path: str | os.PathLike[str]) -> bool:
+        """Draw where each byte of a step goes, stock PEFT against ours, into a PNG file, atomically.
+
+        Args:
+            path: the file to write or replace.
+
+        Returns:
+            Whether there was a plan to draw.
+
+        Example:
+            >>> FreezeReport("m", {}, 1, ()).save_memory_png("memory.png")
+            False
+        """
+        if not self.plans:
+            return False
+        from .plan_picture import DPI, draw_plans
+
+        with jsonio.replacing(path) as partial:
+            draw_plans(self.plans).savefig(partial, format="png", dpi=DPI)
+        return True
 
     def save_png(self, path: str | os.PathLike[str]) -> None:
         """Draw importance over time, the threshold and the retained bytes a step into a PNG file, atomically.

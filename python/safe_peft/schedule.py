@@ -153,8 +153,7 @@ def choose(
         >>> choose(SafeConfig(threshold=0.4), importance, adapters=4, frozen=0, share=0.5)
         (['b', 'c'], 0.2)
     """
-    known = [name for name, value in importance.items() if math.isfinite(value) and not _is_spared(config, name)]
-    ranked = sorted(known, key=importance.__getitem__)
+    ranked = rank(config, importance)
     if config.threshold is not None:
         threshold = config.threshold * share
         return [name for name in ranked if importance[name] <= threshold], threshold
@@ -162,6 +161,17 @@ def choose(
     goal = math.floor(target_count(fraction, adapters) * share)
     chosen = ranked[: max(0, goal - frozen)]
     return chosen, importance[chosen[-1]] if chosen else None
+
+
+def rank(config: SafeConfig, importance: Mapping[str, float]) -> list[str]:
+    """Who may freeze, the least important first: whose importance is known, and whom nobody spares.
+
+    Example:
+        >>> rank(SafeConfig(never_freeze=("a",)), {"a": 0.1, "b": 0.3, "c": 0.2, "d": math.nan})
+        ['c', 'b']
+    """
+    known = [name for name, value in importance.items() if math.isfinite(value) and not _is_spared(config, name)]
+    return sorted(known, key=importance.__getitem__)
 
 
 def target_count(fraction: float, adapters: int) -> int:
@@ -191,7 +201,8 @@ def check_fit(config: SafeConfig, names: Sequence[str], others_train: bool) -> N
     for pattern in config.never_freeze:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"never_freeze: {pattern!r} matches no adapter; they have names such as {names[0]!r}.")
-    if not others_train and target_count(config.target_fraction or 0.0, len(names)) == len(names):
+    counted = target_count(config.target_fraction or 0.0, len(names)) if config.target == "adapters" else 0
+    if not others_train and (counted == len(names) or config.target_fraction == 1.0):
         raise ConfigError(
             f"target_fraction: {config.target_fraction} would freeze all {len(names)} adapters, and nothing else of "
             "this model trains; choose a smaller fraction."

@@ -9,10 +9,11 @@ from typing import Any
 from . import jsonio
 from .config import SafeConfig
 from .errors import StateError
+from .inputs import Inputs
 from .ledger import Ledger
 
-VERSION = 1
-PARTS = ("version", "step", "config", "adapters", "ledger", "evidence")
+VERSION = 2
+PARTS = ("version", "step", "config", "adapters", "ledger", "evidence", "planned")
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,24 @@ class Gathered:
     importance: dict[str, float] = field(default_factory=dict)
 
 
-def check_state(state: Mapping[str, Any], config: SafeConfig, names: Sequence[str]) -> tuple[int, Ledger, Gathered]:
+@dataclass(frozen=True)
+class Planned:
+    """What decisions by bytes have to remember over a restart.
+
+    Args:
+        inputs: the largest batch seen, or None.
+        recompute: blocks that are to run again in backward.
+        warned: it was said that the budget cannot be met.
+    """
+
+    inputs: Inputs | None = None
+    recompute: tuple[str, ...] = ()
+    warned: bool = False
+
+
+def check_state(
+    state: Mapping[str, Any], config: SafeConfig, names: Sequence[str]
+) -> tuple[int, Ledger, Gathered, Planned]:
     """Read a freezer's saved state.
 
     Args:
@@ -32,7 +50,7 @@ def check_state(state: Mapping[str, Any], config: SafeConfig, names: Sequence[st
         names: the adapters it has to fit.
 
     Returns:
-        The optimizer steps done, the ledger, and the evidence of a scoring under way.
+        The optimizer steps done, the ledger, the evidence of a scoring under way, and what was planned.
 
     Raises:
         StateError: It is damaged, or belongs to other options or other adapters.
@@ -57,12 +75,13 @@ def check_state(state: Mapping[str, Any], config: SafeConfig, names: Sequence[st
         )
     ledger = Ledger.from_dict(state["ledger"])
     evidence = jsonio.decode(Gathered, state["evidence"], "state.evidence")
+    planned = jsonio.decode(Planned, state["planned"], "state.planned")
     fits = all(len(row) == 4 for row in evidence.sums) and len(evidence.sums) in (0, len(names))
     if not fits or not set(ledger.frozen) <= set(names):
         raise StateError(
             "state: its ledger or its evidence does not fit its adapters; it is damaged, so save it again."
         )
-    return step, ledger, evidence
+    return step, ledger, evidence, planned
 
 
 def _check_config(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from .plan import MemoryPlan, parts_cells
 from .report import FreezeReport, RunRecord
 from .summary import comparison
 
@@ -74,6 +75,19 @@ def runs_table(runs: Sequence[RunRecord], title: str = "") -> Table:
         0
     """
     return _table(comparison(runs), title, left=1)
+
+
+def plans_table(plans: Sequence[tuple[str, MemoryPlan]]) -> Table:
+    """Return where each byte of a step goes, stock PEFT beside ours.
+
+    Args:
+        plans: with a heading each, such as "start".
+
+    Example:
+        >>> plans_table([]).row_count
+        1
+    """
+    return _table(parts_cells(plans), f"where each byte goes: {plans[0][1].batch}" if plans else "", left=1)
 
 
 def _table(rows: list[list[str]], title: str, left: int) -> Table:

@@ -17,7 +17,7 @@ from torch import nn
 from . import probe
 from .batches import IGNORED, Batch, Examples
 from .config import SafeConfig
-from .errors import SafeError
+from .errors import PlanError, SafeError
 from .options import FinetuneConfig
 from .progress import Tick, progress
 from .report import AdapterRecord, FreezeReport, RunRecord
@@ -139,8 +139,16 @@ class Training:
         if self.freezer is None:
             report = FreezeReport(title, {"method": self.config.method}, self.steps, self.adapters)
         else:
-            report = replace(self.freezer.report(), model=title)
+            report = replace(self._planned_report(), model=title)
         return replace(report, retained=record.retained, runs=(record,))
+
+    def _planned_report(self) -> FreezeReport:
+        try:
+            report: FreezeReport = self.freezer.report(memory=True)
+        except PlanError as error:
+            self.console.print(f"no memory plan: {error}", highlight=False)
+            report = self.freezer.report()
+        return report
 
     def _evaluate(self) -> tuple[str, float]:
         examples, size = self.prepared.eval, 2 * self.config.batch_size

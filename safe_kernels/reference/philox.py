@@ -51,6 +51,8 @@ def dropout_keep(rows: int, columns: int, dropout_p: float, rng_state: Tensor) -
     Returns:
         Bool tensor [rows, columns], True where the element is kept.
     """
+    if rng_state.is_meta:  # only shapes are asked for (compiling, planning): a hundred operations less for each of them
+        return rng_state.new_empty(rows, columns, dtype=torch.bool)
     device = rng_state.device
     seed, offset = rng_state[0], rng_state[1]
     row = torch.arange(rows, device=device, dtype=torch.int64)[:, None]

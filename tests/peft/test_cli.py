@@ -156,7 +156,7 @@ def test_an_interruption_is_no_traceback(tmp_path: Path, monkeypatch: pytest.Mon
     assert call("report", tmp_path)[::2] == (130, "safe-peft: interrupted; nothing half-made was kept.\n")
 
 
-@pytest.mark.parametrize("command", ["finetune", "demo", "report", "doctor"])
+@pytest.mark.parametrize("command", ["finetune", "plan", "demo", "report", "doctor"])
 def test_every_command_explains_itself(command: str) -> None:
     status, out, _ = call(command, "--help")
     assert status == 0

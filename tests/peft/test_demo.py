@@ -47,7 +47,8 @@ def test_the_report_holds_every_run_and_shows_the_first_safe_one(
     monkeypatch.setattr(demo, "run_isolated", in_this_process)
     report = demo.demo(config, QUIET)
     output = Path(config.output)
-    assert {path.name for path in output.iterdir()} == {"report.json", "report.png", "report.html"}
+    assert {path.name for path in output.iterdir()} == {"report.json", "report.png", "memory.png", "report.html"}
+    assert [(name, len(plan.frozen)) for name, plan in report.plans] == [("start", 0), ("end", 10)]
     assert FreezeReport.load(output / "report.json") == report
     assert [(run.method, run.seed) for run in report.runs] == [("stock", 0), ("safe", 0), ("random", 0)]
     stock, safe, control = report.runs

@@ -16,6 +16,9 @@ from safe_kernels.inversion import invertible
 from ..swap import STATE, Swapped, original_type
 from .base import Part, agrees, is_plain, sample, stand_in
 
+INVERTS = "_safe_inverts"
+"""What a copy without values carries of its original's: whether x can be told from the output."""
+
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 _OFFSETS = (0.0, 1.0)  # Gemma's weight counts from 1
 
@@ -109,13 +112,13 @@ class Norm(Part):
         weight, bias = module._parameters["weight"], module._parameters.get("bias")
         seen = tuple((id(p), p._version) for p in (weight, bias) if p is not None)
         if seen != self._seen:
-            self._inverts, self._seen = self._look(weight, bias), seen
+            self._inverts, self._seen = self._look(module, weight, bias), seen
         return self._inverts
 
-    def _look(self, weight: Tensor | None, bias: Tensor | None) -> bool:
+    def _look(self, module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> bool:
         shown = [p for p in (weight, bias) if p is not None]
         if any(isinstance(p, FakeTensor) or p.is_meta for p in shown):
-            return True  # no values to look at, in a plan
+            return bool(module.__dict__.get(INVERTS, True))  # no values to look at, in a plan
         return invertible(weight, bias, self.offset)
 
     def note(self, module: nn.Module) -> str:

@@ -1,0 +1,83 @@
+"""Asks an autograd graph which trainable tensors lie behind each of its nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def latest_node() -> int:
+    """Return the sequence number of the node made last in this thread: inside a save's hook, the one that saves.
+
+    Example:
+        >>> y = torch.ones(1, requires_grad=True).exp()
+        >>> y.grad_fn._sequence_nr() == latest_node()
+        True
+    """
+    return int(torch._C._autograd._get_sequence_nr()) - 1
+
+
+_ALIASES = frozenset(
+    f"{name}Backward0" for name in ("T", "Transpose", "Permute", "View", "UnsafeView", "Alias", "Detach", "ToCopy")
+)
+"""Nodes between a parameter and the product that reads it: transposed, or cast."""
+
+
+class Reach:
+    """The leaves behind every node of a graph, as bits.
+
+    Args:
+        roots: nodes from which backward starts.
+        bit: gives a leaf's bits.
+
+    Example:
+        >>> a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
+        >>> y = (a * 2) * b
+        >>> reach = Reach([y.grad_fn], lambda leaf: 1 if leaf is a else 2)
+        >>> node = y.grad_fn._sequence_nr()
+        >>> reach.all[node], reach.direct[node]
+        (3, 2)
+    """
+
+    def __init__(self, roots: Iterable[Any], bit: Callable[[Tensor], int]) -> None:
+        self._bit = bit
+        self._all: dict[Any, int] = {}
+        self._aliases: dict[Any, int] = {}  # leaves, and nodes that only show one leaf in another shape or dtype
+        self.direct: dict[int, int] = {}
+        """By a node's sequence number, the leaves that it reads itself."""
+        self.all: dict[int, int] = {}
+        """By a node's sequence number, every leaf behind it."""
+        for root in roots:
+            self._visit(root)
+
+    def _visit(self, root: Any) -> None:
+        stack = [root]
+        while stack:
+            node = stack[-1]
+            if node in self._all:
+                stack.pop()
+                continue
+            following = [next_node for next_node, _ in node.next_functions if next_node is not None]
+            waiting = [next_node for next_node in following if next_node not in self._all]
+            if waiting:
+                stack += waiting
+                continue
+            stack.pop()
+            self._finish(node, following)
+
+    def _finish(self, node: Any, following: list[Any]) -> None:
+        leaf = getattr(node, "variable", None)
+        if leaf is not None:
+            self._all[node] = self._aliases[node] = self._bit(leaf)
+            return
+        direct = everything = 0
+        for other in following:
+            everything |= self._all[other]
+            direct |= self._aliases.get(other, 0)
+        self._all[node] = everything
+        if direct and len(following) == 1 and node.name() in _ALIASES:
+            self._aliases[node] = direct
+        self.direct[node._sequence_nr()], self.all[node._sequence_nr()] = direct, everything

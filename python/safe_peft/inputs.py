@@ -1,0 +1,175 @@
+"""The shapes of a training batch: for a model that nobody has called yet, or as a training shows them."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import PlanError
+
+_ROW_LABELS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification", "ForMultipleChoice")
+_TOKEN_LABELS = ("ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForTokenClassification")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One tensor of a batch.
+
+    Args:
+        shape: its sizes.
+        dtype: torch's name of its dtype, such as "int64".
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A batch without values, in JSON's terms.
+
+    Args:
+        tensors: by the name of the model's argument.
+        constants: arguments that are numbers, strings, booleans or None.
+        padded: some rows are padded. Attention masks of ones are then not looked through, as it is with real ones.
+        autocast: torch's name of the dtype that the model is called under; "" for none but what holds around the plan.
+
+    Example:
+        >>> Inputs({"input_ids": InputSpec((4, 128), "int64")}).rows
+        4
+    """
+
+    tensors: dict[str, InputSpec]
+    constants: dict[str, Any] = field(default_factory=dict)
+    padded: bool = False
+    autocast: str = ""
+
+    @property
+    def rows(self) -> int:
+        """Rows a batch."""
+        return next((spec.shape[0] for spec in self.tensors.values() if spec.shape), 0)
+
+    @property
+    def elements(self) -> int:
+        """Elements of the largest tensor: of two batches of one kind the larger retains more."""
+        return max((math.prod(spec.shape) for spec in self.tensors.values()), default=0)
+
+    def make(self, device: torch.device) -> dict[str, Any]:
+        """Return the model's arguments, inside a `FakeTensorMode`."""
+        tensors = {
+            name: torch.zeros(spec.shape, dtype=getattr(torch, spec.dtype), device=device)
+            for name, spec in self.tensors.items()
+        }
+        return {**tensors, **self.constants}
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Any], *, padded: bool | None = None, autocast: bool = False) -> Inputs:
+        """Describe a real batch. A mask without padding is left out: attention leaves it out as well.
+
+        Args:
+            batch: a model's arguments by name; what is neither tensor nor plain constant is passed over.
+            padded: some rows of such batches are padded; None looks.
+            autocast: note the autocast that holds now.
+
+        Example:
+            >>> Inputs.of({"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3)}).tensors
+            {'input_ids': InputSpec(shape=(2, 3), dtype='int64')}
+        """
+        masks = {name: v for name, v in batch.items() if isinstance(v, Tensor) and name.endswith("attention_mask")}
+        if padded is None:
+            padded = any(bool((mask == 0).any()) for mask in masks.values())
+        tensors = {
+            name: InputSpec(tuple(value.shape), _name(value.dtype))
+            for name, value in batch.items()
+            if isinstance(value, Tensor) and (padded or name not in masks)
+        }
+        plain = {n: v for n, v in batch.items() if isinstance(v, bool | int | float | str)}
+        device = next((value.device.type for value in batch.values() if isinstance(value, Tensor)), "cpu")
+        enabled = autocast and torch.is_autocast_enabled(device)
+        return cls(tensors, plain, padded, _name(torch.get_autocast_dtype(device)) if enabled else "")
+
+
+def largest(batch: Mapping[str, Any]) -> int:
+    """Return how many elements the largest tensor of a batch has.
+
+    Example:
+        >>> largest({"input_ids": torch.ones(2, 3), "use_cache": False})
+        6
+    """
+    return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)
+
+
+def inputs_for(model: nn.Module, batch_size: int, sequence_length: int | None, *, padded: bool = False) -> Inputs:
+    """Make up the shapes of a batch that trains a transformers model.
+
+    Args:
+        model: a model of transformers, or PEFT's around one.
+        batch_size: rows a batch.
+        sequence_length: tokens a row, of encoder and decoder alike; pictures have a size of their own.
+        padded: some rows are shorter, and attention has to mask them.
+
+    Raises:
+        PlanError: The model does not say what it is called with, or these numbers cannot be.
+
+    Example:
+        >>> inputs_for(model, 8, 128).tensors["input_ids"].shape  # doctest: +SKIP
+        (8, 128)
+    """
+    base = getattr(model, "get_base_model", lambda: model)()
+    config = getattr(base, "config", None)
+    main = getattr(base, "main_input_name", None)
+    if config is None or main not in ("input_ids", "pixel_values"):
+        raise PlanError(
+            f"{type(base).__name__} takes {main or 'inputs that nothing names'}, which a plan cannot make up; pass a "
+            "batch: plan_memory(model, batch=...)."
+        )
+    _check_size("batch_size", batch_size)
+    if main == "pixel_values":
+        shape = (batch_size, getattr(config, "num_channels", 3), *_sides(config.image_size))
+        return Inputs({main: InputSpec(shape, _dtype(base)), **_labels(base, batch_size, None)})
+    _check_size("sequence_length", sequence_length)
+    _check_positions(config, sequence_length)
+    ids = InputSpec((batch_size, sequence_length), "int64")  # type: ignore[arg-type]
+    tensors = {main: ids} | ({"attention_mask": ids} if padded else {})
+    tensors |= _labels(base, batch_size, ids)
+    if getattr(config, "is_encoder_decoder", False) and "labels" not in tensors:
+        tensors["decoder_input_ids"] = ids
+    return Inputs(tensors, padded=padded)
+
+
+def _labels(base: nn.Module, rows: int, ids: InputSpec | None) -> dict[str, InputSpec]:
+    name = type(base).__name__
+    if "labels" not in inspect.signature(base.forward).parameters:
+        return {}
+    if any(kind in name for kind in _ROW_LABELS):
+        return {"labels": InputSpec((rows,), "int64")}
+    return {"labels": ids} if ids is not None and any(kind in name for kind in _TOKEN_LABELS) else {}
+
+
+def _dtype(module: nn.Module) -> str:
+    return next((_name(p.dtype) for p in module.parameters() if p.is_floating_point()), "float32")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+def _check_size(name: str, value: Any) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise PlanError(f"{name}: expected an int of at least 1, got {value!r}.")
+
+
+def _check_positions(config: Any, length: int | None) -> None:
+    limit = getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and length is not None and length > limit > 0:
+        raise PlanError(f"sequence_length: the model has {limit} positions, got {length}; choose fewer.")

@@ -1,0 +1,216 @@
+"""Learns the shape of the batches from a training, and turns bytes into decisions of the freezer."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from .budget import Choice, bytes_limit, fit, least_important
+from .config import SafeConfig
+from .errors import PlanError
+from .fakes import FakeModel
+from .inputs import Inputs, largest
+from .memory import plan_of
+from .plan import MemoryPlan
+from .retained import RetainedTable
+from .state import Planned
+from .tracing import Trace, trace
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 4
+
+
+class Planner:
+    """Plans for the largest batch that the training has shown so far.
+
+    Args:
+        model: the model that trains; a copy without values is made of it before anything freezes.
+        config: the options.
+        others_train: something but the adapters trains.
+    """
+
+    def __init__(self, model: nn.Module, config: SafeConfig, others_train: bool) -> None:
+        self.config, self.others_train = config, others_train
+        self.planned = Planned()
+        self._model, self._refusal = _copy(model)
+        if config.needs_plan and self._refusal is not None:
+            raise self._refusal
+        self._traces: dict[tuple[frozenset[str], frozenset[str]], Trace] = {}
+        self._source: nn.Module | None = None
+        self._suspended = 0
+        inner = getattr(model, "get_base_model", lambda: model)()
+        self._hooks = [
+            module.register_forward_pre_hook(self._see, with_kwargs=True) for module in dict.fromkeys((model, inner))
+        ]
+
+    @property
+    def ready(self) -> bool:
+        """Whether a batch has been seen."""
+        return self.planned.inputs is not None
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Look away while the block runs."""
+        self._suspended += 1
+        try:
+            yield
+        finally:
+            self._suspended -= 1
+
+    def load(self, planned: Planned) -> None:
+        """Go on from what `planned` was."""
+        self.planned, self._traces = planned, {}
+
+    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note a training batch if none as large has been there. The outer model is called first, and counts."""
+        if self._suspended or not torch.is_grad_enabled() or not module.training:
+            return
+        self._source = self._source or module
+        if module is not self._source:
+            return
+        names = list(inspect.signature(module.forward).parameters)
+        batch = dict(zip(names, args, strict=False)) | dict(kwargs)
+        known, elements = self.planned.inputs, largest(batch)
+        padding_may_be_new = self.config.needs_plan and known is not None and not known.padded
+        if known is not None and (elements, padding_may_be_new) <= (known.elements, False):
+            return
+        seen = Inputs.of(batch, padded=True if known is not None and known.padded else None, autocast=True)
+        if known is None or _order(seen)[:2] > _order(known)[:2]:
+            self.planned, self._traces = replace(self.planned, inputs=seen), {}
+
+    def agree(self) -> None:
+        """Plan for the largest batch of all processes, so that they all decide the same."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            found: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(found, self.planned.inputs)
+            largest = max((one for one in found if one is not None), key=_order, default=None)
+            if largest != self.planned.inputs:
+                self.planned, self._traces = replace(self.planned, inputs=largest), {}
+
+    # ---------------------------------------------------------------- decisions
+
+    def by_bytes(self, ranked: Sequence[str], frozen: Collection[str], share: float) -> list[str]:
+        """Return whom the curve says to freeze now when the target is a share of bytes.
+
+        Args:
+            ranked: who may freeze, the least important first.
+            frozen: who is frozen.
+            share: what `cubic` says.
+        """
+        self.agree()
+        if not self.ready:
+            return []
+        table, blocks = self._unfrozen(), self._blocks()
+        saves = table.bytes() - table.bytes(table.adapters, blocks)
+        goal = int((self.config.target_fraction or 0.0) * share * saves)
+        return least_important(table, ranked, goal, frozen=frozen, recompute=blocks)
+
+    def fit(self, importance: Mapping[str, float], frozen: Collection[str], share: float) -> Choice:
+        """Return what it takes to keep the next steps within the budget on its way down, checked by a trace.
+
+        Args:
+            importance: of those that may freeze.
+            frozen: who is frozen, or about to be.
+            share: what `cubic` says.
+        """
+        self.agree()
+        if not self.ready:
+            return Choice((), (), 0, True)
+        budget = self.config.memory_budget
+        assert isinstance(budget, int)
+        full = self._unfrozen().bytes()
+        if full <= budget and self.config.recompute != "frozen":
+            return Choice((), (), full, True)
+        allowed = bytes_limit(full, budget, share)
+        limit, table = allowed, self._trace(frozen).table
+        for _ in range(ATTEMPTS):
+            choice = fit(
+                table,
+                importance,
+                limit,
+                frozen=frozen,
+                recompute=self.config.recompute,
+                keep_one=not self.others_train,
+            )
+            found = self._trace([*frozen, *choice.freeze], choice.recompute).retained
+            choice = replace(choice, bytes=found, fits=found <= allowed)
+            if choice.fits or limit <= 0 or found <= limit:
+                break
+            limit -= found - allowed  # the table was a little too hopeful
+        self._traces = {key: value for key, value in self._traces.items() if not key[0] or key[0] >= set(frozen)}
+        if not choice.fits and share >= 1.0 and not self.planned.warned:
+            self._warn(choice, budget)
+        self.planned = replace(self.planned, recompute=choice.recompute)
+        return choice
+
+    def _warn(self, choice: Choice, budget: int) -> None:
+        logger.warning(
+            "memory_budget cannot be met: with all that may freeze frozen a step retains %s bytes, %s more than the %s "
+            "allowed; make the batch smaller, allow recompute, or spare fewer adapters.",
+            f"{choice.bytes:,}",
+            f"{choice.bytes - budget:,}",
+            f"{budget:,}",
+        )
+        self.planned = replace(self.planned, warned=True)
+
+    def _blocks(self) -> list[str]:
+        if self.config.recompute == "off":
+            return []
+        return [block.name for block in self._unfrozen().blocks]
+
+    def _unfrozen(self) -> RetainedTable:
+        return self._trace().table
+
+    def _trace(self, frozen: Collection[str] = (), recompute: Collection[str] = ()) -> Trace:
+        key = frozenset(frozen), frozenset(recompute)
+        if key not in self._traces:
+            model, inputs = self._known()
+            keep = self.config.keep_dropout
+            self._traces[key] = trace(model, inputs, frozen=frozen, recompute=recompute, keep_dropout=keep)
+        return self._traces[key]
+
+    def start_and_end(self, frozen: Sequence[str], recompute: Collection[str]) -> tuple[tuple[str, MemoryPlan], ...]:
+        """Return the plan of a step with nothing frozen, and of one as it is now.
+
+        Args:
+            frozen: who is frozen now.
+            recompute: blocks that run again in backward once they are frozen.
+
+        Raises:
+            PlanError: No batch has been seen, or the model does not run without values.
+        """
+        model, inputs = self._known()
+        keep, again = self.config.keep_dropout, sorted(recompute)
+        start = plan_of(model, inputs, keep_dropout=keep)
+        return ("start", start), ("end", plan_of(model, inputs, frozen=frozen, recompute=again, keep_dropout=keep))
+
+    def _known(self) -> tuple[nn.Module, Inputs]:
+        if self._model is None:
+            raise self._refusal or PlanError("this model cannot be planned.")
+        if self.planned.inputs is None:
+            raise PlanError("no training batch has been seen yet; train a step before planning.")
+        return self._model, self.planned.inputs
+
+
+def _order(inputs: Inputs) -> tuple[int, bool, str]:
+    return inputs.elements, inputs.padded, repr(inputs)
+
+
+def _copy(model: nn.Module) -> tuple[nn.Module | None, PlanError | None]:
+    try:
+        return FakeModel(model).module, None
+    except PlanError as error:
+        return None, error

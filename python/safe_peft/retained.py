@@ -1,0 +1,235 @@
+"""What a step retains, as plain data: every storage, who holds it, and what would have to freeze for it to go."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Live = NDArray[np.bool_]
+"""What lives: one truth value an adapter, and a last one for what always trains."""
+
+PARTS = (
+    "attention",
+    "MLP",
+    "norms",
+    "head and loss",
+    "embeddings",
+    "block",
+    "recompute",
+    "dropout",
+    "LoRA dropout",
+    "LoRA inputs",
+)
+"""What keeps a storage; of several, the first: what freezing an adapter frees by itself stands last."""
+
+
+@dataclass(frozen=True)
+class Saver:
+    """One module's hold on a storage.
+
+    Args:
+        module: path of the module that was running.
+        part: one of `PARTS`.
+        block: index of its block, or -1.
+        needs: bits of the adapters any of which keeps the hold; the bit above all adapters is for what always trains.
+        adapter: index of the adapter that holds it for its own gradient, or -1.
+    """
+
+    module: str
+    part: str
+    block: int
+    needs: int
+    adapter: int = -1
+
+
+@dataclass(frozen=True)
+class Storage:
+    """Bytes that somebody may hold; without savers they are a block's input that nobody holds yet."""
+
+    bytes: int
+    savers: tuple[Saver, ...]
+
+    @cached_property
+    def part(self) -> str:
+        """What keeps it, in one word."""
+        return min((saver.part for saver in self.savers), key=PARTS.index)
+
+    @property
+    def block(self) -> int:
+        """The block that made its first holder."""
+        return self.savers[0].block
+
+
+@dataclass(frozen=True)
+class BlockFacts:
+    """What it takes to run a block again in backward.
+
+    Args:
+        name: its path.
+        holds: bits of what trains in it.
+        passes: bits of what makes a gradient pass through it.
+        inputs: indices of the storages of its arguments.
+        random_state: bytes of random state it would have to keep.
+    """
+
+    name: str
+    holds: int
+    passes: int
+    inputs: tuple[int, ...]
+    random_state: int = 0
+
+
+class _Rows(NamedTuple):
+    """Who holds what: one row a holder, the holders of a storage side by side."""
+
+    needs: NDArray[np.float32]
+    blocks: NDArray[np.int64]
+    starts: list[int]
+    sizes: NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class RetainedTable:
+    """Everything a step retains, and what it would retain with more adapters frozen or blocks recomputed.
+
+    What it would retain is exact but for one case, in which it is a little less: where nothing before an MLP's
+    activation lives any more, the layer after it keeps its own input instead of the activation's.
+
+    Args:
+        adapters: names of the live adapters; their places are their bits.
+        blocks: lowest first.
+        storages: each once.
+
+    Example:
+        >>> x = Storage(64, (Saver("q", "LoRA inputs", 0, 0b01, 0), Saver("v", "LoRA inputs", 0, 0b10, 1)))
+        >>> table = RetainedTable(("q", "v"), (), (x,))
+        >>> table.bytes(), table.bytes(frozen=["q"]), table.bytes(frozen=["q", "v"])
+        (64, 64, 0)
+    """
+
+    adapters: tuple[str, ...]
+    blocks: tuple[BlockFacts, ...]
+    storages: tuple[Storage, ...]
+
+    def live(self, frozen: Collection[str] = ()) -> Live:
+        """Return what lives when these are frozen; names of others are passed over."""
+        gone = set(frozen)
+        return np.array([name not in gone for name in self.adapters] + [True])
+
+    def bytes(self, frozen: Collection[str] = (), recompute: Collection[str] = ()) -> int:
+        """Return the bytes a step would retain.
+
+        Args:
+            frozen: names of further adapters to freeze.
+            recompute: names of the blocks that run again in backward once nothing in them trains.
+        """
+        return int(self.bytes_of(self.live(frozen)[None], recompute)[0])
+
+    def bytes_of(self, live: Live, recompute: Collection[str] = ()) -> NDArray[np.int64]:
+        """Return the same for many cases at once.
+
+        Args:
+            live: [cases, adapters + 1].
+            recompute: as above.
+
+        Returns:
+            Bytes by case.
+        """
+        rows, columns = self._rows, live.T.astype(np.float32)
+        again = self._recomputed(columns, recompute)
+        held = (rows.needs @ columns > 0) & ~again[rows.blocks]
+        alive = np.logical_or.reduceat(held, rows.starts, axis=0) if rows.starts else held
+        for number, block in enumerate(self.blocks):
+            alive[list(block.inputs)] |= again[number]
+        states = np.array([*(block.random_state for block in self.blocks), 0])
+        return rows.sizes @ alive + states @ again
+
+    def recomputed(self, frozen: Collection[str], recompute: Collection[str]) -> list[str]:
+        """Return the blocks that would run again: asked to, wholly frozen, and a gradient passes."""
+        again = self._recomputed(self.live(frozen)[:, None].astype(np.float32), recompute)
+        return [block.name for block, runs in zip(self.blocks, again[:, 0], strict=False) if runs]
+
+    def _recomputed(self, columns: NDArray[np.float32], recompute: Collection[str]) -> NDArray[np.bool_]:
+        """[blocks + 1, cases]; the last row, where index -1 leads, is for what lies outside the blocks."""
+        asked = set(recompute)
+        again = np.zeros((len(self.blocks) + 1, columns.shape[1]), dtype=bool)
+        if asked and self.blocks:
+            holds, passes = (self._bits([getattr(block, n) for block in self.blocks]) for n in ("holds", "passes"))
+            wanted = np.array([block.name in asked for block in self.blocks])[:, None]
+            again[:-1] = wanted & (holds @ columns == 0) & (passes @ columns > 0)
+        return again
+
+    def _bits(self, masks: Sequence[int]) -> NDArray[np.float32]:
+        width = len(self.adapters) + 1
+        return np.array([[mask >> bit & 1 for bit in range(width)] for mask in masks], dtype=np.float32)
+
+    @cached_property
+    def _rows(self) -> _Rows:
+        found: list[tuple[int, int]] = []
+        starts: list[int] = []
+        for storage in self.storages:
+            starts.append(len(found))
+            # One that nobody holds yet needs a row as well, for its place among the sums.
+            found += sorted({(saver.needs, saver.block) for saver in storage.savers}) or [(0, -1)]
+        return _Rows(
+            self._bits([needs for needs, _ in found]).reshape(len(found), len(self.adapters) + 1),
+            np.array([block for _, block in found], dtype=np.int64),
+            starts,
+            np.array([storage.bytes for storage in self.storages], dtype=np.int64),
+        )
+
+    def groups(self) -> list[tuple[str, ...]]:
+        """Return the live adapters in groups that read the same tensors: its members free little one by one."""
+        leader = list(range(len(self.adapters)))
+
+        def find(index: int) -> int:
+            while leader[index] != index:
+                index = leader[index]
+            return index
+
+        for storage in self.storages:
+            readers = sorted({saver.adapter for saver in storage.savers if saver.adapter >= 0})
+            for reader in readers[1:]:
+                first, second = sorted((find(readers[0]), find(reader)))
+                leader[second] = first
+        found: dict[int, list[str]] = {}
+        for index, name in enumerate(self.adapters):
+            found.setdefault(find(index), []).append(name)
+        return [tuple(names) for names in found.values()]
+
+    def held_by(self, adapters: Iterable[str]) -> int:
+        """Return the bytes that these adapters hold for their own gradients, whoever else holds them."""
+        indices = {self.adapters.index(name) for name in adapters}
+        return sum(s.bytes for s in self.storages if any(saver.adapter in indices for saver in s.savers))
+
+    def by_part(self) -> dict[str, int]:
+        """Return the bytes retained now by what keeps them, in the order of `PARTS`."""
+        found = dict.fromkeys(PARTS, 0)
+        for storage in self.storages:
+            if storage.savers:
+                found[storage.part] += storage.bytes
+        return {part: size for part, size in found.items() if size}
+
+    def by_block(self, outside: str = "outside the blocks") -> dict[str, int]:
+        """Return the bytes retained now by block; a storage belongs to the block that held it first."""
+        found = {block.name: 0 for block in self.blocks} | {outside: 0}
+        for storage in self.storages:
+            if storage.savers:
+                found[self.blocks[storage.block].name if storage.block >= 0 else outside] += storage.bytes
+        return found
+
+
+def merged(*counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Lay several counts side by side, zero where one lacks a name.
+
+    Example:
+        >>> merged({"a": 1}, {"a": 2, "b": 3})
+        {'a': (1, 2), 'b': (0, 3)}
+    """
+    names = dict.fromkeys(name for count in counts for name in count)
+    return {name: tuple(count.get(name, 0) for count in counts) for name in names}
