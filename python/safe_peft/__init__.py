@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .callback import SafeCallback
     from .config import SafeConfig
     from .freezer import AdapterFreezer
-    from .memory import MemoryPlan, plan_memory
+    from .planning.memory import MemoryPlan, plan_memory
     from .report import FreezeReport
 
 __all__ = [
@@ -41,11 +41,11 @@ _LAZY = {
     "AdapterFreezer": "freezer",
     "Binding": "binding",
     "FreezeReport": "report",
-    "MemoryPlan": "memory",
+    "MemoryPlan": "planning.memory",
     "SafeCallback": "callback",
     "SafeConfig": "config",
     "bind": "binding",
-    "plan_memory": "memory",
+    "plan_memory": "planning.memory",
 }
 
 

@@ -61,7 +61,7 @@ def plan(
     import torch
 
     from . import modeling
-    from .memory import plan_memory
+    from .planning.memory import plan_memory
 
     with torch.device("meta"):
         shell = modeling.load_shell(modeling.locate(model), task, classes, dtype)

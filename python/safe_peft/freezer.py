@@ -20,7 +20,7 @@ from .config import SafeConfig
 from .errors import BindingError
 from .ledger import Ledger
 from .paths import unwrap, unwrap_optimizer
-from .planner import Planner
+from .planning.planner import Planner
 from .report import AdapterRecord, FreezeReport
 from .schedule import check_fit, choose, cubic, is_freezing_step, is_scoring_step, is_stable, rank, resolve
 from .scorer import Scorer

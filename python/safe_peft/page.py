@@ -8,8 +8,8 @@ import json
 from html import escape
 
 from .picture import DPI, draw
-from .plan import parts_cells
-from .plan_picture import draw_plans
+from .planning.picture import draw_plans
+from .planning.plan import parts_cells
 from .report import FreezeReport
 from .summary import comparison, verdict
 from .tables import adapter_cells

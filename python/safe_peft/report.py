@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import jsonio
 from .errors import StateError
-from .plan import MemoryPlan
+from .planning.plan import MemoryPlan
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -230,7 +230,7 @@ class FreezeReport:
         """
         if not self.plans:
             return False
-        from .plan_picture import DPI, draw_plans
+        from .planning.picture import DPI, draw_plans
 
         with jsonio.replacing(path) as partial:
             draw_plans(self.plans).savefig(partial, format="png", dpi=DPI)

@@ -9,8 +9,8 @@ from typing import Any
 from . import jsonio
 from .config import SafeConfig
 from .errors import StateError
-from .inputs import Inputs
 from .ledger import Ledger
+from .planning.inputs import Inputs
 
 VERSION = 2
 PARTS = ("version", "step", "config", "adapters", "ledger", "evidence", "planned")

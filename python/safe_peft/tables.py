@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
-from .plan import MemoryPlan, parts_cells
+from .planning.plan import MemoryPlan, parts_cells
 from .report import FreezeReport, RunRecord
 from .summary import comparison
 

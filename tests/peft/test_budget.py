@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_peft import ConfigError
-from safe_peft.budget import bytes_limit, fit, least_important
-from safe_peft.retained import BlockFacts, RetainedTable, Saver, Storage
+from safe_peft.planning.budget import bytes_limit, fit, least_important
+from safe_peft.planning.retained import BlockFacts, RetainedTable, Saver, Storage
 from safe_peft.sizes import parse_size
 
 

@@ -17,11 +17,11 @@ import safe_peft
 from safe_kernels import retention
 from safe_peft import BindingError, ConfigError, MemoryPlan, PlanError, bind, plan_memory
 from safe_peft.blocks import transformer_blocks
-from safe_peft.fakes import FakeModel
-from safe_peft.inputs import Inputs, inputs_for
-from safe_peft.live import LiveBytes
-from safe_peft.retained import RetainedTable
-from safe_peft.tracing import live_adapters, trace
+from safe_peft.planning.fakes import FakeModel
+from safe_peft.planning.inputs import Inputs, inputs_for
+from safe_peft.planning.live import LiveBytes
+from safe_peft.planning.retained import RetainedTable
+from safe_peft.planning.tracing import live_adapters, trace
 
 FAMILIES = ("bert", "gpt2", "llama")
 SETS: dict[str, Callable[[list[str]], list[str]]] = {

@@ -21,16 +21,16 @@ from torch.utils._pytree import tree_leaves
 
 from safe_kernels.retention import Save, record, storages
 
-from .adapters import Adapter, adapter_of
-from .binding import Binding, bind
-from .blocks import transformer_blocks
-from .errors import PlanError
+from ..adapters import Adapter, adapter_of
+from ..binding import Binding, bind
+from ..blocks import transformer_blocks
+from ..errors import PlanError
+from ..paths import short_name
 from .fakes import FakeModel, first_line, ordinary_positions
 from .graph import Reach, latest_node
 from .inputs import Inputs
 from .live import LiveBytes
 from .parts import Places
-from .paths import short_name
 from .retained import BlockFacts, RetainedTable, Saver, Storage
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")

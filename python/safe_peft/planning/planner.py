@@ -12,15 +12,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import SafeConfig
+from ..errors import PlanError
+from ..state import Planned
 from .budget import Choice, bytes_limit, fit, least_important
-from .config import SafeConfig
-from .errors import PlanError
 from .fakes import FakeModel
 from .inputs import Inputs, largest
 from .memory import plan_of
 from .plan import MemoryPlan
 from .retained import RetainedTable
-from .state import Planned
 from .tracing import Trace, trace
 
 logger = logging.getLogger(__name__)

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from .adapters import peft_kind
-from .adapters.base import adapter_keys
+from ..adapters import peft_kind
+from ..adapters.base import adapter_keys
 
 _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 

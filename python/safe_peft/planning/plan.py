@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from . import jsonio
+from .. import jsonio
 from .retained import merged
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ class MemoryPlan:
         Example:
             >>> plan.picture().savefig("plan.png")  # doctest: +SKIP
         """
-        from .plan_picture import draw_plans
+        from .picture import draw_plans
 
         return draw_plans([("", self)])
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import PlanError
+from ..errors import PlanError
 
 _ROW_LABELS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification", "ForMultipleChoice")
 _TOKEN_LABELS = ("ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForTokenClassification")

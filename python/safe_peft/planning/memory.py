@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .blocks import transformer_blocks
-from .errors import ConfigError, PlanError
+from ..blocks import transformer_blocks
+from ..errors import ConfigError, PlanError
+from ..paths import unwrap
 from .fakes import FakeModel
 from .inputs import Inputs, inputs_for
-from .paths import unwrap
 from .plan import GroupRow, MemoryPlan, Side
 from .retained import RetainedTable
 from .tracing import Trace, live_adapters, trace
@@ -191,7 +191,7 @@ def describe(inputs: Inputs) -> str:
     """Say what a batch looks like.
 
     Example:
-        >>> from safe_peft.inputs import InputSpec
+        >>> from safe_peft.planning.inputs import InputSpec
         >>> describe(Inputs({"input_ids": InputSpec((8, 128), "int64")}))
         'input_ids 8 x 128'
     """

@@ -56,7 +56,7 @@ def fit(
         The choice; if it does not fit, whatever could freeze and would free something is frozen.
 
     Example:
-        >>> from safe_peft.retained import Saver, Storage
+        >>> from safe_peft.planning.retained import Saver, Storage
         >>> hold = [Storage(64, (Saver(n, "LoRA inputs", -1, 1 << i, i),)) for i, n in enumerate("ab")]
         >>> fit(RetainedTable(("a", "b"), (), tuple(hold)), {"a": 0.2, "b": 0.1}, 100).freeze
         ('b',)
@@ -189,7 +189,7 @@ def least_important(
         As many of them as it takes, and all if they are too few.
 
     Example:
-        >>> from safe_peft.retained import Saver, Storage
+        >>> from safe_peft.planning.retained import Saver, Storage
         >>> hold = [Storage(64, (Saver(n, "LoRA inputs", -1, 1 << i, i),)) for i, n in enumerate("ab")]
         >>> least_important(RetainedTable(("a", "b"), (), tuple(hold)), ["b", "a"], 60)
         ['b']

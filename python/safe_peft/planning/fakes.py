@@ -14,9 +14,9 @@ from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeCopyMode
 from transformers import masking_utils
 
-from .blocks import parts_of
-from .blocks.norms import INVERTS, Norm
-from .errors import PlanError
+from ..blocks import parts_of
+from ..blocks.norms import INVERTS, Norm
+from ..errors import PlanError
 
 _FIND_PACKED = "find_packed_sequence_indices"
 _PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor})
