@@ -16,7 +16,14 @@ from typing import Any
 
 import torch
 
-STEMS: dict[str, tuple[str, ...]] = {"lora": ("lora", "lora_backward")}
+STEMS: dict[str, tuple[str, ...]] = {
+    "activation": ("activation", "activation_backward"),
+    "dropout": ("dropout",),
+    "gated_activation": ("gated_activation", "gated_activation_backward"),
+    "layer_norm": ("layer_norm", "layer_norm_backward"),
+    "lora": ("lora", "lora_backward"),
+    "rms_norm": ("rms_norm", "rms_norm_backward"),
+}
 """Ops by the file that holds their host functions."""
 
 

@@ -169,3 +169,37 @@ def splits(programs: int, length: int, tile: int) -> tuple[int, int]:
     while parts < 8 and programs * parts < enough and length >= 4 * tile * parts:
         parts *= 2
     return parts, -(-length // (parts * tile)) * tile
+
+
+def elementwise_config(columns: int) -> Config:
+    """Tiles of an element-wise kernel: 2,048 elements, 16 a thread.
+
+    Args:
+        columns: of the tensors.
+
+    Returns:
+        Tiles that are wide where the tensors are.
+
+    Example:
+        >>> elementwise_config(4096).columns, elementwise_config(33).columns
+        (256, 64)
+    """
+    width = min(max(16, 1 << max(columns - 1, 0).bit_length()), 256)
+    return Config(2048 // width, width, stages=1)
+
+
+def row_config(columns: int) -> Config:
+    """Tiles that hold whole rows: at least 2,048 elements, at most 16 a thread.
+
+    Args:
+        columns: of the rows.
+
+    Returns:
+        Several short rows a program, or a long one and more warps.
+
+    Example:
+        >>> row_config(576).rows, row_config(8192).warps
+        (2, 16)
+    """
+    width = max(16, 1 << max(columns - 1, 0).bit_length())
+    return Config(max(1, 2048 // width), width, warps=min(max(4, width // 512), 16), stages=1)

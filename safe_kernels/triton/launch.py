@@ -48,13 +48,17 @@ def product(*dtypes: torch.dtype) -> Product:
     return Product(torch.float32, "ieee" if exact else configs.float32_precision("tf32x3"))
 
 
-def float64_by(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Sends calls with a float64 tensor to the reference: it is the dtype of checks, not of training.
+def served_by(
+    reference: Callable[..., Any], longest: int | None = None
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Sends the calls that no kernel serves to the reference.
 
-    Triton passes a kernel's numbers as float32, and GPUs for training multiply float64 slowly or not at all.
+    Those are calls with a float64 tensor: it is the dtype of checks, not of training; Triton passes a kernel's numbers
+    as float32, and GPUs for training multiply float64 slowly or not at all. And those whose rows are too long.
 
     Args:
         reference: the formula that serves such a call.
+        longest: elements of the longest row of the first argument that a kernel takes; None: any.
 
     Returns:
         A decorator for host functions.
@@ -64,7 +68,8 @@ def float64_by(reference: Callable[..., Any]) -> Callable[[Callable[..., Any]], 
         @functools.wraps(host)
         def choose(*args: Any) -> Any:
             is_double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args)
-            return (reference if is_double else host)(*args)
+            is_long = longest is not None and args[0].shape[-1] > longest
+            return (reference if is_double or is_long else host)(*args)
 
         return choose
 
@@ -132,15 +137,33 @@ def ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def power_of_two(number: int, least: int, most: int) -> int:
-    """The width of a tile that covers `number` columns, or as many as fit.
+def elementwise(kernel: Any, inputs: list[Tensor], outputs: list[Tensor], drop: Dropout, **constants: Any) -> None:
+    """Launches a kernel that computes each element of its outputs from those at the same place in its inputs.
 
     Args:
-        number: columns.
-        least: smallest width, a power of two.
-        most: largest width, a power of two.
-
-    Returns:
-        A power of two in [least, most].
+        kernel: takes the inputs, the outputs, the random state, rows and columns, the inputs' strides, and dropout's
+            numbers.
+        inputs: tensors of one shape, any strides.
+        outputs: contiguous tensors of that shape, or empty ones that are not written.
+        drop: dropout's numbers.
+        constants: further constexprs.
     """
-    return min(max(least, 1 << max(number - 1, 0).bit_length()), most)
+    matrices = [flat(tensor) for tensor in inputs]
+    rows, columns = matrices[0].shape
+    chosen = configs.elementwise_config(columns)
+    with guard(inputs[0]):
+        kernel[(ceil_div(rows, chosen.rows), ceil_div(columns, chosen.columns))](
+            *matrices,
+            *outputs,
+            drop.rng_state,
+            rows,
+            columns,
+            *(stride for matrix in matrices for stride in matrix.stride()),
+            drop.scale,
+            drop.threshold,
+            ROWS=chosen.rows,
+            COLUMNS=chosen.columns,
+            HAS_DROPOUT=drop.rng_state is not None,
+            **constants,
+            **chosen.options,
+        )

@@ -15,7 +15,7 @@ from torch import Tensor
 from safe_kernels import reference
 from safe_kernels.triton.cka import block_sums
 from safe_kernels.triton.configs import config, rank_tile, splits
-from safe_kernels.triton.launch import TYPES, Dropout, Product, ceil_div, dropout, flat, float64_by, guard, product
+from safe_kernels.triton.launch import TYPES, Dropout, Product, ceil_div, dropout, flat, guard, product, served_by
 from safe_kernels.triton.philox import _keep
 from safe_kernels.triton.sweep import _load_parts, reduce, sweep
 
@@ -134,7 +134,7 @@ def _lora_input_kernel(
             )
 
 
-@float64_by(reference.lora)
+@served_by(reference.lora)
 def lora(
     x: Tensor,
     base: Tensor,
@@ -183,7 +183,7 @@ def _apply(base: Tensor, lora_B: Tensor, h: Tensor, out: Tensor, scaling: float,
     )
 
 
-@float64_by(reference.lora_backward)
+@served_by(reference.lora_backward)
 def lora_backward(
     grad: Tensor,
     x: Tensor | None,

@@ -30,14 +30,45 @@ def lora(dtype: torch.dtype, adapter: torch.dtype, rank: int, dropout_p: float, 
     call("lora_backward", base, None, A, B, 2.0, dropout_p, state, [True, False, False])
 
 
+def norms(dtype: torch.dtype, width: int) -> None:
+    """Frozen from the output, and training from the input."""
+    x, weight, rstd = meta(ROWS, width, dtype=dtype), meta(width, dtype=dtype), meta(ROWS, dtype=SINGLE)
+    call("rms_norm", x, weight, 1e-5)
+    call("layer_norm", x, weight, weight, 1e-5)
+    for from_output, trains in ((True, False), (False, True)):
+        call("rms_norm_backward", x, x, weight, rstd, 0.0, from_output, [True, trains])
+        call("layer_norm_backward", x, x, weight, weight, rstd, rstd, from_output, [True, trains, trains])
+
+
+def elementwise(dtype: torch.dtype, dropout_p: float) -> None:
+    x, state = meta(ROWS, WIDTH, dtype=dtype), meta(2, dtype=torch.int64)
+    call("dropout", x, 0.1, state)
+    for kind in ("silu", "gelu", "gelu_tanh", "relu"):
+        call("activation", x, kind, dropout_p, state)
+        call("activation_backward", x, x, kind, dropout_p, state)
+        call("gated_activation", x, x, kind, dropout_p, state)
+        call("gated_activation_backward", x, x, x, kind, dropout_p, state, [True, True])
+
+
 CASES: dict[str, Callable[[], None]] = {
     "lora bf16 r16 p0.1": partial(lora, HALF, HALF, 16, 0.1, True),
     "lora bf16 r64 p0.1": partial(lora, HALF, HALF, 64, 0.1),
     "lora bf16 r64": partial(lora, HALF, HALF, 64, 0.0),
     "lora fp32 over bf16 r16": partial(lora, HALF, SINGLE, 16, 0.0, True),
     "lora fp32 r64 p0.1": partial(lora, SINGLE, SINGLE, 64, 0.1),
+    "norms bf16 d4096": partial(norms, HALF, 4096),
+    "norms fp32 d8192": partial(norms, SINGLE, 8192),
+    "norms bf16 d384": partial(norms, HALF, 384),
+    "elementwise bf16 p0.1": partial(elementwise, HALF, 0.1),
 }
-SOME = {"lora bf16 r64": ("sm_90",), "lora fp32 over bf16 r16": ("sm_90", "gfx942"), "lora fp32 r64 p0.1": ("sm_80",)}
+SOME = {
+    "lora bf16 r64": ("sm_90",),
+    "lora fp32 over bf16 r16": ("sm_90", "gfx942"),
+    "lora fp32 r64 p0.1": ("sm_80",),
+    "norms fp32 d8192": ("sm_80", "gfx942"),
+    "norms bf16 d384": ("sm_90",),
+    "elementwise bf16 p0.1": ("sm_86", "sm_90", "gfx942"),
+}
 """Cases that are compiled for some targets only, for the sake of time: what differs there is in another case."""
 RUNS = [(case, target) for case in CASES for target in SOME.get(case, tuple(TARGETS))]
 
