@@ -18,7 +18,7 @@ except ImportError as error:
 from safe_kernels import flops as flops
 from safe_kernels import reference, retention
 from safe_kernels import triton as _triton
-from safe_kernels.functional import activation, dropout, gated_activation, layer_norm, lora, rms_norm
+from safe_kernels.functional import activation, dropout, gated_activation, layer_norm, lora, lora_linear, rms_norm
 from safe_kernels.inversion import invertible
 from safe_kernels.statistics import AdapterStatistics, RowBlocks
 
@@ -37,6 +37,7 @@ __all__ = [
     "invertible",
     "layer_norm",
     "lora",
+    "lora_linear",
     "reference",
     "retention",
     "rms_norm",

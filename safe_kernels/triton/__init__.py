@@ -22,6 +22,7 @@ STEMS: dict[str, tuple[str, ...]] = {
     "gated_activation": ("gated_activation", "gated_activation_backward"),
     "layer_norm": ("layer_norm", "layer_norm_backward"),
     "lora": ("lora", "lora_backward"),
+    "lora_linear": ("lora_linear", "lora_linear_backward"),
     "rms_norm": ("rms_norm", "rms_norm_backward"),
 }
 """Ops by the file that holds their host functions."""

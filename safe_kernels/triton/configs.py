@@ -60,6 +60,12 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, 64, stages=1, half=True),
         Config(32, 32, stages=1),
     ),
+    # 128 x 256 would read less, but triton 3.6 waits for each wgmma there.
+    "lora_linear": (
+        Config(128, 128, inner=64, warps=8, stages=3, shared=160, half=True),
+        Config(64, 64, inner=32, stages=2, half=True),
+        Config(32, 32, inner=32, stages=1),
+    ),
     "reduce": (Config(16, 64, stages=1),),
     # Loads in flight would spill registers, and these read little.
     "block_means": (Config(32, 32, stages=1),),

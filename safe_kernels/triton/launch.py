@@ -101,13 +101,19 @@ def dropout(dropout_p: float, rng_state: Tensor | None) -> Dropout:
 
     Args:
         dropout_p: probability that an element is dropped.
-        rng_state: int64 [2], read on the device; None drops nothing.
+        rng_state: int64 [2], read on the device; not looked at when nothing is dropped.
 
     Returns:
         The numbers; `rng_state` is None when nothing is dropped.
+
+    Raises:
+        ValueError: something is dropped, and `rng_state` is not of shape [2].
     """
-    if dropout_p == 0.0 or rng_state is None:
+    if dropout_p == 0.0:
         return Dropout(None, 0, 1.0)
+    if rng_state is None:
+        raise ValueError("rng_state must be an int64 tensor [2] when dropout_p > 0, got None")
+    require_shape("rng_state", rng_state, (2,))
     scale = 0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p)
     return Dropout(rng_state.contiguous(), round(dropout_p * 2**24), scale)
 
@@ -122,6 +128,23 @@ def guard(tensor: Tensor) -> torch.cuda.device_of:
         A context manager.
     """
     return torch.cuda.device_of(tensor)
+
+
+def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    """Refuses a tensor whose elements a kernel would look for outside of it.
+
+    The checks of the ops stand in C++ above autograd, which inference mode leaves out.
+
+    Args:
+        name: of the argument.
+        tensor: what came.
+        shape: what it has to have.
+
+    Raises:
+        ValueError: the shape is another one.
+    """
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} must have shape {list(shape)} to fit the other arguments, got {list(tensor.shape)}")
 
 
 def ceil_div(number: int, divisor: int) -> int:
@@ -148,6 +171,8 @@ def elementwise(kernel: Any, inputs: list[Tensor], outputs: list[Tensor], drop: 
         drop: dropout's numbers.
         constants: further constexprs.
     """
+    for tensor in inputs[1:]:
+        require_shape("a tensor beside the first", tensor, tuple(inputs[0].shape))
     matrices = [flat(tensor) for tensor in inputs]
     rows, columns = matrices[0].shape
     chosen = configs.elementwise_config(columns)

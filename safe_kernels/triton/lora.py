@@ -15,7 +15,18 @@ from torch import Tensor
 from safe_kernels import reference
 from safe_kernels.triton.cka import block_sums
 from safe_kernels.triton.configs import config, rank_tile, splits
-from safe_kernels.triton.launch import TYPES, Dropout, Product, ceil_div, dropout, flat, guard, product, served_by
+from safe_kernels.triton.launch import (
+    TYPES,
+    Dropout,
+    Product,
+    ceil_div,
+    dropout,
+    flat,
+    guard,
+    product,
+    require_shape,
+    served_by,
+)
 from safe_kernels.triton.philox import _keep
 from safe_kernels.triton.sweep import _load_parts, reduce, sweep
 
@@ -149,6 +160,8 @@ def lora(
 ) -> tuple[Tensor, Tensor]:
     """See `safe_kernels.reference.lora`."""
     drop, arithmetic = dropout(dropout_p, rng_state), product(x.dtype, lora_A.dtype)
+    require_shape("lora_A", lora_A, (lora_B.shape[1], x.shape[-1]))
+    require_shape("base", base, (*x.shape[:-1], lora_B.shape[0]))
     out = base.new_empty(base.shape)
     base_rows = flat(base)
     with guard(x):
@@ -196,25 +209,58 @@ def lora_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `safe_kernels.reference.lora_backward`."""
     wants_x, wants_A, wants_B = output_mask
-    drop = dropout(dropout_p, rng_state)
-    outer = product(grad.dtype, lora_B.dtype)
-    grad_x, grad_A, grad_B = grad.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    wanted = (wants_x, wants_A and x is not None, wants_B and x is not None)
+    require_shape("lora_B", lora_B, (grad.shape[-1], lora_A.shape[0]))
+    if x is not None:
+        require_shape("x", x, (*grad.shape[:-1], lora_A.shape[1]))
     with guard(grad):
-        h = (
-            sweep(flat(x), lora_A, product(x.dtype, lora_A.dtype), drop, drop.scale)[0]
-            if x is not None and wants_B
-            else None
-        )
-        grad_h, parts = sweep(
-            flat(grad), lora_B.t(), outer, dropout(0.0, None), scaling, other=h, wants_product=wants_x or wants_A
-        )
+        drop = dropout(dropout_p, rng_state)
+        _, grad_x, grad_A, grad_B = adapter_gradients(grad, x, lora_A, lora_B, scaling, drop, wanted)
+    return grad_x, grad_A, grad_B
+
+
+def adapter_gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    drop: Dropout,
+    wanted: tuple[bool, bool, bool],
+    wants_h: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the adapter's part.
+
+    Args:
+        grad: [..., d_out].
+        x: [..., d_in]; needed for the gradients of lora_A and lora_B.
+        lora_A: [r, d_in].
+        lora_B: [d_out, r].
+        scaling: as in `lora`.
+        drop: dropout's numbers.
+        wanted: which of the gradients of x, lora_A and lora_B.
+        wants_h: whether that of h is wanted by itself.
+
+    Returns:
+        The gradient of h = dropout(x) A' in parts [splits, N, r], those of x, lora_A and lora_B; what is not wanted is
+        empty.
+    """
+    wants_x, wants_A, wants_B = wanted
+    grad_x, grad_A, grad_B = (like.new_empty(0) for like in (grad if x is None else x, lora_A, lora_B))
+    h = grad_h = None
+    if x is not None and wants_B:
+        h, _ = sweep(flat(x), lora_A, product(x.dtype, lora_A.dtype), drop, drop.scale)
+    wants_h = wants_h or wants_x or wants_A
+    if wants_h or h is not None:
+        arithmetic, none = product(grad.dtype, lora_B.dtype), dropout(0.0, None)
+        grad_h, parts = sweep(flat(grad), lora_B.t(), arithmetic, none, scaling, h, wants_h)
         if h is not None:
             grad_B = reduce(parts, scaling, lora_B.dtype)
-        if wants_x or (wants_A and x is not None):
-            grad_x, parts = _input_gradients(grad, x, lora_A, grad_h, drop, wants_x, wants_A)
-            if wants_A:
-                grad_A = reduce(parts, drop.scale, lora_A.dtype, transpose=True)
-    return grad_x, grad_A, grad_B
+    if grad_h is not None and (wants_x or wants_A):
+        grad_x, parts = _input_gradients(grad, x, lora_A, grad_h, drop, wants_x, wants_A)
+        if wants_A:
+            grad_A = reduce(parts, drop.scale, lora_A.dtype, transpose=True)
+    return grad.new_empty(0) if grad_h is None else grad_h, grad_x, grad_A, grad_B
 
 
 def _input_gradients(

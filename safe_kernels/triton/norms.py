@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from safe_kernels.triton.configs import row_config
-from safe_kernels.triton.launch import ceil_div, flat, guard
+from safe_kernels.triton.launch import ceil_div, flat, guard, require_shape
 
 LONGEST = 8192
 """Elements of the longest row that registers hold."""
@@ -149,6 +149,12 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def _check(x: Tensor, affine: Affine) -> None:
+    for name, tensor in (("weight", affine.weight), ("bias", affine.bias)):
+        if tensor is not None:
+            require_shape(name, tensor, (x.shape[-1],))
+
+
 def norm_forward(x: Tensor, affine: Affine, eps: float, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Normalises the rows of x.
 
@@ -161,6 +167,7 @@ def norm_forward(x: Tensor, affine: Affine, eps: float, centred: bool) -> tuple[
     Returns:
         out, mean (empty unless `centred`) and rstd.
     """
+    _check(x, affine)
     rows = flat(x)
     out = x.new_empty(x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1] if wanted else 0, dtype=torch.float32) for wanted in (centred, True))
@@ -210,6 +217,8 @@ def norm_backward(
     Returns:
         The gradients of x (empty if not wanted), weight and bias (float32 [d], or None).
     """
+    _check(retained, affine)
+    require_shape("grad", grad, tuple(retained.shape))
     rows, grads = flat(retained), flat(grad)
     (count, columns), chosen = rows.shape, row_config(rows.shape[1])
     wants_x, wants_weight, wants_bias = wanted

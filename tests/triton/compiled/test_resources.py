@@ -30,6 +30,15 @@ def lora(dtype: torch.dtype, adapter: torch.dtype, rank: int, dropout_p: float, 
     call("lora_backward", base, None, A, B, 2.0, dropout_p, state, [True, False, False])
 
 
+def lora_linear(dtype: torch.dtype, adapter: torch.dtype, rank: int, dropout_p: float) -> None:
+    x, weight = meta(ROWS, WIDTH, dtype=dtype), meta(WIDTH, WIDTH, dtype=dtype)
+    A, B = meta(rank, WIDTH, dtype=adapter), meta(WIDTH, rank, dtype=adapter)
+    state = meta(2, dtype=torch.int64)
+    call("lora_linear", x, weight, None, A, B, 2.0, dropout_p, state, None, 0, None)
+    call("lora_linear", x, weight, meta(WIDTH, dtype=dtype), A, B, 2.0, dropout_p, state, None, 0, None)
+    call("lora_linear_backward", x, None, weight, A, B, 2.0, dropout_p, state, [True, False, False, False, False])
+
+
 def norms(dtype: torch.dtype, width: int) -> None:
     """Frozen from the output, and training from the input."""
     x, weight, rstd = meta(ROWS, width, dtype=dtype), meta(width, dtype=dtype), meta(ROWS, dtype=SINGLE)
@@ -56,6 +65,10 @@ CASES: dict[str, Callable[[], None]] = {
     "lora bf16 r64": partial(lora, HALF, HALF, 64, 0.0),
     "lora fp32 over bf16 r16": partial(lora, HALF, SINGLE, 16, 0.0, True),
     "lora fp32 r64 p0.1": partial(lora, SINGLE, SINGLE, 64, 0.1),
+    "lora_linear bf16 r16 p0.1": partial(lora_linear, HALF, HALF, 16, 0.1),
+    "lora_linear bf16 r64": partial(lora_linear, HALF, HALF, 64, 0.0),
+    "lora_linear fp32 over bf16 r16 p0.1": partial(lora_linear, HALF, SINGLE, 16, 0.1),
+    "lora_linear fp32 r16": partial(lora_linear, SINGLE, SINGLE, 16, 0.0),
     "norms bf16 d4096": partial(norms, HALF, 4096),
     "norms fp32 d8192": partial(norms, SINGLE, 8192),
     "norms bf16 d384": partial(norms, HALF, 384),
@@ -65,6 +78,9 @@ SOME = {
     "lora bf16 r64": ("sm_90",),
     "lora fp32 over bf16 r16": ("sm_90", "gfx942"),
     "lora fp32 r64 p0.1": ("sm_80",),
+    "lora_linear bf16 r64": ("sm_90",),
+    "lora_linear fp32 over bf16 r16 p0.1": ("sm_90",),
+    "lora_linear fp32 r16": ("sm_90", "gfx942"),
     "norms fp32 d8192": ("sm_80", "gfx942"),
     "norms bf16 d384": ("sm_90",),
     "elementwise bf16 p0.1": ("sm_86", "sm_90", "gfx942"),
