@@ -12,6 +12,7 @@
 
 #include "autograd/graph.h"
 #include "autograd/recipe.h"
+#include "autograd/refusals.h"
 #include "ops/lora_linear.h"
 
 namespace safe_kernels {
@@ -20,10 +21,6 @@ namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
-
-constexpr const char* kNoDoubleBackward =
-    "safe_kernels::lora_linear cannot be differentiated twice: its backward is a fused kernel. "
-    "For second derivatives use the layer without the binding (Binding.detach()).";
 
 struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
@@ -92,7 +89,7 @@ struct LoraLinearBackwardFunction : torch::autograd::Function<LoraLinearBackward
   }
 
   static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    TORCH_CHECK(false, kNoDoubleBackward);
+    refuse_double_backward("lora_linear");
   }
 };
 
@@ -103,11 +100,11 @@ std::tuple<Tensor, Tensor> lora_linear_autograd(const Tensor& x, const Tensor& w
                                                 const std::optional<Tensor>& block_starts, int64_t block_rows,
                                                 const std::optional<Tensor>& row_weight) {
   check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
-  check_no_forward_mode(x, "x", "lora_linear");
-  check_no_forward_mode(weight, "weight", "lora_linear");
-  if (bias.has_value() && bias->defined()) check_no_forward_mode(*bias, "bias", "lora_linear");
-  check_no_forward_mode(lora_A, "lora_A", "lora_linear");
-  check_no_forward_mode(lora_B, "lora_B", "lora_linear");
+  refuse_forward_mode(x, "x", "lora_linear");
+  refuse_forward_mode(weight, "weight", "lora_linear");
+  if (bias.has_value() && bias->defined()) refuse_forward_mode(*bias, "bias", "lora_linear");
+  refuse_forward_mode(lora_A, "lora_A", "lora_linear");
+  refuse_forward_mode(lora_B, "lora_B", "lora_linear");
   if (!builds_graph({x, weight, bias, lora_A, lora_B})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows,
