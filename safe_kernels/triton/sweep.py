@@ -148,7 +148,8 @@ def sweep(
         The product's parts [splits, N, r], and the transposed product's [tiles, d, r]; what is not wanted is empty.
     """
     (rows, columns), rank = matrix.shape, narrow.shape[0]
-    chosen = config("lora_sweep", arithmetic.operand, rank)
+    name = "lora_sweep" if dropout.rng_state is None else "lora_sweep_dropped"
+    chosen = config(name, arithmetic.operand, rank)
     tiles, width = ceil_div(rows, chosen.rows), rank_tile(rank, arithmetic.operand)
     parts, split_columns = splits(tiles, columns, chosen.columns)
     empty = matrix.new_empty
