@@ -26,7 +26,7 @@ def to_bf16(numbers: np.ndarray) -> np.ndarray:
     exact = np.ascontiguousarray(np.asarray(numbers, dtype=np.float32))
     bits = exact.view(np.uint32).astype(np.uint64)
     rounded = (bits + 0x7FFF + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
-    return np.where(np.isnan(exact), np.uint16(0x7FC0), rounded.astype(np.uint16)).reshape(exact.shape)
+    return np.where(np.isnan(exact), np.uint16(0x7FC0), rounded.astype(np.uint16)).reshape(np.shape(numbers))
 
 
 def to_tf32(numbers: np.ndarray) -> np.ndarray:
