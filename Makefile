@@ -1,7 +1,7 @@
 # Every target does the set-up it needs; a second run finds it done. `make` alone lists the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test lint format sanitize bench bench-table clean
+.PHONY: help setup demo test kernels lint format sanitize bench bench-table clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,6 +19,10 @@ demo: setup ## fine-tune MiniLM on film reviews, stock PEFT beside SAFE (ARGS="-
 
 test: lint ## lint, types and every test (ARGS= goes to pytest)
 	@HF_HUB_OFFLINE=1 $(BIN)/pytest $(ARGS)
+
+kernels: setup ## the kernels for GPUs, without one: run in Triton's interpreter, compiled for each kind of GPU
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/triton/interpreted $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/triton/compiled $(ARGS)
 
 lint: setup ## ruff, clang-format and mypy
 	@$(BIN)/ruff check --quiet .

@@ -17,14 +17,16 @@ except ImportError as error:
 
 from safe_kernels import flops as flops
 from safe_kernels import reference, retention
-from safe_kernels.functional import activation, dropout, gated_activation, layer_norm, lora, rms_norm
+from safe_kernels import triton as _triton
+from safe_kernels.functional import activation, dropout, gated_activation, layer_norm, lora, lora_linear, rms_norm
 from safe_kernels.inversion import invertible
 from safe_kernels.statistics import AdapterStatistics, RowBlocks
 
-# The library object must live as long as its registrations.
+# The library objects must live as long as their registrations.
 _REFERENCE = torch.library.Library("safe_kernels", "IMPL")
 for _op in reference.OPS:
     _REFERENCE.impl(_op.__name__, _op, "CompositeExplicitAutograd")
+_TRITON = _triton.register()
 
 __all__ = [
     "AdapterStatistics",
@@ -35,6 +37,7 @@ __all__ = [
     "invertible",
     "layer_norm",
     "lora",
+    "lora_linear",
     "reference",
     "retention",
     "rms_norm",

@@ -11,6 +11,8 @@ not. With N rows::
                     dA = dh' x               2 N r d_in     if grad_A is
                     dB = dy' h               2 N r d_out    if grad_B is,
                     with h = x A' once more  2 N r d_in     since h is not retained
+    lora_linear     as `lora`, and x W'  2 N d_in d_out
+    lora_linear_backward   as `lora_backward`, and 2 N d_in d_out for each of grad_x and grad_weight that is wanted
     statistics      see `statistics_flop`; nothing when they are not asked for
 
 Example:
@@ -32,7 +34,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["lora_backward_flop", "lora_flop", "statistics_flop"]
+__all__ = ["lora_backward_flop", "lora_flop", "lora_linear_backward_flop", "lora_linear_flop", "statistics_flop"]
 
 Shape = Sequence[int]
 
@@ -79,6 +81,48 @@ def lora_backward_flop(
     inner = (wants_x + wants_A + wants_B) * d_in
     outer = ((wants_x or wants_A) + wants_B) * d_out
     return 2 * rows * rank * (inner + outer)
+
+
+@register_flop_formula(torch.ops.safe_kernels.lora_linear)
+def lora_linear_flop(
+    x: Shape,
+    weight: Shape,
+    bias: Shape | None,
+    lora_A: Shape,
+    lora_B: Shape,
+    scaling: float,
+    dropout_p: float = 0.0,
+    rng_state: Shape | None = None,
+    block_starts: Shape | None = None,
+    block_rows: int = 0,
+    row_weight: Shape | None = None,
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `lora_linear` from its arguments' shapes."""
+    adapter = lora_flop(x, (*x[:-1], weight[0]), lora_A, lora_B, scaling, 0.0, None, block_starts, block_rows)
+    return 2 * math.prod(x) * weight[0] + adapter
+
+
+@register_flop_formula(torch.ops.safe_kernels.lora_linear_backward)
+def lora_linear_backward_flop(
+    grad: Shape,
+    x: Shape | None,
+    weight: Shape,
+    lora_A: Shape,
+    lora_B: Shape,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Shape | None,
+    output_mask: Sequence[bool],
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `lora_linear_backward` from its arguments' shapes."""
+    wants_x, wants_weight, _, wants_A, wants_B = output_mask
+    mask = (wants_x, wants_A, wants_B)
+    adapter = lora_backward_flop(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, mask)
+    return 2 * (wants_x + wants_weight) * math.prod(grad) * weight[1] + adapter
 
 
 def statistics_flop(rows: int, d_out: int, rank: int) -> int:

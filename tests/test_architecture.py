@@ -12,13 +12,13 @@ import pytest
 import torch
 
 import safe_kernels
-from safe_kernels import flops, functional, reference
+from safe_kernels import flops, functional, reference, triton
 
 ROOT = Path(__file__).parents[1]
 KERNELS, POLICY, NATIVE = ROOT / "safe_kernels", ROOT / "python" / "safe_peft", ROOT / "csrc"
 PYTHON = sorted(path for folder in (KERNELS, POLICY, ROOT / "tests", ROOT / "bench") for path in folder.rglob("*.py"))
 CPP = sorted(path for kind in ("*.cpp", "*.h") for path in NATIVE.rglob(kind))
-MAX_FILE, MAX_FUNCTION = 350, 60
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 350, 60, 120
 
 
 def name_of(path: Path) -> str:
@@ -101,9 +101,13 @@ def stems(folder: str) -> set[str]:
     return {path.stem for path in (NATIVE / folder).glob("*.cpp")}
 
 
+COMPOSED_ON_CPU = {"lora_linear"}
+"""Ops whose reference serves the CPU: BLAS already multiplies by the base weight there, and `lora` does the rest."""
+
+
 def test_an_op_has_the_same_stem_everywhere() -> None:
     assert stems("ops") == stems("autograd")
-    assert stems("ops") <= stems("cpu"), "beside the ops, building blocks that several of them use"
+    assert stems("ops") - COMPOSED_ON_CPU <= stems("cpu"), "beside the ops, building blocks that several of them use"
     assert {path.stem for path in (NATIVE / "ops").glob("*.h")} == stems("ops")
 
 
@@ -111,7 +115,7 @@ def test_a_kernels_file_registers_it() -> None:
     """Registration is the last block of the kernel's own file; building blocks register nothing."""
     for folder, key in (("cpu", "CPU"), ("autograd", "Autograd")):
         registering = {p.stem for p in (NATIVE / folder).glob("*.cpp") if "TORCH_LIBRARY_IMPL" in p.read_text()}
-        assert registering == stems("ops")
+        assert registering == stems("ops") - (COMPOSED_ON_CPU if key == "CPU" else set())
         for path in (NATIVE / folder).glob("*.cpp"):
             assert re.findall(r"TORCH_LIBRARY_IMPL\(safe_kernels, (\w+),", path.read_text()) in ([], [key])
 
@@ -136,6 +140,39 @@ def test_every_op_belongs_to_a_stem() -> None:
 @pytest.mark.parametrize("op", ops())
 def test_schema_and_reference_name_the_same_arguments(op: str) -> None:
     assert list(inspect.signature(getattr(reference, op)).parameters) == argument_names(op)
+
+
+def triton_function(op: str) -> ast.FunctionDef:
+    """The host function's source: the rules hold where Triton is not installed, too."""
+    stem = op.removesuffix("_backward")
+    tree = ast.parse((KERNELS / "triton" / f"{stem}.py").read_text())
+    (found,) = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == op]
+    return found
+
+
+def test_triton_serves_every_op_from_the_file_of_its_stem() -> None:
+    assert sorted(op for served in triton.STEMS.values() for op in served) == ops()
+    for stem, served in triton.STEMS.items():
+        assert {op.removesuffix("_backward") for op in served} == {stem}
+
+
+@pytest.mark.parametrize("op", ops())
+def test_schema_and_triton_function_name_the_same_arguments(op: str) -> None:
+    arguments = triton_function(op).args
+    assert [argument.arg for argument in arguments.args] == argument_names(op)
+    defaults = inspect.signature(getattr(reference, op)).parameters.values()
+    expected = [parameter.default for parameter in defaults if parameter.default is not inspect.Parameter.empty]
+    assert [ast.literal_eval(default) for default in arguments.defaults] == expected
+
+
+def test_a_kernel_for_gpus_is_named_so() -> None:
+    """`_xxx_kernel` runs on the GPU, helpers of kernels begin with an underscore, and host functions do not."""
+    for path in (KERNELS / "triton").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
+                assert node.name.startswith("_"), node.name
+            elif isinstance(node, ast.FunctionDef):
+                assert not node.name.endswith("_kernel"), node.name
 
 
 @pytest.mark.parametrize("op", [op for op in ops() if hasattr(flops, f"{op}_flop")])
@@ -172,6 +209,8 @@ def test_defaults_agree(op: str) -> None:
 @pytest.mark.parametrize("op", ops())
 @pytest.mark.parametrize("key", ["CPU", "Autograd", "CompositeExplicitAutograd"])
 def test_every_op_has_its_kernels(op: str, key: str) -> None:
+    if key == "CPU" and op.removesuffix("_backward") in COMPOSED_ON_CPU:
+        key = "CompositeExplicitAutograd"
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"safe_kernels::{op}", key)
 
 
@@ -205,7 +244,8 @@ def cpp_functions(path: Path) -> Iterator[tuple[str, int]]:
 
 @pytest.mark.parametrize("path", PYTHON, ids=name_of)
 def test_python_functions_are_short(path: Path) -> None:
-    long = {name: lines for name, lines in python_functions(path) if lines > MAX_FUNCTION}
+    most = {name: MAX_KERNEL if name.endswith("_kernel") else MAX_FUNCTION for name, _ in python_functions(path)}
+    long = {name: lines for name, lines in python_functions(path) if lines > most[name]}
     assert not long, f"at most {MAX_FUNCTION} lines a function"
 
 

@@ -7,8 +7,6 @@
 
 namespace safe_kernels {
 
-namespace {
-
 void check_adapter(const Tensor& lora_A, const Tensor& lora_B) {
   check_floating(lora_A, "lora_A");
   check_floating(lora_B, "lora_B");
@@ -48,8 +46,6 @@ void check_blocks(const Tensor& x, const Tensor& block_starts, int64_t block_row
                     "], one number a row of x, got ", row_weight->sym_sizes());
   check_device(*row_weight, "row_weight", x, "x");
 }
-
-}  // namespace
 
 void check_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B, double dropout_p,
                 const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts, int64_t block_rows,

@@ -182,6 +182,18 @@ def _kernels(findings: Findings) -> Iterator[Check]:
     for op, devices in findings.kernels.items():
         for device, kernel in devices.items():
             yield Check("kernels", f"{op} on {device}", kernel)
+    if findings.kernels:
+        yield _triton(findings)
+
+
+def _triton(findings: Findings) -> Check:
+    """Whether the kernels for GPUs can be compiled: a problem only where there is a GPU to compile them for."""
+    found, good = f"{findings.triton} compiles the kernels for GPUs", None
+    if findings.triton_error:
+        found, good = f"cannot be imported: {findings.triton_error}", False
+    elif not findings.triton:
+        found, good = "not installed; the reference serves GPUs", False if findings.gpus else None
+    return Check("kernels", "Triton", found, good, False, "pip install triton (Linux; the version torch asks for)")
 
 
 def _build(findings: Findings) -> Iterator[Check]:

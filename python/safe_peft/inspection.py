@@ -27,6 +27,8 @@ class Findings:
     extension_compiler: str = ""
     extension_error: str = ""
     kernels: dict[str, dict[str, str]] = field(default_factory=dict)  # op -> device -> kernel
+    triton: str = ""  # its version; empty where it is not installed
+    triton_error: str = ""
     threads: int = 0
     gpus: list[str] = field(default_factory=list)
     openmp: list[str] = field(default_factory=list)
@@ -81,8 +83,20 @@ def _inspect() -> Findings:
     findings.extension_file = str(_C.__file__)
     findings.extension_torch, findings.extension_compiler = _C.torch_version, _C.compiler
     findings.kernels = {op: _kernels(op, package) for op in _ops()}
+    findings.triton, findings.triton_error = _triton()
     findings.openmp = _openmp()
     return findings
+
+
+def _triton() -> tuple[str, str]:
+    """Triton's version, and why it cannot be imported."""
+    if importlib.util.find_spec("triton") is None:
+        return "", ""
+    try:
+        import triton
+    except Exception as error:
+        return "", _sentence(error)
+    return str(triton.__version__), ""
 
 
 def _sentence(error: BaseException) -> str:

@@ -7,7 +7,17 @@ from safe_kernels.functional.dropout import dropout
 from safe_kernels.functional.gated_activation import gated_activation
 from safe_kernels.functional.layer_norm import layer_norm
 from safe_kernels.functional.lora import lora
+from safe_kernels.functional.lora_linear import lora_linear
 from safe_kernels.functional.random import draw_rng_state
 from safe_kernels.functional.rms_norm import rms_norm
 
-__all__ = ["activation", "draw_rng_state", "dropout", "gated_activation", "layer_norm", "lora", "rms_norm"]
+__all__ = [
+    "activation",
+    "draw_rng_state",
+    "dropout",
+    "gated_activation",
+    "layer_norm",
+    "lora",
+    "lora_linear",
+    "rms_norm",
+]

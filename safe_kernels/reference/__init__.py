@@ -13,6 +13,7 @@ from safe_kernels.reference.gated_activation import gated_activation, gated_acti
 from safe_kernels.reference.importance import cka_sums, one_minus_cka
 from safe_kernels.reference.layer_norm import layer_norm, layer_norm_backward
 from safe_kernels.reference.lora import lora, lora_backward
+from safe_kernels.reference.lora_linear import lora_linear, lora_linear_backward
 from safe_kernels.reference.philox import dropout_keep, philox
 from safe_kernels.reference.rms_norm import rms_norm, rms_norm_backward
 
@@ -26,6 +27,8 @@ OPS = (
     layer_norm_backward,
     lora,
     lora_backward,
+    lora_linear,
+    lora_linear_backward,
     rms_norm,
     rms_norm_backward,
 )
@@ -44,6 +47,8 @@ __all__ = [
     "layer_norm_backward",
     "lora",
     "lora_backward",
+    "lora_linear",
+    "lora_linear_backward",
     "one_minus_cka",
     "philox",
     "rms_norm",

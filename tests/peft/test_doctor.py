@@ -55,6 +55,7 @@ def test_this_environment_is_healthy() -> None:
     assert diagnosis.exit_status == 0, diagnosis.problems
     assert named(diagnosis, "safe_kernels::lora on cpu").found == "csrc/cpu/lora.cpp"
     assert "reference" in named(diagnosis, "safe_kernels::lora on meta").found
+    assert named(diagnosis, "safe_kernels::lora on cuda").found == "safe_kernels/triton/__init__.py"
     assert "OpenMP" not in {check.name for check in diagnosis.checks}, "one process, one OpenMP runtime"
 
 
@@ -84,6 +85,36 @@ def test_what_nothing_works_without(
     assert mend in check.mend
     assert diagnosis.exit_status == 1
     assert f"-> {check.mend}" in str(diagnosis)
+
+
+@pytest.mark.parametrize(
+    ("changes", "ok", "words"),
+    [
+        ({"triton": "3.7.1", "gpus": ["a GPU"]}, None, "3.7.1 compiles the kernels for GPUs"),
+        ({}, None, "not installed; the reference serves GPUs"),
+        ({"gpus": ["a GPU"]}, False, "not installed; the reference serves GPUs"),
+        ({"triton_error": "libtriton.so: cannot open"}, False, "cannot be imported: libtriton.so"),
+    ],
+)
+def test_a_missing_triton_matters_only_to_a_gpu(
+    found: Callable[..., Diagnosis], changes: dict[str, object], ok: bool | None, words: str
+) -> None:
+    diagnosis = found(**changes)
+    check = named(diagnosis, "Triton")
+    assert check.ok is ok
+    assert words in check.found
+    assert diagnosis.exit_status == 0, "the reference serves"
+
+
+def test_without_triton_the_reference_serves_gpus(tmp_path: Path) -> None:
+    """A finder that hides Triton: importing works, and the dispatcher falls back to the reference."""
+    hide = (
+        "import sys, importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'triton' else f(n)"
+    )
+    ask = "import torch, safe_kernels; print(torch._C._dispatch_dump_table('safe_kernels::lora'))"
+    done = subprocess.run([sys.executable, "-c", f"{hide}\n{ask}"], capture_output=True, text=True, check=True)
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("CUDA:")]
+    assert line.endswith("[default backend kernel]")
 
 
 def test_two_openmp_runtimes_are_a_problem_but_no_fatal_one(found: Callable[..., Diagnosis]) -> None:

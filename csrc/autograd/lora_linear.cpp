@@ -1,0 +1,139 @@
+// What `lora_linear` retains for backward, decided while the graph is built by which arguments require grad:
+//   weight, lora_A or lora_B   x itself (shared with every other reader), 16 bytes of random state, weight, A, B; of an
+//                              x that an activation has just made, the activation's inputs instead
+//   x                          weight, A, B, and the random state
+//   bias only                  weight, A, B
+//   none of them               no node at all
+// The layer's output without the adapter never exists, so it is not retained either.
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/graph.h"
+#include "autograd/recipe.h"
+#include "autograd/refusals.h"
+#include "ops/lora_linear.h"
+
+namespace safe_kernels {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                               const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B,
+                               double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
+                               const std::optional<Tensor>& block_starts, int64_t block_rows,
+                               const std::optional<Tensor>& row_weight) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [out, statistics] = lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts,
+                                         block_rows, row_weight);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({statistics});
+    const bool reads_x = weight.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad();
+    const bool drops = dropout_p > 0.0 && (x.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad());
+    variable_list saved{reads_x ? x : Tensor(), weight, lora_A, lora_B, drops ? *rng_state : Tensor()};
+    const Recipe* recipe = reads_x ? find_recipe(x) : nullptr;
+    if (recipe != nullptr) {
+      saved[0] = Tensor();
+      saved.insert(saved.end(), recipe->inputs.begin(), recipe->inputs.end());
+      ctx->saved_data["recipe_kind"] = recipe->kind;
+      ctx->saved_data["recipe_dropout_p"] = recipe->dropout_p;
+    }
+    ctx->save_for_backward(std::move(saved));
+    ctx->saved_data["scaling"] = scaling;
+    ctx->saved_data["dropout_p"] = drops ? dropout_p : 0.0;
+    ctx->saved_data["has_bias"] = bias.has_value() && bias->defined();
+    return {out, statistics};
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(11);
+    const Tensor& grad = grads[0];
+    if (!grad.defined()) return result;
+    // Indices of needs_input_grad count tensor arguments, and a bias that is None is none: x, weight, bias, A, B.
+    const bool has_bias = ctx->saved_data["has_bias"].toBool();
+    const size_t A = has_bias ? 3 : 2;
+    const std::array<bool, 5> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
+                                     has_bias && ctx->needs_input_grad(2), ctx->needs_input_grad(A),
+                                     ctx->needs_input_grad(A + 1)};
+    const auto saved = ctx->get_saved_variables();
+    const Tensor x = saved.size() > 5
+                         ? follow_recipe(saved[5], saved[6], saved[7], ctx->saved_data["recipe_kind"].toStringRef(),
+                                         ctx->saved_data["recipe_dropout_p"].toDouble())
+                         : saved[0];
+    const auto optional = [](const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
+    auto [grad_x, grad_weight, grad_bias, grad_A, grad_B] =
+        lora_linear_backward(grad, optional(x), saved[1], saved[2], saved[3], ctx->saved_data["scaling"].toDouble(),
+                             ctx->saved_data["dropout_p"].toDouble(), optional(saved[4]), wanted);
+    const std::array<Tensor, 5> made{grad_x, grad_weight, grad_bias, grad_A, grad_B};
+    for (size_t i = 0; i < made.size(); ++i)
+      if (wanted[i]) result[i] = made[i];
+    return result;
+  }
+};
+
+// Stands in the graph only while a backward is itself recorded (create_graph=True): see autograd/lora.cpp.
+struct LoraLinearBackwardFunction : torch::autograd::Function<LoraLinearBackwardFunction> {
+  static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad, const std::optional<Tensor>& x,
+                               const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                               double dropout_p, const std::optional<Tensor>& rng_state,
+                               std::array<bool, 5> output_mask) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    auto [grad_x, grad_weight, grad_bias, grad_A, grad_B] =
+        lora_linear_backward(grad, x, weight, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
+    return {grad_x, grad_weight, grad_bias, grad_A, grad_B};
+  }
+
+  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
+    refuse_double_backward("lora_linear");
+  }
+};
+
+std::tuple<Tensor, Tensor> lora_linear_autograd(const Tensor& x, const Tensor& weight,
+                                                const std::optional<Tensor>& bias, const Tensor& lora_A,
+                                                const Tensor& lora_B, double scaling, double dropout_p,
+                                                const std::optional<Tensor>& rng_state,
+                                                const std::optional<Tensor>& block_starts, int64_t block_rows,
+                                                const std::optional<Tensor>& row_weight) {
+  check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
+  refuse_forward_mode(x, "x", "lora_linear");
+  refuse_forward_mode(weight, "weight", "lora_linear");
+  if (bias.has_value() && bias->defined()) refuse_forward_mode(*bias, "bias", "lora_linear");
+  refuse_forward_mode(lora_A, "lora_A", "lora_linear");
+  refuse_forward_mode(lora_B, "lora_B", "lora_linear");
+  if (!builds_graph({x, weight, bias, lora_A, lora_B})) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows,
+                       row_weight);
+  }
+  auto outputs = LoraLinearFunction::apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts,
+                                           block_rows, row_weight);
+  return {outputs[0], outputs[1]};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward_autograd(
+    const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
+    const Tensor& lora_B, double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
+    std::array<bool, 5> output_mask) {
+  check_lora_linear_backward(grad, x, weight, lora_A, lora_B, dropout_p, rng_state, output_mask);
+  if (!builds_graph({grad, x, weight, lora_A, lora_B})) {
+    at::AutoDispatchBelowADInplaceOrView below_autograd;
+    return lora_linear_backward(grad, x, weight, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
+  }
+  auto outputs =
+      LoraLinearBackwardFunction::apply(grad, x, weight, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
+  return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
+  m.impl("lora_linear", lora_linear_autograd);
+  m.impl("lora_linear_backward", lora_linear_backward_autograd);
+}
+
+}  // namespace safe_kernels

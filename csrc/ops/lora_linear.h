@@ -1,0 +1,35 @@
+#pragma once
+
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
+#include <tuple>
+
+namespace safe_kernels {
+
+using at::Tensor;
+
+// Calls through the dispatcher. The formulas and shapes stand in safe_kernels/reference/.
+std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                       const Tensor& lora_A, const Tensor& lora_B, double scaling, double dropout_p,
+                                       const std::optional<Tensor>& rng_state,
+                                       const std::optional<Tensor>& block_starts, int64_t block_rows,
+                                       const std::optional<Tensor>& row_weight);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
+    const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
+    const Tensor& lora_B, double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
+    std::array<bool, 5> output_mask);
+
+// Throws, naming the argument, when a call cannot be right on any backend.
+void check_lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
+                       const Tensor& lora_B, double dropout_p, const std::optional<Tensor>& rng_state,
+                       const std::optional<Tensor>& block_starts, int64_t block_rows,
+                       const std::optional<Tensor>& row_weight);
+
+void check_lora_linear_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight,
+                                const Tensor& lora_A, const Tensor& lora_B, double dropout_p,
+                                const std::optional<Tensor>& rng_state, const std::array<bool, 5>& output_mask);
+
+}  // namespace safe_kernels

@@ -1,0 +1,83 @@
+"""A linear layer and its LoRA adapter in one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from safe_kernels.functional.random import draw_rng_state
+from safe_kernels.statistics import AdapterStatistics
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    dropout_p: float = 0.0,
+    statistics: AdapterStatistics | None = None,
+    rng_state: Tensor | None = None,
+) -> Tensor:
+    """A linear layer with its LoRA adapter: ``x W' + bias + scaling * (dropout(x) A') B'`` (arXiv 2106.09685).
+
+    On a GPU with Triton it is one product of matrices: the adapter is one more step of the sum that makes an element
+    of the output, so that the layer's output without the adapter never exists. Elsewhere it is the composition of
+    PyTorch's products, and `lora` over ``torch.nn.functional.linear`` is the better choice.
+
+    What autograd retains follows from which arguments require grad:
+
+    * weight, lora_A or lora_B does: x, once however many layers read it, and with dropout 16 bytes of random state.
+    * only x or bias does (a frozen adapter): nothing but weight, lora_A and lora_B themselves.
+    * none does: there is no graph node.
+
+    Args:
+        x: [..., d_in], the layer's input; float64, float32, bfloat16 or float16, any strides.
+        weight: [d_out, d_in], of the dtype of x.
+        bias: [d_out], or None.
+        lora_A: [r, d_in], any r; may be of higher precision than x.
+        lora_B: [d_out, r], of the dtype of lora_A.
+        scaling: lora_alpha / r, or / sqrt(r) for rsLoRA.
+        dropout_p: probability in [0, 1] that an element of x is dropped on its way into the adapter.
+        statistics: scores the rows that `statistics.blocks` names, in the same call, and adds the sums to it.
+        rng_state: int64 [2], Philox seed and offset; drawn from torch's generator when None.
+
+    Returns:
+        A new tensor [..., d_out], typed like `x`.
+
+    Raises:
+        ValueError: shapes do not fit together, or `dropout_p` is outside [0, 1].
+        TypeError: a dtype is not supported, or x, weight and bias differ in dtype.
+        RuntimeError: the result is differentiated twice, which is not supported.
+
+    Example:
+        >>> import torch, safe_kernels
+        >>> layer = torch.nn.Linear(16, 32).requires_grad_(False)
+        >>> A, B = torch.randn(4, 16, requires_grad=True), torch.zeros(32, 4, requires_grad=True)
+        >>> x = torch.randn(2, 5, 16)
+        >>> out = safe_kernels.lora_linear(x, layer.weight, layer.bias, A, B, 2.0, dropout_p=0.1)
+        >>> torch.allclose(out, layer(x), atol=1e-6)  # lora_B is zero
+        True
+    """
+    if dropout_p > 0.0 and rng_state is None:
+        rng_state = draw_rng_state(x.device)
+    blocks = None if statistics is None else statistics.blocks
+    if statistics is None or blocks is None:
+        return torch.ops.safe_kernels.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state)[0]
+    out, sums = torch.ops.safe_kernels.lora_linear(
+        x,
+        weight,
+        bias,
+        lora_A,
+        lora_B,
+        scaling,
+        dropout_p,
+        rng_state,
+        blocks.starts,
+        blocks.block_rows,
+        blocks.row_weight,
+    )
+    statistics.add_(sums)
+    return out

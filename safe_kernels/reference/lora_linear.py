@@ -1,0 +1,93 @@
+"""A linear layer and its LoRA adapter in one, Hu et al. 2021 (arXiv 2106.09685), eq. 3."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from safe_kernels.reference.common import compute_dtype
+from safe_kernels.reference.lora import lora, lora_backward
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    rng_state: Tensor | None = None,
+    block_starts: Tensor | None = None,
+    block_rows: int = 0,
+    row_weight: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``out = x W' + bias + scaling * (dropout(x) A') B'``, rounded once, and the sums that score the adapter.
+
+    Args:
+        x: [..., d_in], of the dtype of weight.
+        weight: [d_out, d_in].
+        bias: [d_out], or None.
+        lora_A: [r, d_in].
+        lora_B: [d_out, r].
+        scaling: as in `lora`.
+        dropout_p: as in `lora`.
+        rng_state: as in `lora`.
+        block_starts: as in `lora`.
+        block_rows: as in `lora`.
+        row_weight: as in `lora`.
+
+    Returns:
+        out [..., d_out], contiguous and typed like x, and float64 [4] = (a, b, c, rows), or [0].
+    """
+    dtype = compute_dtype(x, weight, lora_A, lora_B)
+    base = x.to(dtype) @ weight.to(dtype).t()
+    if bias is not None:
+        base = base + bias.to(dtype)
+    out, statistics = lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight)
+    return out.to(x.dtype), statistics
+
+
+def lora_linear_backward(
+    grad: Tensor,
+    x: Tensor | None,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Tensor | None,
+    output_mask: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of `lora_linear`.
+
+    Args:
+        grad: [..., d_out], gradient of the output.
+        x: [..., d_in], the layer's input; None when only the gradients of x and bias are wanted.
+        weight: [d_out, d_in].
+        lora_A: [r, d_in].
+        lora_B: [d_out, r].
+        scaling: as in `lora`.
+        dropout_p: as in `lora`.
+        rng_state: as in `lora`: the mask is made again, not kept.
+        output_mask: which of (grad_x, grad_weight, grad_bias, grad_A, grad_B) are wanted.
+
+    Returns:
+        grad_x [..., d_in], grad_weight [d_out, d_in], grad_bias [d_out], grad_A [r, d_in], grad_B [d_out, r]; those not
+        wanted have shape [0].
+    """
+    want_x, want_weight, want_bias, want_A, want_B = output_mask
+    dtype = compute_dtype(grad, weight, lora_A, lora_B)
+    rows = grad.reshape(-1, grad.shape[-1]).to(dtype)
+    wide = grad.to(dtype)
+    # In the dtype of sums, so that the two parts of grad_x are rounded once, together.
+    inputs = None if x is None else x.to(dtype)
+    grad_x, grad_A, grad_B = lora_backward(
+        wide, inputs, lora_A, lora_B, scaling, dropout_p, rng_state, [want_x, want_A, want_B]
+    )
+    grad_x = (grad_x + wide @ weight.to(dtype)).to(weight.dtype).contiguous() if want_x else weight.new_empty(0)
+    grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
+    if want_weight and x is not None:
+        grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(weight.dtype)
+    if want_bias:
+        grad_bias = rows.sum(0).to(weight.dtype)
+    return grad_x, grad_weight, grad_bias, grad_A, grad_B

@@ -1,0 +1,78 @@
+"""Activations with dropout on a GPU: one read of each tensor, one write of the result."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from safe_kernels import reference
+from safe_kernels.triton import launch
+from safe_kernels.triton.elementwise import _dropped, _pull_back, _read, _tile, _value, _write
+
+
+@triton.jit
+def _activation_kernel(
+    x,
+    out,
+    rng,
+    rows,
+    columns,
+    x_row,
+    x_column,
+    dropout_scale,
+    threshold,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    row, column, inside = _tile(rows, columns, ROWS, COLUMNS)
+    values = _value(_read(x, row, column, x_row, x_column, inside), KIND)
+    first = tl.program_id(1) * COLUMNS
+    values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
+    _write(out, row, column, columns, values, inside)
+
+
+@triton.jit
+def _activation_backward_kernel(
+    grad,
+    x,
+    grad_x,
+    rng,
+    rows,
+    columns,
+    grad_row,
+    grad_column,
+    x_row,
+    x_column,
+    dropout_scale,
+    threshold,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    row, column, inside = _tile(rows, columns, ROWS, COLUMNS)
+    values = _read(grad, row, column, grad_row, grad_column, inside)
+    first = tl.program_id(1) * COLUMNS
+    values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
+    values = _pull_back(values, _read(x, row, column, x_row, x_column, inside), KIND)
+    _write(grad_x, row, column, columns, values, inside)
+
+
+@launch.served_by(reference.activation)
+def activation(x: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor | None = None) -> Tensor:
+    """See `safe_kernels.reference.activation`."""
+    out = x.new_empty(x.shape)
+    launch.elementwise(_activation_kernel, [x], [out], launch.dropout(dropout_p, rng_state), KIND=kind)
+    return out
+
+
+@launch.served_by(reference.activation_backward)
+def activation_backward(grad: Tensor, x: Tensor, kind: str, dropout_p: float, rng_state: Tensor | None) -> Tensor:
+    """See `safe_kernels.reference.activation_backward`."""
+    grad_x = x.new_empty(x.shape)
+    drop = launch.dropout(dropout_p, rng_state)
+    launch.elementwise(_activation_backward_kernel, [grad, x], [grad_x], drop, KIND=kind)
+    return grad_x

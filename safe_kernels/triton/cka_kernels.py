@@ -1,0 +1,217 @@
+"""The kernels behind safe_kernels/triton/cka.py: means, Gram matrices and sums of sampled blocks of rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from safe_kernels.triton.sweep import _load_parts
+
+
+@triton.jit
+def _block_rows(starts, weight, block, first, rows, block_rows, HAS_WEIGHT: tl.constexpr, ROWS: tl.constexpr):
+    """Rows first .. first + ROWS - 1 of a block, and which of them count."""
+    within = first + tl.arange(0, ROWS)
+    row = tl.load(starts + block) + within
+    counts = (within < block_rows) & (row >= 0) & (row < rows)
+    if HAS_WEIGHT:
+        counts &= tl.load(weight + row, mask=counts, other=0) != 0
+    return row, counts
+
+
+@triton.jit
+def _block_means_kernel(
+    features,  # [parts, rows, columns]
+    starts,
+    weight,
+    means,  # [blocks, columns]
+    rows,
+    columns,
+    block_rows,
+    features_part,
+    features_row,
+    features_column,
+    PARTS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    block = tl.program_id(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    total = tl.zeros([COLUMNS], tl.float32)
+    count = tl.zeros([ROWS], tl.float32)
+    for first in range(0, block_rows, ROWS):
+        row, counts = _block_rows(starts, weight, block, first, rows, block_rows, HAS_WEIGHT, ROWS)
+        at = features + row[:, None] * features_row + column.to(tl.int64)[None, :] * features_column
+        mask = counts[:, None] & (column < columns)[None, :]
+        for part in tl.static_range(PARTS):
+            tile = tl.load(at + part * features_part, mask=mask, other=0.0)
+            total += tl.sum(tile.to(tl.float32), axis=0)
+        count += counts.to(tl.float32)
+    mean = total / tl.maximum(tl.sum(count, axis=0), 1.0)
+    tl.store(means + block * columns + column, mean, mask=column < columns)
+
+
+@triton.jit
+def _centred(base, row, counts, column, columns, mean, base_row, base_column):
+    """A tile of the features less their mean, zero where a row does not count."""
+    mask = counts[:, None] & (column < columns)[None, :]
+    at = base + row[:, None] * base_row + column.to(tl.int64)[None, :] * base_column
+    return tl.where(mask, tl.load(at, mask=mask, other=0.0).to(tl.float32) - mean[None, :], 0.0)
+
+
+@triton.jit
+def _centred_h(h, h_means, row, counts, r, rows, rank, scale, SPLITS: tl.constexpr):
+    """A tile of scaling * h less its mean."""
+    total = _load_parts(h, tl.where(counts, row, rows), r, rows, rank, SPLITS)
+    mean = tl.load(h_means + r, mask=r < rank, other=0.0)
+    return tl.where(counts[:, None] & (r < rank)[None, :], (total - mean[None, :]) * scale, 0.0)
+
+
+@triton.jit
+def _block_grams_kernel(
+    base,  # [rows, columns]
+    starts,
+    weight,
+    means,  # [blocks, columns]
+    grams,  # [blocks, tiles, tiles, splits, ROWS, ROWS]
+    rows,
+    columns,
+    block_rows,
+    base_row,
+    base_column,
+    split_columns,
+    TILES: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """K = X X' over one part of the columns, X being the centred features."""
+    block, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    row_i, counts_i = _block_rows(starts, weight, block, tile // TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
+    row_j, counts_j = _block_rows(starts, weight, block, tile % TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
+    K = tl.zeros([ROWS, ROWS], tl.float32)
+    end = tl.minimum(part * split_columns + split_columns, columns)
+    for first in range(part * split_columns, end, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        mean = tl.load(means + block * columns + column, mask=column < end, other=0.0)
+        X_i = _centred(base, row_i, counts_i, column, end, mean, base_row, base_column)
+        X_j = _centred(base, row_j, counts_j, column, end, mean, base_row, base_column)
+        K = tl.dot(X_i, tl.trans(X_j), K, input_precision=PRECISION)
+    i = tl.arange(0, ROWS)
+    index = (block * tl.num_programs(1) + tile) * tl.num_programs(2) + part
+    tl.store(grams + tl.cast(index, tl.int64) * ROWS * ROWS + i[:, None] * ROWS + i[None, :], K)
+
+
+@triton.jit
+def _block_products_kernel(
+    base,  # [rows, columns]
+    h,  # [SPLITS, rows, rank]
+    lora_B,  # [columns, rank]
+    starts,
+    weight,
+    base_means,  # [blocks, columns]
+    h_means,  # [blocks, rank]
+    products,  # [blocks, splits, tiles * ROWS, rank]
+    rows,
+    columns,
+    rank,
+    block_rows,
+    base_row,
+    base_column,
+    b_column,
+    b_rank,
+    split_columns,
+    scale,
+    SPLITS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """V = (X + D / 2) B over one part of the columns, D = H B' being what the adapter adds, centred."""
+    block, part = tl.program_id(0), tl.program_id(2)
+    tiles = tl.cdiv(block_rows, ROWS)
+    tile, r = tl.program_id(1) % tiles, tl.program_id(1) // tiles * RANK + tl.arange(0, RANK)
+    row, counts = _block_rows(starts, weight, block, tile * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
+    V = tl.zeros([ROWS, RANK], tl.float32)
+    h_means += block * rank
+    end = tl.minimum(part * split_columns + split_columns, columns)
+    for first in range(part * split_columns, end, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        mean = tl.load(base_means + block * columns + column, mask=column < end, other=0.0)
+        X = _centred(base, row, counts, column, end, mean, base_row, base_column)
+        B_columns = lora_B + tl.cast(column, tl.int64)[:, None] * b_column
+        D = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for first_r in range(0, rank, RANK):
+            s = first_r + tl.arange(0, RANK)
+            inside = (column < end)[:, None] & (s < rank)[None, :]
+            B = tl.load(B_columns + tl.cast(s, tl.int64)[None, :] * b_rank, mask=inside, other=0.0).to(tl.float32)
+            H = _centred_h(h, h_means, row, counts, s, rows, rank, scale, SPLITS)
+            D = tl.dot(H, tl.trans(B), D, input_precision=PRECISION)
+        inside = (column < end)[:, None] & (r < rank)[None, :]
+        B = tl.load(B_columns + tl.cast(r, tl.int64)[None, :] * b_rank, mask=inside, other=0.0).to(tl.float32)
+        V = tl.dot(X + 0.5 * D, B, V, input_precision=PRECISION)
+    i = tile * ROWS + tl.arange(0, ROWS)
+    at = ((tl.cast(block, tl.int64) * tl.num_programs(2) + part) * tiles * ROWS + i)[:, None] * rank + r[None, :]
+    tl.store(products + at, V, mask=(r < rank)[None, :] & (i < tiles * ROWS)[:, None])
+
+
+@triton.jit
+def _block_sums_kernel(
+    grams,  # [blocks, tiles, tiles, parts, ROWS, ROWS]
+    products,  # [blocks, parts, tiles * ROWS, rank]
+    h,  # [SPLITS, rows, rank]
+    h_means,  # [blocks, rank]
+    starts,
+    weight,
+    sums,  # [blocks, tiles, tiles, 4]
+    rows,
+    rank,
+    block_rows,
+    scale,
+    gram_parts,
+    product_parts,
+    TILES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    SWAPPED: tl.constexpr,
+    ROWS: tl.constexpr,
+    RANK: tl.constexpr,
+):
+    """E = V H' + H V', and the inner products of K and E."""
+    block, tile = tl.program_id(0), tl.program_id(1)
+    index, i = block * tl.num_programs(1) + tile, tl.arange(0, ROWS)
+    row_i, counts_i = _block_rows(starts, weight, block, tile // TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
+    row_j, counts_j = _block_rows(starts, weight, block, tile % TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
+    h_means += block * rank
+    products += tl.cast(block, tl.int64) * product_parts * TILES * ROWS * rank
+    E = tl.zeros([ROWS, ROWS], tl.float32)
+    for first in range(0, rank, RANK):
+        r = first + tl.arange(0, RANK)
+        H_i = _centred_h(h, h_means, row_i, counts_i, r, rows, rank, scale, SPLITS)
+        H_j = _centred_h(h, h_means, row_j, counts_j, r, rows, rank, scale, SPLITS)
+        V_i = tl.zeros([ROWS, RANK], tl.float32)
+        V_j = tl.zeros([ROWS, RANK], tl.float32)
+        for part in range(product_parts):
+            V = products + part * TILES * ROWS * rank + i[:, None] * rank + r[None, :]
+            V_i += tl.load(V + tile // TILES * ROWS * rank, mask=(r < rank)[None, :], other=0.0)
+            V_j += tl.load(V + tile % TILES * ROWS * rank, mask=(r < rank)[None, :], other=0.0)
+        E = tl.dot(V_i, tl.trans(H_j), E, input_precision="ieee")
+        E = tl.dot(H_i, tl.trans(V_j), E, input_precision="ieee")
+    K = tl.zeros([ROWS, ROWS], tl.float64)
+    for part in range(gram_parts):
+        at = (tl.cast(index, tl.int64) * gram_parts + part) * ROWS * ROWS
+        K += tl.load(grams + at + i[:, None] * ROWS + i[None, :])
+    E = E.to(tl.float64)
+    if SWAPPED:  # the features were those with the adapter, and it was taken away
+        K += E
+        E = -E
+    counted = tl.sum(tl.where(tile < TILES, counts_j.to(tl.int32), 0), axis=0)
+    to = sums + index * 4
+    tl.store(to, tl.sum(tl.sum(K * K, axis=1), axis=0))
+    tl.store(to + 1, tl.sum(tl.sum(K * E, axis=1), axis=0))
+    tl.store(to + 2, tl.sum(tl.sum(E * E, axis=1), axis=0))
+    tl.store(to + 3, counted.to(tl.float64))

@@ -1,0 +1,217 @@
+"""Tile sizes, by what a GPU can do and what the tiles hold; never by a GPU's name.
+
+A kernel's entry lists its configurations from the most demanding to the one that runs everywhere; the first whose
+demands are met is taken. tests/triton compiles every one of them and holds it to its device's limits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a kernel is cut into programs.
+
+    Attributes:
+        rows: rows of a tile.
+        columns: columns of a tile.
+        inner: columns taken at a time along the dimension that is summed over, where a kernel has one.
+        warps: warps a program.
+        stages: tiles in flight at a time.
+        shared: KiB of shared memory that a program must be able to have.
+        half: whether it is for factors of half precision only.
+        rank: widest tile of an adapter's columns it is for.
+    """
+
+    rows: int
+    columns: int
+    inner: int = 0
+    warps: int = 4
+    stages: int = 3
+    shared: int = 0
+    half: bool = False
+    rank: int = 64
+
+    @property
+    def options(self) -> dict[str, int]:
+        """What a launch passes on to the compiler."""
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+TABLE: dict[str, tuple[Config, ...]] = {
+    "lora_sweep": (
+        Config(128, 64, warps=8, shared=160, half=True),
+        Config(64, 64, stages=2, half=True),
+        Config(32, 32, stages=2),
+    ),
+    # After dropout a factor lies in registers, where wgmma would wait for it (triton 3.6): 32 rows take mma instead.
+    "lora_sweep_dropped": (
+        Config(32, 128, shared=90, half=True, rank=32),
+        Config(32, 64, half=True),
+        Config(32, 32, stages=2),
+    ),
+    "lora_apply": (
+        Config(64, 128, shared=160, half=True),
+        Config(64, 64, stages=2, half=True),
+        Config(32, 64, stages=2),
+    ),
+    "lora_input": (
+        Config(64, 64, warps=8, stages=2, shared=90, half=True),
+        Config(32, 64, stages=1, half=True),
+        Config(32, 32, stages=1),
+    ),
+    # 128 x 256 would read less, but triton 3.6 waits for each wgmma there.
+    "lora_linear": (
+        Config(128, 128, inner=64, warps=8, stages=3, shared=160, half=True),
+        Config(64, 64, inner=32, stages=2, half=True),
+        Config(32, 32, inner=32, stages=1),
+    ),
+    "reduce": (Config(16, 64, stages=1),),
+    # Loads in flight would spill registers, and these read little.
+    "block_means": (Config(32, 32, stages=1),),
+    "block_grams": (Config(32, 32, stages=1),),
+    "block_products": (Config(32, 32, stages=1),),
+    "block_sums": (Config(32, 32, stages=1),),
+}
+
+
+class Target(NamedTuple):
+    """A device as the compiler sees it.
+
+    Attributes:
+        backend: "cuda", "hip", or "interpreter".
+        shared: KiB of shared memory a program may have.
+    """
+
+    backend: str
+    shared: int
+
+
+def target() -> Target:
+    """The current device.
+
+    Returns:
+        What configurations depend on.
+
+    Example:
+        >>> target()  # doctest: +SKIP
+        Target(backend='cuda', shared=227)
+    """
+    if triton.knobs.runtime.interpret:
+        return Target("interpreter", 0)
+    return _target_of(triton.runtime.driver.active.get_current_device())
+
+
+@lru_cache
+def _target_of(device: int) -> Target:
+    driver = triton.runtime.driver.active
+    shared = driver.utils.get_device_properties(device)["max_shared_mem"]
+    return Target(driver.get_current_target().backend, shared // 1024)
+
+
+def config(kernel: str, operand: torch.dtype, rank: int = 1) -> Config:
+    """The configuration a kernel takes on the current device.
+
+    Args:
+        kernel: its name in `TABLE`.
+        operand: dtype of the factors, or of the elements where nothing is multiplied.
+        rank: the adapter's rank, where there is one.
+
+    Returns:
+        The first entry whose demands are met.
+    """
+    shared = target().shared
+    half, width = operand.itemsize == 2, rank_tile(rank, operand)
+    return next(
+        entry for entry in TABLE[kernel] if (half or not entry.half) and width <= entry.rank and shared >= entry.shared
+    )
+
+
+def rank_tile(rank: int, operand: torch.dtype) -> int:
+    """Columns of an adapter taken at a time: what tensor cores need at least, and registers hold at most.
+
+    Args:
+        rank: the adapter's rank.
+        operand: dtype of the factors.
+
+    Returns:
+        16 or 32, or 64 in half precision; a larger rank is walked in pieces.
+
+    Example:
+        >>> rank_tile(8, torch.float32), rank_tile(17, torch.float32), rank_tile(200, torch.bfloat16)
+        (16, 32, 64)
+    """
+    return min(max(16, 1 << max(rank - 1, 0).bit_length()), 64 if operand.itemsize == 2 else 32)
+
+
+def float32_precision(wanted: str) -> str:
+    """`input_precision` for float32 factors: AMD's matrix cores multiply float32 exactly, and know nothing else.
+
+    Args:
+        wanted: "tf32" or "tf32x3".
+
+    Returns:
+        What the device has.
+    """
+    return "ieee" if target().backend == "hip" else wanted
+
+
+def splits(programs: int, length: int, tile: int) -> tuple[int, int]:
+    """Cuts a sum over `length` into parts, so that a small problem fills a GPU as well.
+
+    Args:
+        programs: how many programs there are with one part each.
+        length: what is summed over.
+        tile: how much a program takes at a time.
+
+    Returns:
+        The number of parts (1, 2, 4 or 8), and the length of one, a multiple of `tile`.
+
+    Example:
+        >>> splits(programs=16, length=4096, tile=128), splits(programs=512, length=4096, tile=128)
+        ((8, 512), (1, 4096))
+    """
+    enough, parts = 256, 1
+    while parts < 8 and programs * parts < enough and length >= 4 * tile * parts:
+        parts *= 2
+    return parts, -(-length // (parts * tile)) * tile
+
+
+def elementwise_config(columns: int) -> Config:
+    """Tiles of an element-wise kernel: 2,048 elements, 16 a thread.
+
+    Args:
+        columns: of the tensors.
+
+    Returns:
+        Tiles that are wide where the tensors are.
+
+    Example:
+        >>> elementwise_config(4096).columns, elementwise_config(33).columns
+        (256, 64)
+    """
+    width = min(max(16, 1 << max(columns - 1, 0).bit_length()), 256)
+    return Config(2048 // width, width, stages=1)
+
+
+def row_config(columns: int) -> Config:
+    """Tiles that hold whole rows: at least 2,048 elements, at most 16 a thread.
+
+    Args:
+        columns: of the rows.
+
+    Returns:
+        Several short rows a program, or a long one and more warps.
+
+    Example:
+        >>> row_config(576).rows, row_config(8192).warps
+        (2, 16)
+    """
+    width = max(16, 1 << max(columns - 1, 0).bit_length())
+    return Config(max(1, 2048 // width), width, warps=min(max(4, width // 512), 16), stages=1)

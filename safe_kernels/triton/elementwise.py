@@ -1,0 +1,78 @@
+"""Activations and their slopes inside a kernel, and the tiles that element-wise kernels are cut into.
+
+The formulas stand in safe_kernels/reference/activation.py; here gelu's erf is the GPU's own.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from safe_kernels.triton.philox import _keep
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def _value(x, KIND: tl.constexpr):
+    """The activation of x, in float32."""
+    if KIND == "silu":
+        return x * _sigmoid(x)
+    elif KIND == "gelu":
+        return x * (0.5 * (1.0 + tl.erf(x * 0.7071067811865476)))
+    elif KIND == "gelu_tanh":
+        return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        return tl.where(x <= 0.0, 0.0, x)
+
+
+@triton.jit
+def _pull_back(grad, x, KIND: tl.constexpr):
+    """Grad times the activation's slope at x; relu stops even an infinite gradient."""
+    if KIND == "silu":
+        s = _sigmoid(x)
+        return grad * (s * (1.0 + x * (1.0 - s)))
+    elif KIND == "gelu":
+        density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
+        return grad * (0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density)
+    elif KIND == "gelu_tanh":
+        x = tl.where(x < -10.0, -10.0, tl.where(x > 10.0, 10.0, x))  # what is no number stays none
+        u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
+        s = _sigmoid(u)
+        return grad * (s + x * s * _sigmoid(-u) * 1.5957691216057308 * (1.0 + 0.134145 * x * x))
+    else:
+        return tl.where(x <= 0.0, 0.0, grad)
+
+
+@triton.jit
+def _dropped(values, rng, row, first_column, threshold, dropout_scale, HAS_DROPOUT: tl.constexpr):
+    """A tile of float32 values after dropout."""
+    if HAS_DROPOUT:
+        keep = _keep(rng, row, first_column, threshold, values.shape[1])
+        values = values * (keep.to(tl.float32) * dropout_scale)
+    return values
+
+
+@triton.jit
+def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """This program's rows and columns, and which of their elements exist."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    return row, column, (row < rows)[:, None] & (column < columns)[None, :]
+
+
+@triton.jit
+def _read(tensor, row, column, row_stride, column_stride, inside):
+    """A tile in float32."""
+    at = tensor + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
+    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _write(tensor, row, column, columns, values, inside):
+    """A tile of a contiguous result, rounded once."""
+    at = tensor + row.to(tl.int64)[:, None] * columns + column[None, :]
+    tl.store(at, values.to(tensor.dtype.element_ty), mask=inside)

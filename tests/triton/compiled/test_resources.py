@@ -1,0 +1,117 @@
+"""Every kernel compiles for every kind of GPU, fits into it, and uses its matrix units."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from compiling import REGISTERS, SHARED_KIB, TARGETS, TENSOR_MEMORY_COLUMNS, Resources, compile_call, meta
+
+from safe_kernels import triton
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+ROWS, WIDTH = 8192, 4096
+
+
+def call(op: str, *arguments: object) -> None:
+    triton.host_function(op)(*arguments)
+
+
+def lora(dtype: torch.dtype, adapter: torch.dtype, rank: int, dropout_p: float, scored: bool = False) -> None:
+    """A training step of an adapter, scored or not, and of a frozen one."""
+    x, base = meta(ROWS, WIDTH, dtype=dtype), meta(ROWS, WIDTH, dtype=dtype)
+    A, B = meta(rank, WIDTH, dtype=adapter), meta(WIDTH, rank, dtype=adapter)
+    state = meta(2, dtype=torch.int64)
+    blocks = (meta(4, dtype=torch.int64), 128, meta(ROWS, dtype=torch.bool)) if scored else (None, 0, None)
+    call("lora", x, base, A, B, 2.0, dropout_p, state, *blocks)
+    call("lora_backward", base, x, A, B, 2.0, dropout_p, state, [True, True, True])
+    call("lora_backward", base, None, A, B, 2.0, dropout_p, state, [True, False, False])
+
+
+def lora_linear(dtype: torch.dtype, adapter: torch.dtype, rank: int, dropout_p: float) -> None:
+    x, weight = meta(ROWS, WIDTH, dtype=dtype), meta(WIDTH, WIDTH, dtype=dtype)
+    A, B = meta(rank, WIDTH, dtype=adapter), meta(WIDTH, rank, dtype=adapter)
+    state = meta(2, dtype=torch.int64)
+    call("lora_linear", x, weight, None, A, B, 2.0, dropout_p, state, None, 0, None)
+    call("lora_linear", x, weight, meta(WIDTH, dtype=dtype), A, B, 2.0, dropout_p, state, None, 0, None)
+    call("lora_linear_backward", x, None, weight, A, B, 2.0, dropout_p, state, [True, False, False, False, False])
+
+
+def norms(dtype: torch.dtype, width: int) -> None:
+    """Frozen from the output, and training from the input."""
+    x, weight, rstd = meta(ROWS, width, dtype=dtype), meta(width, dtype=dtype), meta(ROWS, dtype=SINGLE)
+    call("rms_norm", x, weight, 1e-5)
+    call("layer_norm", x, weight, weight, 1e-5)
+    for from_output, trains in ((True, False), (False, True)):
+        call("rms_norm_backward", x, x, weight, rstd, 0.0, from_output, [True, trains])
+        call("layer_norm_backward", x, x, weight, weight, rstd, rstd, from_output, [True, trains, trains])
+
+
+def elementwise(dtype: torch.dtype, dropout_p: float) -> None:
+    x, state = meta(ROWS, WIDTH, dtype=dtype), meta(2, dtype=torch.int64)
+    call("dropout", x, 0.1, state)
+    for kind in ("silu", "gelu", "gelu_tanh", "relu"):
+        call("activation", x, kind, dropout_p, state)
+        call("activation_backward", x, x, kind, dropout_p, state)
+        call("gated_activation", x, x, kind, dropout_p, state)
+        call("gated_activation_backward", x, x, x, kind, dropout_p, state, [True, True])
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "lora bf16 r16 p0.1": partial(lora, HALF, HALF, 16, 0.1, True),
+    "lora bf16 r64 p0.1": partial(lora, HALF, HALF, 64, 0.1),
+    "lora bf16 r64": partial(lora, HALF, HALF, 64, 0.0),
+    "lora fp32 over bf16 r16": partial(lora, HALF, SINGLE, 16, 0.0, True),
+    "lora fp32 r64 p0.1": partial(lora, SINGLE, SINGLE, 64, 0.1),
+    "lora_linear bf16 r16 p0.1": partial(lora_linear, HALF, HALF, 16, 0.1),
+    "lora_linear bf16 r64": partial(lora_linear, HALF, HALF, 64, 0.0),
+    "lora_linear fp32 over bf16 r16 p0.1": partial(lora_linear, HALF, SINGLE, 16, 0.1),
+    "lora_linear fp32 r16": partial(lora_linear, SINGLE, SINGLE, 16, 0.0),
+    "norms bf16 d4096": partial(norms, HALF, 4096),
+    "norms fp32 d8192": partial(norms, SINGLE, 8192),
+    "norms bf16 d384": partial(norms, HALF, 384),
+    "elementwise bf16 p0.1": partial(elementwise, HALF, 0.1),
+}
+SOME = {
+    "lora bf16 r64": ("sm_90",),
+    "lora fp32 over bf16 r16": ("sm_90", "gfx942"),
+    "lora fp32 r64 p0.1": ("sm_80",),
+    "lora_linear bf16 r64": ("sm_90",),
+    "lora_linear fp32 over bf16 r16 p0.1": ("sm_90",),
+    "lora_linear fp32 r16": ("sm_90", "gfx942"),
+    "norms fp32 d8192": ("sm_80", "gfx942"),
+    "norms bf16 d384": ("sm_90",),
+    "elementwise bf16 p0.1": ("sm_86", "sm_90", "gfx942"),
+}
+"""Cases that are compiled for some targets only, for the sake of time: what differs there is in another case."""
+RUNS = [(case, target) for case in CASES for target in SOME.get(case, tuple(TARGETS))]
+
+
+def cells(case: str, found: Resources) -> tuple[str, ...]:
+    numbers = (found.warps, found.registers, f"{found.shared / 1024:.1f}", found.tensor_memory, found.spilled)
+    return (found.kernel, case, found.target, *map(str, numbers), found.tensor_core)
+
+
+@pytest.mark.parametrize(("case", "target"), RUNS)
+def test_kernels_fit(case: str, target: str, table: list[tuple[str, ...]]) -> None:
+    compiled = compile_call(target, CASES[case])
+    assert compiled
+    table += [cells(case, found) for found in compiled]
+    assert [problem for found in compiled for problem in problems(found, exact="fp32 r" in case)] == []
+
+
+def problems(found: Resources, exact: bool) -> list[str]:
+    """What keeps a kernel from running well on its target; `exact` float32 products have no matrix units on CUDA."""
+    backend = TARGETS[found.target].backend
+    has_units = found.dots > 0 and not (exact and backend == "cuda") and found.kernel != "_block_sums_kernel"
+    wrong = {
+        "spills": found.spilled > 0,
+        "registers": found.registers > REGISTERS[backend],
+        "shared memory": found.shared > SHARED_KIB[found.target] * 1024,
+        "tensor memory": found.tensor_memory > TENSOR_MEMORY_COLUMNS,
+        "no matrix units": has_units and not found.tensor_core,
+        "serialized": found.serialized,
+    }
+    return [f"{found.kernel} on {found.target}: {name} ({found})" for name, is_wrong in wrong.items() if is_wrong]

@@ -1,0 +1,196 @@
+"""Compiles Triton kernels for GPUs that are not there, and reads from the result what they will ask of them.
+
+A host function is called with tensors on the meta device, whose shapes, strides and dtypes are those of a real call and
+whose memory does not exist; what it launches is compiled for the target with exactly the arguments a real call has,
+and not run. A stand-in for Triton's driver answers which GPU is there.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+"""KiB of shared memory a program may have (CUDA programming guide, compute capabilities; CDNA 3 ISA: LDS)."""
+TENSOR_MEMORY_COLUMNS = 512
+REGISTERS = {"cuda": 255, "hip": 512}
+
+
+class FakeDriver:
+    """As much of a Triton driver as compiling needs; no device is ever touched."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+        self.utils = self
+        self.launcher_cls = None
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> str:
+        return str(self.target)  # the key of Triton's caches: one a target
+
+    def get_current_stream(self, device: Any = None) -> int:
+        return 0
+
+    def get_device_properties(self, device: Any) -> dict[str, int]:
+        name = next(name for name, target in TARGETS.items() if target is self.target)
+        return {"max_shared_mem": SHARED_KIB[name] * 1024, "multiprocessor_count": 132, "warpSize": 32}
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel asks of a GPU.
+
+    Attributes:
+        kernel: its name.
+        target: what it was compiled for.
+        warps: warps a program.
+        registers: registers a thread.
+        shared: bytes of shared memory a program.
+        tensor_memory: columns of tensor memory, which sm_100 has.
+        spilled: bytes (AMD: registers) that did not fit into registers.
+        tensor_core: instructions for matrix units, by name.
+        dots: how many products of tiles the kernel has.
+        serialized: whether the compiler waits for each wgmma before the next.
+    """
+
+    kernel: str
+    target: str
+    warps: int
+    registers: int
+    shared: int
+    tensor_memory: int
+    spilled: int
+    tensor_core: str
+    dots: int
+    serialized: bool
+
+
+@contextmanager
+def collecting(target: str) -> Iterator[list[Any]]:
+    """Makes launches compile for `target` instead, and lists what was compiled."""
+    compiled: list[Any] = []
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        if kernel not in compiled:
+            compiled.append(kernel)
+        return kernel
+
+    triton.runtime.driver.set_active(FakeDriver(TARGETS[target]))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+
+
+def compile_call(target: str, call: Callable[[], Any]) -> list[Resources]:
+    """What the kernels that a call launches ask of a target."""
+    with collecting(target) as compiled:
+        call()
+    return [resources(kernel, target) for kernel in compiled]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def resources(kernel: Any, target: str) -> Resources:
+    """Reads a compiled kernel."""
+    metadata = kernel.metadata
+    read = _read_nvidia if "cubin" in kernel.asm else _read_amd
+    return Resources(
+        kernel=metadata.name,
+        target=target,
+        warps=metadata.num_warps,
+        shared=metadata.shared,
+        tensor_memory=getattr(metadata, "tmem_size", 0) or 0,
+        dots=len(re.findall(r"\btt\.dot\b", kernel.asm["ttir"])),
+        **read(kernel),
+    )
+
+
+def _tool(name: str) -> str:
+    return str(NVIDIA_TOOLS / name)
+
+
+def _run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def _ptxas(capability: int) -> str:
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    try:
+        return str(get_ptxas(capability).path)
+    except TypeError:
+        return str(get_ptxas().path)
+
+
+def _read_nvidia(kernel: Any) -> dict[str, Any]:
+    capability = kernel.metadata.target.arch
+    with tempfile.TemporaryDirectory() as folder:
+        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
+        cubin.write_bytes(kernel.asm["cubin"])
+        ptx.write_text(kernel.asm["ptx"])
+        code = _run(_tool("cuobjdump"), "-sass", str(cubin))
+        # ptxas alone tells spilled bytes, and that it serialized wgmma.
+        name = f"sm_{capability}{'a' if capability >= 90 else ''}"
+        log = _run(_ptxas(capability), "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder, "kernel.o")))
+    spilled = re.search(r"(\d+) bytes spill stores", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    assert spilled and registers, log
+    return {
+        "registers": int(registers[1]),
+        "spilled": int(spilled[1]),
+        "tensor_core": _counts(re.findall(r"\b(HGMMA|HMMA|DMMA|UTC\w*MMA)\b", code)),
+        "serialized": "serializ" in log,
+    }
+
+
+def _read_amd(kernel: Any) -> dict[str, Any]:
+    code = kernel.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        found = re.search(rf"\.{key}:\s+(\d+)", code)
+        assert found, key
+        return int(found[1])
+
+    return {
+        "registers": number("vgpr_count"),
+        "spilled": number("vgpr_spill_count"),
+        "tensor_core": _counts(re.findall(r"\bv_(mfma|smfmac)_\w+", code)),
+        "serialized": False,
+    }
+
+
+def _counts(names: list[str]) -> str:
+    return " ".join(f"{name.upper()} {names.count(name)}" for name in sorted(set(names)))

@@ -1,0 +1,59 @@
+"""Runs the Triton kernels in Triton's interpreter, on CPU tensors, in place of the CPU kernels.
+
+The ops are called as everywhere, through autograd; below it the host functions of safe_kernels/triton stand on the CPU
+key, with tiles so small that a little matrix has many of them and ragged ends on all sides.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import shim_memory
+import shim_numbers
+import torch
+
+from safe_kernels import triton
+from safe_kernels.triton import configs
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before Python starts: make kernels does"
+shim_numbers.install()
+shim_memory.install()
+
+
+def small(kernel: str, entry: configs.Config) -> configs.Config:
+    return replace(entry, rows=16, columns=16, inner=16 if entry.inner else 0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _triton_serves_the_cpu() -> Iterator[None]:
+    library = torch.library.Library("safe_kernels", "IMPL")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the C++ kernel is overridden is what this is for
+        for ops in triton.STEMS.values():
+            for op in ops:
+                library.impl(op, triton.host_function(op), "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.fixture(autouse=True)
+def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = {kernel: tuple(small(kernel, entry) for entry in entries) for kernel, entries in configs.TABLE.items()}
+    monkeypatch.setattr(configs, "TABLE", tables)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def launches() -> list[str]:
+    """The kernels launched since the test began."""
+    shim_memory.launches.clear()
+    return shim_memory.launches

@@ -1,0 +1,97 @@
+"""`lora_linear` by its Triton kernels against the formulas."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from linears import Linear, assert_results, linear, results
+from oracle import DTYPES, Dtypes, Shape, one_minus_cka, problem
+
+import safe_kernels
+from safe_kernels import AdapterStatistics, RowBlocks
+
+MIDDLE = Shape(37, 90, 77, 5)
+TRAINED = [dtypes for dtypes in DTYPES if dtypes.x != torch.float64]
+FUSED, SWEEP, INPUT, REDUCE = "_lora_linear_kernel", "_lora_sweep_kernel", "_lora_input_kernel", "_reduce_kernel"
+
+
+def check(p: Linear) -> None:
+    assert_results(p, results(p, p.apply))
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
+@pytest.mark.parametrize("dtypes", TRAINED, ids=str)
+def test_values(dtypes: Dtypes, dropout_p: float) -> None:
+    check(linear(MIDDLE, dtypes, dropout_p=dropout_p))
+
+
+SHAPES = [Shape(1, 1, 1, 1), Shape(0, 5, 4, 3), Shape(150, 20, 40, 17), Shape(20, 30, 10, 70)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_shapes(shape: Shape) -> None:
+    """Among them more tiles of rows than one group has."""
+    check(linear(shape, dropout_p=0.1, has_bias=False))
+
+
+def test_any_strides() -> None:
+    p = linear(MIDDLE, leading=(5, 7), dropout_p=0.2)
+    p.x, p.grad, p.weight = p.x.transpose(0, 1), p.grad.transpose(0, 1), p.weight.t().contiguous().t()
+    check(p)
+
+
+CASES = {
+    (): [],
+    ("bias",): [],
+    ("x",): [SWEEP, FUSED],
+    ("A",): [SWEEP, INPUT, REDUCE],
+    ("B",): [SWEEP, SWEEP, REDUCE],
+    ("weight",): [],
+    ("x", "A", "B"): [SWEEP, SWEEP, REDUCE, INPUT, REDUCE, FUSED],
+    ("x", "weight", "bias", "A", "B"): [SWEEP, SWEEP, REDUCE, INPUT, REDUCE, FUSED],
+}
+
+
+@pytest.mark.parametrize("names", CASES, ids="+".join)
+def test_what_is_not_wanted_is_not_computed(names: tuple[str, ...], launches: list[str]) -> None:
+    p = linear(MIDDLE, DTYPES[4], dropout_p=0.2).require(*names)
+    out = p.call()
+    if names:
+        out.backward(p.grad)
+    grads = {name: tensor.grad for name, tensor in p.inputs.items() if tensor.grad is not None}
+    assert set(grads) == set(names)
+    assert_results(p, {"out": out.detach(), **grads})
+    assert launches == [SWEEP, FUSED, *CASES[names]]
+
+
+@pytest.mark.parametrize("magnitude", [1e-3, 1.0])
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2]], ids=str)
+def test_the_score_with_the_roles_swapped(dtypes: Dtypes, magnitude: float) -> None:
+    p = linear(Shape(96, 40, 56, 5), dtypes)
+    p.B = p.B * magnitude
+    statistics = AdapterStatistics(blocks=RowBlocks(torch.tensor([0, 48]), 40))
+    p.call(statistics=statistics)
+    truth = problem(Shape(96, 40, 56, 5), dtypes)
+    truth.B, truth.base = p.B, (p.x.double() @ p.weight.double().t() + p.bias.double())
+    tolerance = 1e-4 if dtypes.x == torch.float32 else 2e-2
+    assert statistics.one_minus_cka() == pytest.approx(one_minus_cka(truth, [0, 48], 40), rel=tolerance)
+    assert statistics.rows == 80
+
+
+def test_a_new_adapter_scores_exactly_zero() -> None:
+    p = linear(MIDDLE, DTYPES[2])
+    p.B = torch.zeros_like(p.B)
+    statistics = AdapterStatistics(blocks=RowBlocks.spread(37, block_rows=16))
+    p.call(statistics=statistics)
+    assert statistics.one_minus_cka() == 0.0
+
+
+def test_inference_mode_is_checked_too() -> None:
+    """It leaves out autograd, and with it the checks in C++."""
+    p = linear(MIDDLE)
+    with torch.inference_mode():
+        assert torch.equal(p.call(), p.apply(**p.inputs))
+        with pytest.raises(ValueError, match=r"weight must have shape \[77, 90\]"):
+            safe_kernels.lora_linear(p.x, p.weight[:70], p.bias, p.A, p.B, 2.0)
+        with pytest.raises(ValueError, match=r"base must have shape \[37, 77\]"):
+            safe_kernels.lora(p.x, p.grad[:30], p.A, p.B, 2.0)
