@@ -18,7 +18,7 @@ demo: setup ## fine-tune MiniLM on film reviews, stock PEFT beside SAFE (ARGS="-
 	@$(BIN)/safe-peft demo $(ARGS)
 
 test: lint ## lint, types and every test (ARGS= goes to pytest)
-	@HF_HUB_OFFLINE=1 $(BIN)/pytest $(ARGS)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
 kernels: setup ## the kernels for GPUs, without one: run in Triton's interpreter, compiled for each kind of GPU
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/triton/interpreted $(ARGS)
