@@ -38,11 +38,16 @@ format: setup ## format Python and C++ in place
 sanitize: setup ## the extension's tests under AddressSanitizer and UBSan
 	@PYTHON=$(abspath $(BIN))/python bash tests/cpp/run_sanitized.sh $(ARGS)
 
-bench: setup ## time the ops and a training step beside stock PEFT (ARGS= goes to pytest)
-	@HF_HUB_OFFLINE=1 $(BIN)/pytest bench --benchmark-columns=median --benchmark-json=bench/results/cpu.json $(ARGS)
+BENCH := HF_HUB_OFFLINE=1 $(BIN)/pytest --benchmark-columns=median
+MEMORY := bench/training/bench_retention.py bench/training/bench_peak.py
+
+bench: setup ## measure memory, training steps and ops beside stock PEFT (ARGS= goes to pytest)
+	@$(BENCH) $(MEMORY) --benchmark-json=bench/results/cpu-memory.json $(ARGS)
+	@$(BENCH) bench/training $(MEMORY:%=--ignore=%) --benchmark-json=bench/results/cpu-training.json $(ARGS)
+	@$(BENCH) bench/kernels --benchmark-json=bench/results/cpu-kernels.json $(ARGS)
 
 bench-table: setup ## write the README's tables from the newest results
-	@$(BIN)/python bench/table.py bench/results/cpu.json --write README.md
+	@$(BIN)/python bench/table.py $(patsubst %,bench/results/cpu-%.json,memory training kernels) --write README.md
 
 clean: ## remove the set-up and everything built, not the cache of models and data
 	@rm -rf $(VENV) build *.egg-info safe_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

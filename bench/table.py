@@ -1,6 +1,6 @@
-"""Prints the README's tables from a results file of `make bench`, or writes them between the README's markers.
+"""Prints the README's tables from the results of `make bench`, or writes them between the README's markers.
 
-python bench/table.py bench/results/cpu.json [--write README.md]
+python bench/table.py bench/results/cpu-*.json [--write README.md]
 """
 
 from __future__ import annotations
@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import Any
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+INTRODUCTION = (
+    "By `make bench`. Times are ratios to stock PEFT with the same adapters frozen, in fp32, run in turns, medians; *noise* is "
+    "PEFT beside itself."
+)
 Benchmark = dict[str, Any]
 
 
@@ -120,36 +124,50 @@ def peak_table(results: dict[str, Any]) -> list[str]:
     return table(["loss", "dropout", "blocks frozen", "PEFT MiB, nothing frozen", "ours", "**change**"], rows)
 
 
+SECTIONS = (
+    (
+        "One technique after the other, on a Llama-shaped model (8 blocks, d 512, 1,024 tokens, LoRA r 16 on every linear "
+        "layer): bytes that a training forward retains, time of a step, and by how much loss and gradients differ from "
+        "stock PEFT's with the same adapters frozen, without dropout:",
+        "test_cumulative",
+        cumulative_table,
+    ),
+    (
+        "What a training forward retains for the shapes of several families (8 blocks, d 512, 1,024 tokens):",
+        "test_retention",
+        retention_table,
+    ),
+    (
+        "Peak memory of a process that trains SmolLM2-135M (real weights, fp32, 4 x 512 tokens, LoRA r 16 on every linear "
+        "layer). *model* is the model's own loss, *chunked* is torch's `linear_cross_entropy`, on both sides:",
+        "test_peak",
+        peak_table,
+    ),
+    (
+        "A whole training step of SmolLM2-135M (2 x 256 tokens; PEFT with the same blocks frozen):",
+        "test_smollm2_step",
+        smollm2_table,
+    ),
+    (
+        "A whole training step of MiniLM (real weights, 32 x 32 tokens, LoRA r 8 on all 36 linear layers, AdamW; the lowest "
+        "adapters are frozen):",
+        "test_step",
+        step_table,
+    ),
+    ("Scoring, with the default options:", "test_scoring", scoring_table),
+    ("`lora` alone, forward and backward:", "test_lora", op_table),
+)
+
+
 def render(results: dict[str, Any], source: str) -> str:
-    """All tables, with where they come from."""
+    """The tables of one file of results, with where they come from."""
     machine = results["machine_info"]
     where = (
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, transformers "
-        f"{machine['transformers']}, peft {machine['peft']}, {results['datetime'][:10]}"
+        f"{machine['transformers']}, peft {machine['peft']}, {results['datetime'][:10]}; `{source}`"
     )
-    parts = [
-        f"Times are ratios to stock PEFT with the same adapters frozen, fp32, run in turns, medians ({where}; "
-        f"`make bench`, `{source}`). *Noise* is PEFT beside itself.",
-        "One technique after the other, on a Llama-shaped model (8 blocks, d 512, 1,024 tokens, LoRA r 16 on every "
-        "linear layer); bytes are what a training forward retains; deviations from stock PEFT are relative, "
-        "without dropout:",
-        "\n".join(cumulative_table(results)),
-        "What a training forward retains for the shapes of other families (8 blocks, d 512, 1,024 tokens):",
-        "\n".join(retention_table(results)),
-        "Peak memory of a process that trains SmolLM2-135M (real weights, fp32, 4 x 512 tokens, LoRA r 16 on every "
-        "linear layer). *model* is the model's own loss, *chunked* is torch's `linear_cross_entropy`, on both sides:",
-        "\n".join(peak_table(results)),
-        "A whole training step of SmolLM2-135M (2 x 256 tokens; PEFT with the same blocks frozen):",
-        "\n".join(smollm2_table(results)),
-        "A whole training step of MiniLM (real weights, 32 x 32 tokens, LoRA r 8 on all 36 linear layers, AdamW; the "
-        "lowest adapters are frozen):",
-        "\n".join(step_table(results)),
-        "The op alone, forward and backward:",
-        "\n".join(op_table(results)),
-        "Scoring, with the default options:",
-        "\n".join(scoring_table(results)),
-    ]
-    return "\n\n".join(parts)
+    found = [(text, make) for text, test, make in SECTIONS if rows_of(results, test)]
+    return "\n\n".join([f"*{where}*", *(f"{text}\n\n" + "\n".join(make(results)) for text, make in found)])
 
 
 def write(readme: Path, text: str) -> None:
@@ -161,10 +179,11 @@ def write(readme: Path, text: str) -> None:
 def main() -> None:
     """Read the arguments, print or write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("results", type=Path)
+    parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--write", type=Path, help="the README to write into")
     arguments = parser.parse_args()
-    text = render(json.loads(arguments.results.read_text(encoding="utf-8")), arguments.results.as_posix())
+    files = [(json.loads(path.read_text(encoding="utf-8")), path.as_posix()) for path in arguments.results]
+    text = "\n\n".join([INTRODUCTION, *(render(results, source) for results, source in files)])
     if arguments.write is None:
         print(text)
     else:
