@@ -12,8 +12,8 @@ from typing import Any
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 INTRODUCTION = (
-    "By `make bench`. Times are ratios to stock PEFT with the same adapters frozen, in fp32, run in turns, medians; *noise* is "
-    "PEFT beside itself."
+    "By `make bench`. Times are ratios to stock PEFT with the same adapters frozen, in fp32, run in turns, medians; *noise* "
+    "is PEFT beside itself."
 )
 Benchmark = dict[str, Any]
 
@@ -126,8 +126,8 @@ def peak_table(results: dict[str, Any]) -> list[str]:
 
 SECTIONS = (
     (
-        "One technique after the other, on a Llama-shaped model (8 blocks, d 512, 1,024 tokens, LoRA r 16 on every linear "
-        "layer): bytes that a training forward retains, time of a step, and by how much loss and gradients differ from "
+        "One technique after the other, on a Llama-shaped model (8 blocks, d 512, 1,024 tokens, LoRA r 16 on every "
+        "linear layer): bytes that a training forward retains, time of a step, and by how much loss and gradients differ from "
         "stock PEFT's with the same adapters frozen, without dropout:",
         "test_cumulative",
         cumulative_table,
@@ -138,8 +138,8 @@ SECTIONS = (
         retention_table,
     ),
     (
-        "Peak memory of a process that trains SmolLM2-135M (real weights, fp32, 4 x 512 tokens, LoRA r 16 on every linear "
-        "layer). *model* is the model's own loss, *chunked* is torch's `linear_cross_entropy`, on both sides:",
+        "Peak memory of a process that trains SmolLM2-135M (real weights, fp32, 4 x 512 tokens, LoRA r 16 on every "
+        "linear layer). *model* is the model's own loss, *chunked* is torch's `linear_cross_entropy`, on both sides:",
         "test_peak",
         peak_table,
     ),
@@ -149,8 +149,8 @@ SECTIONS = (
         smollm2_table,
     ),
     (
-        "A whole training step of MiniLM (real weights, 32 x 32 tokens, LoRA r 8 on all 36 linear layers, AdamW; the lowest "
-        "adapters are frozen):",
+        "A whole training step of MiniLM (real weights, 32 x 32 tokens, LoRA r 8 on all 36 linear layers, AdamW; the "
+        "lowest adapters are frozen):",
         "test_step",
         step_table,
     ),
