@@ -12,8 +12,8 @@ from typing import Any
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 INTRODUCTION = (
-    "By `make bench`. Times are ratios to stock PEFT with the same adapters frozen, in fp32, run in turns, medians; *noise* "
-    "is PEFT beside itself."
+    "By `make bench`. Times are ratios to stock PEFT with the same adapters frozen, in fp32, run in turns, medians; "
+    "*noise* is PEFT beside itself."
 )
 Benchmark = dict[str, Any]
 
@@ -127,8 +127,8 @@ def peak_table(results: dict[str, Any]) -> list[str]:
 SECTIONS = (
     (
         "One technique after the other, on a Llama-shaped model (8 blocks, d 512, 1,024 tokens, LoRA r 16 on every "
-        "linear layer): bytes that a training forward retains, time of a step, and by how much loss and gradients differ from "
-        "stock PEFT's with the same adapters frozen, without dropout:",
+        "linear layer): bytes that a training forward retains, time of a step, and by how much loss and gradients "
+        "differ from stock PEFT's with the same adapters frozen, without dropout:",
         "test_cumulative",
         cumulative_table,
     ),
