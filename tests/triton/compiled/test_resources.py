@@ -95,10 +95,10 @@ def cells(case: str, found: Resources) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(("case", "target"), RUNS)
-def test_kernels_fit(case: str, target: str, table: list[tuple[str, ...]]) -> None:
+def test_kernels_fit(case: str, target: str, record_property: Callable[[str, object], None]) -> None:
     compiled = compile_call(target, CASES[case])
     assert compiled
-    table += [cells(case, found) for found in compiled]
+    record_property("compiled", [cells(case, found) for found in compiled])
     assert [problem for found in compiled for problem in problems(found, exact="fp32 r" in case)] == []
 
 
