@@ -21,8 +21,8 @@ test: lint ## lint, types and every test (ARGS= goes to pytest)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
 kernels: setup ## the kernels for GPUs, without one: run in Triton's interpreter, compiled for each kind of GPU
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/triton/interpreted $(ARGS)
-	@OMP_NUM_THREADS=1 $(BIN)/pytest tests/triton/compiled $(ARGS)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/triton/interpreted $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/triton/compiled $(ARGS)
 
 lint: setup ## ruff, clang-format and mypy
 	@$(BIN)/ruff check --quiet .

@@ -1,4 +1,4 @@
-"""Collects what every compiled kernel asks of its GPU, and prints it as a table at the end."""
+"""Prints what every compiled kernel asks of its GPU as a table at the end."""
 
 from __future__ import annotations
 
@@ -8,21 +8,14 @@ import pytest
 
 assert os.environ.get("TRITON_INTERPRET", "0") == "0", "unset TRITON_INTERPRET: nothing is compiled in the interpreter"
 
-ROWS = pytest.StashKey[list[tuple[str, ...]]]()
 HEAD = ("kernel", "for", "target", "warps", "registers", "shared KiB", "tensor memory", "spilled", "tensor cores")
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.stash[ROWS] = []
-
-
-@pytest.fixture
-def table(request: pytest.FixtureRequest) -> list[tuple[str, ...]]:
-    return request.config.stash[ROWS]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    rows = [HEAD, *sorted(set(config.stash[ROWS]))]
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Reads the rows from the tests' properties, which come along from other processes, too."""
+    reports = [report for found in terminalreporter.stats.values() for report in found]
+    kept = [entry for report in reports for entry in getattr(report, "user_properties", ())]
+    rows = [HEAD, *sorted({tuple(row) for name, value in kept if name == "compiled" for row in value})]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEAD))]
     terminalreporter.section("compiled kernels")
     for row in rows:

@@ -95,11 +95,34 @@ def cells(case: str, found: Resources) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize(("case", "target"), RUNS)
-def test_kernels_fit(case: str, target: str, table: list[tuple[str, ...]]) -> None:
+def test_kernels_fit(case: str, target: str, record_property: Callable[[str, object], None]) -> None:
     compiled = compile_call(target, CASES[case])
     assert compiled
-    table += [cells(case, found) for found in compiled]
+    record_property("compiled", [cells(case, found) for found in compiled])
     assert [problem for found in compiled for problem in problems(found, exact="fp32 r" in case)] == []
+
+
+@pytest.mark.parametrize("size", [1, 33])
+def test_sizes_that_the_compiler_specialises_otherwise(size: int) -> None:
+    """A size of 1 becomes a constant, and one that 16 does not divide loses its wide loads, and so may spill."""
+    x, square, row = meta(size, size), meta(size, size), meta(size)
+    starts, state = meta(1, dtype=torch.int64), meta(2, dtype=torch.int64)
+    statistic = meta(size, dtype=SINGLE)
+
+    def everything() -> None:
+        blocks = (starts, 128, meta(size, dtype=torch.bool))
+        call("lora", x, x, square, square, 2.0, 0.1, state, *blocks)
+        call("lora_backward", x, x, square, square, 2.0, 0.1, state, [True, True, True])
+        call("lora_linear", x, square, row, square, square, 2.0, 0.1, state, *blocks)
+        call("lora_linear_backward", x, x, square, square, square, 2.0, 0.1, state, [True] * 5)
+        call("layer_norm", x, row, row, 1e-5)
+        call("layer_norm_backward", x, x, row, row, statistic, statistic, False, [True, True, True])
+        call("gated_activation", x, x, "silu", 0.1, state)
+        call("gated_activation_backward", x, x, x, "silu", 0.1, state, [True, True])
+
+    compiled = compile_call("sm_90", everything)
+    assert len({found.kernel for found in compiled}) >= 12
+    assert all(found.shared <= SHARED_KIB["sm_90"] * 1024 for found in compiled)
 
 
 def problems(found: Resources, exact: bool) -> list[str]:
