@@ -144,7 +144,7 @@ SECTIONS = (
         peak_table,
     ),
     (
-        "A whole training step of SmolLM2-135M (2 x 256 tokens; PEFT with the same blocks frozen):",
+        "A whole training step of SmolLM2-135M (256 tokens; PEFT with the same blocks frozen):",
         "test_smollm2_step",
         smollm2_table,
     ),

@@ -18,7 +18,7 @@ CASES = [
 
 @pytest.mark.parametrize(("frozen", "p", "recompute"), CASES)
 def test_smollm2_step(benchmark: BenchmarkFixture, frozen: str, p: float, recompute: bool) -> None:
-    batch = make_batch(rows=2, length=256)
+    batch = make_batch(rows=1, length=256)
     stock, ours = Step(make_model(p, frozen), batch), Step(make_model(p, frozen), batch)
     binding = safe_peft.bind(ours.model)
     binding.recompute.update(binding.blocks if recompute else ())
