@@ -1,4 +1,4 @@
-// Derivatives that the norms do not have, and what they say about it.
+// Derivatives that the ops do not have, and what they say about it.
 
 #pragma once
 
