@@ -17,12 +17,13 @@ from . import jsonio
 from .adapters import Adapter
 from .binding import bind
 from .config import SafeConfig
+from .decisions import Decisions
 from .errors import BindingError
 from .ledger import Ledger
 from .paths import unwrap, unwrap_optimizer
 from .planning.planner import Planner
 from .report import AdapterRecord, FreezeReport
-from .schedule import check_fit, choose, cubic, is_freezing_step, is_scoring_step, is_stable, rank, resolve
+from .schedule import check_fit, is_scoring_step, resolve
 from .scorer import Scorer
 from .state import VERSION, check_state
 
@@ -67,7 +68,6 @@ class AdapterFreezer:
     ) -> None:
         self.config = config or SafeConfig()
         self.schedule = resolve(self.config, total_steps)
-        self.ledger = Ledger()
         self.model = unwrap(model)
         self._optimizer = unwrap_optimizer(optimizer)
         self._step = first_step
@@ -77,10 +77,11 @@ class AdapterFreezer:
             undo.callback(self.binding.detach)
             self._adapters = self.binding.claim()
             undo.callback(self.binding.release)
-            self._others_train = self._check_parameters(model)
-            check_fit(self.config, [adapter.name for adapter in self._adapters], self._others_train)
-            self.planner = Planner(self.model, self.config, self._others_train)
+            others_train, names = self._check_parameters(model), [adapter.name for adapter in self._adapters]
+            check_fit(self.config, names, others_train)
+            self.planner = Planner(self.model, self.config, others_train)
             undo.callback(self.planner.close)
+            self._decisions = Decisions(self.config, self.schedule, self.planner, len(names), others_train)
             self._scorer = Scorer(self.model, self._optimizer, self._adapters, self.config)
             undo.pop_all()
         if self.config.recompute == "frozen":
@@ -108,6 +109,11 @@ class AdapterFreezer:
         return tuple(self._adapters)
 
     @property
+    def ledger(self) -> Ledger:
+        """Who was scored and frozen when."""
+        return self._decisions.ledger
+
+    @property
     def frozen(self) -> tuple[str, ...]:
         """Names of the adapters frozen so far, in the order in which they were."""
         return self.ledger.frozen
@@ -133,9 +139,10 @@ class AdapterFreezer:
         for adapter in self._adapters_named(self.ledger.frozen):
             self._drop(adapter)
         if self._scorer.armed:
-            self._record(self._scorer.measure())
-        else:
-            self._end_warmup({})
+            importance = self._scorer.measure()
+            self._warn_unscored([name for name, value in importance.items() if not math.isfinite(value)])
+            self._decisions.record(self._step, importance)
+        self._decisions.end_warmup(self._step)
         names = self._freeze_due()
         self._arm()
         return names
@@ -144,65 +151,20 @@ class AdapterFreezer:
         if not self._attached:
             raise BindingError("this freezer is detached; make a new AdapterFreezer to go on.")
 
-    def _record(self, importance: dict[str, float]) -> None:
-        self._warn_unscored([name for name, value in importance.items() if not math.isfinite(value)])
-        self._end_warmup(importance)
-        threshold = self._choose(importance)[1]
-        self.ledger.record_scoring(self._step, importance, self.ledger.threshold if threshold is None else threshold)
-
-    def _end_warmup(self, importance: Mapping[str, float]) -> None:
-        """Warm-up ends when importance has come to rest, or at `max_warmup`."""
-        if self.ledger.warmup_end is not None or self._step < self.schedule.warmup:
-            return
-        stable = is_stable(self.ledger.importance, importance, self.config.stable_change)
-        if stable or self._step >= self.schedule.max_warmup:
-            self.ledger.warmup_end = self._step
-
-    def _choose(self, importance: Mapping[str, float]) -> tuple[list[str], float | None]:
-        """Whom the curve says to freeze now, and the threshold that says so."""
-        start, frozen, count = self.ledger.warmup_end, self.ledger.frozen, len(self._adapters)
-        if start is None:
-            return [], None
-        live = {name: importance[name] for name in importance if name not in frozen}
-        share = cubic(self._step, start, self.schedule.freeze_end)
-        if self.config.target == "bytes":
-            names = self.planner.by_bytes(rank(self.config, live), frozen, share)
-            threshold = max((live[name] for name in names), default=None)
-        else:
-            names, threshold = choose(self.config, live, adapters=count, frozen=len(frozen), share=share)
-        if not self._others_train and len(frozen) + len(names) == count:
-            names = names[:-1]  # a backward needs something that trains
-        return names, threshold
-
-    def _meet_budget(self, chosen: Sequence[str]) -> tuple[str, ...]:
-        """Whom to freeze besides, so that the next steps retain no more than they may."""
-        if self.config.memory_budget is None or self.ledger.warmup_end is None:
-            return ()
-        frozen = [*self.ledger.frozen, *chosen]
-        known = self.ledger.importance
-        live = {name: known[name] for name in rank(self.config, known) if name not in frozen}
-        choice = self.planner.fit(live, frozen, cubic(self._step, self.ledger.warmup_end, self.schedule.freeze_end))
-        self._recompute(choice.recompute)
-        return choice.freeze
-
-    def _recompute(self, blocks: Sequence[str]) -> None:
-        if self.config.recompute == "auto":
-            self.binding.recompute.clear()
-            self.binding.recompute.update(blocks)
-
     def _freeze_due(self) -> tuple[str, ...]:
-        if not is_freezing_step(self.schedule, self.ledger.warmup_end, self._step):
-            return ()
-        names, threshold = self._choose(self.ledger.importance)
-        thresholds = dict.fromkeys(names, threshold) | dict.fromkeys(self._meet_budget(names))
-        for name, value in thresholds.items():
-            self.ledger.record_freezing(self._step, name, value)
-        for adapter in self._adapters_named(thresholds):
+        names, recompute = self._decisions.due(self._step)
+        for adapter in self._adapters_named(names):
             adapter.freeze(keep_dropout=self.config.keep_dropout)
             self._drop(adapter)
-        if thresholds:
-            logger.info("step %d: froze %d adapters, %d in all", self._step, len(thresholds), len(self.ledger.frozen))
-        return tuple(thresholds)
+        self._recompute(recompute)
+        if names:
+            logger.info("step %d: froze %d adapters, %d in all", self._step, len(names), len(self.ledger.frozen))
+        return names
+
+    def _recompute(self, blocks: Sequence[str] | None) -> None:
+        if self.config.recompute == "auto" and blocks is not None:
+            self.binding.recompute.clear()
+            self.binding.recompute.update(blocks)
 
     def _drop(self, adapter: Adapter) -> None:
         """Keep a frozen adapter still: AdamW would go on moving it by its momentum and a gradient left over."""
@@ -336,7 +298,7 @@ class AdapterFreezer:
         step, ledger, evidence, planned = check_state(state, self.config, [adapter.name for adapter in self._adapters])
         for adapter in self._adapters_named(self.ledger.frozen):
             adapter.restore()
-        self._step, self.ledger = step, ledger
+        self._step, self._decisions.ledger = step, ledger
         for adapter in self._adapters_named(ledger.frozen):
             adapter.freeze(keep_dropout=self.config.keep_dropout)
             self._drop(adapter)
