@@ -1,7 +1,7 @@
 # Every target does the set-up it needs; a second run finds it done. `make` alone lists the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test kernels lint format sanitize bench bench-table clean
+.PHONY: help setup demo test kernels matrix lint format sanitize bench bench-table clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -23,6 +23,9 @@ test: lint ## lint, types and every test (ARGS= goes to pytest)
 kernels: setup ## the kernels for GPUs, without one: run in Triton's interpreter, compiled for each kind of GPU
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/triton/interpreted $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/triton/compiled $(ARGS)
+
+matrix: ## the tests with older and newer torch, transformers and peft (CORNERS="oldest image middle newest")
+	@ARGS="$(ARGS)" bash .ci/matrix.sh $(CORNERS)
 
 lint: setup ## ruff, clang-format and mypy
 	@$(BIN)/ruff check --quiet .

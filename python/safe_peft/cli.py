@@ -68,19 +68,19 @@ def demo(
     output: Annotated[str, typer.Option(help="Folder for the report.")] = "runs/demo",
     model: Annotated[str, typer.Option(help="minilm, mpnet, a folder or a hub id.")] = "minilm",
     methods: Annotated[
-        str, typer.Option(help="Some of stock, bind (fast path, no freezing), safe and random, separated by commas.")
-    ] = "stock,safe,random",
+        str, typer.Option(help="Some of stock, bind (fast path, no freezing), safe, bytes and random, with commas.")
+    ] = "stock,safe,bytes,random",
     rows: Annotated[int, typer.Option(help="Training sentences, at most 8,566.")] = 5120,
     test_rows: Annotated[int, typer.Option(help="Held-out sentences, at most 2,000.")] = 2000,
     epochs: Annotated[int, typer.Option(help="Passes over the training sentences.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Rows a batch.")] = 32,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
     lora_dropout: Annotated[float, typer.Option(help="Dropout before the adapters.")] = 0.1,
-    target_fraction: Annotated[float, typer.Option(help="Share of the adapters to freeze.")] = 0.75,
+    target_fraction: Annotated[float, typer.Option(help="Share of the adapters, or bytes, to freeze.")] = 0.75,
     seed: Annotated[int, typer.Option(help="First seed.")] = 0,
     seeds: Annotated[int, typer.Option(help="Repeat over this many seeds: mean and standard deviation.")] = 1,
 ) -> None:
-    """Compare stock PEFT, SAFE and freezing at random on sentences of film reviews; takes some minutes."""
+    """Compare stock PEFT, SAFE by adapters and by bytes, and freezing at random on film reviews; takes minutes."""
     from . import demo as comparison
     from .summary import verdict
     from .tables import plans_table, runs_table

@@ -28,7 +28,8 @@ class SafeConfig:
     Args:
         score: what importance means: "cka" (the method's own), "relative_norm", "gradient_sensitivity" or "random".
         target_fraction: share to freeze by `freeze_end`; 0.75 unless `threshold` or `memory_budget` is given.
-        target: what that is a share of: of the "adapters", or of the "bytes" that freezing them all would save.
+        target: what that is a share of: of the "adapters", the least important first, or of the "bytes" that freezing
+            them all would save; then whatever is worth least a byte freezes, in sets that free something.
         threshold: importance at or below which an adapter is frozen from `freeze_end` on, instead of a fraction.
         warmup: nothing is frozen before this moment.
         max_warmup: warm-up ends here at the latest, however much importance still changes.

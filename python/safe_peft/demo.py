@@ -1,4 +1,4 @@
-"""The demo: MiniLM on sentences of film reviews, stock PEFT, SAFE and the random control on the same batches."""
+"""The demo: MiniLM on film reviews: stock PEFT, SAFE by adapters and by bytes, a random control; same batches."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .outputs import staged
 from .report import FreezeReport, RunRecord
 from .worker import run_isolated
 
-METHODS = ("stock", "bind", "safe", "random")
+METHODS = ("stock", "bind", "safe", "bytes", "random")
 LINEAR_LAYERS = {
     "minilm": ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"],
     "mpnet": ["attn.q", "attn.k", "attn.v", "attn.o", "intermediate.dense", "output.dense"],
@@ -33,7 +33,7 @@ class DemoConfig:
     Args:
         output: the folder for report.json, report.png and report.html.
         model: "minilm", "mpnet", a folder or a hub id.
-        methods: which of "stock", "bind", "safe" and "random" to run, in this order.
+        methods: which of "stock", "bind", "safe", "bytes" and "random" to run, in this order.
         rows: training sentences, at most 8,566.
         test_rows: held-out sentences, at most 2,000.
         epochs: passes over the training sentences.
@@ -42,19 +42,19 @@ class DemoConfig:
         batch_size: rows a batch.
         learning_rate: of AdamW.
         lora_dropout: of the adapters.
-        target_fraction: share of the adapters that "safe" and "random" freeze.
+        target_fraction: share of the adapters that "safe" and "random" freeze, and of the bytes that "bytes" frees.
 
     Raises:
         ConfigError: An option has a value that cannot work.
 
     Example:
         >>> DemoConfig("runs/demo").methods
-        ('stock', 'safe', 'random')
+        ('stock', 'safe', 'bytes', 'random')
     """
 
     output: str
     model: str = "minilm"
-    methods: tuple[str, ...] = ("stock", "safe", "random")
+    methods: tuple[str, ...] = ("stock", "safe", "bytes", "random")
     rows: int = 5120
     test_rows: int = 2000
     epochs: int = 1
@@ -125,20 +125,25 @@ def run_config(config: DemoConfig, folder: Path, method: str, seed: int) -> Fine
     Args:
         config: the demo's options.
         folder: holds train.jsonl and test.jsonl.
-        method: "stock", "bind", "safe" or "random".
+        method: "stock", "bind", "safe", "bytes" or "random".
         seed: of this run.
 
     Example:
         >>> run_config(DemoConfig("out"), Path("."), "random", 0).safe["score"]
         'random'
     """
-    safe = {"target_fraction": config.target_fraction, "seed": seed, "score": "random" if method == "random" else "cka"}
+    safe = {
+        "target_fraction": config.target_fraction,
+        "target": "bytes" if method == "bytes" else "adapters",
+        "score": "random" if method == "random" else "cka",
+        "seed": seed,
+    }
     targets = LINEAR_LAYERS.get(config.model, "all-linear")
     return FinetuneConfig(
         model=config.model,
         train=str(folder / "train.jsonl"),
         eval=str(folder / "test.jsonl"),
-        method="safe" if method == "random" else method,
+        method="safe" if method in ("bytes", "random") else method,
         safe=safe,
         lora={"r": 8, "lora_alpha": 16, "lora_dropout": config.lora_dropout, "target_modules": targets},
         epochs=config.epochs,

@@ -87,4 +87,8 @@ class FinetuneConfig:
     @property
     def label(self) -> str:
         """The method's name in reports; the random score is a control, not the method."""
-        return "random" if self.method == "safe" and self.safe.get("score") == "random" else self.method
+        if self.method != "safe":
+            return self.method
+        if self.safe.get("score") == "random":
+            return "random"
+        return "bytes" if self.safe.get("target") == "bytes" else "safe"

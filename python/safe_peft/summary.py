@@ -13,6 +13,7 @@ TITLES = {
     "stock": "stock PEFT LoRA",
     "bind": "fast path, no freezing",
     "safe": "SAFE",
+    "bytes": "SAFE by bytes",
     "random": "random control",
 }
 

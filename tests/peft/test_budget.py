@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_peft import ConfigError
-from safe_peft.planning.budget import bytes_limit, fit, least_important
+from safe_peft.planning.budget import bytes_limit, fit
 from safe_peft.planning.retained import BlockFacts, RetainedTable, Saver, Storage
 from safe_peft.sizes import parse_size
 
@@ -176,17 +176,6 @@ def test_a_choice_is_what_it_says(
     if recompute == "auto" and plain.fits:
         costs = [sum(importance[name] for name in one.freeze) for one in (choice, plain)]
         assert choice.fits and costs[0] <= costs[1] + 1e-9
-
-
-@given(st.integers(0, 2000), st.lists(st.sampled_from(NAMES), unique=True))
-@settings(max_examples=40, deadline=None)
-def test_the_least_important_are_taken_until_enough_is_saved(goal: int, frozen: list[str]) -> None:
-    ranked = [name for name in NAMES[::-1] if name not in frozen]
-    taken = least_important(TABLE, ranked, goal, frozen=frozen)
-    saved = [TABLE.bytes() - TABLE.bytes([*frozen, *ranked[:count]]) for count in range(len(taken) + 1)]
-    assert taken == ranked[: len(taken)]
-    assert saved[-1] >= goal or taken == ranked
-    assert all(size < goal for size in saved[:-1])
 
 
 def test_the_limit_comes_down_along_the_curve() -> None:

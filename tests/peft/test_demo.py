@@ -34,11 +34,11 @@ def in_this_process(config: FinetuneConfig) -> FreezeReport:
 
 
 def test_runs_of_one_seed_differ_in_the_method_alone(config: DemoConfig) -> None:
-    stock, safe, control = (run_config(config, Path("data"), method, 5) for method in ("stock", "safe", "random"))
+    stock, safe, by_bytes, control = (run_config(config, Path("data"), method, 5) for method in config.methods)
     assert replace(stock, method="safe") == safe
     assert replace(control, safe=safe.safe) == safe
     assert safe.safe | {"score": "random"} == control.safe
-    assert [run.label for run in (stock, safe, control)] == ["stock", "safe", "random"]
+    assert [run.label for run in (stock, safe, by_bytes, control)] == ["stock", "safe", "bytes", "random"]
 
 
 def test_the_report_holds_every_run_and_shows_the_first_safe_one(
@@ -50,9 +50,10 @@ def test_the_report_holds_every_run_and_shows_the_first_safe_one(
     assert {path.name for path in output.iterdir()} == {"report.json", "report.png", "memory.png", "report.html"}
     assert [(name, len(plan.frozen)) for name, plan in report.plans] == [("start", 0), ("end", 10)]
     assert FreezeReport.load(output / "report.json") == report
-    assert [(run.method, run.seed) for run in report.runs] == [("stock", 0), ("safe", 0), ("random", 0)]
-    stock, safe, control = report.runs
+    assert [(run.method, run.seed) for run in report.runs] == [(method, 0) for method in config.methods]
+    stock, safe, by_bytes, control = report.runs
     assert (stock.frozen, safe.frozen, control.frozen) == (0, 10, 10)
+    assert by_bytes.retained[-1][1] < safe.retained[-1][1], "what freezing is to free, it frees"
     assert safe.retained[-1][1] < safe.retained[0][1] < stock.retained[0][1] == stock.retained[-1][1]
     assert report.retained == safe.retained
     assert report.config["score"] == "cka"

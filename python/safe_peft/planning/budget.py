@@ -168,38 +168,6 @@ class _Search:
         return tuple(name for name in names if name in self.costs)
 
 
-def least_important(
-    table: RetainedTable,
-    ranked: Sequence[str],
-    goal: int,
-    *,
-    frozen: Collection[str] = (),
-    recompute: Collection[str] = (),
-) -> list[str]:
-    """Take adapters in order until a step retains `goal` bytes less than with nothing frozen.
-
-    Args:
-        table: what a step retains with nothing frozen.
-        ranked: who may freeze, the least important first.
-        goal: bytes to save.
-        frozen: who is frozen already.
-        recompute: blocks that run again in backward once they are frozen.
-
-    Returns:
-        As many of them as it takes, and all if they are too few.
-
-    Example:
-        >>> from safe_peft.planning.retained import Saver, Storage
-        >>> hold = [Storage(64, (Saver(n, "LoRA inputs", -1, 1 << i, i),)) for i, n in enumerate("ab")]
-        >>> least_important(RetainedTable(("a", "b"), (), tuple(hold)), ["b", "a"], 60)
-        ['b']
-    """
-    lives = [table.live([*frozen, *ranked[:count]]) for count in range(len(ranked) + 1)]
-    saved = table.bytes() - table.bytes_of(np.array(lives), recompute)
-    enough = np.flatnonzero(saved >= goal)
-    return list(ranked[: enough[0]] if len(enough) else ranked)
-
-
 def bytes_limit(full: int, budget: int, share: float) -> int:
     """Return what a step may retain on the way to a budget.
 

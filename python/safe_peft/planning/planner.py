@@ -15,7 +15,7 @@ from torch import nn
 from ..config import SafeConfig
 from ..errors import PlanError
 from ..state import Planned
-from .budget import Choice, bytes_limit, fit, least_important
+from .budget import Choice, bytes_limit, fit
 from .fakes import FakeModel
 from .inputs import Inputs, largest
 from .memory import plan_of
@@ -102,11 +102,14 @@ class Planner:
 
     # ---------------------------------------------------------------- decisions
 
-    def by_bytes(self, ranked: Sequence[str], frozen: Collection[str], share: float) -> list[str]:
-        """Return whom the curve says to freeze now when the target is a share of bytes.
+    def by_bytes(self, importance: Mapping[str, float], frozen: Collection[str], share: float) -> list[str]:
+        """Return whom the curve says to freeze now when the target is a share of bytes: what is worth least a byte.
+
+        Taking the least important first would often free nothing for long: one live adapter of the lowest layer keeps
+        the whole graph.
 
         Args:
-            ranked: who may freeze, the least important first.
+            importance: of those that may freeze.
             frozen: who is frozen.
             share: what `cubic` says.
         """
@@ -114,9 +117,10 @@ class Planner:
         if not self.ready:
             return []
         table, blocks = self._unfrozen(), self._blocks()
-        saves = table.bytes() - table.bytes(table.adapters, blocks)
-        goal = int((self.config.target_fraction or 0.0) * share * saves)
-        return least_important(table, ranked, goal, frozen=frozen, recompute=blocks)
+        saves = table.bytes() - table.bytes([*frozen, *importance], blocks)
+        limit = table.bytes() - int((self.config.target_fraction or 0.0) * share * saves)
+        keep_one, again = not self.others_train, "frozen" if blocks else "off"
+        return list(fit(table, importance, limit, frozen=frozen, recompute=again, keep_one=keep_one).freeze)
 
     def fit(self, importance: Mapping[str, float], frozen: Collection[str], share: float) -> Choice:
         """Return what it takes to keep the next steps within the budget on its way down, checked by a trace.
