@@ -39,7 +39,8 @@ class PackedLinear(nn.Module):
         return (codes.unflatten(1, (-1, GROUP)) * self.scales).flatten(1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _PackedMatmul.apply(x, self) + self.bias.to(x.dtype)
+        out = _PackedMatmul.apply(x, self)
+        return out if self.bias is None else out + self.bias.to(x.dtype)
 
 
 class _PackedMatmul(torch.autograd.Function):
@@ -71,7 +72,8 @@ STAND_INS: dict[type[nn.Module], type[nn.Module]] = {
 def bnb_4bit(layer: nn.Linear, compute_dtype: torch.dtype | None = None) -> nn.Module:
     from bitsandbytes.nn import Linear4bit
 
-    new = Linear4bit(layer.in_features, layer.out_features, quant_type="nf4", compute_dtype=compute_dtype)
+    sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
+    new = Linear4bit(*sizes, bias, quant_type="nf4", compute_dtype=compute_dtype)
     new.load_state_dict(layer.state_dict())
     return new.to("cpu")
 
@@ -79,7 +81,8 @@ def bnb_4bit(layer: nn.Linear, compute_dtype: torch.dtype | None = None) -> nn.M
 def bnb_8bit(layer: nn.Linear) -> nn.Module:
     from bitsandbytes.nn import Linear8bitLt
 
-    new = Linear8bitLt(layer.in_features, layer.out_features, has_fp16_weights=False, threshold=6.0)
+    sizes, bias = (layer.in_features, layer.out_features), layer.bias is not None
+    new = Linear8bitLt(*sizes, bias, has_fp16_weights=False, threshold=6.0)
     new.load_state_dict(layer.state_dict())
     return new.to("cpu")
 
