@@ -30,7 +30,8 @@ class Evidence:
         grad_A: gradient of lora_A before the optimizer's step.
         grad_B: gradient of lora_B before the optimizer's step.
         generator: seeded for this adapter alone, and independent of every global generator.
-        dequantise: where the base weight is quantised, makes it anew; costly, so for the scores that need it.
+        dequantise: where the base weight is quantised, makes it anew, or None where that cannot be done; costly, so
+            for the scores that need it.
     """
 
     statistics: AdapterStatistics | None = None
@@ -41,7 +42,7 @@ class Evidence:
     grad_A: Tensor | None = None
     grad_B: Tensor | None = None
     generator: random.Random | None = None
-    dequantise: Callable[[], Tensor] | None = None
+    dequantise: Callable[[], Tensor | None] | None = None
 
 
 class Score(NamedTuple):

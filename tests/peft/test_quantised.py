@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import logging
 import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +17,7 @@ from torch import Tensor, nn
 
 from safe_kernels.retention import measure
 from safe_peft import bind, explain
-from safe_peft.adapters.quantised import QuantisedLora, refusal
+from safe_peft.adapters.quantised import QuantisedLora, _warn_once, refusal
 from safe_peft.importance import find_score
 
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -59,6 +62,34 @@ def test_activations_and_the_compute_dtype_of_4_bits_may_differ(dtype: torch.dty
     for got, expected in zip(results(layer, inputs(dtype)), stock, strict=True):
         assert got.dtype == expected.dtype
         torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-2 * expected.abs().max().item())
+
+
+@kinds
+def test_autocast_gives_what_peft_gives(kind: str) -> None:
+    layer = quantised_layer(kind)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = layer(inputs())
+        bind(layer.owner[0])
+        ours = layer(inputs())
+    assert ours.dtype == stock.dtype
+    torch.testing.assert_close(ours, stock, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kind", ["bnb-4bit", "bnb-8bit", "torchao-int8", "hqq", "gptq-stand-in"])
+def test_a_bound_layer_compiles_whole(kind: str) -> None:
+    layer = quantised_layer(kind)
+    bind(layer.owner[0])
+    torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(inputs()), layer(inputs()))
+
+
+@pytest.mark.parametrize("kind", ["bnb-4bit", "bnb-8bit", "torchao-int8", "hqq"])
+def test_a_copy_is_an_ordinary_peft_model(kind: str) -> None:
+    layer = quantised_layer(kind)
+    model = layer.owner.pop()
+    bind(model)
+    copied = copy.deepcopy(model)
+    assert type(copied.base_model.model[0]) is layer.original
+    torch.testing.assert_close(copied(inputs()), model(inputs()))
 
 
 # ---------------------------------------------------------------- what is retained
@@ -145,8 +176,16 @@ def test_relative_norm_reads_the_dequantised_weight(kind: str, called: bool) -> 
     assert score == pytest.approx((delta.norm() / weight.float().norm()).item(), rel=1e-5)
 
 
-def test_relative_norm_cannot_be_told_where_no_weight_is_to_be_had() -> None:
-    layer = quantised_layer("gptq-stand-in")
+def packed() -> nn.Module:
+    """As bitsandbytes leaves it after an evaluation on a CPU with AVX512-BF16."""
+    layer = quantised_layer("bnb-4bit")
+    layer.base_layer.weight.quant_state.packing_format_for_cpu = True
+    return layer
+
+
+@pytest.mark.parametrize("make", [lambda: quantised_layer("gptq-stand-in"), packed], ids=["gptq", "packed"])
+def test_relative_norm_cannot_be_told_where_no_weight_is_to_be_had(make: Callable[[], nn.Module]) -> None:
+    layer = make()
     (adapter,) = bind(layer.owner[0]).live_adapters()
     assert math.isnan(find_score("relative_norm").function(adapter.evidence()))
 
@@ -164,6 +203,18 @@ def test_a_merged_or_switched_off_adapter_runs_pefts_own_path(kind: str, fast_ca
     assert not fast_calls
 
 
+def test_dora_runs_pefts_own_path_and_freezes_all_the_same(fast_calls: list[Any]) -> None:
+    layer = quantised_layer("bnb-4bit", use_dora=True)
+    stock = results(layer, inputs())
+    (adapter,) = bind(layer.owner[0]).live_adapters()
+    assert refusal(layer) == "LoRA variant DoRA"
+    for got, expected in zip(results(layer, inputs()), stock, strict=True):
+        assert torch.equal(got, expected)
+    adapter.freeze()
+    layer(inputs()).sum().backward()
+    assert all(parameter.grad is None for parameter in adapter.parameters()) and not fast_calls
+
+
 def test_two_halves_under_autocast_are_left_to_peft() -> None:
     layer, x = quantised_layer("bnb-4bit", torch.float16), inputs(torch.float16)
     enabled, dtype = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
@@ -176,6 +227,27 @@ def test_two_halves_under_autocast_are_left_to_peft() -> None:
     finally:
         torch.set_autocast_enabled("cuda", enabled)
         torch.set_autocast_dtype("cuda", dtype)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_base_that_passes_no_gradient_is_named_once(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    layer, x = quantised_layer(kind), inputs()
+    passes = layer.base_layer(x).requires_grad
+    model = layer.owner[0]
+    bind(model)
+    _warn_once.cache_clear()
+    with caplog.at_level(logging.WARNING, "safe_peft"):
+        layer(x), layer(x)
+    expected = "" if passes else "torchao quantises the activations, and its base passes no gradient"
+    assert explain(model)["0"].reason == expected
+    assert len([record for record in caplog.records if expected in record.message]) == (not passes)
+    assert passes == (kind != "torchao-int8-dynamic")
+
+
+def test_a_packed_weight_is_named() -> None:
+    layer = packed()
+    bind(layer.owner[0])
+    assert "packed the weight when it evaluated" in explain(layer.owner[0])["0"].reason
 
 
 @kinds

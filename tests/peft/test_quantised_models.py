@@ -11,7 +11,7 @@ import pytest
 import torch
 from families import family
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
-from quantisers import KINDS, quantised_llama
+from quantisers import KINDS, int8, quantised_llama
 from tiny import BERT_TARGETS, EARLY, adamw, train
 from torch import Tensor, nn
 
@@ -148,7 +148,10 @@ def outcome(run: Callable[[], Tensor]) -> Tensor | tuple[type[Exception], str]:
 @kinds
 def test_merging_does_what_it_does_in_peft_errors_included(kind: str, unload: bool) -> None:
     def run(bound: bool) -> Tensor:
-        model = quantised_llama(kind, layers=1).eval()
+        model = quantised_llama(kind, layers=1)
+        for layer in model.modules():
+            if kind == "torchao-int8" and hasattr(layer, "get_apply_tensor_subclass"):
+                layer.get_apply_tensor_subclass = int8  # as PEFT sets it where transformers quantised the model
         if bound:
             bind(model)
         with torch.no_grad():
@@ -160,7 +163,7 @@ def test_merging_does_what_it_does_in_peft_errors_included(kind: str, unload: bo
             return torch.cat([merged, model(**BATCH).logits])
 
     ours, stock = outcome(lambda: run(True)), outcome(lambda: run(False))
-    assert type(ours) is type(stock)
+    assert isinstance(stock, Tensor) == (kind in ("bnb-4bit", "bnb-8bit", "torchao-int8", "hqq"))
     if isinstance(stock, Tensor):
         torch.testing.assert_close(ours, stock)
     else:

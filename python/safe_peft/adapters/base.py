@@ -81,6 +81,11 @@ class Adapter(ABC):
     def refusal(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
         """Why a call of this layer cannot take the fast path, in a few words; None if it can."""
 
+    @staticmethod
+    def note(layer: nn.Module) -> str:
+        """What a user may want to know about a layer that takes the fast path."""
+        return ""
+
     @abstractmethod
     def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
         """What is known about the adapter now."""

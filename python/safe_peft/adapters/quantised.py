@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -19,15 +20,22 @@ from ..swap import original_type
 from . import lora
 from .base import dotted_name, register_adapter
 
+logger = logging.getLogger(__name__)
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-def _dequantise_bnb(base: Any) -> Tensor:
+def _is_packed(weight: Any) -> bool:
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def _dequantise_bnb(base: Any) -> Tensor | None:
+    if _is_packed(base.weight):
+        return None  # bitsandbytes would dequantise the order of the unpacked weight
     return dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
 
 
 _PEFT = "peft.tuners.lora"
-DEQUANTISE: dict[str, Callable[[Any], Tensor] | None] = {
+DEQUANTISE: dict[str, Callable[[Any], Tensor | None] | None] = {
     f"{_PEFT}.bnb.Linear8bitLt": _dequantise_bnb,
     f"{_PEFT}.bnb.Linear4bit": _dequantise_bnb,
     f"{_PEFT}.torchao.TorchaoLoraLinear": lambda base: base.weight.dequantize(),
@@ -59,10 +67,35 @@ def _refuse_autocast(args: tuple[Any, ...]) -> str | None:
     return None
 
 
+def gradient_gap(layer: Any) -> str:
+    """Why the base layer passes no gradient to its input, bound or not; empty where it passes one.
+
+    Args:
+        layer: one of PEFT's LoRA layers for a quantised base.
+    """
+    weight = layer._modules["base_layer"]._parameters.get("weight")
+    if _is_packed(weight):
+        return "bitsandbytes packed the weight when it evaluated on this CPU, and its base passes no gradient since"
+    if getattr(weight, "act_quant_kwargs", None) is not None:
+        return "torchao quantises the activations, and its base passes no gradient"
+    return ""
+
+
+@cache
+def _warn_once(gap: str) -> None:
+    logger.warning("%s: layers below train on a part of theirs, with PEFT alone as well; see docs/quantised.md", gap)
+
+
 class SafeQuantisedLinear(lora.SafeLoraLinear):
     """The same over a quantised base layer, whose own forward and backward stay as they are."""
 
     _refusal = staticmethod(refusal)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward, by the fast path if it can serve this call."""
+        if self.training and not torch.compiler.is_compiling() and (gap := gradient_gap(self)):
+            _warn_once(gap)
+        return super().forward(x, *args, **kwargs)
 
 
 @register_adapter
@@ -73,6 +106,7 @@ class QuantisedLora(lora.LoraAdapter):
     layer_names = tuple(DEQUANTISE)
     mixin = SafeQuantisedLinear
     refusal = staticmethod(refusal)
+    note = staticmethod(gradient_gap)
 
     def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
         """What is known about the adapter now; the base weight only by dequantising it."""
