@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import logging
 import math
+import re
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from peft.utils.integrations import dequantize_module_weight
 from quantisers import KINDS, bnb_4bit, quantised_layer
 from torch import Tensor, nn
 
+import safe_peft
 from safe_kernels.retention import measure
 from safe_peft import bind, explain
 from safe_peft.adapters.quantised import QuantisedLora, _warn_once, refusal
@@ -248,6 +251,13 @@ def test_a_packed_weight_is_named() -> None:
     layer = packed()
     bind(layer.owner[0])
     assert "packed the weight when it evaluated" in explain(layer.owner[0])["0"].reason
+
+
+def test_no_quantiser_is_imported_by_the_package() -> None:
+    pattern = re.compile(r"^\s*(?:from|import) (?:bitsandbytes|torchao|hqq|gptqmodel|aqlm)\b", re.MULTILINE)
+    assert pattern.search("    import torchao\n")
+    sources = list(Path(safe_peft.__file__).parent.rglob("*.py"))
+    assert sources and not [path.name for path in sources if pattern.search(path.read_text(encoding="utf-8"))]
 
 
 @kinds

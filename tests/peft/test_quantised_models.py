@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from safe_kernels.retention import measure
 from safe_peft import AdapterFreezer, SafeConfig, assets, bind, explain, plan_memory
+from safe_peft.planning.live import LiveBytes
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 BATCH = family("llama").batch()
@@ -72,6 +73,11 @@ def test_a_plan_is_what_is_measured(kind: str) -> None:
             adapter.freeze()
     assert len(plan.frozen) == 10
     assert plan.ours.retained == measure(lambda: model(**BATCH).loss).bytes
+    model.zero_grad()
+    scales = [module.state.SCB for module in model.modules() if kind == "bnb-8bit" and hasattr(module, "state")]
+    with LiveBytes([*model.parameters(), *model.buffers(), *BATCH.values(), *scales]) as live:
+        model(**BATCH).loss.backward()
+    assert plan.ours.step == pytest.approx(live.peak, rel=0.01), "what 8 bits keep out of the hooks' sight is in it"
 
 
 def test_a_plan_counts_the_scales_of_4_bits() -> None:
