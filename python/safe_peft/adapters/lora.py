@@ -108,7 +108,7 @@ class SafeLoraLinear(Swapped):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward, by the fast path if it can serve this call."""
         state: LayerState | None = self.__dict__.get(STATE)
-        if state is None or self._refusal(self, (x, *args), kwargs) is not None:  # type: ignore[arg-type]
+        if state is None or self._refusal(self, (x, *args), kwargs) is not None:
             self._hold_frozen(state)
             return super().forward(x, *args, **kwargs)
         key = _active_keys(self)[0]

@@ -95,7 +95,7 @@ class FakeModel:
         return fake
 
 
-class _Copying(FakeCopyMode):  # type: ignore[misc]
+class _Copying(FakeCopyMode):
     """Copies tensors that modules hold beside their parameters and buffers, as quantised layers do."""
 
     def __init__(self, model: FakeModel) -> None:
