@@ -23,7 +23,7 @@ class LayerPath:
         name: the layer's path in the model.
         kind: PEFT's type of it, such as "lora.Linear".
         path: "safe_kernels::lora" or "peft".
-        reason: why; empty when nothing speaks against the fast path.
+        reason: why; on the fast path mostly empty, or what there is to know about the base layer.
         trainable: whether any of its adapters' parameters requires grad.
         frozen: whether a freezer has frozen an adapter of it.
     """
@@ -160,7 +160,7 @@ def _explain_layer(name: str, layer: nn.Module, kind: str) -> LayerPath:
     elif state is None:
         path, reason = PEFT, f"not bound: after bind(model) {FAST} would serve it"
     else:
-        path, reason = FAST, ""
+        path, reason = FAST, known.note(layer)
     trainable = any(p.requires_grad for key in adapter_keys(layer) for p in adapter_parameters(layer, key))
     return LayerPath(name, kind, path, reason, trainable, state is not None and bool(state.frozen))
 

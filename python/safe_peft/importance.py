@@ -26,10 +26,12 @@ class Evidence:
         lora_A: [r, d_in].
         lora_B: [d_out, r].
         scaling: what the product is multiplied by.
-        base_weight: the frozen weight the adapter stands beside, in either orientation.
+        base_weight: the frozen weight the adapter stands beside, in either orientation; None where it is quantised.
         grad_A: gradient of lora_A before the optimizer's step.
         grad_B: gradient of lora_B before the optimizer's step.
         generator: seeded for this adapter alone, and independent of every global generator.
+        dequantise: where the base weight is quantised, makes it anew, or None where that cannot be done; costly, so
+            for the scores that need it.
     """
 
     statistics: AdapterStatistics | None = None
@@ -40,6 +42,7 @@ class Evidence:
     grad_A: Tensor | None = None
     grad_B: Tensor | None = None
     generator: random.Random | None = None
+    dequantise: Callable[[], Tensor | None] | None = None
 
 
 class Score(NamedTuple):
@@ -122,6 +125,8 @@ def relative_norm(evidence: Evidence) -> float:
     B A is never formed: |B A|^2 = trace(A' B' B A) is the sum over the elementwise product of two r x r Gram matrices.
     """
     A, B, W = evidence.lora_A, evidence.lora_B, evidence.base_weight
+    if W is None and evidence.dequantise is not None:
+        W = evidence.dequantise()
     if A is None or B is None or W is None:
         return math.nan
     A, B = A.double(), B.double()

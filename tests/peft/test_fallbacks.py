@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -11,11 +12,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from peft.tuners.lora.layer import Linear as PeftLinear
 from tiny import BERT_TARGETS, batches, bert, randomise_adapters
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from safe_peft import bind
 from safe_peft.adapters.lora import refusal
+from safe_peft.importance import find_score
 
 
 def lora_layer(base: nn.Module | None = None, **options: Any) -> PeftLinear:
@@ -47,6 +49,50 @@ def test_conv1d_takes_the_fast_path(fast_calls: list[Any]) -> None:
     x = torch.randn(2, 3, 16)
     torch.testing.assert_close(layer(x), PeftLinear.forward(layer, x))
     assert len(fast_calls) == 1
+
+
+class Doubled(nn.Linear):
+    """A subclass with a forward of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+class Float8(nn.Linear):
+    """As transformers' layers of 8-bit floats: a weight that is not of the dtype it computes in."""
+
+    def __init__(self, d_in: int, d_out: int) -> None:
+        super().__init__(d_in, d_out)
+        self.weight = nn.Parameter(self.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight.to(x.dtype), self.bias)
+
+
+def over_a_subclass() -> PeftLinear:
+    return lora_layer(Doubled(16, 24))
+
+
+def over_float8() -> PeftLinear:
+    return lora_layer(Float8(16, 24))
+
+
+def over_a_parametrised_layer() -> PeftLinear:
+    layer = lora_layer()
+    nn.utils.parametrizations.weight_norm(layer.base_layer)
+    return layer
+
+
+@pytest.mark.parametrize("make", [over_a_subclass, over_float8, over_a_parametrised_layer])
+def test_any_base_layer_takes_the_fast_path_since_only_its_output_counts(
+    make: Callable[[], PeftLinear], fast_calls: list[Any]
+) -> None:
+    layer, x = make(), torch.randn(3, 16)
+    torch.testing.assert_close(layer(x), PeftLinear.forward(layer, x))
+    assert len(fast_calls) == 1
+    (adapter,) = bind(layer.owner[0]).live_adapters()
+    norm = find_score("relative_norm").function(adapter.evidence())
+    assert math.isnan(norm) if make is over_float8 else norm > 0, "what 8-bit floats stand for only the layer knows"
 
 
 def test_dropout_is_on_in_training_only_and_follows_the_seed() -> None:
@@ -120,13 +166,6 @@ def disabled() -> PeftLinear:
     return layer
 
 
-def other_base() -> PeftLinear:
-    class Scaled(nn.Linear):
-        pass
-
-    return lora_layer(Scaled(16, 24))
-
-
 def other_dropout() -> PeftLinear:
     layer = lora_layer(lora_dropout=0.5)
     layer.lora_dropout["default"] = nn.AlphaDropout(0.0)
@@ -145,12 +184,6 @@ def parametrised() -> PeftLinear:
     return layer
 
 
-def float8_base() -> PeftLinear:
-    layer = lora_layer().eval()
-    layer.base_layer.weight = nn.Parameter(layer.base_layer.weight.detach().to(torch.float8_e4m3fn), False)
-    return layer
-
-
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -160,11 +193,9 @@ def float8_base() -> PeftLinear:
         (none_active, "no active adapter in this layer"),
         (merged, "adapters are merged"),
         (disabled, "adapters are disabled"),
-        (other_base, "base layer Scaled is not nn.Linear or Conv1D"),
         (other_dropout, "dropout module AlphaDropout"),
         (hooked, "hooks on lora_A, lora_B or lora_dropout"),
         (parametrised, "adapter is made of ParametrizedLinear"),
-        (float8_base, "base weight is quantised (float8_e4m3fn)"),
     ],
 )
 def test_what_is_not_covered_runs_pefts_own_path(
@@ -172,9 +203,8 @@ def test_what_is_not_covered_runs_pefts_own_path(
 ) -> None:
     layer = make()
     assert refusal(layer) is not None and refusal(layer).startswith(reason)  # type: ignore[union-attr]
-    if make is not float8_base:
-        x = torch.randn(3, 16)
-        assert torch.equal(layer(x), PeftLinear.forward(layer, x))
+    x = torch.randn(3, 16)
+    assert torch.equal(layer(x), PeftLinear.forward(layer, x))
     assert not fast_calls
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import lora as lora  # registers its layer type
+from . import quantised as quantised  # likewise
 from .base import Adapter, LayerState, adapter_of, peft_kind, register_adapter
 
 __all__ = ["Adapter", "LayerState", "adapter_of", "peft_kind", "register_adapter"]

@@ -64,6 +64,8 @@ class Adapter(ABC):
 
     layer_type: ClassVar[type[nn.Module]]
     """PEFT's type, matched exactly, since a subclass may compute something else."""
+    layer_names: ClassVar[tuple[str, ...]] = ()
+    """Dotted names of further types of PEFT's: of those whose module imports a package that few have installed."""
     mixin: ClassVar[type[Swapped]]
     """What binding puts on an instance of it."""
 
@@ -78,6 +80,11 @@ class Adapter(ABC):
     @abstractmethod
     def refusal(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
         """Why a call of this layer cannot take the fast path, in a few words; None if it can."""
+
+    @staticmethod
+    def note(layer: nn.Module) -> str:
+        """What a user may want to know about a layer that takes the fast path."""
+        return ""
 
     @abstractmethod
     def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
@@ -133,12 +140,17 @@ class Adapter(ABC):
             dropout.p = p
 
 
-_ADAPTERS: dict[type[nn.Module], type[Adapter]] = {}
+_ADAPTERS: dict[str, type[Adapter]] = {}
+
+
+def dotted_name(kind: type) -> str:
+    """Return a class's full name, by which it is known without being imported."""
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def register_adapter(kind: type[Adapter]) -> type[Adapter]:
     """Class decorator: make a kind of adapter known to `bind` and `explain`."""
-    _ADAPTERS[kind.layer_type] = kind
+    _ADAPTERS.update(dict.fromkeys((dotted_name(kind.layer_type), *kind.layer_names), kind))
     return kind
 
 
@@ -149,7 +161,7 @@ def adapter_of(layer: nn.Module) -> type[Adapter] | None:
         >>> adapter_of(nn.Linear(2, 2)) is None
         True
     """
-    return _ADAPTERS.get(original_type(layer))
+    return _ADAPTERS.get(dotted_name(original_type(layer)))
 
 
 def peft_kind(layer: nn.Module) -> str | None:

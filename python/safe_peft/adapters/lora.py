@@ -1,4 +1,4 @@
-"""LoRA on nn.Linear and on transformers' Conv1D: PEFT's `lora.Linear`, its adapter computed by `safe_kernels.lora`."""
+"""PEFT's `lora.Linear` with `safe_kernels.lora` for its adapter, over any base layer: only its output is taken."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
-from transformers.pytorch_utils import Conv1D
 
 import safe_kernels
 from safe_kernels import AdapterStatistics
@@ -20,7 +19,6 @@ from ..swap import STATE, Swapped, is_hooked
 from .base import Adapter, LayerState, adapter_parameters, register_adapter
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-_BASES = frozenset({nn.Linear, Conv1D})
 _DROPOUTS = frozenset({nn.Dropout, nn.Identity})
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 _ROUTING = ("adapter_names", *VARIANT_KWARG_KEYS)
@@ -51,7 +49,9 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
     keys = _active_keys(layer)
     if len(keys) != 1:
         return "several adapters are active" if keys else "no active adapter in this layer"
-    return _refuse_base(layer) or _refuse_adapter(layer, keys[0]) or _refuse_input(layer, keys[0], args)
+    if "forward" in layer.__dict__:
+        return "forward is replaced on the layer itself (device hooks, for instance)"
+    return _refuse_adapter(layer, keys[0]) or _refuse_input(layer, keys[0], args)
 
 
 def _active_keys(layer: PeftLinear) -> list[str]:
@@ -59,20 +59,6 @@ def _active_keys(layer: PeftLinear) -> list[str]:
     if type(active) is str:
         return [active] if active in lora_A else []
     return [key for key in active if key in lora_A]
-
-
-def _refuse_base(layer: PeftLinear) -> str | None:
-    base = layer._modules["base_layer"]
-    if type(base) not in _BASES:
-        return f"base layer {type(base).__name__} is not nn.Linear or Conv1D"
-    weight = base._parameters.get("weight")
-    if weight is None:
-        return "base weight is not an ordinary parameter"
-    if weight.dtype not in _FLOATS or layer.quantization_backend is not None:
-        return f"base weight is quantised ({str(weight.dtype).removeprefix('torch.')})"
-    if "forward" in layer.__dict__:
-        return "forward is replaced on the layer itself (device hooks, for instance)"
-    return None
 
 
 def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
@@ -117,11 +103,12 @@ class SafeLoraLinear(Swapped):
 
     base_layer: nn.Module
     scaling: dict[str, float]
+    _refusal = staticmethod(refusal)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward, by the fast path if it can serve this call."""
         state: LayerState | None = self.__dict__.get(STATE)
-        if state is None or refusal(self, (x, *args), kwargs) is not None:
+        if state is None or self._refusal(self, (x, *args), kwargs) is not None:
             self._hold_frozen(state)
             return super().forward(x, *args, **kwargs)
         key = _active_keys(self)[0]
@@ -166,12 +153,13 @@ class LoraAdapter(Adapter):
     def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
         """What is known about the adapter now."""
         A, B = self.layer.lora_A[self.key].weight, self.layer.lora_B[self.key].weight
+        weight = getattr(self.layer.get_base_layer(), "weight", None)
         return Evidence(
             statistics=statistics,
             lora_A=A.detach(),
             lora_B=B.detach(),
             scaling=self.layer.scaling[self.key],
-            base_weight=self.layer.get_base_layer().weight.detach(),
+            base_weight=weight.detach() if isinstance(weight, Tensor) and weight.dtype in _FLOATS else None,
             grad_A=A.grad,
             grad_B=B.grad,
         )

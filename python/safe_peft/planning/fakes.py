@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeCopyMode
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from transformers import masking_utils
 
 from ..blocks import parts_of
@@ -20,12 +21,15 @@ from ..errors import PlanError
 
 _FIND_PACKED = "find_packed_sequence_indices"
 _PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor})
+_ATTACHED = "_attached"
+"""On a copied parameter: names of the attributes that came along."""
 
 
 class FakeModel:
     """A copy of a model on fake tensors. The model itself is neither changed nor read, and may be on the meta device.
 
-    Hooks and replaced forwards come along, as `copy.deepcopy` copies them; bindings and a freezer's hooks do not.
+    Hooks and replaced forwards come along, as `copy.deepcopy` copies them; bindings and a freezer's hooks do not. So do
+    the scales of quantised weights, wherever a layer keeps them: `tensors` are all that the copy holds.
 
     Args:
         model: any module.
@@ -43,23 +47,27 @@ class FakeModel:
     def __init__(self, model: nn.Module) -> None:
         self.mode = FakeTensorMode()
         memo: dict[int, Any] = {}
-        shapes: dict[int, Tensor] = {}
+        self._shapes: dict[int, Tensor] = {}
+        self.tensors: list[Tensor] = []
         tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
         try:
             with self.mode:
                 for tensor in tensors:
-                    memo[id(tensor)] = self._fake(tensor, shapes)
+                    memo[id(tensor)] = self._fake(tensor)
                 for parameter in model.parameters():
                     memo[id(parameter)].grad = None
             memo |= {id(hook): _ignore for hook in _own_hooks(model)}
-            with FakeCopyMode(self.mode), warnings.catch_warnings():
+            with _Copying(self), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.module: nn.Module = copy.deepcopy(model, memo)
+                for parameter in model.parameters():
+                    _attach(parameter, memo)
         except Exception as error:
             raise PlanError(
                 f"{type(model).__name__} cannot be copied for a plan ({first_line(error)}); take off what was put on "
                 "its modules, or plan before that."
             ) from error
+        self.tensors += [*self.module.parameters(), *self.module.buffers()]
         self._note_norms(model)
 
     def _note_norms(self, model: nn.Module) -> None:
@@ -71,20 +79,47 @@ class FakeModel:
             if id(original) in norms:
                 module.__dict__[INVERTS] = norms[id(original)].retains_output(original)
 
-    def _fake(self, tensor: Tensor, shapes: dict[int, Tensor]) -> Tensor:
-        if type(tensor) not in _PLAIN:
+    def _fake(self, tensor: Tensor) -> Tensor:
+        if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
             return self.mode.from_tensor(tensor, static_shapes=True)
         device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
         storage = tensor.untyped_storage()
-        if storage._cdata not in shapes:  # tensors that share memory go on sharing it
+        if storage._cdata not in self._shapes:  # tensors that share memory go on sharing it
             count = storage.nbytes() // tensor.element_size()
-            shapes[storage._cdata] = torch.empty(count, dtype=tensor.dtype, device=device)
-        base = shapes[storage._cdata]
+            self._shapes[storage._cdata] = torch.empty(count, dtype=tensor.dtype, device=device)
+        base = self._shapes[storage._cdata]
         base = base if base.dtype == tensor.dtype else base.view(tensor.dtype)
         fake = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake
+
+
+class _Copying(FakeCopyMode):
+    """Copies tensors that modules hold beside their parameters and buffers, as quantised layers do."""
+
+    def __init__(self, model: FakeModel) -> None:
+        super().__init__(model.mode)
+        self.model = model
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not Tensor.__deepcopy__ or id(args[0]) in args[1]:
+            return super().__torch_function__(func, types, args, kwargs)
+        tensor, memo = args
+        with self.model.mode:
+            memo[id(tensor)] = self.model._fake(tensor)
+        self.model.tensors.append(memo[id(tensor)])
+        return memo[id(tensor)]
+
+
+def _attach(parameter: nn.Parameter, memo: dict[int, Any]) -> None:
+    """Give a copy what bitsandbytes hangs on its parameters: a fake tensor can be of no other class."""
+    own = vars(parameter)
+    known = type(parameter) in _PLAIN or is_traceable_wrapper_subclass(parameter)
+    names = own.get(_ATTACHED, () if known else tuple(own))
+    if names:
+        copied = {name: copy.deepcopy(own[name], memo) for name in names}
+        memo[id(parameter)].__dict__.update(copied, **{_ATTACHED: names})
 
 
 @contextmanager

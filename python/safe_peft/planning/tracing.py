@@ -43,7 +43,7 @@ class Trace:
     Args:
         table: what is retained between forward and backward.
         peak: the most that tensors made in the step occupy at a time, gradients included.
-        parameters: parameters and buffers.
+        parameters: parameters and buffers, and the scales of quantised weights.
         inputs: the batch.
         gradients: what trains, and so the gradients at the end of backward.
     """
@@ -165,7 +165,7 @@ class _Step:
         with self.fake.mode, torch.enable_grad(), random, positions, _autocast(device, inputs):
             arguments = inputs.make(device)
             batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-            existing = [*module.parameters(), *module.buffers()]
+            existing = self.fake.tensors
             with LiveBytes([*existing, *batch], self._note_draw, fake=True) as live:
                 loss, table = self._forward(arguments, {key for t in [*existing, *batch] for key, _ in storages(t)})
                 if loss is not None:
