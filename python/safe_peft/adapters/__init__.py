@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from . import lora as lora  # registers its layer type
+from . import lora as lora  # each registers its layer types
+from . import lora_conv as lora_conv
+from . import lora_embedding as lora_embedding
+from . import lora_parameter as lora_parameter
 from .base import Adapter, LayerState, adapter_of, peft_kind, register_adapter
 
 __all__ = ["Adapter", "LayerState", "adapter_of", "peft_kind", "register_adapter"]
