@@ -1,4 +1,4 @@
-"""Whether the adapters that a freezer decides about are still there: PEFT deletes, merges and unloads behind its back."""
+"""Whether the adapters that a freezer decides about are still there: PEFT may delete them or unload the model."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from torch import nn
 from ..config import SafeConfig
 from ..errors import PlanError
 from ..state import Planned
+from ..watch import watch
 from .budget import Choice, bytes_limit, fit, least_important
 from .fakes import FakeModel
 from .inputs import Inputs, largest
@@ -46,10 +47,7 @@ class Planner:
         self._traces: dict[tuple[frozenset[str], frozenset[str]], Trace] = {}
         self._source: nn.Module | None = None
         self._suspended = 0
-        inner = getattr(model, "get_base_model", lambda: model)()
-        self._hooks = [
-            module.register_forward_pre_hook(self._see, with_kwargs=True) for module in dict.fromkeys((model, inner))
-        ]
+        self._hooks = watch(model, self._see)
 
     @property
     def ready(self) -> bool:
