@@ -57,4 +57,6 @@ def odd(**lora: Any) -> PeftModel:
     options |= {"target_parameters": ["experts.up", "experts.down"]} if "use_dora" not in lora else {}
     model = get_peft_model(Odd(), LoraConfig(**options | lora))  # type: ignore[arg-type]
     randomise_adapters(model)
+    with torch.no_grad():  # of an embedding's adapter it is A that starts with zeros
+        model.base_model.model.words.lora_embedding_A["default"].normal_(std=0.1)
     return model.train()
