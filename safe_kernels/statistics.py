@@ -146,7 +146,7 @@ class AdapterStatistics:
             ([4, 2], [True, True, True, False])
         """
         blocks = self._blocks()
-        rows = features.reshape(-1, features.shape[-1])
+        rows = features.detach().reshape(-1, features.shape[-1])
         index = blocks.starts[:, None] + torch.arange(blocks.block_rows, device=features.device)
         counts = index.flatten() < rows.shape[0]
         index = index.flatten().clamp(max=rows.shape[0] - 1)

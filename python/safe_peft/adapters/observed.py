@@ -93,7 +93,7 @@ class Sample:
     @torch.no_grad()
     def begin(self, base: Any) -> None:
         if isinstance(base, Tensor) and base.is_floating_point():
-            features = base.detach().movedim(self._features_dim, -1)
+            features = base.movedim(self._features_dim, -1)
             self._statistics = self._observe(features)
             if self._statistics is not None:
                 self._base = self._statistics.take(features)[0]
@@ -101,7 +101,7 @@ class Sample:
     @torch.no_grad()
     def end(self, output: Any) -> None:
         if self._statistics is not None:
-            features = output.detach().movedim(self._features_dim, -1)
+            features = output.movedim(self._features_dim, -1)
             self._statistics.add_features(self._base, *self._statistics.take(features))
 
 

@@ -106,7 +106,7 @@ class Planner:
         Args:
             ranked: who may freeze, the least important first.
             frozen: who is frozen.
-            share: what `cubic` says.
+            share: what `schedule.way` says.
         """
         self.agree()
         if not self.ready:
@@ -122,7 +122,7 @@ class Planner:
         Args:
             importance: of those that may freeze.
             frozen: who is frozen, or about to be.
-            share: what `cubic` says.
+            share: what `schedule.way` says.
         """
         self.agree()
         if not self.ready:
