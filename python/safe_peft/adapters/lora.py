@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
@@ -148,8 +148,8 @@ class SafeLoraLinear(Observed):
 class LoraAdapter(Adapter):
     """One LoRA adapter of one layer."""
 
-    layer_type = PeftLinear
-    mixin = SafeLoraLinear
+    layer_type: ClassVar[type[nn.Module]] = PeftLinear
+    mixin: ClassVar[type[Observed]] = SafeLoraLinear
     refusal = staticmethod(refusal)
     layer: Any
 
@@ -184,6 +184,6 @@ class LoraAdapter(Adapter):
         return B
 
     def base_weight(self) -> Tensor | None:
-        """The weight that the adapter stands beside."""
-        weight: Tensor = self.layer.get_base_layer().weight
-        return weight.detach()
+        """The weight that the adapter stands beside, if it can be read."""
+        weight = getattr(self.layer.get_base_layer(), "weight", None)
+        return weight.detach() if isinstance(weight, Tensor) and weight.dtype in _FLOATS else None

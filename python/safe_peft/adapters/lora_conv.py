@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d
 from torch import Tensor, nn
@@ -35,8 +35,8 @@ class SafeConv3d(Observed):
 class LoraConv1dAdapter(LoraAdapter):
     """One LoRA adapter of one Conv1d."""
 
-    layer_type: type[nn.Module] = Conv1d
-    mixin: type[Observed] = SafeConv1d
+    layer_type: ClassVar[type[nn.Module]] = Conv1d
+    mixin: ClassVar[type[Observed]] = SafeConv1d
 
     @staticmethod
     def refusal(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
