@@ -125,6 +125,63 @@ class AdapterStatistics:
         """Adds the sums of another call, on whichever device they are."""
         self.sums.add_(sums if sums.device == self.sums.device else sums.to(self.sums.device))
 
+    def take(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Copies the rows that are to score, for a layer that no kernel of ours computes.
+
+        Args:
+            features: [..., d].
+
+        Returns:
+            float64 [n * block_rows, d], and bool [n * block_rows]: which of them count. A block that runs past the
+            last row is filled up with rows that do not.
+
+        Raises:
+            ValueError: There are no `blocks`.
+
+        Example:
+            >>> import torch, safe_kernels
+            >>> blocks = safe_kernels.RowBlocks.spread(3, block_rows=4)
+            >>> rows, counts = safe_kernels.AdapterStatistics(blocks=blocks).take(torch.ones(3, 2))
+            >>> list(rows.shape), counts.tolist()
+            ([4, 2], [True, True, True, False])
+        """
+        blocks = self._blocks()
+        rows = features.detach().reshape(-1, features.shape[-1])
+        index = blocks.starts[:, None] + torch.arange(blocks.block_rows, device=features.device)
+        counts = index.flatten() < rows.shape[0]
+        index = index.flatten().clamp(max=rows.shape[0] - 1)
+        if blocks.row_weight is not None:
+            counts = counts & (blocks.row_weight[index] != 0)
+        return rows[index].to(torch.float64), counts
+
+    def add_features(self, base: Tensor, output: Tensor, counts: Tensor) -> None:
+        """Adds the sums of rows that `take` copied.
+
+        Args:
+            base: [n * block_rows, d], features without the adapter.
+            output: [n * block_rows, d], the same with it.
+            counts: [n * block_rows], which rows count.
+
+        Raises:
+            ValueError: There are no `blocks`.
+
+        Example:
+            >>> import torch, safe_kernels
+            >>> statistics = safe_kernels.AdapterStatistics(blocks=safe_kernels.RowBlocks.spread(64))
+            >>> rows, counts = statistics.take(torch.randn(64, 8))
+            >>> statistics.add_features(rows, rows, counts)
+            >>> statistics.one_minus_cka(), statistics.rows
+            (0.0, 64.0)
+        """
+        block_rows = self._blocks().block_rows
+        starts = torch.arange(0, base.shape[0], block_rows, device=base.device)
+        self.add_(reference.cka_sums(base, output - base, starts, block_rows, counts))
+
+    def _blocks(self) -> RowBlocks:
+        if self.blocks is None:
+            raise ValueError("blocks is None, so no row scores; pass blocks=RowBlocks.spread(num_rows)")
+        return self.blocks
+
     def zero_(self) -> None:
         """Forgets all that was added."""
         self.sums.zero_()

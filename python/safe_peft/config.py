@@ -34,7 +34,7 @@ class SafeConfig:
         warmup: nothing is frozen before this moment.
         max_warmup: warm-up ends here at the latest, however much importance still changes.
         stable_change: warm-up ends once no importance changes by more than this share between two scorings.
-        freeze_end: when the cubic curve reaches its target: the last freezing.
+        freeze_end: when the curve reaches its target: the last freezing.
         freeze_interval: adapters are frozen in batches, this far apart.
         score_interval: how often importance is measured, until the last freezing.
         total_steps: optimizer steps of the whole training; a Trainer knows it, a raw loop states it.
@@ -45,6 +45,7 @@ class SafeConfig:
         recompute: blocks that retain their input alone and run again in backward once they are frozen: "off", "frozen"
             (all of them) or "auto" (those that `memory_budget` takes). Exact, and costs the time of their forward.
         keep_dropout: leave a frozen adapter's dropout on.
+        curve: how the threshold rises from the end of warm-up to `freeze_end`: "cubic", or what `register_curve` knows.
         never_freeze: shell patterns; adapters whose name matches one stay trainable.
         seed: fixes the score "random".
 
@@ -72,6 +73,7 @@ class SafeConfig:
     memory_budget: int | str | None = None
     recompute: str = "off"
     keep_dropout: bool = False
+    curve: str = "cubic"
     never_freeze: tuple[str, ...] = ()
     seed: int = 0
 
@@ -83,7 +85,7 @@ class SafeConfig:
         patterns: Any = self.never_freeze
         if isinstance(patterns, list):
             object.__setattr__(self, "never_freeze", patterns := tuple(patterns))
-        self._check_score()
+        self._check_names()
         self._check_target()
         for name in ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval"):
             _check_point(name, getattr(self, name))
@@ -97,9 +99,11 @@ class SafeConfig:
         is_tuple = isinstance(patterns, tuple) and all(isinstance(pattern, str) for pattern in patterns)
         _check(is_tuple, "never_freeze", 'a tuple of shell patterns, such as ("*.layer.11.*",)', patterns)
 
-    def _check_score(self) -> None:
+    def _check_names(self) -> None:
         from .importance import score_names  # imports torch, which reading a report does not need
+        from .schedule import curve_names  # imports this module
 
+        _check(self.curve in curve_names(), "curve", f"one of {', '.join(curve_names())}", self.curve)
         _check(self.score in score_names(), "score", f"one of {', '.join(score_names())}", self.score)
 
     def _check_target(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from .config import SafeConfig
 from .ledger import Ledger
 from .planning.planner import Planner
-from .schedule import Schedule, choose, cubic, is_freezing_step, is_stable, rank
+from .schedule import Schedule, choose, is_freezing_step, is_stable, rank, way
 
 
 class Decisions:
@@ -73,7 +73,7 @@ class Decisions:
 
     def _share(self, step: int) -> float:
         start = self.ledger.warmup_end
-        return 0.0 if start is None else cubic(step, start, self._schedule.freeze_end)
+        return 0.0 if start is None else way(self._config.curve, step, start, self._schedule.freeze_end)
 
     def _choose(self, step: int, importance: Mapping[str, float]) -> tuple[list[str], float | None]:
         """Whom the curve says to freeze now, and the threshold that says so."""

@@ -22,6 +22,7 @@ from .errors import BindingError
 from .ledger import Ledger
 from .paths import unwrap, unwrap_optimizer
 from .planning.planner import Planner
+from .presence import Presence
 from .report import AdapterRecord, FreezeReport
 from .schedule import check_fit, is_scoring_step, resolve
 from .scorer import Scorer
@@ -77,6 +78,8 @@ class AdapterFreezer:
             undo.callback(self.binding.detach)
             self._adapters = self.binding.claim()
             undo.callback(self.binding.release)
+            self._presence = Presence(self.model, self._adapters)
+            self._records = tuple(AdapterRecord(a.name, sum(p.numel() for p in a.parameters())) for a in self._adapters)
             others_train, names = self._check_parameters(model), [adapter.name for adapter in self._adapters]
             check_fit(self.config, names, others_train)
             self.planner = Planner(self.model, self.config, others_train)
@@ -132,7 +135,7 @@ class AdapterFreezer:
             The names of the adapters frozen now; what they retained is gone from the next forward on.
 
         Raises:
-            BindingError: The freezer is detached.
+            BindingError: The freezer is detached, or PEFT has deleted an adapter or unloaded the model.
         """
         self._check_attached()
         self._step += 1
@@ -150,6 +153,7 @@ class AdapterFreezer:
     def _check_attached(self) -> None:
         if not self._attached:
             raise BindingError("this freezer is detached; make a new AdapterFreezer to go on.")
+        self._presence.check()
 
     def _freeze_due(self) -> tuple[str, ...]:
         names, recompute = self._decisions.due(self._step)
@@ -234,16 +238,19 @@ class AdapterFreezer:
 
         Raises:
             PlanError: `memory` is asked for, and no batch has been seen or the model does not run without values.
+            BindingError: `memory` is asked for, and PEFT has deleted an adapter or unloaded the model.
 
         Example:
             >>> freezer.report().save_json("report.json")  # doctest: +SKIP
         """
+        if memory:
+            self._presence.check()
         own = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
         return FreezeReport(
             model=model or own,
             config=self.config.to_dict(),
             total_steps=max(self.schedule.total_steps or 0, self._step),
-            adapters=tuple(AdapterRecord(a.name, sum(p.numel() for p in a.parameters())) for a in self._adapters),
+            adapters=self._records,
             scorings=tuple(self.ledger.scorings),
             freezings=tuple(self.ledger.freezings),
             retained=tuple(retained),
@@ -292,7 +299,7 @@ class AdapterFreezer:
 
         Raises:
             StateError: It belongs to other options or other adapters, or is damaged; nothing is changed then.
-            BindingError: The freezer is detached.
+            BindingError: The freezer is detached, or PEFT has deleted an adapter or unloaded the model.
         """
         self._check_attached()
         step, ledger, evidence, planned = check_state(state, self.config, [adapter.name for adapter in self._adapters])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from safe_kernels import AdapterStatistics, RowBlocks
 
 from .adapters import Adapter
+from .watch import watch
 
 
 class Observation:
@@ -35,12 +36,7 @@ class Observation:
         self._sums: dict[torch.device, Tensor] = {}
         self._mask: Tensor | None = None
         self._row_blocks: dict[tuple[int, torch.device, bool], RowBlocks] = {}
-        base = getattr(model, "get_base_model", None)
-        inner = base() if callable(base) else model
-        self._hooks = [
-            module.register_forward_pre_hook(self._begin_forward, with_kwargs=True)
-            for module in dict.fromkeys((model, inner))
-        ]
+        self._hooks = watch(model, self._begin_forward)
 
     def arm(self, live: Sequence[int], shift: int) -> None:
         """Observe the coming forwards.

@@ -36,14 +36,14 @@ def test_a_bound_model_takes_the_fast_path_and_needs_no_reason() -> None:
     assert {row.path for row in explain(model)} == {"peft"}
 
 
-def test_layers_of_other_kinds_are_named() -> None:
+def test_kinds_without_a_kernel_are_named() -> None:
     model = get_peft_model(Words(), LoraConfig(target_modules=["words", "mix", "stretch"]))  # type: ignore[arg-type]
     bind(model)
     rows = {row.name: (row.kind, row.path, row.reason) for row in explain(model)}
     assert rows == {
-        "words": ("lora.Embedding", "peft", "lora.Embedding is not covered"),
+        "words": ("lora.Embedding", "peft", "lora.Embedding has no kernel"),
         "mix": ("lora.Linear", "safe_kernels::lora", ""),
-        "stretch": ("lora.Conv1d", "peft", "lora.Conv1d is not covered"),
+        "stretch": ("lora.Conv1d", "peft", "lora.Conv1d has no kernel"),
     }
 
 

@@ -5,6 +5,7 @@ import math
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import EARLY, run
 
 from safe_peft import ConfigError, SafeConfig
 from safe_peft.schedule import (
@@ -14,8 +15,10 @@ from safe_peft.schedule import (
     is_freezing_step,
     is_scoring_step,
     is_stable,
+    register_curve,
     resolve,
     target_count,
+    way,
 )
 
 
@@ -106,3 +109,20 @@ def test_stability_asks_every_adapter_and_ignores_what_is_unknown() -> None:
     assert not is_stable({}, {"a": 1.0}, 0.05)
     assert not is_stable({"c": math.nan}, {"c": math.nan}, 0.05)
     assert is_stable({"a": 0.0}, {"a": 0.0}, 0.05)
+
+
+def test_a_curve_of_the_users_own_sets_the_pace() -> None:
+    register_curve("late")(lambda step, start, end: 1.0 if step >= end else 0.0)
+    _, _, freezer, _ = run(curve="late")
+    assert {freezing.step for freezing in freezer.ledger.freezings} == {EARLY["freeze_end"]}
+    assert len(freezer.frozen) == 9
+
+
+def test_a_curve_that_is_none_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"curve: expected one of .*cubic.*, got 'steep'"):
+        SafeConfig(curve="steep")
+    with pytest.raises(ConfigError, match="curve 'cubic' is registered already"):
+        register_curve("cubic")
+    register_curve("wild")(lambda step, start, end: 2.0)
+    with pytest.raises(ConfigError, match=r"curve 'wild': expected a share between 0 and 1 at step 3, got 2\.0"):
+        way("wild", 3, 1, 9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
@@ -15,8 +15,9 @@ import safe_kernels
 from safe_kernels import AdapterStatistics
 
 from ..importance import Evidence
-from ..swap import STATE, Swapped, is_hooked
-from .base import Adapter, LayerState, adapter_parameters, register_adapter
+from ..swap import STATE, is_hooked
+from .base import Adapter, LayerState, register_adapter
+from .observed import Observed
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _DROPOUTS = frozenset({nn.Dropout, nn.Identity})
@@ -77,6 +78,8 @@ def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
         return "adapter has a bias (lora_bias)"
     if A.dtype not in _FLOATS or A.dtype != B.dtype:
         return f"adapter dtype {str(A.dtype).removeprefix('torch.')} and {str(B.dtype).removeprefix('torch.')}"
+    if type(layer.scaling[key]) is Tensor:
+        return "scaling is a tensor (prepared for compiled hotswapping), which the op would take as a constant"
     if type(dropout) not in _DROPOUTS:
         return f"dropout module {type(dropout).__name__} is not nn.Dropout"
     if is_hooked(lora_A) or is_hooked(lora_B) or is_hooked(dropout):
@@ -98,10 +101,9 @@ def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | N
     return None
 
 
-class SafeLoraLinear(Swapped):
+class SafeLoraLinear(Observed):
     """PEFT's LoRA layer whose adapter runs in `safe_kernels.lora` wherever `refusal` finds nothing against it."""
 
-    base_layer: nn.Module
     scaling: dict[str, float]
     _refusal = staticmethod(refusal)
 
@@ -109,7 +111,6 @@ class SafeLoraLinear(Swapped):
         """PEFT's forward, by the fast path if it can serve this call."""
         state: LayerState | None = self.__dict__.get(STATE)
         if state is None or self._refusal(self, (x, *args), kwargs) is not None:
-            self._hold_frozen(state)
             return super().forward(x, *args, **kwargs)
         key = _active_keys(self)[0]
         own: Any = self._modules
@@ -129,21 +130,15 @@ class SafeLoraLinear(Swapped):
             statistics=None if observe is None else observe(x),
         )
 
-    def _hold_frozen(self, state: LayerState | None) -> None:
-        """PEFT's own path looks at requires_grad alone, so that has to be right."""
-        for key in () if state is None else state.frozen:
-            for parameter in adapter_parameters(self, key):
-                parameter.requires_grad_(False)
-
 
 @register_adapter
 class LoraAdapter(Adapter):
     """One LoRA adapter of one layer."""
 
-    layer_type = PeftLinear
-    mixin = SafeLoraLinear
+    layer_type: ClassVar[type[nn.Module]] = PeftLinear
+    mixin: ClassVar[type[Observed]] = SafeLoraLinear
     refusal = staticmethod(refusal)
-    layer: PeftLinear
+    layer: Any
 
     def dropouts(self) -> list[nn.Dropout]:
         """The adapter's dropout, if it has any."""
@@ -152,14 +147,30 @@ class LoraAdapter(Adapter):
 
     def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
         """What is known about the adapter now."""
-        A, B = self.layer.lora_A[self.key].weight, self.layer.lora_B[self.key].weight
-        weight = getattr(self.layer.get_base_layer(), "weight", None)
+        A, B = self.pair()
         return Evidence(
             statistics=statistics,
-            lora_A=A.detach(),
-            lora_B=B.detach(),
-            scaling=self.layer.scaling[self.key],
-            base_weight=weight.detach() if isinstance(weight, Tensor) and weight.dtype in _FLOATS else None,
-            grad_A=A.grad,
-            grad_B=B.grad,
+            lora_A=self.matrix_A(A.detach()),
+            lora_B=self.matrix_B(B.detach()),
+            scaling=float(self.layer.scaling[self.key]),
+            base_weight=self.base_weight(),
+            grad_A=None if A.grad is None else self.matrix_A(A.grad),
+            grad_B=None if B.grad is None else self.matrix_B(B.grad),
         )
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The adapter's two parameters."""
+        return self.layer.lora_A[self.key].weight, self.layer.lora_B[self.key].weight
+
+    def matrix_A(self, A: Tensor) -> Tensor:
+        """Lay lora_A or its gradient out as [..., r, d_in]: one matrix, or a stack of them."""
+        return A
+
+    def matrix_B(self, B: Tensor) -> Tensor:
+        """Lay lora_B or its gradient out as [..., d_out, r], which times `matrix_A` changes the weight."""
+        return B
+
+    def base_weight(self) -> Tensor | None:
+        """The weight that the adapter stands beside, if it can be read."""
+        weight = getattr(self.layer.get_base_layer(), "weight", None)
+        return weight.detach() if isinstance(weight, Tensor) and weight.dtype in _FLOATS else None

@@ -174,7 +174,7 @@ def bytes_limit(full: int, budget: int, share: float) -> int:
     Args:
         full: what it retains with nothing frozen.
         budget: what it may retain in the end.
-        share: of the way, as `schedule.cubic` says.
+        share: of the way, as `schedule.way` says.
 
     Example:
         >>> bytes_limit(1000, 400, 0.5), bytes_limit(300, 400, 0.5)

@@ -56,7 +56,6 @@ class FakeModel:
                     memo[id(tensor)] = self._fake(tensor)
                 for parameter in model.parameters():
                     memo[id(parameter)].grad = None
-            memo |= {id(hook): _ignore for hook in _own_hooks(model)}
             with _Copying(self), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.module: nn.Module = copy.deepcopy(model, memo)
@@ -143,19 +142,6 @@ def ordinary_positions() -> Iterator[None]:
         yield
     finally:
         setattr(masking_utils, _FIND_PACKED, original)
-
-
-def _own_hooks(model: nn.Module) -> Iterator[Any]:
-    """Hooks by which a freezer watches: a copy's forward is none of the training's."""
-    package = __name__.split(".")[0]
-    for module in model.modules():
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if (getattr(hook, "__module__", None) or "").split(".")[0] == package:
-                yield hook
-
-
-def _ignore(*_: Any, **__: Any) -> None:
-    """Stands where one of them was."""
 
 
 def first_line(error: BaseException) -> str:

@@ -15,6 +15,7 @@ from torch import nn
 from ..config import SafeConfig
 from ..errors import PlanError
 from ..state import Planned
+from ..watch import watch
 from .budget import Choice, bytes_limit, fit
 from .fakes import FakeModel
 from .inputs import Inputs, largest
@@ -46,10 +47,7 @@ class Planner:
         self._traces: dict[tuple[frozenset[str], frozenset[str]], Trace] = {}
         self._source: nn.Module | None = None
         self._suspended = 0
-        inner = getattr(model, "get_base_model", lambda: model)()
-        self._hooks = [
-            module.register_forward_pre_hook(self._see, with_kwargs=True) for module in dict.fromkeys((model, inner))
-        ]
+        self._hooks = watch(model, self._see)
 
     @property
     def ready(self) -> bool:
@@ -111,7 +109,7 @@ class Planner:
         Args:
             importance: of those that may freeze.
             frozen: who is frozen.
-            share: what `cubic` says.
+            share: what `schedule.way` says.
         """
         self.agree()
         if not self.ready:
@@ -128,7 +126,7 @@ class Planner:
         Args:
             importance: of those that may freeze.
             frozen: who is frozen, or about to be.
-            share: what `cubic` says.
+            share: what `schedule.way` says.
         """
         self.agree()
         if not self.ready:

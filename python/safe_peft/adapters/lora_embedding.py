@@ -1,0 +1,30 @@
+"""LoRA on nn.Embedding: PEFT's `lora.Embedding`, on PEFT's own path."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from peft.tuners.lora.layer import Embedding as PeftEmbedding
+from torch import Tensor, nn
+
+from .base import register_adapter
+from .lora import LoraAdapter
+from .observed import Observed
+
+
+@register_adapter
+class LoraEmbeddingAdapter(LoraAdapter):
+    """One LoRA adapter of one embedding: a lookup in A, and a small product."""
+
+    layer_type = PeftEmbedding
+    mixin = Observed
+
+    @staticmethod
+    def refusal(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
+        """Why it takes PEFT's path."""
+        return "lora.Embedding has no kernel"
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The adapter's two parameters."""
+        return self.layer.lora_embedding_A[self.key], self.layer.lora_embedding_B[self.key]

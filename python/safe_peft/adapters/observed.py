@@ -1,0 +1,139 @@
+"""Freezing and scoring on PEFT's own path: what an adapter is worth is read off its layer's outputs.
+
+No kernel gathers its sums there. So in a step that scores, and only then, the layer's features without and with an
+adapter are sampled during its forward: exact up to the rounding of the features' own dtype, which in 16 bits hides an
+adapter that changes them by less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states
+
+from safe_kernels import AdapterStatistics
+
+from ..swap import STATE, Swapped
+from .base import LayerState, adapter_keys, adapter_parameters
+
+Call = Callable[[], Any]
+
+
+class Observed(Swapped):
+    """A LoRA layer on PEFT's own path: frozen adapters stay frozen, and those that are due are scored."""
+
+    features_dim: ClassVar[int] = -1
+    """The dimension of the layer's output that holds its features; the others are rows."""
+    base_layer: nn.Module
+    active_adapters: list[str]
+    disable_adapters: bool
+    merged: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's forward."""
+        state: LayerState | None = self.__dict__.get(STATE)
+        if state is not None:
+            _hold_frozen(self, state)
+            if state.observe and self.training and (due := self._due(state, kwargs)):
+                parent = super().forward
+                return self._observe(due, lambda: parent(*args, **kwargs), args, kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _active_keys(self) -> list[str]:
+        present = adapter_keys(self)
+        return [key for key in self.active_adapters if key in present]
+
+    def _due(self, state: LayerState, kwargs: Mapping[str, Any]) -> dict[str, Sample]:
+        """The adapters that the coming call computes and that a scoring waits for."""
+        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+            return {}
+        keys = [key for key in self._active_keys() if key in state.observe]
+        return {key: Sample(state.observe[key], self.features_dim) for key in keys}
+
+    def _observe(self, due: Mapping[str, Sample], call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        output = self._sample_base(due, call, args, kwargs)
+        together = len(self._active_keys()) > 1
+        for key, sample in due.items():
+            if together:  # what one does by itself is not to be told from what they all do
+                with aside(self, args), _alone(self, key):
+                    sample.end(call())
+            else:
+                sample.end(output)
+        return output
+
+    def _sample_base(
+        self, due: Mapping[str, Sample], call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Call the layer, and sample its base layer's output before anything is added to it in place."""
+
+        def begin(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            for sample in due.values():
+                sample.begin(output)
+
+        hook = self.base_layer.register_forward_hook(begin)
+        try:
+            return call()
+        finally:
+            hook.remove()
+
+
+class Sample:
+    """The rows of a layer's features that score one adapter, without it and with it."""
+
+    def __init__(self, observe: Callable[[Tensor], AdapterStatistics | None], features_dim: int) -> None:
+        self._observe = observe
+        self._features_dim = features_dim
+        self._statistics: AdapterStatistics | None = None
+        self._base = torch.empty(0)
+
+    @torch.no_grad()
+    def begin(self, base: Any) -> None:
+        if isinstance(base, Tensor) and base.is_floating_point():
+            features = base.movedim(self._features_dim, -1)
+            self._statistics = self._observe(features)
+            if self._statistics is not None:
+                self._base = self._statistics.take(features)[0]
+
+    @torch.no_grad()
+    def end(self, output: Any) -> None:
+        if self._statistics is not None:
+            features = output.movedim(self._features_dim, -1)
+            self._statistics.add_features(self._base, *self._statistics.take(features))
+
+
+def _hold_frozen(layer: nn.Module, state: LayerState) -> None:
+    """PEFT's own path looks at requires_grad alone, so that has to be right."""
+    for key in state.frozen:
+        for parameter in adapter_parameters(layer, key):
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+
+
+@contextmanager
+def aside(layer: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
+    """Compute something beside the forward: no graph, the same random numbers after it, and nothing observed in it."""
+    states = [state for module in layer.modules() if isinstance(state := module.__dict__.get(STATE), LayerState)]
+    observed = [state.observe for state in states]
+    for state in states:
+        state.observe = {}
+    devices, _ = get_device_states(*args)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for state, observe in zip(states, observed, strict=True):
+            state.observe = observe
+
+
+@contextmanager
+def _alone(layer: Any, key: str) -> Iterator[None]:
+    """Let one adapter of a layer be the active one; PEFT's own way would set requires_grad too."""
+    active, layer._active_adapter = layer._active_adapter, [key]
+    try:
+        yield
+    finally:
+        layer._active_adapter = active
