@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from . import jsonio
+from .checksum import check_signed
 from .errors import StateError
 
 logger = logging.getLogger(__name__)
@@ -50,7 +51,8 @@ def fingerprints(folder: Path, files: Iterable[str | os.PathLike[str]]) -> dict[
         {'optimizer.pt': '9f86d081...'}
     """
     try:
-        return {Path(path).relative_to(folder).as_posix(): _sha256(Path(path), sync=True) for path in files}
+        inside = [(Path(os.path.abspath(path)).relative_to(os.path.abspath(folder)), path) for path in files]
+        return {name.as_posix(): _sha256(Path(path), sync=True) for name, path in inside}
     except (OSError, ValueError) as error:
         raise StateError(f"files: {error}; name files that are there, in {folder} or below it.") from error
 
@@ -99,7 +101,7 @@ def _flaw(folder: Path, step: int) -> str | None:
 def _flaw_against(state: Any, folder: Path) -> str | None:
     if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
         return f"{STATE_FILE} does not list its files"
-    jsonio.check_signed(state, STATE_FILE)
+    check_signed(state, STATE_FILE)
     for name, sha256 in state["files"].items():
         if not (folder / name).is_file():
             return f"{name} is missing"

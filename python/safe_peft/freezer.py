@@ -8,7 +8,6 @@ import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from . import jsonio
 from .adapters import Adapter
 from .binding import bind
 from .checkpoints import fingerprints
+from .checksum import signed
 from .config import SafeConfig
 from .decisions import Decisions
 from .errors import BindingError, StateError
@@ -212,18 +212,7 @@ class AdapterFreezer:
             >>> freezer.metrics()["safe/frozen"]  # doctest: +SKIP
             27.0
         """
-        frozen = len(self.ledger.frozen)
-        metrics = {"step": self._step, "frozen": frozen, "frozen_fraction": frozen / len(self._adapters)}
-        if self.ledger.threshold is not None:
-            metrics["threshold"] = self.ledger.threshold
-        values = [value for value in self.ledger.importance.values() if math.isfinite(value)]
-        if values:
-            metrics |= {
-                "importance_min": min(values),
-                "importance_median": median(values),
-                "importance_max": max(values),
-            }
-        return {f"safe/{name}": float(value) for name, value in metrics.items()}
+        return self.ledger.metrics(self._step, len(self._adapters))
 
     def report(
         self, model: str | None = None, retained: Sequence[tuple[int, int]] = (), *, memory: bool = False
@@ -322,7 +311,7 @@ class AdapterFreezer:
             >>> freezer.save("checkpoint-8/safe_state.json")  # doctest: +SKIP
         """
         found = fingerprints(Path(path).parent, files)
-        jsonio.write_json(path, jsonio.signed({**self.state_dict(), **({FILES: found} if found else {})}))
+        jsonio.write_json(path, signed({**self.state_dict(), **({FILES: found} if found else {})}))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote; see `load_state_dict`.

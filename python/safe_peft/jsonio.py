@@ -7,7 +7,6 @@ reading is strict: names and types are those of the dataclass, or the file is re
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
@@ -15,12 +14,15 @@ import sys
 import tempfile
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from .errors import StateError
+
+LEVELS = 64
+"""How deep values may be nested that nothing describes: what was read has to be written again."""
 
 
 def encode(value: Any) -> Any:
@@ -77,11 +79,17 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         _expect(isinstance(value, dict), where, "an object", value)
         return {key: decode(args[1], item, f"{where}[{key!r}]") for key, item in value.items()}
     if kind is Any:
+        _expect(_is_shallow(value), where, f"at most {LEVELS} levels deep", value)
         return value
     if kind is float:
         return _decode_float(value, where)
     _expect(isinstance(value, kind) and not (kind is int and isinstance(value, bool)), where, f"{kind.__name__}", value)
     return value
+
+
+def _is_shallow(value: Any, levels: int = LEVELS) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return levels > 0 and all(_is_shallow(item, levels - 1) for item in items)
 
 
 def _decode_float(value: Any, where: str) -> float:
@@ -186,47 +194,6 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) != len(pairs):
         raise ValueError("an object names a value twice")
     return found
-
-
-def signed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """Add a checksum that tells an accident, or an edit, from what was written.
-
-    Args:
-        value: JSON values by name; an earlier checksum among them is replaced.
-
-    Returns:
-        The same with `sha256`, which depends neither on the order of names nor on how the file is laid out.
-
-    Raises:
-        StateError: `value` holds what JSON cannot.
-
-    Example:
-        >>> sorted(signed({"step": 3}))
-        ['sha256', 'step']
-    """
-    rest = {name: item for name, item in value.items() if name != "sha256"}
-    try:
-        text = json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise StateError(f"state: it holds what JSON cannot ({error}); pass what state_dict returned.") from error
-    return {**rest, "sha256": hashlib.sha256(text.encode("ascii")).hexdigest()}
-
-
-def check_signed(value: Mapping[str, Any], where: str) -> None:
-    """Refuse what is not as `signed` returned it.
-
-    Args:
-        value: JSON values by name.
-        where: what they are, named in errors.
-
-    Raises:
-        StateError: The checksum is missing or another.
-
-    Example:
-        >>> check_signed(signed({"step": 3}), "state")
-    """
-    if signed(value)["sha256"] != value.get("sha256"):
-        raise StateError(f"{where}: its sha256 is not that of its content; it is damaged or was edited.")
 
 
 @contextmanager

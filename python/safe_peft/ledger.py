@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 from . import jsonio
@@ -103,6 +104,30 @@ class Ledger:
             replace(scoring, importance=dict(sorted(scoring.importance.items(), key=lambda item: place[item[0]])))
             for scoring in self.scorings
         ]
+
+    def metrics(self, step: int, adapters: int) -> dict[str, float]:
+        """Return where the method stands, as finite numbers named `safe/*`.
+
+        Args:
+            step: optimizer steps done.
+            adapters: how many there are.
+
+        Example:
+            >>> Ledger().metrics(3, 12)
+            {'safe/step': 3.0, 'safe/frozen': 0.0, 'safe/frozen_fraction': 0.0}
+        """
+        frozen = len(self.frozen)
+        metrics = {"step": step, "frozen": frozen, "frozen_fraction": frozen / adapters}
+        if self.threshold is not None:
+            metrics["threshold"] = self.threshold
+        values = [value for value in self.importance.values() if math.isfinite(value)]
+        if values:
+            metrics |= {
+                "importance_min": min(values),
+                "importance_median": median(values),
+                "importance_max": max(values),
+            }
+        return {f"safe/{name}": float(value) for name, value in metrics.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON values; an importance that is not finite becomes null.

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from . import jsonio
+from .checksum import check_signed, signed
 from .config import SafeConfig
 from .errors import StateError
 from .ledger import Ledger
@@ -99,7 +100,7 @@ def state_of(owner: Owner, saved: Saved) -> dict[str, Any]:
         3
     """
     parts = {"config": owner.config.to_dict(), "optimizer": owner.optimizer, "adapters": owner.adapters}
-    return jsonio.signed({"version": VERSION, **parts, **jsonio.encode(saved)})
+    return signed({"version": VERSION, **parts, **jsonio.encode(saved)})
 
 
 def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
@@ -153,7 +154,7 @@ def _check_parts(state: Mapping[str, Any]) -> None:
         )
     if set(state) - {FILES} != set(PARTS):
         raise StateError(f"state: expected {', '.join(PARTS)}; it is damaged, so use an older one.")
-    jsonio.check_signed(state, "state")
+    check_signed(state, "state")
 
 
 def _check_config(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
