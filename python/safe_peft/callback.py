@@ -13,7 +13,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .checkpoints import STATE_FILE, checkpoint_files
+from .checkpoints import PROCESSES, STATE_FILE, checkpoint_files
 from .config import SafeConfig
 from .errors import BindingError, StateError
 from .freezer import AdapterFreezer
@@ -62,7 +62,8 @@ class SafeCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Return what the Trainer saves in a checkpoint's `trainer_state.json`, and hands back on resuming."""
         saved = {} if self._freezer is None else self._freezer.state_dict()
-        return {"args": {"config": self.config.to_dict(), "detach": self._detach}, "attributes": {"saved": saved}}
+        attributes = {"saved": saved, PROCESSES: _processes()}
+        return {"args": {"config": self.config.to_dict(), "detach": self._detach}, "attributes": attributes}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -113,7 +114,7 @@ class SafeCallback(TrainerCallback, ExportableState):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the state into the checkpoint's folder, last of all, with what shows that the rest is whole."""
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if _processes() > 1:
             torch.distributed.barrier()  # until every process has written its part
         if args.should_save and folder.is_dir():
             self.freezer.save(folder / STATE_FILE, files=checkpoint_files(folder))
@@ -147,3 +148,8 @@ class SafeCallback(TrainerCallback, ExportableState):
             entry = next(iter(entry), None)
         attributes = entry.get("attributes") if isinstance(entry, dict) else None
         return attributes.get("saved") if isinstance(attributes, dict) else None
+
+
+def _processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1

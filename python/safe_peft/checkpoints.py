@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "safe_state.json"
 TRAINER_STATE_FILE = "trainer_state.json"
+PROCESSES = "processes"
+"""What `SafeCallback` tells the Trainer's state: how many processes write their part of a checkpoint."""
+
 ARCHIVES = (".bin", ".pt", ".pth")
 
 
@@ -120,6 +123,10 @@ def _flaw_unsigned(folder: Path, step: int) -> str | None:
         return f"{TRAINER_STATE_FILE} is not JSON ({error})"
     if not isinstance(trainer_state, dict) or trainer_state.get("global_step") != step:
         return f"{TRAINER_STATE_FILE} is not of step {step}"
+    processes = _processes(trainer_state.get("stateful_callbacks"))
+    for name in (f"rng_state_{index}.pth" for index in range(processes) if processes > 1):  # each one's last file
+        if not (folder / name).is_file():
+            return f"{name} is missing: not all {processes} processes wrote their part"
     for path in checkpoint_files(folder):
         if path.suffix in ARCHIVES and not zipfile.is_zipfile(path):
             return f"{path.name} is cut short"
@@ -129,6 +136,14 @@ def _flaw_unsigned(folder: Path, step: int) -> str | None:
             except SafetensorError as error:
                 return f"{path.name}: {error}"
     return None
+
+
+def _processes(callbacks: Any) -> int:
+    """How many processes there were, if `SafeCallback` was among a Trainer's callbacks."""
+    entries = callbacks.values() if isinstance(callbacks, dict) else ()
+    attributes = [entry.get("attributes") for entry in entries if isinstance(entry, dict)]
+    told = [known.get(PROCESSES) for known in attributes if isinstance(known, dict)]
+    return max((number for number in told if isinstance(number, int)), default=1)
 
 
 def _sha256(path: Path, sync: bool = False) -> str:

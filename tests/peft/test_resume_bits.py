@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from killed import ACCUMULATE, CONFIG, STEPS, RawLoop, callback_of, trainer
 from tiny import EARLY, adamw, batches, bert, run, train
 from torch import Tensor
 
+import safe_peft
 from safe_peft import AdapterFreezer, SafeConfig
 
 OPTIONS: list[dict[str, Any]] = [
@@ -180,3 +183,47 @@ def test_a_trainer_that_trains_longer_goes_on(tmp_path: Path) -> None:
     freezer = callback_of(longer).freezer
     assert freezer.schedule.total_steps == 16 and len(freezer.frozen) == 9
     assert max(freezing.step for freezing in freezer.ledger.freezings) == 12
+
+
+class PulledPlug(Exception):
+    pass
+
+
+class Loader(list[dict[str, Tensor]]):
+    """Batches that end in a power cut."""
+
+    def __init__(self, count: int, cut: int | None = None) -> None:
+        super().__init__(batches(count))
+        self.cut = cut
+
+    def __getitem__(self, place: Any) -> Any:
+        def some() -> Iterator[dict[str, Tensor]]:
+            for index in range(len(self))[place]:
+                if index == self.cut:
+                    raise PulledPlug
+                yield super(Loader, self).__getitem__(index)
+
+        return some()
+
+
+def test_the_loop_in_the_docs_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "resume.md").read_text(encoding="utf-8")
+    (block,) = [block for block in re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL) if "def resume()" in block]
+
+    def script(loader: Loader) -> dict[str, Any]:
+        names = {"torch": torch, "safe_peft": safe_peft, "model": bert(lora_dropout=0.1), "loader": loader}
+        torch.manual_seed(3)
+        exec(compile(block, "block", "exec"), names)
+        return names
+
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    whole = script(Loader(40))
+    monkeypatch.chdir(tmp_path / "cut")
+    for cut in (5, 27):
+        with pytest.raises(PulledPlug):
+            script(Loader(40, cut))
+    again = script(Loader(40))
+    assert again["done"] == 20 and again["freezer"].ledger == whole["freezer"].ledger
+    assert same(again["model"].state_dict(), whole["model"].state_dict())

@@ -14,9 +14,9 @@ import pytest
 import torch
 from killed import Rows
 from tiny import BERT_TARGETS, EARLY, adamw, bert, gpt2, run
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from safe_peft import AdapterFreezer, SafeConfig, StateError, jsonio, last_checkpoint
+from safe_peft import AdapterFreezer, SafeCallback, SafeConfig, StateError, jsonio, last_checkpoint
 from safe_peft.state import VERSION
 
 
@@ -255,6 +255,36 @@ def test_a_trainers_checkpoint_without_ours_is_judged_by_what_it_is(
     part.rename(tmp_path / "checkpoint-7")
     assert last_checkpoint(tmp_path) == str(tmp_path / "checkpoint-1")
     assert "trainer_state.json is not of step 7" in caplog.text
+
+
+def test_a_checkpoint_that_lacks_a_processs_part_is_not_whole(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A process that died on the way to ours: the first one has written all of its own."""
+    part = tmp_path / "checkpoint-4"
+    part.mkdir()
+    attributes = {"saved": {}, "processes": 3}
+    state = {"global_step": 4, "stateful_callbacks": {"SafeCallback": {"attributes": attributes}, "Other": [{}]}}
+    (part / "trainer_state.json").write_text(json.dumps(state))
+    for index in range(3):
+        assert last_checkpoint(tmp_path) is None
+        assert f"rng_state_{index}.pth is missing: not all 3 processes" in caplog.text
+        torch.save({}, part / f"rng_state_{index}.pth")
+    assert last_checkpoint(tmp_path) == str(part)
+
+
+def test_ours_is_written_when_every_process_has_written_its_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, freezer: AdapterFreezer
+) -> None:
+    part = tmp_path / "checkpoint-4"
+    part.mkdir()
+    callback = SafeCallback()
+    monkeypatch.setattr(callback, "_freezer", freezer)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: (part / "rng_state_1.pth").write_text("of another"))
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    callback.on_save(args, TrainerState(global_step=4), TrainerControl())
+    assert list(json.loads((part / "safe_state.json").read_text())["files"]) == ["rng_state_1.pth"]
+    assert callback.state()["attributes"]["processes"] == 2
 
 
 def test_json_that_names_a_value_twice_is_refused(tmp_path: Path) -> None:
