@@ -57,10 +57,12 @@ def test_a_raw_loop_resumed_within_an_accumulation_ends_with_the_same_bits(
 ) -> None:
     whole = RawLoop(tmp_path, config(options)).run()
     for micro in (5, 13):
-        RawLoop(tmp_path / str(micro), config(options)).run(micro).save()
-        again = RawLoop(tmp_path / str(micro), config(options)).resume().run()
-        assert again.freezer.ledger == whole.freezer.ledger
-        assert again.freezer.binding.recompute == whole.freezer.binding.recompute
+        first = RawLoop(tmp_path / str(micro), config(options)).run(micro)
+        first.save()
+        again = RawLoop(tmp_path / str(micro), config(options)).resume()
+        assert again.freezer.binding.recompute == first.freezer.binding.recompute
+        again.run()
+        assert again.freezer.state_dict() == whole.freezer.state_dict()
         assert same(again.model.state_dict(), whole.model.state_dict())
 
 
@@ -107,10 +109,14 @@ def test_the_optimizers_state_may_be_loaded_before_or_after(tmp_path: Path) -> N
 
 
 def test_equal_importance_is_ranked_alike_though_json_sorts_names() -> None:
+    few = SafeConfig(**{**EARLY, "score_interval": 4, "score": "relative_norm"})
+
     def still() -> tuple[Any, AdapterFreezer]:
         model = bert()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        return (model, optimizer), AdapterFreezer(model, optimizer, SafeConfig(**EARLY, score="relative_norm"))
+        return (model, optimizer), AdapterFreezer(
+            model, optimizer, SafeConfig(**{**EARLY, "score_interval": 4}, score="relative_norm")
+        )
 
     whole_run, whole = still()
     train(*whole_run, batches(5), whole)
