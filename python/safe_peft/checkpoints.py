@@ -33,7 +33,8 @@ def checkpoint_files(folder: Path) -> list[Path]:
         folder: the checkpoint.
     """
     parts = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
-    return [path for path in parts if path != folder / STATE_FILE and not path.name.startswith(".")]
+    hidden = [path for path in parts if any(name.startswith(".") for name in path.relative_to(folder).parts)]
+    return [path for path in parts if path != folder / STATE_FILE and path not in hidden]
 
 
 def fingerprints(folder: Path, files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:

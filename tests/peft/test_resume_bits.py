@@ -114,9 +114,7 @@ def test_equal_importance_is_ranked_alike_though_json_sorts_names() -> None:
     def still() -> tuple[Any, AdapterFreezer]:
         model = bert()
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.0)
-        return (model, optimizer), AdapterFreezer(
-            model, optimizer, SafeConfig(**{**EARLY, "score_interval": 4}, score="relative_norm")
-        )
+        return (model, optimizer), AdapterFreezer(model, optimizer, few)
 
     whole_run, whole = still()
     train(*whole_run, batches(5), whole)

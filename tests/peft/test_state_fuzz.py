@@ -268,6 +268,18 @@ def test_what_a_trainer_hands_back_is_read_or_refused(loop: RawLoop, tmp_path: P
     check()
 
 
+def test_a_callback_of_ones_own_kind_goes_on_too(loop: RawLoop, tmp_path: Path) -> None:
+    class Mine(SafeCallback):
+        pass
+
+    callback, model = Mine(CONFIG), bert(lora_dropout=0.1)
+    args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
+    saved = {"Mine": [{"attributes": {"saved": loop.freezer.state_dict()}}]}
+    state = TrainerState(global_step=6, max_steps=12, stateful_callbacks=saved)
+    callback.on_train_begin(args, state, TrainerControl(), model=model, optimizer=adamw(model))
+    assert callback.freezer.frozen == loop.freezer.frozen
+
+
 def test_options_are_read_or_refused() -> None:
     good = SafeConfig(memory_budget="1GiB", never_freeze=("a",)).to_dict()
 
