@@ -13,6 +13,7 @@ from .explain import explain
 if TYPE_CHECKING:
     from .binding import Binding, bind
     from .callback import SafeCallback
+    from .checkpoints import last_checkpoint
     from .config import SafeConfig
     from .freezer import AdapterFreezer
     from .planning.memory import MemoryPlan, plan_memory
@@ -33,6 +34,7 @@ __all__ = [
     "StateError",
     "bind",
     "explain",
+    "last_checkpoint",
     "plan_memory",
 ]
 
@@ -45,6 +47,7 @@ _LAZY = {
     "SafeCallback": "callback",
     "SafeConfig": "config",
     "bind": "binding",
+    "last_checkpoint": "checkpoints",
     "plan_memory": "planning.memory",
 }
 

@@ -8,19 +8,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from . import jsonio
+from .checkpoints import PROCESSES, STATE_FILE, checkpoint_files
 from .config import SafeConfig
-from .errors import BindingError
+from .errors import BindingError, StateError
 from .freezer import AdapterFreezer
 from .report import FreezeReport
 
 logger = logging.getLogger(__name__)
-
-STATE_FILE = "safe_state.json"
 
 
 class SafeCallback(TrainerCallback, ExportableState):
@@ -63,7 +62,8 @@ class SafeCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Return what the Trainer saves in a checkpoint's `trainer_state.json`, and hands back on resuming."""
         saved = {} if self._freezer is None else self._freezer.state_dict()
-        return {"args": {"config": self.config.to_dict(), "detach": self._detach}, "attributes": {"saved": saved}}
+        attributes = {"saved": saved, PROCESSES: _processes()}
+        return {"args": {"config": self.config.to_dict(), "detach": self._detach}, "attributes": attributes}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -71,8 +71,8 @@ class SafeCallback(TrainerCallback, ExportableState):
         """Make the freezer, and go on from the checkpoint if there is one."""
         if self._freezer is not None:
             self._freezer.detach()
-        saved = _saved_state(state) if state.global_step else {}
-        self._freezer = AdapterFreezer(
+        saved = self._saved_state(state) if state.global_step else {}
+        freezer = AdapterFreezer(
             kwargs["model"],
             kwargs["optimizer"],
             self.config,
@@ -80,9 +80,14 @@ class SafeCallback(TrainerCallback, ExportableState):
             first_step=state.global_step,
         )
         if saved:
-            self._freezer.load_state_dict(saved)
+            try:
+                freezer.load_state_dict(saved)
+            except StateError:
+                freezer.detach()
+                raise
         elif state.global_step:
             logger.warning("the checkpoint at step %d carries no SAFE state; scoring starts afresh", state.global_step)
+        self._freezer = freezer
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the Trainer expects a key to fill
         self._log_before_others()
 
@@ -107,10 +112,12 @@ class SafeCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the state into the checkpoint's folder."""
+        """Write the state into the checkpoint's folder, last of all, with what shows that the rest is whole."""
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if state.is_world_process_zero and folder.is_dir():
-            jsonio.write_json(folder / STATE_FILE, self.freezer.state_dict())
+        if _processes() > 1:
+            torch.distributed.barrier()  # until every process has written its part
+        if args.should_save and folder.is_dir():
+            self.freezer.save(folder / STATE_FILE, files=checkpoint_files(folder))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -134,11 +141,15 @@ class SafeCallback(TrainerCallback, ExportableState):
                 return
             frame = frame.f_back
 
+    def _saved_state(self, state: TrainerState) -> Any:
+        """What `state` gave to the checkpoint that the Trainer resumes from."""
+        entry = state.stateful_callbacks.get(type(self).__name__)
+        if isinstance(entry, list):
+            entry = next(iter(entry), None)
+        attributes = entry.get("attributes") if isinstance(entry, dict) else None
+        return attributes.get("saved") if isinstance(attributes, dict) else None
 
-def _saved_state(state: TrainerState) -> dict[str, Any]:
-    """What `SafeCallback.state` gave to the checkpoint that the Trainer resumes from."""
-    entry = state.stateful_callbacks.get(SafeCallback.__name__) or {}
-    if isinstance(entry, list):
-        entry = entry[0]
-    saved: dict[str, Any] = entry.get("attributes", {}).get("saved", {})
-    return saved
+
+def _processes() -> int:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_world_size() if distributed else 1

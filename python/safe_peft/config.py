@@ -151,6 +151,8 @@ class SafeConfig:
             >>> SafeConfig.from_dict({"score": "random"}).score
             'random'
         """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"config: expected options by name, got {type(data).__name__}.")
         names = [field.name for field in fields(cls)]
         unknown = sorted(set(data) - set(names))
         if unknown:

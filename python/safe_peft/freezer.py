@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from statistics import median
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from . import jsonio
 from .adapters import Adapter
 from .binding import bind
+from .checkpoints import fingerprints
+from .checksum import signed
 from .config import SafeConfig
 from .decisions import Decisions
-from .errors import BindingError
+from .errors import BindingError, StateError
 from .ledger import Ledger
 from .paths import unwrap, unwrap_optimizer
 from .planning.planner import Planner
@@ -26,7 +29,7 @@ from .presence import Presence
 from .report import AdapterRecord, FreezeReport
 from .schedule import check_fit, is_scoring_step, resolve
 from .scorer import Scorer
-from .state import VERSION, check_state
+from .state import FILES, Owner, Saved, check_state, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -213,18 +216,7 @@ class AdapterFreezer:
             >>> freezer.metrics()["safe/frozen"]  # doctest: +SKIP
             27.0
         """
-        frozen = len(self.ledger.frozen)
-        metrics = {"step": self._step, "frozen": frozen, "frozen_fraction": frozen / len(self._adapters)}
-        if self.ledger.threshold is not None:
-            metrics["threshold"] = self.ledger.threshold
-        values = [value for value in self.ledger.importance.values() if math.isfinite(value)]
-        if values:
-            metrics |= {
-                "importance_min": min(values),
-                "importance_median": median(values),
-                "importance_max": max(values),
-            }
-        return {f"safe/{name}": float(value) for name, value in metrics.items()}
+        return self.ledger.metrics(self._step, len(self._adapters))
 
     def report(
         self, model: str | None = None, retained: Sequence[tuple[int, int]] = (), *, memory: bool = False
@@ -276,41 +268,77 @@ class AdapterFreezer:
         self.binding.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to go on after a restart, as JSON values.
+        """Return all that is needed to go on after a restart, as JSON values with a checksum.
 
         Example:
             >>> json.dumps(freezer.state_dict())  # doctest: +SKIP
         """
-        return {
-            "version": VERSION,
-            "step": self._step,
-            "config": self.config.to_dict(),
-            "adapters": [adapter.name for adapter in self._adapters],
-            "ledger": self.ledger.to_dict(),
-            "evidence": jsonio.encode(self._scorer.evidence()),
-            "planned": jsonio.encode(self.planner.planned),
-        }
+        evidence, planned = self._scorer.evidence(), self.planner.planned
+        return state_of(self._owner(), Saved(self._step, self.schedule.total_steps, self.ledger, evidence, planned))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; what was frozen is frozen again at once. Load the optimizer's state before it.
 
         Args:
-            state: what `state_dict` returned, for the same options and the same adapters.
+            state: what `state_dict` returned, for the same options, optimizer and adapters; `total_steps` may differ.
 
         Raises:
-            StateError: It belongs to other options or other adapters, or is damaged; nothing is changed then.
+            StateError: It belongs to something else, is damaged or was edited; nothing is changed then.
             BindingError: The freezer is detached, or PEFT has deleted an adapter or unloaded the model.
         """
         self._check_attached()
-        step, ledger, evidence, planned = check_state(state, self.config, [adapter.name for adapter in self._adapters])
+        saved = check_state(state, self._owner())
         for adapter in self._adapters_named(self.ledger.frozen):
             adapter.restore()
-        self._step, self._decisions.ledger = step, ledger
-        for adapter in self._adapters_named(ledger.frozen):
+        self._step, self._decisions.ledger = saved.step, saved.ledger
+        for adapter in self._adapters_named(saved.ledger.frozen):
             adapter.freeze(keep_dropout=self.config.keep_dropout)
             self._drop(adapter)
-        self.planner.load(planned)
-        self._recompute(planned.recompute)
+        self.planner.load(saved.planned)
+        self._recompute(saved.planned.recompute)
         self._scorer.disarm()
         self._arm()
-        self._scorer.load_evidence(evidence)
+        self._scorer.load_evidence(saved.evidence)
+        if saved.total_steps != (total := self.schedule.total_steps):
+            what = "the state is of a training of %s steps, and this has %s: the last freezing is at step %d now."
+            logger.warning(what, saved.total_steps, total, self.schedule.freeze_end)
+
+    def save(self, path: str | os.PathLike[str], *, files: Iterable[str | os.PathLike[str]] = ()) -> None:
+        """Write the state into a JSON file, atomically: after a crash the old file is there, or the new one.
+
+        Args:
+            path: the file to write or replace. In a checkpoint's folder, `last_checkpoint` looks for `safe_state.json`.
+            files: what else makes the checkpoint whole, written before, in the folder of `path` or below it. It is
+                brought to the disk, and its checksums go into the state.
+
+        Raises:
+            StateError: `path` cannot be written, or one of `files` cannot be read; the old file is untouched.
+
+        Example:
+            >>> freezer.save("checkpoint-8/safe_state.json")  # doctest: +SKIP
+        """
+        found = fingerprints(Path(path).parent, files)
+        jsonio.write_json(path, signed({**self.state_dict(), **({FILES: found} if found else {})}))
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Go on from what `save` wrote; see `load_state_dict`.
+
+        Args:
+            path: the file.
+
+        Raises:
+            StateError: It is missing or damaged, was edited, or belongs to something else; nothing is changed then.
+            BindingError: The freezer is detached.
+
+        Example:
+            >>> freezer.load("checkpoint-8/safe_state.json")  # doctest: +SKIP
+        """
+        state = jsonio.read_json(path)
+        try:
+            self.load_state_dict(state)
+        except StateError as error:
+            raise StateError(f"{path}: {error}") from error
+
+    def _owner(self) -> Owner:
+        adapters = {adapter.name: adapter.traits() for adapter in self._adapters}
+        return Owner(self.config, type(self._optimizer).__name__, adapters, self.binding.blocks)

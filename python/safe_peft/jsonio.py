@@ -10,15 +10,19 @@ import dataclasses
 import json
 import math
 import os
+import sys
 import tempfile
 import types
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from .errors import StateError
+
+LEVELS = 64
+"""How deep values may be nested that nothing describes: what was read has to be written again."""
 
 
 def encode(value: Any) -> Any:
@@ -75,14 +79,26 @@ def decode(kind: Any, value: Any, where: str) -> Any:
         _expect(isinstance(value, dict), where, "an object", value)
         return {key: decode(args[1], item, f"{where}[{key!r}]") for key, item in value.items()}
     if kind is Any:
+        _expect(_is_shallow(value), where, f"at most {LEVELS} levels deep", value)
         return value
     if kind is float:
-        _expect(
-            value is None or (isinstance(value, int | float) and not isinstance(value, bool)), where, "a number", value
-        )
-        return math.nan if value is None else float(value)
+        return _decode_float(value, where)
     _expect(isinstance(value, kind) and not (kind is int and isinstance(value, bool)), where, f"{kind.__name__}", value)
     return value
+
+
+def _is_shallow(value: Any, levels: int = LEVELS) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return levels > 0 and all(_is_shallow(item, levels - 1) for item in items)
+
+
+def _decode_float(value: Any, where: str) -> float:
+    if value is None:
+        return math.nan
+    _expect(isinstance(value, int | float) and not isinstance(value, bool), where, "a number", value)
+    # An int beyond every float compares well, and only fails to become one.
+    _expect(abs(value) <= sys.float_info.max, where, "a finite number", value)
+    return float(value)
 
 
 def _decode_dataclass(kind: Any, value: Any, where: str) -> Any:
@@ -124,9 +140,21 @@ def _decode_tuple(args: tuple[Any, ...], value: Any, where: str) -> tuple[Any, .
 
 def _expect(holds: bool, where: str, expected: str, value: Any) -> None:
     if not holds:
-        raise StateError(
-            f"{where} must be {expected}, got {str(value)[:60]!r}; the file is damaged, so write it again."
-        )
+        raise StateError(f"{where} must be {expected}, got {short(value)}; the file is damaged, so write it again.")
+
+
+def short(value: Any) -> str:
+    """Show a value that may be anything: huge ints and deep lists refuse to be printed.
+
+    Example:
+        >>> short([1, 2])
+        'a list of 2'
+    """
+    if isinstance(value, dict | list | tuple):
+        return f"a {type(value).__name__} of {len(value)}"
+    if isinstance(value, int) and value.bit_length() > 64:
+        return f"an int of {value.bit_length()} bits"
+    return repr(str(value)[:60])
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -139,23 +167,33 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         What it holds.
 
     Raises:
-        StateError: There is no such file, or it is not JSON.
+        StateError: There is no such file, or it is not JSON, or names a value twice.
 
     Example:
         >>> read_json("runs/demo/report.json")  # doctest: +SKIP
     """
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        text = Path(path).read_text(encoding="utf-8")
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
     except FileNotFoundError:
         raise StateError(f"{path} does not exist.") from None
     except OSError as error:
         raise StateError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise StateError(f"{path} is not JSON ({error}); it is damaged or not a file of safe_peft.") from error
+    except RecursionError:
+        raise StateError(f"{path} is nested too deeply; it is not a file of safe_peft.") from None
 
 
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"{name} is no JSON value")
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("an object names a value twice")
+    return found
 
 
 @contextmanager
@@ -183,8 +221,19 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             os.fsync(stream.fileno())
         partial.chmod(0o666 & ~_umask())
         partial.replace(path)
+        _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename is on the disk only when the folder is. Not every file system can, and the file is complete anyway."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:
@@ -200,9 +249,18 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         path: the file.
         value: anything `encode` takes.
 
+    Raises:
+        StateError: It cannot be written there; what was there before is untouched.
+
     Example:
         >>> write_json("state.json", {"step": 3})  # doctest: +SKIP
     """
     text = json.dumps(encode(value), indent=1, allow_nan=False)
-    with replacing(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    try:
+        with replacing(path) as partial:
+            partial.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise StateError(
+            f"{path} cannot be written: {error.strerror}. What was there before is untouched; make room, or choose "
+            "another place."
+        ) from error

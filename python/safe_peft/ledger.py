@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from statistics import median
 from typing import Any
 
 from . import jsonio
@@ -80,6 +81,54 @@ class Ledger:
         known = [event for event in latest if event.threshold is not None]
         return max(known, key=lambda event: event.step).threshold if known else None
 
+    @property
+    def last_step(self) -> int:
+        """The latest step that anything here happened at; 0 if nothing did."""
+        events: list[Scoring | Freezing] = [*self.scorings, *self.freezings]
+        return max([self.warmup_end or 0, *(event.step for event in events)])
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every adapter that was scored or frozen."""
+        scored = [name for scoring in self.scorings for name in scoring.importance]
+        return tuple(dict.fromkeys([*scored, *self.frozen]))
+
+    def order(self, names: Iterable[str]) -> None:
+        """Put importance in the model's order, which decides between equals, and which a JSON file need not keep.
+
+        Args:
+            names: all adapters, in the model's order.
+        """
+        place = {name: index for index, name in enumerate(names)}
+        self.scorings = [
+            replace(scoring, importance=dict(sorted(scoring.importance.items(), key=lambda item: place[item[0]])))
+            for scoring in self.scorings
+        ]
+
+    def metrics(self, step: int, adapters: int) -> dict[str, float]:
+        """Return where the method stands, as finite numbers named `safe/*`.
+
+        Args:
+            step: optimizer steps done.
+            adapters: how many there are.
+
+        Example:
+            >>> Ledger().metrics(3, 12)
+            {'safe/step': 3.0, 'safe/frozen': 0.0, 'safe/frozen_fraction': 0.0}
+        """
+        frozen = len(self.frozen)
+        metrics = {"step": step, "frozen": frozen, "frozen_fraction": frozen / adapters}
+        if self.threshold is not None:
+            metrics["threshold"] = self.threshold
+        values = [value for value in self.importance.values() if math.isfinite(value)]
+        if values:
+            metrics |= {
+                "importance_min": min(values),
+                "importance_median": median(values),
+                "importance_max": max(values),
+            }
+        return {f"safe/{name}": float(value) for name, value in metrics.items()}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the record as JSON values; an importance that is not finite becomes null.
 
@@ -112,6 +161,24 @@ class Ledger:
             list(jsonio.decode(tuple[Scoring, ...], data["scorings"], "ledger.scorings")),
             list(jsonio.decode(tuple[Freezing, ...], data["freezings"], "ledger.freezings")),
         )
-        if len(set(ledger.frozen)) != len(ledger.freezings):
-            raise StateError("ledger.freezings: an adapter freezes once; the state is damaged, so save it again.")
+        ledger._check()
         return ledger
+
+    def _check(self) -> None:
+        """Refuse what contradicts itself: every freezing follows from the scoring before it."""
+        steps = [[scoring.step for scoring in self.scorings], [freezing.step for freezing in self.freezings]]
+        start = self.warmup_end if self.freezings else 0
+        for holds, what in (
+            (len(set(self.frozen)) == len(self.freezings), "freezings: an adapter freezes once"),
+            (all(row == sorted(row) for row in steps), "steps must not go back"),
+            (all(step > 0 for row in steps for step in row), "steps begin at 1"),
+            (self.warmup_end is None or self.warmup_end >= 0, "warmup_end: expected a step"),
+            (start is not None and all(step >= start for step in steps[1]), "freezings: none comes before warmup_end"),
+            (all(self._follows(freezing) for freezing in self.freezings), "freezings: one follows from no scoring"),
+        ):
+            if not holds:
+                raise StateError(f"ledger.{what}; the state is damaged, so use an older one.")
+
+    def _follows(self, freezing: Freezing) -> bool:
+        before = [scoring for scoring in self.scorings if scoring.step <= freezing.step]
+        return bool(before) and before[-1].importance.get(freezing.name) == freezing.importance

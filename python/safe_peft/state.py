@@ -1,19 +1,39 @@
-"""Checks that a saved state belongs to this model and these options before anything is changed."""
+"""Checks that a saved state is whole and belongs to this training before anything is changed."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from . import jsonio
+from .checksum import check_signed, signed
 from .config import SafeConfig
 from .errors import StateError
 from .ledger import Ledger
 from .planning.inputs import Inputs
 
-VERSION = 2
-PARTS = ("version", "step", "config", "adapters", "ledger", "evidence", "planned")
+VERSION = 3
+PARTS = (
+    "version",
+    "step",
+    "total_steps",
+    "config",
+    "optimizer",
+    "adapters",
+    "ledger",
+    "evidence",
+    "planned",
+    "sha256",
+)
+FILES = "files"
+"""Part of a state that stands in a checkpoint: what else makes it whole."""
+
+MOST_STEPS = 2**53
+"""Beyond, a float cannot count steps one by one."""
 
 
 @dataclass(frozen=True)
@@ -39,54 +59,157 @@ class Planned:
     warned: bool = False
 
 
-def check_state(
-    state: Mapping[str, Any], config: SafeConfig, names: Sequence[str]
-) -> tuple[int, Ledger, Gathered, Planned]:
+@dataclass(frozen=True)
+class Owner:
+    """The training that a state belongs to.
+
+    Args:
+        config: the options; `total_steps` may differ, since a training may be made longer.
+        optimizer: its type's name.
+        adapters: what tells each adapter from another of its name, as JSON values, in the model's order.
+        blocks: names of the transformer blocks.
+    """
+
+    config: SafeConfig
+    optimizer: str
+    adapters: dict[str, dict[str, Any]]
+    blocks: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A state that was read: optimizer steps done and planned, and what is known."""
+
+    step: int
+    total_steps: int | None
+    ledger: Ledger
+    evidence: Gathered
+    planned: Planned
+
+
+def state_of(owner: Owner, saved: Saved) -> dict[str, Any]:
+    """Return what `check_state` reads, as JSON values with a checksum.
+
+    Args:
+        owner: the training that this is the state of.
+        saved: what is known.
+
+    Example:
+        >>> saved = Saved(3, None, Ledger(), Gathered(), Planned())
+        >>> check_state(state_of(owner, saved), owner).step  # doctest: +SKIP
+        3
+    """
+    parts = {"config": owner.config.to_dict(), "optimizer": owner.optimizer, "adapters": owner.adapters}
+    return signed({"version": VERSION, **parts, **jsonio.encode(saved)})
+
+
+def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
     """Read a freezer's saved state.
+
+    A version that differs is refused, never guessed at: what a state means is known to the version that wrote it.
 
     Args:
         state: what `AdapterFreezer.state_dict` returned.
-        config: the options it has to fit; `total_steps` may differ, since a training may be made longer.
-        names: the adapters it has to fit.
+        owner: the training it has to fit.
 
     Returns:
-        The optimizer steps done, the ledger, the evidence of a scoring under way, and what was planned.
+        What it says.
 
     Raises:
-        StateError: It is damaged, or belongs to other options or other adapters.
+        StateError: It is damaged, was edited, or belongs to other options, another optimizer or other adapters.
 
     Example:
-        >>> check_state({}, SafeConfig(), ())
+        >>> check_state({}, Owner(SafeConfig(), "AdamW", {}))
         Traceback (most recent call last):
         safe_peft.errors.StateError: state: ...
     """
-    if not isinstance(state, Mapping) or set(state) != set(PARTS) or state["version"] != VERSION:
+    _check_parts(state)
+    _check_config(jsonio.decode(dict[str, Any], state["config"], "state.config"), owner.config.to_dict())
+    optimizer = jsonio.decode(str, state["optimizer"], "state.optimizer")
+    if optimizer != owner.optimizer:
         raise StateError(
-            f"state: expected version {VERSION} with {', '.join(PARTS)}; it is damaged or of another version."
+            f"state was saved with the optimizer {optimizer[:60]}, and here is {owner.optimizer}; use the same one."
         )
-    step = jsonio.decode(int, state["step"], "state.step")
-    _check_config(jsonio.decode(dict[str, Any], state["config"], "state.config"), config.to_dict())
-    saved = jsonio.decode(tuple[str, ...], list(state["adapters"]), "state.adapters")
-    if saved != tuple(names):
-        lacking, unknown = [n for n in names if n not in saved], [n for n in saved if n not in names]
+    _check_adapters(jsonio.decode(dict[str, dict[str, Any]], state["adapters"], "state.adapters"), owner.adapters)
+    saved = Saved(
+        jsonio.decode(int, state["step"], "state.step"),
+        jsonio.decode(int | None, state["total_steps"], "state.total_steps"),
+        Ledger.from_dict(state["ledger"]),
+        jsonio.decode(Gathered, state["evidence"], "state.evidence"),
+        jsonio.decode(Planned, state["planned"], "state.planned"),
+    )
+    _check_agreement(saved, owner)
+    saved.ledger.order(owner.adapters)
+    return saved
+
+
+def _check_parts(state: Mapping[str, Any]) -> None:
+    if not isinstance(state, Mapping) or "version" not in state:
+        raise StateError("state: this is none; pass what state_dict returned, or a file that save wrote.")
+    version = state["version"]
+    if isinstance(version, bool) or version != VERSION:
         raise StateError(
-            f"state was saved for {len(saved)} adapters, and here are {len(names)}: it lacks {lacking[:3]} and has "
-            f"{unknown[:3]} besides; use the same model and the same LoRA options."
+            f"state: its version is {jsonio.short(version)}, and this safe_peft reads version {VERSION} alone; go on "
+            "with the safe_peft that wrote it, or start again."
         )
-    ledger = Ledger.from_dict(state["ledger"])
-    evidence = jsonio.decode(Gathered, state["evidence"], "state.evidence")
-    planned = jsonio.decode(Planned, state["planned"], "state.planned")
-    fits = all(len(row) == 4 for row in evidence.sums) and len(evidence.sums) in (0, len(names))
-    if not fits or not set(ledger.frozen) <= set(names):
-        raise StateError(
-            "state: its ledger or its evidence does not fit its adapters; it is damaged, so save it again."
-        )
-    return step, ledger, evidence, planned
+    if set(state) - {FILES} != set(PARTS):
+        raise StateError(f"state: expected {', '.join(PARTS)}; it is damaged, so use an older one.")
+    check_signed(state, "state")
 
 
 def _check_config(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    names = (set(saved) | set(own)) - {"total_steps"}
-    other = sorted(name for name in names if saved.get(name) != own.get(name))
+    other = _differences(saved, own, besides={"total_steps"})
     if other:
-        values = ", ".join(f"{name}={saved.get(name)!r} (here {own.get(name)!r})" for name in other)
-        raise StateError(f"state was saved with other options: {values}; use the same SafeConfig.")
+        raise StateError(f"state was saved with other options: {other}; use the same SafeConfig.")
+
+
+def _check_adapters(saved: Mapping[str, dict[str, Any]], own: Mapping[str, dict[str, Any]]) -> None:
+    lacking, unknown = [n for n in own if n not in saved], [n for n in saved if n not in own]
+    if lacking or unknown:
+        raise StateError(
+            f"state was saved for {len(saved)} adapters, and here are {len(own)}: it lacks {lacking[:3]} and has "
+            f"{unknown[:3]} besides; use the same model and the same LoRA options."
+        )
+    other = [(name, _differences(saved[name], own[name])) for name in own if saved[name] != own[name]]
+    if other:
+        name, difference = other[0]
+        raise StateError(
+            f"state was saved for other adapters: {name} had {difference}, and {len(other) - 1} more differ; use the "
+            "same model and the same LoRA options."
+        )
+
+
+def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], besides: Collection[str] = ()) -> str:
+    names = sorted((set(saved) | set(own)) - set(besides))
+    return ", ".join(
+        f"{name}={saved.get(name)!r} (here {own.get(name)!r})" for name in names if saved.get(name) != own.get(name)
+    )[:500]
+
+
+def _check_agreement(saved: Saved, owner: Owner) -> None:
+    """Whether the parts contradict each other: nothing that was written by this package does."""
+    names, ledger = owner.adapters.keys(), saved.ledger
+    total = saved.total_steps
+    for holds, what in (
+        (0 <= saved.step <= MOST_STEPS, "step is beyond what can be counted"),
+        (total is None or 0 < total <= MOST_STEPS, "total_steps is beyond what can be counted"),
+        (ledger.last_step <= saved.step, "its ledger tells of steps that were not done"),
+        (set(ledger.names) <= names, "its ledger names adapters that it lacks"),
+        (all(len(row) == 4 for row in saved.evidence.sums), "evidence.sums has a row that is not of four"),
+        (len(saved.evidence.sums) in (0, len(names)), "evidence.sums is not of one row an adapter"),
+        (saved.evidence.importance.keys() <= names, "evidence.importance names adapters that it lacks"),
+        (set(saved.planned.recompute) <= set(owner.blocks), "planned.recompute names blocks that the model lacks"),
+        (saved.planned.inputs is None or _is_batch(saved.planned.inputs), "planned.inputs is no batch"),
+    ):
+        if not holds:
+            raise StateError(f"state: {what}; it is damaged, so use an older one.")
+
+
+def _is_batch(inputs: Inputs) -> bool:
+    shapes = [spec.shape for spec in inputs.tensors.values()]
+    dtypes = [spec.dtype for spec in inputs.tensors.values()] + ([inputs.autocast] if inputs.autocast else [])
+    return (
+        all(min(shape, default=0) >= 0 and math.prod(shape) < MOST_STEPS for shape in shapes)
+        and all(isinstance(getattr(torch, name, None), torch.dtype) for name in dtypes)
+        and all(value is None or isinstance(value, bool | int | float | str) for value in inputs.constants.values())
+    )

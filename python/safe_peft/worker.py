@@ -71,5 +71,5 @@ if __name__ == "__main__":
         main(*sys.argv[1:])
     except KeyboardInterrupt:  # the parent was interrupted as well, and says so
         sys.exit(130)
-    except OSError as error:  # not even the reason could be written
+    except EXPECTED as error:  # not even the reason could be written
         sys.exit(f"safe-peft: {sentence(error)}")

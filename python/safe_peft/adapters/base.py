@@ -94,6 +94,10 @@ class Adapter(ABC):
         """The adapter's own parameters."""
         return adapter_parameters(self.layer, self.key)
 
+    def traits(self) -> dict[str, Any]:
+        """Return, as JSON values, what a saved state has to find again: what is computed, beside the weights."""
+        return {"shapes": [list(parameter.shape) for parameter in self.parameters()]}
+
     def dropouts(self) -> list[nn.Dropout]:
         """The adapter's own dropout modules."""
         return []

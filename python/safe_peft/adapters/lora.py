@@ -140,6 +140,10 @@ class LoraAdapter(Adapter):
     refusal = staticmethod(refusal)
     layer: Any
 
+    def traits(self) -> dict[str, Any]:
+        """Return, as JSON values, what a saved state has to find again: what is computed, beside the weights."""
+        return {**super().traits(), "r": self.layer.r[self.key], "scaling": self.layer.scaling[self.key]}
+
     def dropouts(self) -> list[nn.Dropout]:
         """The adapter's dropout, if it has any."""
         dropout = self.layer.lora_dropout[self.key]
