@@ -46,7 +46,8 @@ def check_state(
 
     Args:
         state: what `AdapterFreezer.state_dict` returned.
-        config: the options it has to fit; `total_steps` may differ, since a training may be made longer.
+        config: the options it has to fit; `total_steps` may differ, since a training may be made longer, and so may
+            `on_nonfinite`, which decides about no adapter.
         names: the adapters it has to fit.
 
     Returns:
@@ -85,7 +86,7 @@ def check_state(
 
 
 def _check_config(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    names = (set(saved) | set(own)) - {"total_steps"}
+    names = (set(saved) | set(own)) - {"total_steps", "on_nonfinite"}
     other = sorted(name for name in names if saved.get(name) != own.get(name))
     if other:
         values = ", ".join(f"{name}={saved.get(name)!r} (here {own.get(name)!r})" for name in other)
