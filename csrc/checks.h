@@ -11,7 +11,16 @@ namespace safe_kernels {
 
 inline bool given(const std::optional<at::Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
 
+// The kernels walk memory, and what is not laid out in it would be read by PyTorch's own operators, if at all.
+inline void check_dense(const at::Tensor& tensor, const char* name) {
+  TORCH_CHECK_TYPE(tensor.defined(), name, " must be a tensor, got None");
+  TORCH_CHECK_TYPE(!tensor.is_nested(), name, " must be a dense tensor, got a nested one; pad it (to_padded_tensor)");
+  TORCH_CHECK_TYPE(tensor.layout() == at::kStrided, name, " must be a dense tensor, got one of layout ",
+                   tensor.layout(), "; call to_dense()");
+}
+
 inline void check_floating(const at::Tensor& tensor, const char* name) {
+  check_dense(tensor, name);
   const auto dtype = tensor.scalar_type();
   TORCH_CHECK_TYPE(dtype == at::kDouble || dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf, name,
                    " must be float64, float32, bfloat16 or float16, got ", dtype);
@@ -29,6 +38,7 @@ inline void check_has_features(const at::Tensor& x, const char* name) {
 
 // Nothing is broadcast or promoted: a kernel walks both side by side.
 inline void check_alike(const at::Tensor& tensor, const char* name, const at::Tensor& expected, const char* like) {
+  check_dense(tensor, name);
   check_device(tensor, name, expected, like);
   TORCH_CHECK_VALUE(tensor.sym_sizes() == expected.sym_sizes(), name, " must have the shape of ", like, ", ",
                     expected.sym_sizes(), ", got ", tensor.sym_sizes(), "; expand the smaller one");
@@ -41,6 +51,7 @@ inline void check_dropout(double dropout_p, const std::optional<at::Tensor>& rng
   TORCH_CHECK_VALUE(dropout_p >= 0.0 && dropout_p <= 1.0, "dropout_p must be in [0, 1], got ", dropout_p);
   if (dropout_p == 0.0) return;
   TORCH_CHECK_VALUE(given(rng_state), "rng_state must be an int64 tensor [2] when dropout_p > 0, got None");
+  check_dense(*rng_state, "rng_state");
   TORCH_CHECK_TYPE(rng_state->scalar_type() == at::kLong, "rng_state must be int64, got ", rng_state->scalar_type());
   TORCH_CHECK_VALUE(rng_state->dim() == 1 && rng_state->sym_size(0) == 2, "rng_state must have shape [2], got ",
                     rng_state->sym_sizes());

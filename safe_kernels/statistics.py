@@ -21,6 +21,9 @@ class RowBlocks:
         block_rows: rows in a block.
         row_weight: [N] bool or number, zero where a row is padding; None counts every row.
 
+    Raises:
+        TypeError: `starts` is no tensor.
+
     Example:
         >>> import safe_kernels
         >>> safe_kernels.RowBlocks.spread(1000, blocks=3).starts.tolist()
@@ -30,6 +33,10 @@ class RowBlocks:
     starts: Tensor
     block_rows: int = 128
     row_weight: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.starts, Tensor):
+            raise TypeError(f"starts must be an int64 tensor [n], got {type(self.starts).__name__}")
 
     @classmethod
     def spread(
@@ -55,15 +62,23 @@ class RowBlocks:
             The blocks, in ascending order.
 
         Raises:
-            ValueError: `blocks` or `block_rows` is less than 1.
+            ValueError: `blocks` or `block_rows` is less than 1, or `num_rows` less than 0.
+            TypeError: one of them, or `shift`, is no integer.
 
         Example:
             >>> import safe_kernels
             >>> safe_kernels.RowBlocks.spread(1000, blocks=3, shift=1).starts.tolist()
             [128, 384, 768]
         """
-        if blocks < 1 or block_rows < 1:
-            raise ValueError(f"blocks and block_rows must be at least 1, got {blocks} and {block_rows}")
+        counts = {"num_rows": num_rows, "blocks": blocks, "block_rows": block_rows, "shift": shift}
+        for name, value in counts.items():
+            if not isinstance(value, int | torch.SymInt):
+                raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+        if blocks < 1 or block_rows < 1 or num_rows < 0:
+            raise ValueError(
+                f"blocks and block_rows must be at least 1 and num_rows at least 0, got {blocks}, {block_rows} and "
+                f"{num_rows}"
+            )
         available = -(-num_rows // block_rows)
         chosen = min(blocks, available)
         starts = sorted((i * available // chosen + shift) % available * block_rows for i in range(chosen))
@@ -81,6 +96,7 @@ class AdapterStatistics:
         blocks: the rows to score at the next call; None scores nothing.
 
     Raises:
+        TypeError: `sums` is no tensor, or requires grad, or `blocks` are no `RowBlocks`.
         ValueError: `sums` is not a float64 tensor of shape [4].
 
     Example:
@@ -96,6 +112,11 @@ class AdapterStatistics:
     def __init__(self, sums: Tensor | None = None, blocks: RowBlocks | None = None) -> None:
         if sums is None:
             sums = torch.zeros(4, dtype=torch.float64)
+        if not isinstance(sums, Tensor) or sums.requires_grad:
+            got = "one that requires grad" if isinstance(sums, Tensor) else type(sums).__name__
+            raise TypeError(f"sums must be a tensor without a gradient, since it is added to in place, got {got}")
+        if blocks is not None and not isinstance(blocks, RowBlocks):
+            raise TypeError(f"blocks must be RowBlocks or None, got {type(blocks).__name__}")
         if sums.dtype != torch.float64 or sums.shape != (4,):
             raise ValueError(f"sums must be a float64 tensor of shape [4], got {sums.dtype} {list(sums.shape)}")
         self.sums = sums

@@ -43,6 +43,9 @@ Tensor padded(const Tensor& matrix, at::ScalarType dtype) {
   return result;
 }
 
+// Two matrices of so many rows squared, in double, are 1 GiB a thread.
+constexpr int64_t kMostBlockRows = 8192;
+
 template <typename T>
 Tensor score(const Rows& base, const Tensor& h, const Tensor& lora_B, int64_t r, const Tensor& block_starts,
              int64_t block_rows, const std::optional<Tensor>& row_weight) {
@@ -52,6 +55,8 @@ Tensor score(const Rows& base, const Tensor& h, const Tensor& lora_B, int64_t r,
   for (int64_t i = 0; i < count; ++i)
     TORCH_CHECK_VALUE(first[i] >= 0 && first[i] < std::max<int64_t>(base.count, 1), "block_starts[", i,
                       "] must be a row of x, 0 to ", base.count - 1, ", got ", first[i]);
+  TORCH_CHECK_VALUE(std::min(block_rows, base.count) <= kMostBlockRows, "block_rows must be at most ", kMostBlockRows,
+                    ", since a block takes two matrices of its rows squared, got ", block_rows);
   Tensor counts;
   if (row_weight.has_value() && row_weight->defined()) counts = row_weight->ne(0).contiguous();
   std::vector<Sums> sums(count);
@@ -95,7 +100,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& base, const Te
     h = at::empty({args.x.count, args.stride}, At.options());
     args.h = h.mutable_data_ptr<T>();
   }
-  at::parallel_for(0, args.x.count, 64, [&](int64_t begin, int64_t end) { forward_rows(args, begin, end); });
+  // Rows without features are not walked: there may be any number of them.
+  const int64_t rows = scores || out.numel() > 0 ? args.x.count : 0;
+  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) { forward_rows(args, begin, end); });
   if (!scores) return {out, at::empty({0}, x.options().dtype(at::kDouble))};
   return {out, score<T>(args.base, h, padded(lora_B, dtype), args.r, *block_starts, block_rows, row_weight)};
 }
@@ -127,12 +134,14 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::optio
   args.scaling = static_cast<T>(scaling);
   args.dropout = dropout;
   args.chunk_rows = std::max<int64_t>(128, (args.grad.count + 31) / 32);
-  const int64_t chunks = (args.grad.count + args.chunk_rows - 1) / args.chunk_rows;
+  const bool empty = d_in == 0 || d_out == 0;
+  const int64_t chunks = empty ? 0 : (args.grad.count + args.chunk_rows - 1) / args.chunk_rows;
   const Tensor partial_A = at::empty({wanted[1] ? chunks : 0, r, d_in}, options);
   const Tensor partial_B = at::empty({wanted[2] ? chunks : 0, r, d_out}, options);
   args.grad_A = wanted[1] ? partial_A.mutable_data_ptr<T>() : nullptr;
   args.grad_Bt = wanted[2] ? partial_B.mutable_data_ptr<T>() : nullptr;
   at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { backward_chunks(args, begin, end); });
+  if (empty) grad_x.zero_();
   Tensor grad_A = at::empty({0}, lora_A.options()), grad_B = at::empty({0}, lora_B.options());
   if (wanted[1]) grad_A = partial_A.sum(0).to(lora_A.scalar_type());
   if (wanted[2]) grad_B = partial_B.sum(0).t().to(lora_B.scalar_type()).contiguous();

@@ -35,12 +35,14 @@ void check_leading(const Tensor& tensor, const char* name, const Tensor& x) {
 
 void check_blocks(const Tensor& x, const Tensor& block_starts, int64_t block_rows,
                   const std::optional<Tensor>& row_weight) {
+  check_dense(block_starts, "block_starts");
   TORCH_CHECK_TYPE(block_starts.scalar_type() == at::kLong, "block_starts must be int64, got ",
                    block_starts.scalar_type());
   TORCH_CHECK_VALUE(block_starts.dim() == 1, "block_starts must have one dimension, got ", block_starts.sym_sizes());
   TORCH_CHECK_VALUE(block_rows >= 1, "block_rows must be at least 1, got ", block_rows);
   check_device(block_starts, "block_starts", x, "x");
-  if (!row_weight.has_value() || !row_weight->defined()) return;
+  if (!given(row_weight)) return;
+  check_dense(*row_weight, "row_weight");
   const auto rows = c10::multiply_integers(x.sym_sizes().slice(0, x.dim() - 1));
   TORCH_CHECK_VALUE(row_weight->dim() == 1 && row_weight->sym_size(0) == rows, "row_weight must have shape [", rows,
                     "], one number a row of x, got ", row_weight->sym_sizes());

@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .errors import AssetError, BindingError, ConfigError, PlanError, SafeError, StateError
+from .errors import AssetError, BindingError, ConfigError, PlanError, SafeError, ScoreError, StateError
 
 # Bound before anything can import the module of the same name, which would else take the function's place here.
 from .explain import explain
@@ -31,6 +31,7 @@ __all__ = [
     "SafeCallback",
     "SafeConfig",
     "SafeError",
+    "ScoreError",
     "StateError",
     "bind",
     "explain",

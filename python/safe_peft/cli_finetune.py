@@ -77,6 +77,7 @@ Interval = Annotated[str, _option(FREEZING, "Between two freezings.")]
 ScoreInterval = Annotated[str, _option(FREEZING, "Between two scorings.")]
 Never = Annotated[list[str] | None, _option(FREEZING, "Shell pattern of adapters that keep training; may be repeated.")]
 Keep = Annotated[bool, _option(FREEZING, "Leave frozen adapters' dropout on.", "--keep-dropout")]
+NonFinite = Annotated[str, _option(FREEZING, "What NaN or Inf in a score does: warn and go on, or raise and stop.")]
 NoFreeze = Annotated[bool, _option(FREEZING, "Freeze nothing, and take the fast path alone.", "--no-freeze")]
 
 
@@ -117,6 +118,7 @@ def finetune(
     score_interval: ScoreInterval = str(SafeConfig.score_interval),
     never_freeze: Never = None,
     keep_dropout: Keep = False,
+    on_nonfinite: NonFinite = SafeConfig.on_nonfinite,
     no_freeze: NoFreeze = False,
 ) -> None:
     """Fine-tune LoRA adapters on your own text, freezing those that change least.

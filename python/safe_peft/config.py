@@ -16,6 +16,7 @@ Point = int | float
 DEFAULT_FRACTION = 0.75
 TARGETS = ("adapters", "bytes")
 RECOMPUTE = ("off", "frozen", "auto")
+ON_NONFINITE = ("warn", "raise")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class SafeConfig:
         curve: how the threshold rises from the end of warm-up to `freeze_end`: "cubic", or what `register_curve` knows.
         never_freeze: shell patterns; adapters whose name matches one stay trainable.
         seed: fixes the score "random".
+        on_nonfinite: what NaN or Inf in a score does: "warn" goes on, and such adapters stay trainable; "raise" stops
+            the training with a `ScoreError` after the step in which it is seen.
 
     Raises:
         ConfigError: An option has a value that cannot work.
@@ -76,6 +79,7 @@ class SafeConfig:
     curve: str = "cubic"
     never_freeze: tuple[str, ...] = ()
     seed: int = 0
+    on_nonfinite: str = "warn"
 
     def __post_init__(self) -> None:
         if self.memory_budget is not None:
@@ -95,6 +99,8 @@ class SafeConfig:
             _check_int("total_steps", self.total_steps, least=1)
         _check_int("seed", self.seed, least=0)
         _check_number("stable_change", self.stable_change)
+        choices = f"one of {', '.join(ON_NONFINITE)}"
+        _check(self.on_nonfinite in ON_NONFINITE, "on_nonfinite", choices, self.on_nonfinite)
         _check(isinstance(self.keep_dropout, bool), "keep_dropout", "True or False", self.keep_dropout)
         is_tuple = isinstance(patterns, tuple) and all(isinstance(pattern, str) for pattern in patterns)
         _check(is_tuple, "never_freeze", 'a tuple of shell patterns, such as ("*.layer.11.*",)', patterns)

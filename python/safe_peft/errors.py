@@ -19,6 +19,10 @@ class StateError(SafeError, ValueError):
     """A saved state or report is damaged, or belongs to something else."""
 
 
+class ScoreError(SafeError, RuntimeError):
+    """Adapters cannot be scored: NaN or Inf reached a score and the options say to stop, or it is no number."""
+
+
 class AssetError(SafeError, RuntimeError):
     """A model or a data set cannot be fetched, or is not what it should be."""
 

@@ -23,6 +23,7 @@ from .config import SafeConfig
 from .decisions import Decisions
 from .errors import BindingError, StateError
 from .ledger import Ledger
+from .nonfinite import NonFinite
 from .paths import unwrap, unwrap_optimizer
 from .planning.planner import Planner
 from .presence import Presence
@@ -75,7 +76,7 @@ class AdapterFreezer:
         self.model = unwrap(model)
         self._optimizer = unwrap_optimizer(optimizer)
         self._step = first_step
-        self._warned: set[str] = set()
+        self._nonfinite = NonFinite(self.config)
         with ExitStack() as undo:
             self.binding = bind(model)
             undo.callback(self.binding.detach)
@@ -139,18 +140,23 @@ class AdapterFreezer:
 
         Raises:
             BindingError: The freezer is detached, or PEFT has deleted an adapter or unloaded the model.
+            ScoreError: NaN or Inf reached a score, and `on_nonfinite` is "raise". The step is accounted for all the
+                same, so that the freezer may go on being used.
         """
         self._check_attached()
         self._step += 1
+        error = None
         for adapter in self._adapters_named(self.ledger.frozen):
             self._drop(adapter)
         if self._scorer.armed:
             importance = self._scorer.measure()
-            self._warn_unscored([name for name, value in importance.items() if not math.isfinite(value)])
+            error = self._nonfinite.note(self._step, importance, self._scorer.broken)
             self._decisions.record(self._step, importance)
         self._decisions.end_warmup(self._step)
         names = self._freeze_due()
         self._arm()
+        if error is not None:
+            raise error
         return names
 
     def _check_attached(self) -> None:
@@ -189,14 +195,6 @@ class AdapterFreezer:
         live = [index for index, adapter in enumerate(self._adapters) if adapter.name not in frozen]
         if is_scoring_step(self.schedule, self._step + 1):
             self._scorer.arm(live, shift=len(self.ledger.scorings))
-
-    def _warn_unscored(self, names: Sequence[str]) -> None:
-        new = [name for name in names if name not in self._warned]
-        if new:
-            self._warned.update(new)
-            some = ", ".join(new[:3]) + (", ..." if len(new) > 3 else "")
-            why = "%d adapters have no finite importance at step %d and stay trainable: %s; explain(model) says why."
-            logger.warning(why, len(new), self._step, some)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

@@ -15,7 +15,9 @@ from safe_kernels import AdapterStatistics
 
 from .adapters import Adapter
 from .config import SafeConfig
+from .errors import ScoreError
 from .importance import find_score
+from .nonfinite import broken_parts
 from .observation import Observation
 from .state import Gathered
 
@@ -28,6 +30,9 @@ class Scorer:
         optimizer: the one that trains it; a score that reads gradients reads them before its step.
         adapters: whom this may be about.
         config: the options.
+
+    Attributes:
+        broken: at the latest scoring, by adapter name, which parts of its evidence held NaN or Inf.
     """
 
     def __init__(
@@ -38,6 +43,7 @@ class Scorer:
         self._score = find_score(config.score)
         self._live: list[int] = []
         self._gathered: dict[str, float] = {}
+        self.broken: dict[str, tuple[str, ...]] = {}
         self.observation = Observation(model, adapters, config.score_blocks, config.block_rows)
         hooked = self._score.needs_gradients
         self._hook = optimizer.register_step_pre_hook(self._before_optimizer_step) if hooked else None
@@ -56,6 +62,7 @@ class Scorer:
         """
         self._live = list(live)
         self._gathered = {}
+        self.broken = {}
         if self._score.needs_statistics:
             self.observation.arm(live, shift)
 
@@ -70,14 +77,19 @@ class Scorer:
 
         Returns:
             Importance by adapter name; nan where it cannot be told.
+
+        Raises:
+            ScoreError: The score is no number.
         """
         if self._score.needs_gradients:
             names = [self._adapters[index].name for index in self._live]
             importance = {name: self._gathered.get(name, math.nan) for name in names}
-        else:
-            importance = self._judge_all(self.observation.finish() if self._score.needs_statistics else None)
-        self.disarm()
-        return importance
+            self.disarm()
+            return importance
+        try:
+            return self._judge_all(self.observation.finish() if self._score.needs_statistics else None)
+        finally:
+            self.disarm()
 
     def close(self) -> None:
         """Take every hook off the model and the optimizer."""
@@ -106,5 +118,14 @@ class Scorer:
 
     def _judge(self, index: int, sums: Tensor | None) -> float:
         evidence = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
-        value = self._score.function(replace(evidence, generator=random.Random(f"{self._seed}/{index}")))
-        return value if math.isfinite(value) else math.nan
+        made = self._score.function(replace(evidence, generator=random.Random(f"{self._seed}/{index}")))
+        try:
+            value = float(made)
+        except (TypeError, ValueError):
+            name = self._adapters[index].name
+            raise ScoreError(f"the score of {name!r} must be a number, got {made!r}; mend its function.") from None
+        if math.isfinite(value):
+            return value
+        if parts := broken_parts(evidence):
+            self.broken[self._adapters[index].name] = parts
+        return math.nan

@@ -110,7 +110,7 @@ def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
 
     Args:
         state: what `AdapterFreezer.state_dict` returned.
-        owner: the training it has to fit.
+        owner: the training it has to fit; `on_nonfinite` may differ too, since it decides about no adapter.
 
     Returns:
         What it says.
@@ -158,7 +158,7 @@ def _check_parts(state: Mapping[str, Any]) -> None:
 
 
 def _check_config(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    other = _differences(saved, own, besides={"total_steps"})
+    other = _differences(saved, own, besides={"total_steps", "on_nonfinite"})
     if other:
         raise StateError(f"state was saved with other options: {other}; use the same SafeConfig.")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safe_kernels.functional.random import draw_rng_state
+from safe_kernels.functional.random import state_of_call
 
 
 def activation(x: Tensor, kind: str, *, dropout_p: float = 0.0, rng_state: Tensor | None = None) -> Tensor:
@@ -41,6 +41,5 @@ def activation(x: Tensor, kind: str, *, dropout_p: float = 0.0, rng_state: Tenso
         >>> x.grad
         tensor([[-0.0833,  0.5000,  1.0852]])
     """
-    if dropout_p > 0.0 and rng_state is None:
-        rng_state = draw_rng_state(x.device)
+    rng_state = state_of_call(x, dropout_p, rng_state)
     return torch.ops.safe_kernels.activation(x, kind, dropout_p, rng_state)

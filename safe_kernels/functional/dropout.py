@@ -34,6 +34,6 @@ def dropout(x: Tensor, dropout_p: float, *, rng_state: Tensor | None = None) -> 
         >>> out.unique(), 0.4 < out.count_nonzero().item() / 10000 < 0.6
         (tensor([0., 2.]), True)
     """
-    if rng_state is None:
+    if rng_state is None and isinstance(x, Tensor):
         rng_state = draw_rng_state(x.device)
     return torch.ops.safe_kernels.dropout(x, dropout_p, rng_state)

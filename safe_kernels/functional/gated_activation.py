@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safe_kernels.functional.random import draw_rng_state
+from safe_kernels.functional.random import state_of_call
 
 
 def gated_activation(
@@ -49,6 +49,5 @@ def gated_activation(
         >>> torch.allclose(out, torch.nn.functional.silu(gate) * up, atol=1e-6)
         True
     """
-    if dropout_p > 0.0 and rng_state is None:
-        rng_state = draw_rng_state(gate.device)
+    rng_state = state_of_call(gate, dropout_p, rng_state)
     return torch.ops.safe_kernels.gated_activation(gate, up, kind, dropout_p, rng_state)

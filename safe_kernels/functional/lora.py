@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safe_kernels.functional.random import draw_rng_state
+from safe_kernels.functional.checks import check_number, check_statistics
+from safe_kernels.functional.random import state_of_call
 from safe_kernels.statistics import AdapterStatistics
 
 
@@ -46,7 +47,7 @@ def lora(
 
     Raises:
         ValueError: shapes do not fit together, or `dropout_p` is outside [0, 1].
-        TypeError: a dtype is not supported.
+        TypeError: `scaling` is a tensor that requires grad, or a dtype is not supported.
         RuntimeError: the result is differentiated twice, which is not supported.
 
     Example:
@@ -59,8 +60,9 @@ def lora(
         >>> out.shape, B.grad.shape
         (torch.Size([2, 5, 32]), torch.Size([32, 4]))
     """
-    if dropout_p > 0.0 and rng_state is None:
-        rng_state = draw_rng_state(x.device)
+    check_number(scaling, "scaling")
+    check_statistics(statistics)
+    rng_state = state_of_call(x, dropout_p, rng_state)
     if statistics is None or statistics.blocks is None:
         return torch.ops.safe_kernels.lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state)[0]
     blocks = statistics.blocks

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safe_kernels.functional.random import draw_rng_state
+from safe_kernels.functional.checks import check_number, check_statistics
+from safe_kernels.functional.random import state_of_call
 from safe_kernels.statistics import AdapterStatistics
 
 
@@ -49,7 +50,8 @@ def lora_linear(
 
     Raises:
         ValueError: shapes do not fit together, or `dropout_p` is outside [0, 1].
-        TypeError: a dtype is not supported, or x, weight and bias differ in dtype.
+        TypeError: `scaling` is a tensor that requires grad, a dtype is not supported, or x, weight and bias differ in
+            dtype.
         RuntimeError: the result is differentiated twice, which is not supported.
 
     Example:
@@ -61,8 +63,9 @@ def lora_linear(
         >>> torch.allclose(out, layer(x), atol=1e-6)  # lora_B is zero
         True
     """
-    if dropout_p > 0.0 and rng_state is None:
-        rng_state = draw_rng_state(x.device)
+    check_number(scaling, "scaling")
+    check_statistics(statistics)
+    rng_state = state_of_call(x, dropout_p, rng_state)
     blocks = None if statistics is None else statistics.blocks
     if statistics is None or blocks is None:
         return torch.ops.safe_kernels.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state)[0]

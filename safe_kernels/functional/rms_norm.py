@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from safe_kernels.functional.checks import check_number
+
 
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.0, retain_output: bool = True
@@ -35,7 +37,7 @@ def rms_norm(
 
     Raises:
         ValueError: shapes do not fit together, or `eps` is negative.
-        TypeError: a dtype is not supported.
+        TypeError: `weight_offset` is a tensor that requires grad, or a dtype is not supported.
         RuntimeError: the result is differentiated twice, which is not supported.
 
     Example:
@@ -46,4 +48,5 @@ def rms_norm(
         >>> out.square().mean().round(decimals=3).item(), x.grad.shape
         (1.0, torch.Size([1, 2]))
     """
+    check_number(weight_offset, "weight_offset")
     return torch.ops.safe_kernels.rms_norm(x, weight, eps, weight_offset, retain_output)[0]

@@ -11,14 +11,26 @@ from safe_kernels.reference.philox import dropout_keep
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype sums are made in: float64 if any tensor has it, else float32."""
+    """The dtype sums are made in: float64 if any tensor has it, else float32.
+
+    Raises:
+        ValueError: they are on several devices, which PyTorch's products do not all notice.
+    """
+    devices = {t.device for t in tensors}
+    if len(devices) > 1:
+        raise ValueError(f"tensors are on {', '.join(sorted(map(str, devices)))}; move them to one device")
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
 def dropout_factor(x: Tensor, dropout_p: float, rng_state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     """What dropout multiplies x [N, d] by, or None when nothing is dropped."""
-    if dropout_p == 0.0 or rng_state is None:
+    if dropout_p == 0.0:
         return None
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1], got {dropout_p}")
+    if rng_state is None or rng_state.dtype != torch.int64 or rng_state.shape != (2,):
+        got = None if rng_state is None else f"{rng_state.dtype} {list(rng_state.shape)}"
+        raise ValueError(f"rng_state must be an int64 tensor [2] when dropout_p > 0, got {got}")
     keep = dropout_keep(x.shape[0], x.shape[1], dropout_p, rng_state)
     return keep.to(dtype) * (0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p))
 
@@ -28,8 +40,12 @@ def dropped(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) if factor is None else x.to(dtype) * factor
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """The rows of x [..., d] as a matrix [N, d]; any dimension may be 0."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
 def dropout_of(x: Tensor, dropout_p: float, rng_state: Tensor | None) -> Tensor:
     """Dropout of x [..., d] in its own dtype; the row that decides the bits is that of x flattened to [N, d]."""
-    rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-    factor = dropout_factor(rows, dropout_p, rng_state, x.dtype)
+    factor = dropout_factor(rows_of(x), dropout_p, rng_state, x.dtype)
     return x if factor is None else x * factor.reshape(x.shape)

@@ -27,6 +27,10 @@ def cka_sums(
     Returns:
         float64 [4] = (a, b, c, number of rows that counted).
     """
+    if block_starts.dtype != torch.int64 or block_starts.dim() != 1:
+        raise ValueError(f"block_starts must be int64 [n], got {block_starts.dtype} {list(block_starts.shape)}")
+    if row_weight is not None and row_weight.shape != base.shape[:1]:
+        raise ValueError(f"row_weight must have shape {list(base.shape[:1])}, got {list(row_weight.shape)}")
     sums = base.new_zeros(4, dtype=torch.float64)
     if base.shape[0] == 0 or block_starts.shape[0] == 0:
         return sums

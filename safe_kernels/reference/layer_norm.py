@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safe_kernels.reference.common import compute_dtype
+from safe_kernels.reference.common import compute_dtype, rows_of
 
 
 def layer_norm(
@@ -74,7 +74,7 @@ def layer_norm_backward(
     else:
         x_hat = (retained.to(dtype) - mean.to(dtype).unsqueeze(-1)) * row_rstd
     grads = grad.to(dtype)
-    rows, d = grads.reshape(-1, grad.shape[-1]), grad.shape[-1]
+    rows = rows_of(grads)
     grad_x = retained.new_empty(0)
     grad_weight = (retained if weight is None else weight).new_empty(0)
     grad_bias = (retained if bias is None else bias).new_empty(0)
@@ -83,7 +83,7 @@ def layer_norm_backward(
         along = (g * x_hat).mean(-1, keepdim=True)
         grad_x = (row_rstd * (g - g.mean(-1, keepdim=True) - x_hat * along)).to(retained.dtype).contiguous()
     if output_mask[1] and weight is not None:
-        grad_weight = (rows * x_hat.reshape(-1, d)).sum(0).to(weight.dtype)
+        grad_weight = (rows * rows_of(x_hat)).sum(0).to(weight.dtype)
     if output_mask[2] and bias is not None:
         grad_bias = rows.sum(0).to(bias.dtype)
     return grad_x, grad_weight, grad_bias

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safe_kernels.reference.common import compute_dtype, dropout_factor, dropped
+from safe_kernels.reference.common import compute_dtype, dropout_factor, dropped, rows_of
 from safe_kernels.reference.importance import cka_sums
 
 
@@ -39,13 +39,13 @@ def lora(
         out, shaped and typed like `base`, and float64 [4] = (a, b, c, rows), or [0] when nothing was scored.
     """
     dtype = compute_dtype(x, base, lora_A, lora_B)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = rows_of(x)
     h = dropped(rows, dropout_factor(rows, dropout_p, rng_state, dtype), dtype) @ lora_A.to(dtype).t()
     delta = scaling * (h @ lora_B.to(dtype).t())
     out = (base.to(dtype) + delta.reshape(base.shape)).to(base.dtype)
     if block_starts is None:
         return out.contiguous(), x.new_empty(0, dtype=torch.float64)
-    base_rows = base.reshape(-1, base.shape[-1])
+    base_rows = rows_of(base)
     return out.contiguous(), cka_sums(base_rows, delta, block_starts, block_rows, row_weight)
 
 
@@ -78,15 +78,15 @@ def lora_backward(
     like_x = grad if x is None else x
     dtype = compute_dtype(grad, like_x, lora_A, lora_B)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
-    grad_rows = scaling * grad.reshape(-1, grad.shape[-1]).to(dtype)
+    grad_rows = scaling * rows_of(grad).to(dtype)
     shape = (*grad.shape[:-1], lora_A.shape[1])
-    factor = dropout_factor(grad.new_empty(shape).reshape(-1, shape[-1]), dropout_p, rng_state, dtype)
+    factor = dropout_factor(rows_of(grad.new_empty(shape)), dropout_p, rng_state, dtype)
     grad_x, grad_A, grad_B = grad.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     grad_h = grad_rows @ B if want_x or want_A else None
     if grad_h is not None and want_x:
         grad_x = dropped(grad_h @ A, factor, dtype).to(like_x.dtype).reshape(shape)
     if x is not None and (want_A or want_B):
-        x_dropped = dropped(x.reshape(-1, x.shape[-1]), factor, dtype)
+        x_dropped = dropped(rows_of(x), factor, dtype)
         if grad_h is not None and want_A:
             grad_A = (grad_h.t() @ x_dropped).to(lora_A.dtype)
         if want_B:

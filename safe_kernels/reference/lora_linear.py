@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from safe_kernels.reference.common import compute_dtype
+from safe_kernels.reference.common import compute_dtype, rows_of
 from safe_kernels.reference.lora import lora, lora_backward
 
 
@@ -40,11 +40,21 @@ def lora_linear(
         out [..., d_out], contiguous and typed like x, and float64 [4] = (a, b, c, rows), or [0].
     """
     dtype = compute_dtype(x, weight, lora_A, lora_B)
+    _check(x, weight, bias)
     base = x.to(dtype) @ weight.to(dtype).t()
     if bias is not None:
         base = base + bias.to(dtype)
     out, statistics = lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight)
     return out.to(x.dtype), statistics
+
+
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Refuses what PyTorch would broadcast or promote: in inference mode the op's own checks have not run before."""
+    for name, tensor in (("x", x), ("bias", bias)):
+        if tensor is not None and tensor.dtype != weight.dtype:
+            raise TypeError(f"{name} and weight must have one dtype, got {tensor.dtype} and {weight.dtype}; cast it")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias must have shape {list(weight.shape[:1])}, got {list(bias.shape)}")
 
 
 def lora_linear_backward(
@@ -77,7 +87,7 @@ def lora_linear_backward(
     """
     want_x, want_weight, want_bias, want_A, want_B = output_mask
     dtype = compute_dtype(grad, weight, lora_A, lora_B)
-    rows = grad.reshape(-1, grad.shape[-1]).to(dtype)
+    rows = rows_of(grad).to(dtype)
     wide = grad.to(dtype)
     # In the dtype of sums, so that the two parts of grad_x are rounded once, together.
     inputs = None if x is None else x.to(dtype)
@@ -87,7 +97,7 @@ def lora_linear_backward(
     grad_x = (grad_x + wide @ weight.to(dtype)).to(weight.dtype).contiguous() if want_x else weight.new_empty(0)
     grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0)
     if want_weight and x is not None:
-        grad_weight = (rows.t() @ x.reshape(-1, x.shape[-1]).to(dtype)).to(weight.dtype)
+        grad_weight = (rows.t() @ rows_of(x).to(dtype)).to(weight.dtype)
     if want_bias:
         grad_bias = rows.sum(0).to(weight.dtype)
     return grad_x, grad_weight, grad_bias, grad_A, grad_B

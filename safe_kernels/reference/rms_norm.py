@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safe_kernels.reference.common import compute_dtype
+from safe_kernels.reference.common import compute_dtype, rows_of
 
 
 def rms_norm(
@@ -67,5 +67,5 @@ def rms_norm_backward(
         g = grad.to(dtype) * scale
         grad_x = (row_rstd * (g - x_hat * (g * x_hat).mean(-1, keepdim=True))).to(retained.dtype).contiguous()
     if output_mask[1]:
-        grad_weight = (grad.to(dtype) * x_hat).reshape(-1, scale.shape[0]).sum(0).to(weight.dtype)
+        grad_weight = rows_of(grad.to(dtype) * x_hat).sum(0).to(weight.dtype)
     return grad_x, grad_weight
