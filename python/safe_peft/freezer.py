@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from . import jsonio
 from .adapters import Adapter
 from .binding import bind
+from .compiling import allow_recompilations
 from .config import SafeConfig
 from .decisions import Decisions
 from .errors import BindingError
@@ -158,6 +159,7 @@ class AdapterFreezer:
             self._drop(adapter)
         self._recompute(recompute)
         if names:
+            allow_recompilations(names, self.binding.blocks)
             logger.info("step %d: froze %d adapters, %d in all", self._step, len(names), len(self.ledger.frozen))
         return names
 

@@ -120,7 +120,7 @@ class Observation:
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A new batch: its rows and its padding are others."""
-        if not self._armed:
+        if torch.compiler.is_compiling() or not self._armed:
             return
         self._row_blocks.clear()
         mask = kwargs.get("attention_mask")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from safe_kernels import AdapterStatistics
 
 from .adapters import Adapter
+from .compiling import EagerForwards
 from .config import SafeConfig
 from .importance import find_score
 from .observation import Observation
@@ -39,6 +40,7 @@ class Scorer:
         self._live: list[int] = []
         self._gathered: dict[str, float] = {}
         self.observation = Observation(model, adapters, config.score_blocks, config.block_rows)
+        self._forwards = EagerForwards() if self._score.needs_statistics or config.needs_plan else None
         hooked = self._score.needs_gradients
         self._hook = optimizer.register_step_pre_hook(self._before_optimizer_step) if hooked else None
 
@@ -58,12 +60,16 @@ class Scorer:
         self._gathered = {}
         if self._score.needs_statistics:
             self.observation.arm(live, shift)
+        if self._forwards is not None:
+            self._forwards.begin()
 
     def disarm(self) -> None:
         """Forget what was gathered."""
         self._live = []
         self._gathered = {}
         self.observation.disarm()
+        if self._forwards is not None:
+            self._forwards.end()
 
     def measure(self) -> dict[str, float]:
         """Judge what was gathered.

@@ -130,7 +130,8 @@ class SafeLoraLinear(Swapped):
         A, B = lora_A.weight, lora_B.weight
         if key in state.frozen and (A.requires_grad or B.requires_grad):
             A, B = A.detach(), B.detach()  # PEFT has set requires_grad again behind the ledger's back
-        observe = state.observe.get(key) if self.training else None
+        scored = self.training and not torch.compiler.is_compiling()  # a scoring's forwards run uncompiled
+        observe = state.observe.get(key) if scored else None
         base = self.base_layer(x, *args, **{name: value for name, value in kwargs.items() if name not in _ROUTING})
         return safe_kernels.lora(
             x,
