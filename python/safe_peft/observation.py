@@ -131,7 +131,7 @@ class Observation:
 
     def _statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
         """Where one adapter's coming call is to add its sums."""
-        if self._suspended or x.numel() == 0:
+        if self._suspended or x.numel() == 0 or torch.is_inference_mode_enabled():
             return None
         rows = x.numel() // x.shape[-1]
         fits = self._mask is not None and self._mask.numel() == rows and x.shape[:-1] in (self._mask.shape, (rows,))

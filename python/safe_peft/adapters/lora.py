@@ -16,7 +16,7 @@ import safe_kernels
 from safe_kernels import AdapterStatistics
 
 from ..importance import Evidence
-from ..swap import STATE, Swapped, is_hooked
+from ..swap import STATE, Swapped, is_hooked, is_transformed
 from .base import Adapter, LayerState, adapter_parameters, register_adapter
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -101,6 +101,8 @@ def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
 def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | None:
     if not args:
         return None
+    if is_transformed():
+        return "a functorch transform runs, which knows PyTorch's own ops only"
     x = args[0]
     if type(x) not in _TENSORS:
         return f"input is a {type(x).__name__}, not a plain tensor"
