@@ -201,8 +201,8 @@ class AdapterFreezer:
     def _warn_postponed(self) -> None:
         if "postponed" not in self._warned:
             self._warned.add("postponed")
-            why = "step %d: the optimizer made no step (GradScaler skips those with infinite gradients), so there were no "
-            logger.warning(why + "gradients to score by; the scoring waits for the next one that is made.", self._step)
+            why = "step %d: the optimizer made no step (GradScaler skips those with infinite gradients), thus no "
+            logger.warning(why + "gradients to score by yet; scoring waits for a step that is made.", self._step)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:

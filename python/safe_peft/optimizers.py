@@ -33,13 +33,13 @@ class Optimizers:
         parameters = list(parameters)
         for optimizer in self._layers():
             state = getattr(optimizer, "state", None)
-            if not isinstance(state, MutableMapping):
+            if not isinstance(state, MutableMapping) or isinstance(optimizer, torch.optim.LBFGS):
                 continue
             dropped = [state.pop(parameter, None) for parameter in parameters]
             _release_pages(optimizer, [known for known in dropped if known])
 
     def forget_directions(self) -> None:
-        """Have LBFGS begin anew: what it remembers is of all parameters at once, and would move frozen ones too."""
+        """Have LBFGS begin anew: its history is of all parameters at once, kept under the first one, and moves all."""
         for optimizer in self.inner:
             if isinstance(optimizer, torch.optim.LBFGS):
                 optimizer.state.clear()

@@ -86,7 +86,7 @@ class Scorer:
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to judge: a GradScaler may have skipped the step that gradients are read before."""
+        """Whether there is something to judge: GradScaler may have skipped the step that gradients are read before."""
         return bool(self._gathered) or not self._score.needs_gradients
 
     def measure(self) -> dict[str, float]:
@@ -138,7 +138,7 @@ class Scorer:
         return args[:1], {**kwargs, "closure": observed}
 
     def _gather(self, optimizer: Any) -> None:
-        """Judge by gradients. GradScaler leaves it to a fused optimizer to divide by its scale, and to skip the step."""
+        """Judge by gradients. GradScaler leaves it to a fused optimizer to divide by its scale and to skip steps."""
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         if found_inf is None or not float(found_inf):
             self._gathered = self._judge_all(None, 1.0 if scale is None else float(scale))

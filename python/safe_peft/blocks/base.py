@@ -51,7 +51,9 @@ _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 
 def is_plain(*values: Any) -> bool:
     """Whether all of them are floating-point tensors, and nothing would change what an op does."""
-    return not is_transformed() and all(type(value) in _TENSORS and value.is_floating_point() and value.dim() > 0 for value in values)
+    return not is_transformed() and all(
+        type(value) in _TENSORS and value.is_floating_point() and value.dim() > 0 for value in values
+    )
 
 
 def hooked(module: nn.Module, *children: str) -> str | None:
