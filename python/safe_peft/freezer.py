@@ -19,12 +19,14 @@ from .adapters import Adapter
 from .binding import bind
 from .checkpoints import fingerprints
 from .checksum import signed
+from .compiling import allow_recompilations
 from .config import SafeConfig
 from .decisions import Decisions
 from .errors import BindingError, StateError
 from .ledger import Ledger
 from .nonfinite import NonFinite
-from .paths import unwrap, unwrap_optimizer
+from .optimizers import Optimizers
+from .paths import unwrap
 from .planning.planner import Planner
 from .presence import Presence
 from .report import AdapterRecord, FreezeReport
@@ -43,7 +45,8 @@ class AdapterFreezer:
 
     Args:
         model: a PEFT model.
-        optimizer: the one that trains it; accelerate's wrapper is looked through.
+        optimizer: the one that trains it; wrappers such as accelerate's are looked through. Where parameters have
+            optimizers of their own, all of them.
         config: the options.
         total_steps: optimizer steps of the whole training; needed if an option is a share of it.
         first_step: optimizer steps that were done before.
@@ -65,7 +68,7 @@ class AdapterFreezer:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
         config: SafeConfig | None = None,
         *,
         total_steps: int | None = None,
@@ -74,9 +77,10 @@ class AdapterFreezer:
         self.config = config or SafeConfig()
         self.schedule = resolve(self.config, total_steps)
         self.model = unwrap(model)
-        self._optimizer = unwrap_optimizer(optimizer)
+        self._optimizers = Optimizers(optimizer)
         self._step = first_step
         self._nonfinite = NonFinite(self.config)
+        self._postponed = False
         with ExitStack() as undo:
             self.binding = bind(model)
             undo.callback(self.binding.detach)
@@ -89,7 +93,7 @@ class AdapterFreezer:
             self.planner = Planner(self.model, self.config, others_train)
             undo.callback(self.planner.close)
             self._decisions = Decisions(self.config, self.schedule, self.planner, len(names), others_train)
-            self._scorer = Scorer(self.model, self._optimizer, self._adapters, self.config)
+            self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config)
             undo.pop_all()
         if self.config.recompute == "frozen":
             self.binding.recompute.update(self.binding.blocks)
@@ -99,9 +103,10 @@ class AdapterFreezer:
     def _check_parameters(self, model: nn.Module) -> bool:
         """Whether anything but the adapters trains; refuses what would train wrongly."""
         live = {id(p) for adapter in self._adapters for p in adapter.parameters()}
-        if not live & {id(p) for group in self._optimizer.param_groups for p in group["params"]}:
+        if not live & {id(p) for p in self._optimizers.parameters()}:
             raise BindingError(
-                "optimizer: it trains none of this model's adapters; make it from this model's parameters."
+                "optimizer: it trains none of this model's adapters; make it from this model's parameters, and pass a "
+                "list of all of them where parameters have optimizers of their own."
             )
         if isinstance(model, DistributedDataParallel) and (model.static_graph or not model.find_unused_parameters):
             raise BindingError(
@@ -148,7 +153,9 @@ class AdapterFreezer:
         error = None
         for adapter in self._adapters_named(self.ledger.frozen):
             self._drop(adapter)
-        if self._scorer.armed:
+        if self._scorer.armed and not self._scorer.ready:
+            self._warn_postponed()
+        elif self._scorer.armed:
             importance = self._scorer.measure()
             error = self._nonfinite.note(self._step, importance, self._scorer.broken)
             self._decisions.record(self._step, importance)
@@ -171,6 +178,8 @@ class AdapterFreezer:
             self._drop(adapter)
         self._recompute(recompute)
         if names:
+            self._optimizers.forget_directions()
+            allow_recompilations(names, self.binding.blocks)
             logger.info("step %d: froze %d adapters, %d in all", self._step, len(names), len(self.ledger.frozen))
         return names
 
@@ -182,8 +191,7 @@ class AdapterFreezer:
     def _drop(self, adapter: Adapter) -> None:
         """Keep a frozen adapter still: AdamW would go on moving it by its momentum and a gradient left over."""
         adapter.hold()
-        for parameter in adapter.parameters():
-            self._optimizer.state.pop(parameter, None)
+        self._optimizers.forget(adapter.parameters())
 
     def _adapters_named(self, names: Iterable[str]) -> list[Adapter]:
         wanted = set(names)
@@ -193,8 +201,14 @@ class AdapterFreezer:
         """Prepare the coming step."""
         frozen = set(self.ledger.frozen)
         live = [index for index, adapter in enumerate(self._adapters) if adapter.name not in frozen]
-        if is_scoring_step(self.schedule, self._step + 1):
+        if self._scorer.armed or is_scoring_step(self.schedule, self._step + 1):
             self._scorer.arm(live, shift=len(self.ledger.scorings))
+
+    def _warn_postponed(self) -> None:
+        if not self._postponed:
+            self._postponed = True
+            why = "step %d: the optimizer made no step (GradScaler skips those with infinite gradients), thus no "
+            logger.warning(why + "gradients to score by yet; scoring waits for a step that is made.", self._step)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -339,4 +353,4 @@ class AdapterFreezer:
 
     def _owner(self) -> Owner:
         adapters = {adapter.name: adapter.traits() for adapter in self._adapters}
-        return Owner(self.config, type(self._optimizer).__name__, adapters, self.binding.blocks)
+        return Owner(self.config, self._optimizers.kinds, adapters, self.binding.blocks)

@@ -116,7 +116,7 @@ class Observation:
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A new batch: its rows and its padding are others."""
-        if not self._armed:
+        if torch.compiler.is_compiling() or not self._armed:
             return
         self._row_blocks.clear()
         mask = kwargs.get("attention_mask")
@@ -127,7 +127,7 @@ class Observation:
 
     def _statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
         """Where one adapter's coming call is to add its sums."""
-        if self._suspended or x.numel() == 0:
+        if self._suspended or x.numel() == 0 or torch.is_inference_mode_enabled():
             return None
         rows = x.numel() // x.shape[-1]
         fits = self._mask is not None and self._mask.numel() == rows and x.shape[:-1] in (self._mask.shape, (rows,))

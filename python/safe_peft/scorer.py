@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from safe_kernels import AdapterStatistics
 
 from .adapters import Adapter
+from .compiling import EagerForwards
 from .config import SafeConfig
-from .errors import ScoreError
+from .errors import ConfigError, ScoreError
 from .importance import find_score
 from .nonfinite import broken_parts
 from .observation import Observation
@@ -27,16 +28,23 @@ class Scorer:
 
     Args:
         model: the model whose forwards are observed.
-        optimizer: the one that trains it; a score that reads gradients reads them before its step.
+        optimizers: those that train it; a score that reads gradients reads them before the step of the only one.
         adapters: whom this may be about.
         config: the options.
 
     Attributes:
         broken: at the latest scoring, by adapter name, which parts of its evidence held NaN or Inf.
+
+    Raises:
+        ConfigError: The score reads gradients, and several optimizers use them up one after the other.
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, adapters: Sequence[Adapter], config: SafeConfig
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        adapters: Sequence[Adapter],
+        config: SafeConfig,
     ) -> None:
         self._adapters = adapters
         self._seed = config.seed
@@ -44,9 +52,15 @@ class Scorer:
         self._live: list[int] = []
         self._gathered: dict[str, float] = {}
         self.broken: dict[str, tuple[str, ...]] = {}
+        if self._score.needs_gradients and len(optimizers) > 1:
+            raise ConfigError(
+                f"score: {config.score!r} reads gradients before the step of one optimizer, and here are "
+                f'{len(optimizers)}; choose "cka", "relative_norm" or "random".'
+            )
         self.observation = Observation(model, adapters, config.score_blocks, config.block_rows)
+        self._forwards = EagerForwards() if self._score.needs_statistics or config.needs_plan else None
         hooked = self._score.needs_gradients
-        self._hook = optimizer.register_step_pre_hook(self._before_optimizer_step) if hooked else None
+        self._hook = optimizers[0].register_step_pre_hook(self._before_optimizer_step) if hooked else None
 
     @property
     def armed(self) -> bool:
@@ -65,12 +79,21 @@ class Scorer:
         self.broken = {}
         if self._score.needs_statistics:
             self.observation.arm(live, shift)
+        if self._forwards is not None:
+            self._forwards.begin()
 
     def disarm(self) -> None:
         """Forget what was gathered."""
         self._live = []
         self._gathered = {}
         self.observation.disarm()
+        if self._forwards is not None:
+            self._forwards.end()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to judge: GradScaler may have skipped the step that gradients are read before."""
+        return bool(self._gathered) or not self._score.needs_gradients
 
     def measure(self) -> dict[str, float]:
         """Judge what was gathered.
@@ -108,17 +131,40 @@ class Scorer:
             self.observation.load_sums(evidence.sums)
             self._gathered = dict(evidence.importance)
 
-    def _before_optimizer_step(self, *_: Any) -> None:
-        if self.armed:  # gradients are there only now
-            self._gathered = self._judge_all(None)
+    def _before_optimizer_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Gradients are there only now; those that a closure makes, once it has run."""
+        if not self.armed:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._gather(optimizer)
+            return None
+
+        def observed() -> Any:
+            loss = closure()
+            if not self._gathered:
+                self._gather(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": observed}
+
+    def _gather(self, optimizer: Any) -> None:
+        """Judge by gradients. GradScaler leaves it to a fused optimizer to divide by its scale and to skip steps."""
+        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        if found_inf is None or not float(found_inf):
+            self._gathered = self._judge_all(None, 1.0 if scale is None else float(scale))
 
     @torch.no_grad()
-    def _judge_all(self, sums: Tensor | None) -> dict[str, float]:
-        return {self._adapters[i].name: self._judge(i, None if sums is None else sums[i]) for i in self._live}
+    def _judge_all(self, sums: Tensor | None, grad_scale: float = 1.0) -> dict[str, float]:
+        rows = [None if sums is None else sums[index] for index in self._live]
+        named = zip(self._live, rows, strict=True)
+        return {self._adapters[index].name: self._judge(index, row, grad_scale) for index, row in named}
 
-    def _judge(self, index: int, sums: Tensor | None) -> float:
+    def _judge(self, index: int, sums: Tensor | None, grad_scale: float) -> float:
         evidence = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
-        made = self._score.function(replace(evidence, generator=random.Random(f"{self._seed}/{index}")))
+        grads = {name: _divided(getattr(evidence, name), grad_scale) for name in ("grad_A", "grad_B")}
+        evidence = replace(evidence, generator=random.Random(f"{self._seed}/{index}"), **grads)
+        made = self._score.function(evidence)
         try:
             value = float(made)
         except (TypeError, ValueError):
@@ -129,3 +175,7 @@ class Scorer:
         if parts := broken_parts(evidence):
             self.broken[self._adapters[index].name] = parts
         return math.nan
+
+
+def _divided(grad: Tensor | None, scale: float) -> Tensor | None:
+    return grad if grad is None or scale == 1.0 else grad.float() / scale

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 STATE = "_safe_state"
@@ -68,6 +69,11 @@ def is_bound(module: nn.Module) -> bool:
 def original_type(module: nn.Module) -> type[nn.Module]:
     """The class a module has when it is not bound."""
     return module.original if isinstance(module, Swapped) else type(module)
+
+
+def is_transformed() -> bool:
+    """Whether a functorch transform runs (`torch.func.grad`, `vmap`, ...), which knows PyTorch's own ops only."""
+    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import safe_kernels
 from safe_kernels import AdapterStatistics
 
 from ..importance import Evidence
-from ..swap import STATE, is_hooked
+from ..swap import STATE, is_hooked, is_transformed
 from .base import Adapter, LayerState, register_adapter
 from .observed import Observed
 
@@ -90,6 +90,8 @@ def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
 def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | None:
     if not args:
         return None
+    if is_transformed():
+        return "a functorch transform runs, which knows PyTorch's own ops only"
     x = args[0]
     if type(x) not in _TENSORS:
         return f"input is a {type(x).__name__}, not a plain tensor"
@@ -118,7 +120,8 @@ class SafeLoraLinear(Observed):
         A, B = lora_A.weight, lora_B.weight
         if key in state.frozen and (A.requires_grad or B.requires_grad):
             A, B = A.detach(), B.detach()  # PEFT has set requires_grad again behind the ledger's back
-        observe = state.observe.get(key) if self.training else None
+        scored = self.training and not torch.compiler.is_compiling()  # a scoring's forwards run uncompiled
+        observe = state.observe.get(key) if scored else None
         base = self.base_layer(x, *args, **{name: value for name, value in kwargs.items() if name not in _ROUTING})
         return safe_kernels.lora(
             x,

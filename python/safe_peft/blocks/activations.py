@@ -31,7 +31,8 @@ def activation_kind(module: nn.Module | None) -> str | None:
         return None
     if isinstance(module, nn.Dropout | nn.Identity) or getattr(module, "inplace", False):
         return None
-    x = torch.cat([torch.linspace(-6.0, 6.0, 97), torch.tensor([-300.0, -30.0, -9.0, 9.0, 12.0, 30.0, 300.0])])
+    far = [-300.0, -30.0, -9.0, 9.0, 12.0, 30.0, 300.0]
+    x = torch.cat([torch.linspace(-6.0, 6.0, 97), torch.tensor(far)]).float()
     clone = stand_in(module)
 
     def run() -> Any:

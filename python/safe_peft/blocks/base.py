@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from ..swap import Swapped, is_hooked
+from ..swap import Swapped, is_hooked, is_transformed
 
 
 class Part(ABC):
@@ -50,8 +50,10 @@ _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 
 
 def is_plain(*values: Any) -> bool:
-    """Whether all of them are floating-point tensors, and of no subclass that would change what an op does."""
-    return all(type(value) in _TENSORS and value.is_floating_point() and value.dim() > 0 for value in values)
+    """Whether all of them are floating-point tensors, and nothing would change what an op does."""
+    return not is_transformed() and all(
+        type(value) in _TENSORS and value.is_floating_point() and value.dim() > 0 for value in values
+    )
 
 
 def hooked(module: nn.Module, *children: str) -> str | None:

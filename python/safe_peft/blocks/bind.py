@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 
+import torch
 from torch import nn
 
 from ..adapters import peft_kind
@@ -66,7 +67,8 @@ def unrecognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 def _recognise(module: nn.Module, in_block: bool) -> Part | None:
     kinds = (*ANYWHERE, *IN_BLOCKS) if in_block else ANYWHERE
-    return next((part for kind in kinds if (part := kind.recognise(module)) is not None), None)
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):  # whatever the caller has set for its own tensors
+        return next((part for kind in kinds if (part := kind.recognise(module)) is not None), None)
 
 
 def _inside_blocks(model: nn.Module) -> set[int]:

@@ -74,7 +74,7 @@ class Planner:
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note a training batch if none as large has been there. The outer model is called first, and counts."""
-        if self._suspended or not torch.is_grad_enabled() or not module.training:
+        if torch.compiler.is_compiling() or self._suspended or not torch.is_grad_enabled() or not module.training:
             return
         self._source = self._source or module
         if module is not self._source:

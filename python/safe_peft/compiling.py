@@ -1,0 +1,45 @@
+"""What `torch.compile` has to be told while adapters are scored and frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import torch
+
+
+class EagerForwards:
+    """Has compiled models run their Python code, uncompiled, while a scoring looks at their forwards.
+
+    A graph that scores is another graph than one that does not: every freezing would compile two. Scorings are rare,
+    so they do without. The stance that was set before is set again afterwards.
+    """
+
+    def __init__(self) -> None:
+        self._stance: torch._dynamo.set_stance | None = None
+
+    def begin(self) -> None:
+        """Run uncompiled from now on. Doing it twice does no harm."""
+        if self._stance is None:
+            self._stance = torch.compiler.set_stance("force_eager")
+
+    def end(self) -> None:
+        """Run as before. Doing it twice does no harm."""
+        if self._stance is not None:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+
+def allow_recompilations(frozen: Collection[str], blocks: Collection[str]) -> None:
+    """Raise torch's limit on recompilations by what a freezing may need; at the limit it would stop compiling for good.
+
+    A model compiled whole compiles once more, in training and once in evaluation. Of blocks compiled one by one those
+    do in which something froze, and the one above if no gradient reaches it any longer; all share one limit.
+
+    Args:
+        frozen: names of the adapters that froze.
+        blocks: names of the transformer blocks.
+    """
+    touched = [block for block in blocks if any(name.startswith(f"{block}.") for name in frozen)]
+    room = 2 * (1 + 2 * len(touched))
+    torch._dynamo.config.recompile_limit += room
+    torch._dynamo.config.accumulated_recompile_limit += room

@@ -1,0 +1,65 @@
+"""What optimizers know of adapters that froze, and how they forget it, whoever holds it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from .paths import unwrap_optimizer
+
+
+class Optimizers:
+    """The optimizers of a training, most often one, each with those that stand around it.
+
+    Args:
+        given: one, or several where every parameter has its own (a step inside backward, for instance).
+    """
+
+    def __init__(self, given: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
+        self._given: tuple[Any, ...] = tuple(given) if isinstance(given, Sequence) else (given,)
+        self.inner = tuple(unwrap_optimizer(optimizer) for optimizer in self._given)
+
+    @property
+    def kinds(self) -> str:
+        """The names of their types, each once."""
+        return ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in self.inner))
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Everything they train."""
+        for optimizer in self.inner:
+            for group in optimizer.param_groups:
+                yield from group["params"]
+
+    def forget(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Drop what is held about parameters: by AdamW, by its 8-bit and paged kin, by a Lookahead around it."""
+        parameters = list(parameters)
+        for optimizer in self._layers():
+            state = getattr(optimizer, "state", None)
+            if not isinstance(state, MutableMapping) or isinstance(optimizer, torch.optim.LBFGS):
+                continue
+            dropped = [state.pop(parameter, None) for parameter in parameters]
+            _release_pages(optimizer, [known for known in dropped if known])
+
+    def forget_directions(self) -> None:
+        """Have LBFGS begin anew: its history is of all parameters at once, kept under the first one, and moves all."""
+        for optimizer in self.inner:
+            if isinstance(optimizer, torch.optim.LBFGS):
+                optimizer.state.clear()
+
+    def _layers(self) -> Iterator[Any]:
+        for optimizer, inner in zip(self._given, self.inner, strict=True):
+            while optimizer is not inner:
+                yield optimizer
+                optimizer = optimizer.optimizer
+            yield inner
+
+
+def _release_pages(optimizer: Any, dropped: list[dict[str, Any]]) -> None:
+    """Bitsandbytes lists the memory of its paged optimizers a second time."""
+    pages = getattr(getattr(optimizer, "page_mng", None), "paged_tensors", None)
+    if pages:
+        gone = {id(value) for known in dropped for value in known.values()}
+        pages[:] = [page for page in pages if id(page) not in gone]

@@ -1,0 +1,235 @@
+"""Whatever optimizer trains them: an adapter that froze does not move, has no state, and the rest trains as in PEFT."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from toy import Toy, freezer_of, pairs, toy
+
+from safe_peft import AdapterFreezer, ConfigError
+from safe_peft.optimizers import Optimizers
+
+STEPS = 18
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "sgd with momentum": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, weight_decay=0.1),
+    "adamw, foreach": lambda p: torch.optim.AdamW(p, lr=3e-3, foreach=True),
+    "adamw, fused": lambda p: torch.optim.AdamW(p, lr=3e-3, fused=True),
+    "adafactor": lambda p: torch.optim.Adafactor(p, lr=3e-3),
+    "adagrad": lambda p: torch.optim.Adagrad(p, lr=3e-3),
+    "asgd": lambda p: torch.optim.ASGD(p, lr=0.01),
+    "lbfgs": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=3),
+}
+
+
+def trainable(model: nn.Module) -> list[nn.Parameter]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> float:
+    """One step in the form that every optimizer takes."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(**batch)
+        loss.backward()
+        return loss
+
+    return optimizer.step(closure).item()  # type: ignore[union-attr]
+
+
+def frozen_parameters(freezer: AdapterFreezer) -> Iterator[nn.Parameter]:
+    for adapter in freezer.adapters:
+        if adapter.name in freezer.frozen:
+            yield from adapter.parameters()
+
+
+class Stillness:
+    """Asserts after every step that what is frozen stays as it was."""
+
+    def __init__(self, freezer: AdapterFreezer) -> None:
+        self.freezer = freezer
+        self.known: dict[nn.Parameter, Tensor] = {}
+
+    def check(self, *states: Any) -> None:
+        for parameter in frozen_parameters(self.freezer):
+            before = self.known.setdefault(parameter, parameter.detach().clone())
+            assert torch.equal(parameter, before), "it moved"
+            assert parameter.grad is None
+            assert not any(state.get(parameter) for state in states), "it has state"
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_training_is_that_of_stock_peft_frozen_by_hand(name: str) -> None:
+    model, stock = toy(3).double(), toy(3).double()
+    optimizer, own = (OPTIMIZERS[name](trainable(one)) for one in (stock, model))
+    freezer = freezer_of(model, own)
+    still = Stillness(freezer)
+    for single in pairs(STEPS):
+        batch = {key: tensor.double() for key, tensor in single.items()}
+        loss, expected = step(model, own, batch), step(stock, optimizer, batch)
+        assert loss == pytest.approx(expected, rel=1e-6)
+        for path in freezer.step():
+            layer = stock.get_submodule(f"base_model.model.{path}")
+            for parameter in (layer.lora_A["default"].weight, layer.lora_B["default"].weight):
+                parameter.requires_grad_(False).grad = None
+                optimizer.state.pop(parameter, None)
+            if name == "lbfgs":
+                optimizer.state.clear()  # it is of all parameters at once
+        still.check(*([] if name == "lbfgs" else [own.state]))
+    assert len(freezer.frozen) == 5
+
+
+def test_gradients_that_a_closure_makes_are_scored() -> None:
+    importances = []
+    for optimize in (lambda p: torch.optim.SGD(p, lr=0.01), lambda p: torch.optim.LBFGS(p, lr=0.01, max_iter=3)):
+        model = toy()
+        optimizer = optimize(trainable(model))
+        freezer = freezer_of(model, optimizer, score="gradient_sensitivity", score_interval=1)
+        step(model, optimizer, next(pairs(1)))
+        freezer.step()
+        importances.append(freezer.ledger.importance)
+    assert importances[0] == importances[1], "the first evaluation is made before anything moves"
+    assert len(importances[0]) == 4
+    assert all(value > 0 for value in importances[0].values())
+
+
+class Lookahead:
+    """As several packages have it: slow weights of every parameter, pulled after every third step of another."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer, self.param_groups = optimizer, optimizer.param_groups
+        self.state: dict[nn.Parameter, dict[str, Tensor]] = defaultdict(dict)
+        self.steps = 0
+
+    def zero_grad(self) -> None:
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def step(self) -> None:
+        self.optimizer.step()
+        self.steps += 1
+        for parameter in [p for group in self.param_groups for p in group["params"]]:
+            slow = self.state[parameter].setdefault("slow", parameter.clone())
+            if self.steps % 3 == 0:
+                slow.lerp_(parameter, 0.5)
+                parameter.copy_(slow)
+
+
+def train(model: nn.Module, optimizer: Any, freezer: AdapterFreezer, *states: Any) -> None:
+    still = Stillness(freezer)
+    for batch in pairs(STEPS):
+        model(**batch).backward()
+        optimizer.step()
+        still.check(*states[:1])
+        optimizer.zero_grad()
+        freezer.step()
+        still.check(*states)
+    assert len(freezer.frozen) == 3
+
+
+def test_a_wrapper_with_weights_of_its_own() -> None:
+    model = toy()
+    inner = torch.optim.AdamW(trainable(model), lr=3e-3)
+    wrapper = Lookahead(inner)
+    train(model, wrapper, freezer_of(model, wrapper), inner.state, wrapper.state)  # type: ignore[arg-type]
+
+
+def test_an_optimizer_that_accelerate_prepared() -> None:
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = toy()
+    inner = torch.optim.AdamW(trainable(model), lr=3e-3)
+    prepared = accelerator.prepare(inner)
+    train(model, prepared, freezer_of(model, prepared), inner.state)
+
+
+def test_one_optimizer_a_parameter_stepping_inside_backward() -> None:
+    model = toy()
+    optimizers = {p: torch.optim.AdamW([p], lr=3e-3, weight_decay=0.1) for p in trainable(model)}
+
+    def step_at_once(parameter: nn.Parameter) -> None:
+        optimizers[parameter].step()
+        parameter.grad = None
+
+    for parameter in optimizers:
+        parameter.register_post_accumulate_grad_hook(step_at_once)
+    freezer = freezer_of(model, list(optimizers.values()))
+    still = Stillness(freezer)
+    for batch in pairs(STEPS):
+        model(**batch).backward()
+        freezer.step()
+        still.check(*(optimizer.state for optimizer in optimizers.values()))
+    assert len(freezer.frozen) == 3
+    freezer.detach()
+    with pytest.raises(ConfigError, match=r"score: 'gradient_sensitivity' reads gradients before the step of one"):
+        freezer_of(model, list(optimizers.values()), score="gradient_sensitivity")
+
+
+def test_pages_that_are_listed_a_second_time_are_released() -> None:
+    """A stand-in for bitsandbytes' paged optimizers, which page on a GPU only."""
+    kept, gone = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
+    optimizer: Any = torch.optim.SGD([kept, gone], lr=0.1)
+    optimizer.state |= {p: {"state1": torch.zeros(2), "step": 1} for p in (kept, gone)}
+    optimizer.page_mng = SimpleNamespace(paged_tensors=[optimizer.state[p]["state1"] for p in (kept, gone)])
+    Optimizers(optimizer).forget([gone])
+    assert list(optimizer.state) == [kept]
+    assert [id(page) for page in optimizer.page_mng.paged_tensors] == [id(optimizer.state[kept]["state1"])]
+
+
+@pytest.mark.parametrize("name", ["AdamW8bit", "PagedAdamW8bit", "Lion8bit"])
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_bitsandbytes(name: str) -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="the extra `dev` may be without it")
+    model = toy()
+    optimizer = getattr(bitsandbytes.optim, name)(trainable(model), lr=1e-3, min_8bit_size=1)
+    train(model, optimizer, freezer_of(model, optimizer), optimizer.state)
+
+
+@pytest.mark.parametrize("foreach", [False, True])
+def test_clipping_over_frozen_parameters_too(foreach: bool) -> None:
+    norms = []
+    for bound in (False, True):
+        model = toy()
+        everything = trainable(model)
+        optimizer = torch.optim.SGD(everything, lr=0.1)
+        adapters = [m for m in model.modules() if hasattr(m, "lora_A")]
+        if bound:
+            freezer = freezer_of(model, optimizer)
+            freezer.adapters[1].freeze()
+        else:
+            adapters[1].requires_grad_(False)
+        model(**next(pairs(1))).backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(everything, 1e-3, foreach=foreach))
+        after = torch.nn.utils.get_total_norm([p.grad for p in everything if p.grad is not None])
+        assert float(after) == pytest.approx(1e-3, rel=1e-2)
+    torch.testing.assert_close(norms[0], norms[1])
+
+
+def test_a_moving_average_of_the_model() -> None:
+    model = toy()
+    optimizer = torch.optim.AdamW(trainable(model), lr=3e-3)
+    freezer = freezer_of(model, optimizer)
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
+    by_hand: dict[str, Tensor] = {}
+    for batch in pairs(STEPS):
+        step(model, optimizer, batch)
+        freezer.step()
+        average.update_parameters(model)
+        for name, parameter in model.named_parameters():
+            by_hand[name] = by_hand.get(name, parameter.detach()).lerp(parameter.detach(), 0.5)
+    assert len(freezer.frozen) == 3
+    for name, parameter in average.module.named_parameters():
+        torch.testing.assert_close(parameter.detach(), by_hand[name])
+    copied = average.module
+    freezer.detach()
+    model.load_state_dict(copied.state_dict())
+    batch = next(pairs(1))
+    assert type(copied.base_model.model) is Toy
+    torch.testing.assert_close(copied(**batch), model(**batch))
