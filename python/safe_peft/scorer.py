@@ -17,6 +17,7 @@ from .adapters import Adapter
 from .config import SafeConfig
 from .importance import find_score
 from .observation import Observation
+from .parallel import Engine
 from .state import Gathered
 
 
@@ -65,19 +66,32 @@ class Scorer:
         self._gathered = {}
         self.observation.disarm()
 
-    def measure(self) -> dict[str, float]:
-        """Judge what was gathered.
+    def measure(self, engine: Engine, *, same: str, batch: str) -> tuple[dict[str, float], bool]:
+        """Judge what was gathered in all processes, with one all_reduce.
+
+        Args:
+            engine: the processes that train together.
+            same: what has to be the same in all of them now.
+            batch: what may differ.
 
         Returns:
-            Importance by adapter name; nan where it cannot be told.
+            Importance by adapter name, the same in every process; nan where it cannot be told. And whether `batch`
+            differs.
+
+        Raises:
+            BindingError: `same` differs.
         """
-        if self._score.needs_gradients:
-            names = [self._adapters[index].name for index in self._live]
-            importance = {name: self._gathered.get(name, math.nan) for name in names}
+        if self._score.needs_statistics:
+            sums, _, differs = engine.sum(self.observation.finish(), same=same, batch=batch)
+            importance = self._judge_all(sums.cpu())
         else:
-            importance = self._judge_all(self.observation.finish() if self._score.needs_statistics else None)
+            own = self._gathered if self._score.needs_gradients else self._judge_all(None)
+            names = [self._adapters[index].name for index in self._live]
+            values = torch.tensor([own.get(name, math.nan) for name in names], dtype=torch.float64)
+            values, count, differs = engine.sum(values.to(self.observation.device), same=same, batch=batch)
+            importance = dict(zip(names, (values / count).tolist(), strict=True))
         self.disarm()
-        return importance
+        return importance, differs
 
     def close(self) -> None:
         """Take every hook off the model and the optimizer."""
