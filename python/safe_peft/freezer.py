@@ -156,6 +156,7 @@ class AdapterFreezer:
             BindingError: The freezer is detached.
         """
         self._check_attached()
+        self._engine.check_step()
         self._step += 1
         for adapter in self._adapters_named(self.ledger.frozen):
             self._drop(adapter)

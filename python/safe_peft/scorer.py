@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from safe_kernels import AdapterStatistics
 
 from .adapters import Adapter
 from .config import SafeConfig
-from .importance import find_score
+from .importance import Evidence, find_score
 from .observation import Observation
 from .parallel import Engine
 from .state import Gathered
@@ -120,5 +119,6 @@ class Scorer:
 
     def _judge(self, index: int, sums: Tensor | None) -> float:
         evidence = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
-        value = self._score.function(replace(evidence, generator=random.Random(f"{self._seed}/{index}")))
+        generator = random.Random(f"{self._seed}/{index}")
+        value = self._score.function(Evidence(**vars(evidence) | {"generator": generator}))
         return value if math.isfinite(value) else math.nan

@@ -61,6 +61,18 @@ class Engine:
         wrapper = self._find_ddp()
         return (wrapper.process_group if wrapper is not None else torch.distributed.group.WORLD,)
 
+    def check_step(self) -> None:
+        """Raise if processes may run out of batches one by one.
+
+        Raises:
+            BindingError: The step runs inside DDP's `join()`.
+        """
+        if self._ddp is not None and self._ddp._join_config.enable:
+            raise BindingError(
+                "DDP's join(): a process that has run out of batches answers neither a scoring nor a new reducer; give "
+                "every process as many batches, as DistributedSampler does."
+            )
+
     def parameters_changed(self) -> None:
         """Have the engine follow a change of requires_grad: between two steps, in every process."""
         if not _is_initialized():
