@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import multiprocessing
+import os
 import tempfile
 import time
 import traceback
@@ -22,7 +23,9 @@ LIMIT = 90
 """Seconds after which a group counts as hung; gloo itself gives up sooner."""
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["pytest", "transformers", "accelerate", "peft", "safe_peft", "tiny", "torch.distributed.fsdp"])
+_context.set_forkserver_preload(
+    ["pytest", "transformers", "accelerate", "peft", "safe_peft", "tiny", "torch.distributed.fsdp"]
+)
 
 
 def together(function: Callable[..., Any], *args: Any, world: int = 2, gloo_seconds: float = 20) -> list[Any]:
@@ -82,6 +85,8 @@ def _work(sender: Connection, rank: int, world: int, place: tuple[str, str, str,
     path, name, store, seconds = place
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"}  # as torchrun does
     try:
         spec = importlib.util.spec_from_file_location(Path(path).stem, path)
         assert spec is not None and spec.loader is not None

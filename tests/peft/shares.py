@@ -55,6 +55,4 @@ def assert_equal(ranks: list[dict[str, Any]], expected: dict[str, Any]) -> None:
     means = [sum(losses) / len(losses) for losses in zip(*(rank["losses"] for rank in ranks), strict=True)]
     differences = [abs(mean - loss) for mean, loss in zip(means, expected["losses"], strict=True)]
     assert max(differences) < TOLERANCE, max(differences)
-    torch.testing.assert_close(
-        torch.tensor(ranks[0]["digest"]), torch.tensor(expected["digest"]), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(torch.tensor(ranks[0]["digest"]), torch.tensor(expected["digest"]), rtol=1e-4, atol=1e-4)

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import SafeConfig
 from ..errors import PlanError
+from ..parallel.fsdp import fsdp_modules
 from ..state import Planned
 from .budget import Choice, bytes_limit, fit, least_important
 from .fakes import FakeModel
@@ -223,6 +224,9 @@ def _order(inputs: Inputs) -> tuple[int, bool, str]:
 
 
 def _copy(model: nn.Module) -> tuple[nn.Module | None, PlanError | None]:
+    if any(fsdp_modules(model)):
+        why = "a model that fully_shard has sharded cannot be copied for a plan; with FSDP2 choose"
+        return None, PlanError(f'{why} target="adapters", and no memory_budget.')
     try:
         return FakeModel(model).module, None
     except PlanError as error:
