@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
-from safe_peft import AdapterFreezer, SafeCallback, SafeConfig
+from safe_peft import AdapterFreezer, SafeCallback, SafeConfig, assets
 from safe_peft.parallel.fsdp import whole
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "torchrun.py"
 
 expected = functools.cache(alone)
 
@@ -108,3 +112,16 @@ def test_a_trainer_equals_one_process(tmp_path: Path) -> None:
     assert ranks[0]["kind"] == "DistributedDataParallel"
     assert_equal([{**rank, "losses": ranks[0]["losses"] or rank["losses"]} for rank in ranks], one)
     assert (tmp_path / "two" / "checkpoint-40" / "safe_state.json").exists()
+
+
+@pytest.mark.slow
+def test_the_example_runs_under_torchrun(tmp_path: Path) -> None:
+    assets.fetch("minilm")
+    assets.fetch("film-reviews")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(EXAMPLE), "--steps=10", "--rows=2", f"--output={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "27 of 36 frozen" in done.stdout
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000
