@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed import ProcessGroup
 
 from . import jsonio
 from .adapters import Adapter
@@ -22,10 +22,11 @@ from .checksum import signed
 from .compiling import allow_recompilations
 from .config import SafeConfig
 from .decisions import Decisions
-from .errors import BindingError, StateError
+from .errors import BindingError, SafeError, StateError
 from .ledger import Ledger
 from .nonfinite import NonFinite
 from .optimizers import Optimizers
+from .parallel import Engine
 from .paths import unwrap
 from .planning.planner import Planner
 from .presence import Presence
@@ -50,9 +51,12 @@ class AdapterFreezer:
         config: the options.
         total_steps: optimizer steps of the whole training; needed if an option is a share of it.
         first_step: optimizer steps that were done before.
+        process_group: the processes that share the batch and decide together; None finds them: DDP's own group, FSDP2's
+            mesh, or else all there are. Each of them makes its freezer after the model is wrapped.
 
     Raises:
-        BindingError: The model has no adapter that trains, has a freezer already, or is not what the optimizer trains.
+        BindingError: The model has no adapter that trains, has a freezer already, is not what the optimizer trains, or
+            is trained by an engine that cannot follow; or another process differs.
         ConfigError: An option cannot work with this model.
 
     Example:
@@ -73,45 +77,61 @@ class AdapterFreezer:
         *,
         total_steps: int | None = None,
         first_step: int = 0,
+        process_group: ProcessGroup | None = None,
     ) -> None:
         self.config = config or SafeConfig()
-        self.schedule = resolve(self.config, total_steps)
         self.model = unwrap(model)
         self._optimizers = Optimizers(optimizer)
         self._step = first_step
         self._nonfinite = NonFinite(self.config)
         self._postponed = False
+        self._engine = Engine(self.model, model, process_group)
         with ExitStack() as undo:
-            self.binding = bind(model)
-            undo.callback(self.binding.detach)
-            self._adapters = self.binding.claim()
-            undo.callback(self.binding.release)
-            self._presence = Presence(self.model, self._adapters)
-            self._records = tuple(AdapterRecord(a.name, sum(p.numel() for p in a.parameters())) for a in self._adapters)
-            others_train, names = self._check_parameters(model), [adapter.name for adapter in self._adapters]
-            check_fit(self.config, names, others_train)
-            self.planner = Planner(self.model, self.config, others_train)
-            undo.callback(self.planner.close)
-            self._decisions = Decisions(self.config, self.schedule, self.planner, len(names), others_train)
-            self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config)
+            try:
+                self._make(model, total_steps, undo)
+            except SafeError as error:
+                self._engine.require_same(error)
+                raise
+            self._engine.require_same(
+                {
+                    "config": self.config.to_dict(),
+                    "adapters": [adapter.name for adapter in self._adapters],
+                    "schedule": str(self.schedule),
+                    "first_step": first_step,
+                }
+            )
             undo.pop_all()
         if self.config.recompute == "frozen":
             self.binding.recompute.update(self.binding.blocks)
         self._attached = True
         self._arm()
 
-    def _check_parameters(self, model: nn.Module) -> bool:
+    def _make(self, model: nn.Module, total_steps: int | None, undo: ExitStack) -> None:
+        """All that may fail in one process alone."""
+        for one in self._optimizers.given:
+            self._engine.check(one)
+        self.schedule = resolve(self.config, total_steps)
+        self.binding = bind(model)
+        undo.callback(self.binding.detach)
+        self._adapters = self.binding.claim()
+        undo.callback(self.binding.release)
+        self._presence = Presence(self.model, self._adapters)
+        self._records = tuple(AdapterRecord(a.name, sum(p.numel() for p in a.parameters())) for a in self._adapters)
+        others_train, names = self._check_parameters(), [adapter.name for adapter in self._adapters]
+        check_fit(self.config, names, others_train)
+        self.planner = Planner(self.model, self.config, others_train, shared=not self._engine.alone)
+        undo.callback(self.planner.close)
+        self._decisions = Decisions(self.config, self.schedule, self.planner, len(names), others_train)
+        self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config)
+        undo.callback(self._scorer.close)
+
+    def _check_parameters(self) -> bool:
         """Whether anything but the adapters trains; refuses what would train wrongly."""
         live = {id(p) for adapter in self._adapters for p in adapter.parameters()}
         if not live & {id(p) for p in self._optimizers.parameters()}:
             raise BindingError(
                 "optimizer: it trains none of this model's adapters; make it from this model's parameters, and pass a "
                 "list of all of them where parameters have optimizers of their own."
-            )
-        if isinstance(model, DistributedDataParallel) and (model.static_graph or not model.find_unused_parameters):
-            raise BindingError(
-                "DistributedDataParallel waits for the gradients of frozen adapters; make it with "
-                "find_unused_parameters=True and without static_graph."
             )
         return any(p.requires_grad and id(p) not in live for p in self.model.parameters())
 
@@ -149,6 +169,7 @@ class AdapterFreezer:
                 same, so that the freezer may go on being used.
         """
         self._check_attached()
+        self._engine.check_step()
         self._step += 1
         error = None
         for adapter in self._adapters_named(self.ledger.frozen):
@@ -156,7 +177,7 @@ class AdapterFreezer:
         if self._scorer.armed and not self._scorer.ready:
             self._warn_postponed()
         elif self._scorer.armed:
-            importance = self._scorer.measure()
+            importance = self._measure()
             error = self._nonfinite.note(self._step, importance, self._scorer.broken)
             self._decisions.record(self._step, importance)
         self._decisions.end_warmup(self._step)
@@ -166,6 +187,14 @@ class AdapterFreezer:
             raise error
         return names
 
+    def _measure(self) -> dict[str, float]:
+        """Score over all processes: what one of them alone has seen decides nothing."""
+        where = f"{self._step} {self.ledger.frozen}"
+        importance, other_batch = self._scorer.measure(self._engine, same=where, batch=self.planner.mark)
+        seen = self.planner.seen
+        self.planner.agree(self._engine.gather(seen) if other_batch else [seen])
+        return importance
+
     def _check_attached(self) -> None:
         if not self._attached:
             raise BindingError("this freezer is detached; make a new AdapterFreezer to go on.")
@@ -173,15 +202,26 @@ class AdapterFreezer:
 
     def _freeze_due(self) -> tuple[str, ...]:
         names, recompute = self._decisions.due(self._step)
-        for adapter in self._adapters_named(names):
-            adapter.freeze(keep_dropout=self.config.keep_dropout)
-            self._drop(adapter)
+        self._freeze(names)
         self._recompute(recompute)
         if names:
             self._optimizers.forget_directions()
             allow_recompilations(names, self.binding.blocks)
             logger.info("step %d: froze %d adapters, %d in all", self._step, len(names), len(self.ledger.frozen))
         return names
+
+    def _freeze(self, names: Sequence[str]) -> None:
+        if not names:
+            return
+        self._engine.reshard()
+        for adapter in self._adapters_named(names):
+            adapter.freeze(keep_dropout=self.config.keep_dropout)
+            self._drop(adapter)
+        self._engine.parameters_changed()
+
+    def _restore(self) -> None:
+        for adapter in self._adapters_named(self.ledger.frozen):
+            adapter.restore()
 
     def _recompute(self, blocks: Sequence[str] | None) -> None:
         if self.config.recompute == "auto" and blocks is not None:
@@ -275,8 +315,8 @@ class AdapterFreezer:
         self.planner.close()
         self.binding.release()
         if not keep_frozen:
-            for adapter in self._adapters_named(self.ledger.frozen):
-                adapter.restore()
+            self._restore()
+            self._engine.parameters_changed()
         self.binding.detach()
 
     def state_dict(self) -> dict[str, Any]:
@@ -300,12 +340,9 @@ class AdapterFreezer:
         """
         self._check_attached()
         saved = check_state(state, self._owner())
-        for adapter in self._adapters_named(self.ledger.frozen):
-            adapter.restore()
+        self._restore()
         self._step, self._decisions.ledger = saved.step, saved.ledger
-        for adapter in self._adapters_named(saved.ledger.frozen):
-            adapter.freeze(keep_dropout=self.config.keep_dropout)
-            self._drop(adapter)
+        self._freeze(saved.ledger.frozen)
         self.planner.load(saved.planned)
         self._recompute(saved.planned.recompute)
         self._scorer.disarm()

@@ -6,12 +6,13 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .errors import ConfigError
+from .parallel.fsdp import whole
 
 if TYPE_CHECKING:
     from safe_kernels import AdapterStatistics
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Evidence:
     """What is known about one adapter when it is scored; a score reads what it needs, the rest may be None.
+
+    A tensor that FSDP2 has spread over processes is put together when it is read, in all of them, and not before.
 
     Args:
         statistics: sums over this step's rows, gathered during its forwards.
@@ -43,6 +46,11 @@ class Evidence:
     grad_B: Tensor | None = None
     generator: random.Random | None = None
     dequantise: Callable[[], Tensor | None] | None = None
+
+    def __getattribute__(self, name: str) -> Any:
+        """A field's value; torch's own functions would take a shard's sum for the whole tensor's."""
+        value = super().__getattribute__(name)
+        return whole(value) if isinstance(value, Tensor) else value
 
 
 class Score(NamedTuple):

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from safe_kernels import AdapterStatistics, RowBlocks
 
 from .adapters import Adapter
+from .errors import BindingError
+from .parallel.refusals import REPLICA
 from .watch import watch
 
 
@@ -58,17 +60,20 @@ class Observation:
         """Stop observing.
 
         Returns:
-            float64 [adapters, 4] on the CPU: the sums, over all micro-batches and all processes.
+            float64 [adapters, 4] on the adapters' device: the sums, over all micro-batches of this process.
         """
-        device = next(iter(self._sums), None) or self._adapters[0].parameters()[0].device
+        device = next(iter(self._sums), None) or self.device
         total = self._buffer(device).clone()
         for other, sums in self._sums.items():
             if other != device:
                 total += sums.to(device)
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.all_reduce(total)
         self.disarm()
-        return total.cpu()
+        return total
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters are."""
+        return self._adapters[0].parameters()[0].device
 
     def disarm(self) -> None:
         """Stop observing and forget what was seen."""
@@ -106,8 +111,7 @@ class Observation:
     def load_sums(self, sums: Sequence[Sequence[float]]) -> None:
         """Go on from what `sums` returned."""
         if sums:
-            device = self._adapters[0].parameters()[0].device
-            self._buffer(device).copy_(torch.tensor(sums, dtype=torch.float64))
+            self._buffer(self.device).copy_(torch.tensor(sums, dtype=torch.float64))
 
     def _buffer(self, device: torch.device) -> Tensor:
         if device not in self._sums:
@@ -116,6 +120,8 @@ class Observation:
 
     def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A new batch: its rows and its padding are others."""
+        if getattr(module, "_is_replica", False):
+            raise BindingError(f"{REPLICA}.")
         if torch.compiler.is_compiling() or not self._armed:
             return
         self._row_blocks.clear()

@@ -19,8 +19,8 @@ class Optimizers:
     """
 
     def __init__(self, given: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
-        self._given: tuple[Any, ...] = tuple(given) if isinstance(given, Sequence) else (given,)
-        self.inner = tuple(unwrap_optimizer(optimizer) for optimizer in self._given)
+        self.given: tuple[Any, ...] = tuple(given) if isinstance(given, Sequence) else (given,)
+        self.inner = tuple(unwrap_optimizer(optimizer) for optimizer in self.given)
 
     @property
     def kinds(self) -> str:
@@ -50,7 +50,7 @@ class Optimizers:
                 optimizer.state.clear()
 
     def _layers(self) -> Iterator[Any]:
-        for optimizer, inner in zip(self._given, self.inner, strict=True):
+        for optimizer, inner in zip(self.given, self.inner, strict=True):
             while optimizer is not inner:
                 yield optimizer
                 optimizer = optimizer.optimizer

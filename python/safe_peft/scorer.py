@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from .adapters import Adapter
 from .compiling import EagerForwards
 from .config import SafeConfig
 from .errors import ConfigError, ScoreError
-from .importance import find_score
+from .importance import Evidence, find_score
 from .nonfinite import broken_parts
 from .observation import Observation
+from .parallel import Engine
 from .state import Gathered
 
 
@@ -95,24 +95,36 @@ class Scorer:
         """Whether there is something to judge: GradScaler may have skipped the step that gradients are read before."""
         return bool(self._gathered) or not self._score.needs_gradients
 
-    def measure(self) -> dict[str, float]:
-        """Judge what was gathered.
+    def measure(self, engine: Engine, *, same: str, batch: str) -> tuple[dict[str, float], bool]:
+        """Judge what was gathered in all processes, with one all_reduce.
+
+        Args:
+            engine: the processes that train together.
+            same: what has to be the same in all of them now.
+            batch: what may differ.
 
         Returns:
-            Importance by adapter name; nan where it cannot be told.
+            Importance by adapter name, the same in every process; nan where it cannot be told. And whether `batch`
+            differs.
 
         Raises:
+            BindingError: `same` differs.
             ScoreError: The score is no number.
         """
-        if self._score.needs_gradients:
-            names = [self._adapters[index].name for index in self._live]
-            importance = {name: self._gathered.get(name, math.nan) for name in names}
-            self.disarm()
-            return importance
         try:
-            return self._judge_all(self.observation.finish() if self._score.needs_statistics else None)
+            return self._measure(engine, same, batch)
         finally:
             self.disarm()
+
+    def _measure(self, engine: Engine, same: str, batch: str) -> tuple[dict[str, float], bool]:
+        if self._score.needs_statistics:
+            sums, _, differs = engine.sum(self.observation.finish(), same=same, batch=batch)
+            return self._judge_all(sums.cpu()), differs
+        own = self._gathered if self._score.needs_gradients else self._judge_all(None)
+        names = [self._adapters[index].name for index in self._live]
+        values = torch.tensor([own.get(name, math.nan) for name in names], dtype=torch.float64)
+        values, count, differs = engine.sum(values.to(self.observation.device), same=same, batch=batch)
+        return dict(zip(names, (values / count).tolist(), strict=True)), differs
 
     def close(self) -> None:
         """Take every hook off the model and the optimizer."""
@@ -163,7 +175,8 @@ class Scorer:
     def _judge(self, index: int, sums: Tensor | None, grad_scale: float) -> float:
         evidence = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
         grads = {name: _divided(getattr(evidence, name), grad_scale) for name in ("grad_A", "grad_B")}
-        evidence = replace(evidence, generator=random.Random(f"{self._seed}/{index}"), **grads)
+        generator = random.Random(f"{self._seed}/{index}")
+        evidence = Evidence(**vars(evidence) | {"generator": generator} | grads)
         made = self._score.function(evidence)
         try:
             value = float(made)

@@ -31,6 +31,21 @@ class Swapped(nn.Module):
         return function, (self.original, *arguments), {k: v for k, v in attributes.items() if k != STATE}
 
 
+_WITHOUT: dict[type, type] = {}
+
+
+def _without(kind: type) -> type:
+    """A class without what `put_on` has made of it, also where `fully_shard` has put a class of its own on top."""
+    if "original" in kind.__dict__:
+        return kind.__dict__["original"]
+    if not issubclass(kind, Swapped):
+        return kind
+    if kind not in _WITHOUT:
+        bases, own = tuple(map(_without, kind.__bases__)), dict(kind.__dict__)
+        _WITHOUT[kind] = type(kind.__name__, bases, own)
+    return _WITHOUT[kind]
+
+
 _CLASSES: dict[tuple[type[Swapped], type[nn.Module]], type[Swapped]] = {}
 
 
@@ -58,7 +73,7 @@ def take_off(module: nn.Module) -> None:
     """Give an instance its own class back. Doing it twice does no harm."""
     if isinstance(module, Swapped):
         module.__dict__.pop(STATE, None)
-        module.__class__ = module.original  # type: ignore[assignment]
+        module.__class__ = _without(type(module))  # type: ignore[assignment]
 
 
 def is_bound(module: nn.Module) -> bool:

@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -262,19 +261,3 @@ def test_misuse_is_named() -> None:
     model.requires_grad_(False)
     with pytest.raises(BindingError, match="no adapter trains"):
         AdapterFreezer(model, torch.optim.AdamW(model.parameters()), total_steps=100)
-
-
-def test_ddp_has_to_look_for_what_no_longer_trains(tmp_path: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        model = bert()
-        with pytest.raises(BindingError, match="find_unused_parameters=True"):
-            AdapterFreezer(nn.parallel.DistributedDataParallel(model), adamw(model), SafeConfig(**EARLY))
-        wrapped = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
-        optimizer = adamw(model)
-        freezer = AdapterFreezer(wrapped, optimizer, SafeConfig(**EARLY))
-        train(wrapped, optimizer, batches(16), freezer)
-    finally:
-        torch.distributed.destroy_process_group()
-    assert len(freezer.frozen) == 9
-    assert freezer.frozen == run()[2].frozen

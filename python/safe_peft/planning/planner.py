@@ -14,6 +14,7 @@ from torch import nn
 
 from ..config import SafeConfig
 from ..errors import PlanError
+from ..parallel.fsdp import fsdp_modules
 from ..state import Planned
 from ..watch import watch
 from .budget import Choice, bytes_limit, fit
@@ -36,11 +37,14 @@ class Planner:
         model: the model that trains; a copy without values is made of it before anything freezes.
         config: the options.
         others_train: something but the adapters trains.
+        shared: other processes see other batches; what they have agreed on decides, see `agree`.
     """
 
-    def __init__(self, model: nn.Module, config: SafeConfig, others_train: bool) -> None:
+    def __init__(self, model: nn.Module, config: SafeConfig, others_train: bool, *, shared: bool = False) -> None:
         self.config, self.others_train = config, others_train
         self.planned = Planned()
+        self.seen: Inputs | None = None
+        self._shared = shared
         self._model, self._refusal = _copy(model)
         if config.needs_plan and self._refusal is not None:
             raise self._refusal
@@ -51,7 +55,7 @@ class Planner:
 
     @property
     def ready(self) -> bool:
-        """Whether a batch has been seen."""
+        """Whether a batch has been seen, and agreed on."""
         return self.planned.inputs is not None
 
     def close(self) -> None:
@@ -70,7 +74,7 @@ class Planner:
 
     def load(self, planned: Planned) -> None:
         """Go on from what `planned` was."""
-        self.planned, self._traces = planned, {}
+        self.planned, self.seen, self._traces = planned, planned.inputs, {}
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note a training batch if none as large has been there. The outer model is called first, and counts."""
@@ -81,22 +85,33 @@ class Planner:
             return
         names = list(inspect.signature(module.forward).parameters)
         batch = dict(zip(names, args, strict=False)) | dict(kwargs)
-        known, elements = self.planned.inputs, largest(batch)
+        known, elements = self.seen, largest(batch)
         padding_may_be_new = self.config.needs_plan and known is not None and not known.padded
         if known is not None and (elements, padding_may_be_new) <= (known.elements, False):
             return
         seen = Inputs.of(batch, padded=True if known is not None and known.padded else None, autocast=True)
         if known is None or _order(seen)[:2] > _order(known)[:2]:
-            self.planned, self._traces = replace(self.planned, inputs=seen), {}
+            self.seen = seen
+            if not self._shared:
+                self._plan_for(seen)
 
-    def agree(self) -> None:
-        """Plan for the largest batch of all processes, so that they all decide the same."""
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            found: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(found, self.planned.inputs)
-            largest = max((one for one in found if one is not None), key=_order, default=None)
-            if largest != self.planned.inputs:
-                self.planned, self._traces = replace(self.planned, inputs=largest), {}
+    @property
+    def mark(self) -> str:
+        """Stands for the batch to plan for: as long as it is the same in every process there is nothing to agree on."""
+        return repr(self.seen) if self.config.needs_plan and self._shared else ""
+
+    def agree(self, seen: Sequence[Inputs | None]) -> None:
+        """Plan for the largest batch of all processes from now on, so that they all decide the same.
+
+        Args:
+            seen: what each of them has `seen`.
+        """
+        self.seen = max((one for one in seen if one is not None), key=_order, default=None)
+        self._plan_for(self.seen)
+
+    def _plan_for(self, inputs: Inputs | None) -> None:
+        if inputs != self.planned.inputs:
+            self.planned, self._traces = replace(self.planned, inputs=inputs), {}
 
     # ---------------------------------------------------------------- decisions
 
@@ -111,7 +126,6 @@ class Planner:
             frozen: who is frozen.
             share: what `schedule.way` says.
         """
-        self.agree()
         if not self.ready:
             return []
         table, blocks = self._unfrozen(), self._blocks()
@@ -128,7 +142,6 @@ class Planner:
             frozen: who is frozen, or about to be.
             share: what `schedule.way` says.
         """
-        self.agree()
         if not self.ready:
             return Choice((), (), 0, True)
         budget = self.config.memory_budget
@@ -202,9 +215,10 @@ class Planner:
     def _known(self) -> tuple[nn.Module, Inputs]:
         if self._model is None:
             raise self._refusal or PlanError("this model cannot be planned.")
-        if self.planned.inputs is None:
+        inputs = self.planned.inputs or self.seen
+        if inputs is None:
             raise PlanError("no training batch has been seen yet; train a step before planning.")
-        return self._model, self.planned.inputs
+        return self._model, inputs
 
 
 def _order(inputs: Inputs) -> tuple[int, bool, str]:
@@ -212,6 +226,9 @@ def _order(inputs: Inputs) -> tuple[int, bool, str]:
 
 
 def _copy(model: nn.Module) -> tuple[nn.Module | None, PlanError | None]:
+    if any(fsdp_modules(model)):
+        why = "a model that fully_shard has sharded cannot be copied for a plan; with FSDP2 choose"
+        return None, PlanError(f'{why} target="adapters", and no memory_budget.')
     try:
         return FakeModel(model).module, None
     except PlanError as error:

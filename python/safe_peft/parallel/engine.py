@@ -1,0 +1,173 @@
+"""The engine that trains one model on several processes: whom to ask, what to agree on, and what it has to forget."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.nn.parallel import DistributedDataParallel
+
+from ..errors import BindingError
+from . import ddp, fsdp
+from .refusals import refusal
+
+MARKS = 1 << 20  # a mark's square, summed over thousands of processes, is exact in float64
+
+
+class Engine:
+    """DDP, FSDP2, or none of them: processes that each see a part of the batch and have to decide the same.
+
+    Args:
+        model: without wrappers.
+        outer: the same with them, as far as they are known.
+        group: the processes that share the batch; None finds them: DDP's own group, FSDP2's mesh, or else all.
+    """
+
+    def __init__(self, model: nn.Module, outer: nn.Module, group: ProcessGroup | None = None) -> None:
+        self._model, self._outer, self._group = model, outer, group
+        self._ddp = _ddp_among(outer)
+
+    def check(self, optimizer: object) -> None:
+        """Raise if it cannot follow when parameters stop training.
+
+        Args:
+            optimizer: the one that trains the model, in whatever an engine has put around it.
+
+        Raises:
+            BindingError: It cannot.
+        """
+        wrapper = self._find_ddp()
+        reason = refusal(self._model, self._outer, optimizer) or (wrapper and ddp.refusal(wrapper))
+        if reason:
+            raise BindingError(f"{reason}.")
+
+    @property
+    def alone(self) -> bool:
+        """Whether there is no other process to agree with."""
+        return not _is_initialized() or torch.distributed.get_world_size(self._group) == 1
+
+    def groups(self) -> tuple[ProcessGroup, ...]:
+        """Return the groups to reduce over, one after the other; a mesh has one a dimension."""
+        if self.alone:
+            return ()
+        if self._group is not None:
+            return (self._group,)
+        if sharded := fsdp.fsdp_groups(self._model):
+            return sharded
+        wrapper = self._find_ddp()
+        return (wrapper.process_group if wrapper is not None else torch.distributed.group.WORLD,)
+
+    def check_step(self) -> None:
+        """Raise if processes may run out of batches one by one.
+
+        Raises:
+            BindingError: The step runs inside DDP's `join()`.
+        """
+        if self._ddp is not None and self._ddp._join_config.enable:
+            raise BindingError(
+                "DDP's join(): a process that has run out of batches answers neither a scoring nor a new reducer; give "
+                "every process as many batches, as DistributedSampler does."
+            )
+
+    def parameters_changed(self) -> None:
+        """Have the engine follow a change of requires_grad: between two steps, in every process."""
+        if not _is_initialized():
+            return
+        wrapper = self._find_ddp()
+        if wrapper is not None:
+            if reason := ddp.refusal(wrapper):  # it may have come after the freezer
+                raise BindingError(f"{reason}.")
+            ddp.rebuild_reducer(wrapper)
+
+    def reshard(self) -> None:
+        """Make the model hold those parameters which the optimizer holds."""
+        fsdp.reshard(self._model)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return every process's value, in the same order everywhere."""
+        found = [value]
+        for group in self.groups():
+            lists: list[Any] = [None] * torch.distributed.get_world_size(group)
+            torch.distributed.all_gather_object(lists, found, group=group)
+            found = [item for items in lists for item in items]
+        return found
+
+    def require_same(self, facts: Mapping[str, Any] | Exception) -> None:
+        """Raise in every process if one of them differs, or has failed.
+
+        Args:
+            facts: what has to be the same, by its name; or the error that this process is about to raise.
+
+        Raises:
+            BindingError: Somebody differs, or has failed.
+        """
+        if self.alone:
+            return
+        own = {"error": str(facts)} if isinstance(facts, Exception) else {"error": "", **facts}
+        found = self.gather(own)
+        for rank, other in enumerate(found):
+            if other["error"] and not own["error"]:
+                raise BindingError(f"process {rank} of {len(found)} cannot freeze adapters: {other['error']}")
+        for name in own if not any(other["error"] for other in found) else ():
+            if rank := next((rank for rank, other in enumerate(found) if other[name] != found[0][name]), 0):
+                raise BindingError(
+                    f"{name}: every process has to have the same, but 0 has {_short(found[0][name])} and {rank} has "
+                    f"{_short(found[rank][name])}; start all of them with the same options on the same model."
+                )
+
+    def sum(self, values: Tensor, *, same: str, batch: str = "") -> tuple[Tensor, int, bool]:
+        """Add values over all processes in one all_reduce, which also tells whether they have come apart.
+
+        Args:
+            values: float64, of the same shape everywhere.
+            same: what has to be the same in every process at this moment.
+            batch: what may differ.
+
+        Returns:
+            The sums, how many processes there are, and whether `batch` differs.
+
+        Raises:
+            BindingError: `same` differs; every process raises.
+        """
+        groups = self.groups()
+        if not groups:
+            return values, 1, False
+        marks = [1 + zlib.crc32(text.encode()) % MARKS for text in (same, batch)]
+        tail = [1.0, *(float(power) for mark in marks for power in (mark, mark * mark))]
+        flat = torch.cat([values.flatten(), torch.tensor(tail, dtype=values.dtype, device=values.device)])
+        for group in groups:
+            torch.distributed.all_reduce(flat, group=group)
+        count, mark, square, batch_mark, batch_square = (int(value) for value in flat[-len(tail) :].tolist())
+        if mark * mark != count * square:  # equal if and only if all marks are
+            raise BindingError(
+                "the processes have come apart: they are not at the same step with the same adapters frozen; resume "
+                "all of them from one checkpoint, and call freezer.step() in all of them."
+            )
+        return flat[: -len(tail)].view_as(values), count, batch_mark * batch_mark != count * batch_square
+
+    def _find_ddp(self) -> DistributedDataParallel | None:
+        if self._ddp is None and _is_initialized() and not fsdp.fsdp_groups(self._model):
+            self._ddp = ddp.find_ddp(self._model)
+        return self._ddp
+
+
+def _ddp_among(outer: nn.Module) -> DistributedDataParallel | None:
+    while not isinstance(outer, DistributedDataParallel):
+        inner = getattr(outer, "_orig_mod", None)
+        if not isinstance(inner, nn.Module):
+            return None
+        outer = inner
+    return outer
+
+
+def _is_initialized() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."

@@ -1,0 +1,47 @@
+"""FSDP2 (`fully_shard`): which processes hold the shards of a model, and its tensors put together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+
+def fsdp_modules(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that `fully_shard` was called for, the root first."""
+    if not torch.distributed.is_initialized():
+        return
+    from torch.distributed.fsdp import FSDPModule
+
+    yield from (module for module in model.modules() if isinstance(module, FSDPModule))
+
+
+def fsdp_groups(model: nn.Module) -> tuple[torch.distributed.ProcessGroup, ...]:
+    """Return the groups, one a dimension of FSDP2's mesh, over which the batch is spread; () without FSDP2."""
+    for module in fsdp_modules(model):
+        state = module._get_fsdp_state()  # type: ignore[operator]
+        own = getattr(state, "_fsdp_param_group", None)
+        for unit in getattr(state, "_fsdp_param_groups", [own] if own is not None else []):
+            mesh = unit.mesh_info
+            sharded = getattr(mesh, "shard_process_group", None)
+            replicated = getattr(mesh, "replicate_process_group", None)
+            return tuple(found for found in (sharded, replicated) if found is not None)
+    return ()
+
+
+def reshard(model: nn.Module) -> None:
+    """Put FSDP2's shards, which the optimizer holds, back where whole parameters were left after backward."""
+    for module in fsdp_modules(model):
+        module.reshard()  # type: ignore[operator]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return a tensor that is spread over processes in one piece; all of them have to ask.
+
+    Example:
+        >>> whole(torch.ones(2))
+        tensor([1., 1.])
+    """
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()

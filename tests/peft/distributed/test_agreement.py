@@ -1,0 +1,229 @@
+"""Processes decide the same, and say so where they cannot: nothing hangs, nothing drifts apart."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ranks import outcomes_of, together
+from shares import events, shares
+from tiny import adamw, batches, bert, train
+from torch.nn.parallel import DistributedDataParallel
+
+from safe_peft import AdapterFreezer, BindingError, ConfigError, SafeConfig, jsonio
+from safe_peft.importance import Evidence, register_score
+
+SHORT = {"warmup": 2, "max_warmup": 4, "freeze_end": 12, "freeze_interval": 3, "score_interval": 2, "block_rows": 12}
+
+
+# ---------------------------------------------------------------- at construction
+
+
+def differ(rank: int, what: str) -> str:
+    layers, config, steps, first = 2, dict(SHORT), None, 0
+    if rank == 1:
+        if what == "adapters":
+            layers = 1
+        elif what == "config":
+            config["seed"] = 7
+        elif what == "schedule":
+            steps = 50
+        elif what == "first_step":
+            first = 3
+        else:
+            layers = 0
+    config["freeze_interval"] = 0.1 if what == "schedule" else config["freeze_interval"]
+    model = bert(layers=layers) if layers else torch.nn.Linear(2, 2)
+    with pytest.raises((BindingError, ConfigError)) as caught:
+        AdapterFreezer(model, adamw(model), SafeConfig(**config), total_steps=steps or 100, first_step=first)
+    assert not any(hasattr(module, "_safe_state") for module in model.modules()), "nothing of it is left"
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("what", ["config", "adapters", "schedule", "first_step"])
+def test_processes_that_differ_are_told_so_by_name(what: str) -> None:
+    for message in together(differ, what):
+        assert message.startswith(f"{what}: every process has to have the same, but 0 has")
+
+
+def test_a_process_that_cannot_begin_stops_the_others() -> None:
+    first, second = together(differ, "model")
+    assert first.startswith("process 1 of 2 cannot freeze adapters: Linear has no adapter layer")
+    assert second.startswith("Linear has no adapter layer")
+
+
+# ---------------------------------------------------------------- at a scoring
+
+
+def count_collectives(rank: int, score: str) -> tuple[list[int], list[int], int]:
+    model = bert()
+    ddp = DistributedDataParallel(model)
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(ddp, optimizer, SafeConfig(**SHORT, score=score))
+    calls: list[int] = []
+    real = torch.distributed.all_reduce
+
+    def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(tensor.numel())
+        return real(tensor, *args, **kwargs)
+
+    def forbidden(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("another collective")
+
+    torch.distributed.all_reduce = counted
+    for name in ("all_gather_object", "broadcast", "barrier", "all_gather", "broadcast_object_list"):
+        setattr(torch.distributed, name, forbidden)
+    steps = []
+    for batch in shares(14, rank, 2):
+        calls.clear()
+        train(ddp, optimizer, iter([batch]), freezer)
+        steps.append(len(calls))
+    return steps, [scoring.step for scoring in freezer.ledger.scorings], len(freezer.frozen)
+
+
+@pytest.mark.parametrize("score", ["cka", "relative_norm", "gradient_sensitivity", "random"])
+def test_a_scoring_is_one_all_reduce_and_another_step_is_none(score: str) -> None:
+    for steps, scorings, frozen in together(count_collectives, score):
+        assert scorings == [2, 4, 6, 8, 10, 12] and frozen == 9
+        assert steps == [1 if step in scorings else 0 for step in range(1, 15)]
+
+
+def train_in_groups_of_one(rank: int, explicit: bool) -> list[list[Any]]:
+    """Each process is a pipeline's stage, say: another model, and a data-parallel group of its own."""
+    groups = [torch.distributed.new_group([one]) for one in (0, 1)]
+    model = bert(layers=1 + rank)
+    ddp = DistributedDataParallel(model, process_group=groups[rank])
+    optimizer = adamw(model)
+    given = {"process_group": groups[rank]} if explicit else {}
+    freezer = AdapterFreezer(model if explicit else ddp, optimizer, SafeConfig(**SHORT), **given)
+    train(ddp, optimizer, batches(14 - rank), freezer)
+    return events(freezer)
+
+
+@pytest.mark.parametrize("explicit", [False, True])
+def test_only_the_group_that_shares_the_batch_decides_together(explicit: bool) -> None:
+    for rank, found in enumerate(together(train_in_groups_of_one, explicit)):
+        model = bert(layers=1 + rank)
+        optimizer = adamw(model)
+        freezer = AdapterFreezer(model, optimizer, SafeConfig(**SHORT))
+        train(model, optimizer, batches(14), freezer)
+        assert found == events(freezer) and found
+
+
+def longer_on_one(rank: int) -> Iterator[dict[str, torch.Tensor]]:
+    """Rank 1 has longer batches, the longest late."""
+    for step, batch in enumerate(batches(16, rows=4, seed=5 + rank)):
+        yield {
+            name: column if column.dim() == 1 else column[:, : 6 + rank * min(step, 5)]
+            for name, column in batch.items()
+        }
+
+
+def train_by_bytes(rank: int, options: dict[str, Any]) -> dict[str, Any]:
+    model = bert()
+    ddp = DistributedDataParallel(model)
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(ddp, optimizer, SafeConfig(**SHORT | options))
+    train(ddp, optimizer, longer_on_one(rank), freezer)
+    inputs = freezer.planner.planned.inputs
+    return {"events": events(freezer), "recompute": sorted(freezer.binding.recompute), "elements": inputs.elements}
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target": "bytes", "target_fraction": 0.6},
+        {"memory_budget": 60_000},
+        {"memory_budget": 60_000, "recompute": "auto"},
+    ],
+    ids=["target", "budget", "budget and recompute"],
+)
+def test_decisions_by_bytes_are_for_the_largest_batch_of_all(options: dict[str, Any]) -> None:
+    first, second = together(train_by_bytes, options)
+    assert first == second and first["events"]
+    assert first["elements"] == 4 * 11, "rank 1's"
+
+
+def train_with_nan(rank: int, score: str) -> dict[str, Any]:
+    """What rank 1 has gathered about one adapter is not finite."""
+    model = bert()
+    ddp = DistributedDataParallel(model)
+    optimizer = adamw(model)
+
+    @register_score("sum")
+    def total(evidence: Evidence) -> float:
+        assert evidence.lora_A is not None and evidence.lora_B is not None
+        spoilt = rank == 1 and tuple(evidence.lora_A.shape) == (4, 64) and evidence.scaling == 4.0
+        return math.inf if spoilt else float(evidence.lora_B.abs().sum())
+
+    freezer = AdapterFreezer(ddp, optimizer, SafeConfig(**SHORT, score=score))
+    if score == "sum":
+        freezer.adapters[5].layer.scaling["default"] = 4.0
+    elif rank == 1:
+        gather = freezer._scorer.observation.finish
+        freezer._scorer.observation.finish = lambda: gather().index_fill(0, torch.tensor(5), math.nan)
+    train(ddp, optimizer, shares(14, rank, 2), freezer)
+    return {"events": events(freezer), "unscored": freezer.unscored}
+
+
+@pytest.mark.parametrize("score", ["cka", "sum"])
+def test_what_is_not_finite_in_one_process_freezes_in_none(score: str) -> None:
+    first, second = together(train_with_nan, score)
+    assert first == second and first["events"]
+    assert first["unscored"] == ("bert.encoder.layer.0.output.dense",)
+
+
+def come_apart(rank: int, how: str) -> str:
+    model = bert()
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**SHORT))
+    state = freezer.state_dict()
+    data = list(shares(8, rank, 2))
+    train(model, optimizer, iter(data[:6]), freezer)
+    if rank == 1:
+        state = state if how == "older checkpoint" else {**freezer.state_dict(), "ledger": state["ledger"]}
+        freezer.load_state_dict(state)
+    with pytest.raises(BindingError) as caught:
+        train(model, optimizer, iter(data[6:]), freezer)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("how", ["older checkpoint", "other adapters frozen"])
+def test_processes_that_have_come_apart_are_told_so(how: str) -> None:
+    assert all("have come apart" in message for message in together(come_apart, how))
+
+
+# ---------------------------------------------------------------- when one dies
+
+
+def die(rank: int, folder: str) -> None:
+    model = bert()
+    ddp = DistributedDataParallel(model)
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(ddp, optimizer, SafeConfig(**SHORT))
+    for step, batch in enumerate(shares(14, rank, 2), start=1):
+        if rank == 1 and step == 8:
+            os.kill(os.getpid(), signal.SIGKILL)
+        train(ddp, optimizer, iter([batch]), freezer)
+        if rank == 0:
+            jsonio.write_json(Path(folder, "state.json"), freezer.state_dict())
+
+
+def test_a_process_that_dies_ends_the_others_and_spoils_no_checkpoint(tmp_path: Path) -> None:
+    (_, first), (_, second) = outcomes_of(die, str(tmp_path), gloo_seconds=10)
+    assert second == "died"
+    assert first is not None and "RuntimeError" in first and "hung" not in first
+    state = json.loads((tmp_path / "state.json").read_text())
+    assert state["step"] == 7, "the last step that all of them made"
+    assert [path.name for path in tmp_path.iterdir()] == ["state.json"]
+    model = bert()
+    freezer = AdapterFreezer(model, adamw(model), SafeConfig(**SHORT))
+    freezer.load_state_dict(state)
+    assert freezer.frozen

@@ -1,0 +1,127 @@
+"""A Trainer, accelerate and torchrun on two processes."""
+
+from __future__ import annotations
+
+import functools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
+from ranks import together
+from shares import OPTIONS, ROWS, STEPS, alone, assert_equal, events, shares
+from tiny import adamw, batches, bert
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import Trainer, TrainingArguments
+
+from safe_peft import AdapterFreezer, SafeCallback, SafeConfig, assets
+from safe_peft.parallel.fsdp import whole
+
+EXAMPLE = Path(__file__).parents[3] / "examples" / "torchrun.py"
+
+expected = functools.cache(alone)
+
+
+def digest(model: nn.Module) -> list[float]:
+    return [float(whole(parameter.detach()).double().abs().sum()) for parameter in model.parameters()]
+
+
+PLUGIN = {
+    "fsdp_version": 2,
+    "auto_wrap_policy": "transformer_based_wrap",
+    "transformer_cls_names_to_wrap": ["BertLayer"],
+    "cpu_ram_efficient_loading": False,
+}
+
+
+def accelerate(rank: int, sharded: bool, freezer_first: bool) -> dict[str, Any]:
+    accelerator = Accelerator(cpu=True)
+    if sharded:  # accelerate shards on accelerators only; its code does not mind a CPU
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**PLUGIN)
+    model = bert()
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**OPTIONS)) if freezer_first else None
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    freezer = freezer or AdapterFreezer(wrapped, optimizer, SafeConfig(**OPTIONS))
+    losses = []
+    for batch in shares(STEPS, rank, 2):
+        loss = wrapped(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+        freezer.step()
+        losses.append(loss.item())
+    kind = "FSDP2" if isinstance(wrapped, FSDPModule) else type(wrapped).__name__
+    return {"losses": losses, "events": events(freezer), "digest": digest(model), "kind": kind}
+
+
+@pytest.mark.parametrize("freezer_first", [False, True])
+def test_accelerate_with_ddp_equals_one_process(freezer_first: bool) -> None:
+    ranks = together(accelerate, False, freezer_first)
+    assert ranks[0]["kind"] == "DistributedDataParallel"
+    assert_equal(ranks, expected())
+
+
+def test_accelerate_with_fsdp2_equals_one_process() -> None:
+    ranks = together(accelerate, True, False)
+    assert ranks[0]["kind"] == "FSDP2"
+    assert_equal(ranks, expected())
+
+
+class Rows(torch.utils.data.Dataset):
+    def __init__(self, count: int) -> None:
+        self.rows = [{name: column[0] for name, column in batch.items()} for batch in batches(count, rows=1)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+def train_by_trainer(rank: int, folder: str, rows: int) -> dict[str, Any]:
+    model = bert()
+    callback = SafeCallback(SafeConfig(**OPTIONS))
+    arguments = TrainingArguments(
+        folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=rows,
+        learning_rate=3e-3,
+        lr_scheduler_type="constant",
+        logging_steps=1,
+        save_steps=40,
+        use_cpu=True,
+        report_to=[],
+        average_tokens_across_devices=False,  # Trainer would multiply this model's loss, a mean, by the processes
+    )
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(256), callbacks=[callback])
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    kind = type(trainer.model_wrapped).__name__
+    return {"losses": losses, "events": events(callback.freezer), "digest": digest(model), "kind": kind}
+
+
+def test_a_trainer_equals_one_process(tmp_path: Path) -> None:
+    ranks = together(train_by_trainer, str(tmp_path / "two"), ROWS // 2)
+    one = together(train_by_trainer, str(tmp_path / "one"), ROWS, world=1)[0]
+    assert ranks[0]["kind"] == "DistributedDataParallel"
+    assert_equal([{**rank, "losses": ranks[0]["losses"] or rank["losses"]} for rank in ranks], one)
+    assert (tmp_path / "two" / "checkpoint-40" / "safe_state.json").exists()
+
+
+@pytest.mark.slow
+def test_the_example_runs_under_torchrun(tmp_path: Path) -> None:
+    assets.fetch("minilm")
+    assets.fetch("film-reviews")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(EXAMPLE), "--steps=10", "--rows=2", f"--output={tmp_path / 'run'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "27 of 36 frozen" in done.stdout
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
+    assert (tmp_path / "run" / "report.html").stat().st_size > 1000

@@ -1,0 +1,102 @@
+"""Runs a function of a test in several processes that form a group, and hands back what each returned.
+
+The processes are forked from a server that has imported everything once, so that a group costs a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import multiprocessing
+import os
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+
+LIMIT = 90
+"""Seconds after which a group counts as hung; gloo itself gives up sooner."""
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(
+    ["pytest", "transformers", "accelerate", "peft", "safe_peft", "tiny", "torch.distributed.fsdp"]
+)
+
+
+def together(function: Callable[..., Any], *args: Any, world: int = 2, gloo_seconds: float = 20) -> list[Any]:
+    """Call `function(rank, *args)` in processes 0 .. world - 1 of a gloo group.
+
+    Args:
+        function: at the top level of a test's file; it returns plain values.
+        args: plain values.
+        world: how many processes.
+        gloo_seconds: how long one waits for another.
+
+    Returns:
+        What each returned, by rank.
+
+    Raises:
+        AssertionError: One failed or hung; the message has every traceback.
+    """
+    outcomes = outcomes_of(function, *args, world=world, gloo_seconds=gloo_seconds)
+    failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error is not None]
+    assert not failed, "\n".join(failed)
+    return [value for value, _ in outcomes]
+
+
+def outcomes_of(
+    function: Callable[..., Any], *args: Any, world: int = 2, gloo_seconds: float = 20
+) -> list[tuple[Any, str | None]]:
+    """The same, with each process's result and traceback; a process that died or hung says so in its place."""
+    with tempfile.TemporaryDirectory() as folder:
+        place = (function.__code__.co_filename, function.__name__, f"{folder}/store", gloo_seconds)
+        pipes = [_context.Pipe(duplex=False) for _ in range(world)]
+        processes = [
+            _context.Process(target=_work, args=(sender, rank, world, place, args), daemon=True)
+            for rank, (_, sender) in enumerate(pipes)
+        ]
+        for process, (_, sender) in zip(processes, pipes, strict=True):
+            process.start()
+            sender.close()
+        deadline = time.monotonic() + LIMIT
+        try:
+            return [_receive(reader, deadline) for reader, _ in pipes]
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()
+
+
+def _receive(reader: Connection, deadline: float) -> tuple[Any, str | None]:
+    try:
+        if reader.poll(max(0.0, deadline - time.monotonic())):
+            return reader.recv()
+    except EOFError:
+        return None, "died"
+    return None, "hung"
+
+
+def _work(sender: Connection, rank: int, world: int, place: tuple[str, str, str, float], args: Any) -> None:
+    path, name, store, seconds = place
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"}  # as torchrun does
+    try:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        torch.distributed.init_process_group(
+            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
+        )
+        outcome = getattr(module, name)(rank, *args), None
+    except BaseException:
+        outcome = None, traceback.format_exc()
+    sender.send(outcome)
+    sender.close()
