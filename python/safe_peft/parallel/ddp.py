@@ -52,11 +52,11 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
     if ddp.static_graph:
         ddp._static_graph_delay_allreduce_enqueued = False
         ddp.reducer._set_static_graph()
-        ddp.logger._set_static_graph()
+        ddp.logger._set_static_graph()  # type: ignore[union-attr]
     for hook, state in ddp._comm_hooks:
         _forget_buckets(state)
-        ddp.logger._set_comm_hook_name(hook.__qualname__)
-        torch.distributed._register_comm_hook(ddp.reducer, state, hook)
+        ddp.logger._set_comm_hook_name(hook.__qualname__)  # type: ignore[union-attr]
+        torch.distributed._register_comm_hook(ddp.reducer, state, hook)  # type: ignore[attr-defined]
     if builtin is not None:
         ddp._register_builtin_comm_hook(builtin)
 
@@ -64,7 +64,7 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
 def _builtin_hook(ddp: DistributedDataParallel) -> object | None:
     """The communication hook in C++, which DDP keeps no note of but in its log."""
     name = ddp._get_ddp_logging_data().get("comm_hook", "")
-    kinds = torch.distributed.BuiltinCommHookType.__members__.values()
+    kinds = torch.distributed.BuiltinCommHookType.__members__.values()  # type: ignore[attr-defined]
     return next((kind for kind in kinds if str(kind) == name), None)
 
 
