@@ -2,31 +2,42 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Collection
 
 import torch
+
+_holders: set[int] = set()
+_stances: list[torch._dynamo.set_stance] = []  # ours, which knows the one that was set before; at most one
 
 
 class EagerForwards:
     """Has compiled models run their Python code, uncompiled, while a scoring looks at their forwards.
 
     A graph that scores is another graph than one that does not: every freezing would compile two. Scorings are rare,
-    so they do without. The stance that was set before is set again afterwards.
+    so they do without. The stance that was set before is set again when nobody needs this any longer: at `end`, or
+    when a training that was broken off in the middle of a scoring is forgotten.
     """
 
     def __init__(self) -> None:
-        self._stance: torch._dynamo.set_stance | None = None
+        weakref.finalize(self, _release, id(self))
 
     def begin(self) -> None:
         """Run uncompiled from now on. Doing it twice does no harm."""
-        if self._stance is None:
-            self._stance = torch.compiler.set_stance("force_eager")
+        stance = torch.compiler.set_stance("force_eager")
+        if not _holders or stance.prev.stance != "force_eager":
+            _stances[:] = [stance]
+        _holders.add(id(self))
 
     def end(self) -> None:
         """Run as before. Doing it twice does no harm."""
-        if self._stance is not None:
-            self._stance.__exit__(None, None, None)
-            self._stance = None
+        _release(id(self))
+
+
+def _release(holder: int) -> None:
+    _holders.discard(holder)
+    if not _holders and _stances:
+        _stances.pop().__exit__(None, None, None)
 
 
 def allow_recompilations(frozen: Collection[str], blocks: Collection[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -38,6 +39,7 @@ class Counting:
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
+    gc.collect()  # freezers that earlier tests have left in the middle of a scoring
     torch._dynamo.reset()
     config = torch._dynamo.config
     with config.patch(
@@ -211,3 +213,15 @@ def test_the_users_own_stance_is_set_again() -> None:
         freezer.detach()
         freezer_of(model, score_interval=1).detach()
         assert torch._dynamo.eval_frame._stance.stance == "eager_on_recompile"
+
+
+def test_a_training_broken_off_in_a_scoring_leaves_nothing_uncompiled() -> None:
+    """Several at a time, too: the stance is one for the whole process."""
+    freezers = [freezer_of(toy(), score_interval=1) for _ in range(2)]
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    freezers.pop()
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager", "the other one still looks"
+    freezers.clear()
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
