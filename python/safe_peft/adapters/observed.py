@@ -38,7 +38,8 @@ class Observed(Swapped):
         state: LayerState | None = self.__dict__.get(STATE)
         if state is not None:
             _hold_frozen(self, state)
-            if state.observe and self.training and (due := self._due(state, kwargs)):
+            scored = self.training and not torch.compiler.is_compiling()  # a scoring's forwards run uncompiled
+            if scored and state.observe and (due := self._due(state, kwargs)):
                 parent = super().forward
                 return self._observe(due, lambda: parent(*args, **kwargs), args, kwargs)
         return super().forward(*args, **kwargs)
