@@ -42,7 +42,9 @@ def main() -> None:
     source = modeling.locate("minilm")
     tokenizer = modeling.load_tokenizer(source)
     base = modeling.load_model(source, "seq-cls", ["negative", "positive"], tokenizer.pad_token_id)
-    model = modeling.add_lora(base, "seq-cls", {"r": 8, "lora_dropout": 0.1}).to(device())
+    model = modeling.add_lora(base, "seq-cls", {"r": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}).to(
+        device()
+    )
     torch.manual_seed(1 + rank)  # other dropout everywhere
 
     train, _ = load_film_reviews()

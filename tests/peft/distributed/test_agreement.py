@@ -200,6 +200,35 @@ def test_processes_that_have_come_apart_are_told_so(how: str) -> None:
     assert all("have come apart" in message for message in together(come_apart, how))
 
 
+# ---------------------------------------------------------------- engines that cannot follow
+
+
+@pytest.mark.parametrize("engine", ["model", "optimizer", "parameters"])
+def test_deepspeed_is_refused(engine: str) -> None:
+    """Stand-ins: what tells DeepSpeed's engine, its optimizers and its partitioned parameters is their names."""
+    kind = type("ZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})
+    model = bert()
+    outer: Any = model
+    optimizer: Any = adamw(model)
+    if engine == "model":
+        outer = type("DeepSpeedEngine", (torch.nn.Module,), {"__module__": "deepspeed.runtime.engine"})()
+        outer._orig_mod = model
+    elif engine == "optimizer":
+        optimizer.optimizer = kind()
+    else:
+        next(model.parameters()).ds_id = 0
+    with pytest.raises(BindingError, match=r"DeepSpeed keeps .* use DDP or FSDP2"):
+        AdapterFreezer(outer, optimizer, SafeConfig(**SHORT))
+
+
+def test_a_replica_of_data_parallel_is_refused() -> None:
+    model = bert()
+    AdapterFreezer(model, adamw(model), SafeConfig(**SHORT))
+    model._is_replica = True  # what nn.DataParallel writes on its copies
+    with pytest.raises(BindingError, match="torchrun"):
+        model(**next(batches(1)))
+
+
 # ---------------------------------------------------------------- when one dies
 
 

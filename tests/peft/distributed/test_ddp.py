@@ -74,31 +74,6 @@ def test_gradients_accumulated_under_no_sync_equal_one_process() -> None:
     assert_equal(together(train_accumulating), expected())
 
 
-ONE_EVENT = {"score": "relative_norm", "warmup": 1, "max_warmup": 1, "freeze_end": 2, "freeze_interval": 8}
-
-
-def train_compiled(rank: int, outside: bool | None) -> dict[str, Any]:
-    model = bert(layers=1)
-    compiled = functools.partial(torch.compile, backend="eager")
-    if outside is None:
-        ddp: Any = DistributedDataParallel(model)
-    else:
-        ddp = compiled(DistributedDataParallel(model)) if outside else DistributedDataParallel(compiled(model))
-    optimizer, freezer = start(ddp, model, **ONE_EVENT)
-    return outcome(model, freezer, train(ddp, optimizer, shares(5, rank, 2), freezer))
-
-
-def test_a_compiled_model_equals_one_that_is_not() -> None:
-    eager = together(train_compiled, None)
-    assert len(eager[0]["events"]) == 5
-    for outside in (True, False):
-        compiled = together(train_compiled, outside)
-        for one, other in zip(compiled, eager, strict=True):
-            assert one["events"] == other["events"]
-            assert one["losses"] == pytest.approx(other["losses"], abs=2e-6)
-        assert compiled[0]["digest"] == compiled[1]["digest"]
-
-
 # ---------------------------------------------------------------- what is sent
 
 
