@@ -19,15 +19,15 @@ from .adapters import Adapter
 from .binding import bind
 from .checkpoints import fingerprints
 from .checksum import signed
-from .compiling import allow_recompilations
 from .config import SafeConfig
 from .decisions import Decisions
 from .errors import BindingError, SafeError, StateError
+from .holding import Holding
 from .ledger import Ledger
 from .nonfinite import NonFinite
 from .optimizers import Optimizers
 from .parallel import Engine
-from .paths import unwrap
+from .paths import trains_besides, unwrap
 from .planning.planner import Planner
 from .presence import Presence
 from .report import AdapterRecord, FreezeReport
@@ -84,7 +84,6 @@ class AdapterFreezer:
         self._optimizers = Optimizers(optimizer)
         self._step = first_step
         self._nonfinite = NonFinite(self.config)
-        self._postponed = False
         self._engine = Engine(self.model, model, process_group)
         with ExitStack() as undo:
             try:
@@ -92,14 +91,8 @@ class AdapterFreezer:
             except SafeError as error:
                 self._engine.require_same(error)
                 raise
-            self._engine.require_same(
-                {
-                    "config": self.config.to_dict(),
-                    "adapters": [adapter.name for adapter in self._adapters],
-                    "schedule": str(self.schedule),
-                    "first_step": first_step,
-                }
-            )
+            same = {"config": self.config.to_dict(), "adapters": list(self._traits), "schedule": str(self.schedule)}
+            self._engine.require_same({**same, "first_step": first_step})
             undo.pop_all()
         if self.config.recompute == "frozen":
             self.binding.recompute.update(self.binding.blocks)
@@ -117,23 +110,16 @@ class AdapterFreezer:
         undo.callback(self.binding.release)
         self._presence = Presence(self.model, self._adapters)
         self._records = tuple(AdapterRecord(a.name, sum(p.numel() for p in a.parameters())) for a in self._adapters)
-        others_train, names = self._check_parameters(), [adapter.name for adapter in self._adapters]
+        self._traits = {adapter.name: adapter.traits() for adapter in self._adapters}
+        self._optimizers.check(own := [p for adapter in self._adapters for p in adapter.parameters()])
+        others_train, names = trains_besides(self.model, own), list(self._traits)
         check_fit(self.config, names, others_train)
         self.planner = Planner(self.model, self.config, others_train, shared=not self._engine.alone)
         undo.callback(self.planner.close)
         self._decisions = Decisions(self.config, self.schedule, self.planner, len(names), others_train)
         self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config)
         undo.callback(self._scorer.close)
-
-    def _check_parameters(self) -> bool:
-        """Whether anything but the adapters trains; refuses what would train wrongly."""
-        live = {id(p) for adapter in self._adapters for p in adapter.parameters()}
-        if not live & {id(p) for p in self._optimizers.parameters()}:
-            raise BindingError(
-                "optimizer: it trains none of this model's adapters; make it from this model's parameters, and pass a "
-                "list of all of them where parameters have optimizers of their own."
-            )
-        return any(p.requires_grad and id(p) not in live for p in self.model.parameters())
+        self._holding = Holding(self._adapters, self.binding, self._optimizers, self._engine, self.config)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -172,10 +158,9 @@ class AdapterFreezer:
         self._engine.check_step()
         self._step += 1
         error = None
-        for adapter in self._adapters_named(self.ledger.frozen):
-            self._drop(adapter)
+        self._holding.hold(self.ledger.frozen)
         if self._scorer.armed and not self._scorer.ready:
-            self._warn_postponed()
+            self._nonfinite.note_postponed(self._step)
         elif self._scorer.armed:
             importance = self._measure()
             error = self._nonfinite.note(self._step, importance, self._scorer.broken)
@@ -202,40 +187,11 @@ class AdapterFreezer:
 
     def _freeze_due(self) -> tuple[str, ...]:
         names, recompute = self._decisions.due(self._step)
-        self._freeze(names)
-        self._recompute(recompute)
+        self._holding.freeze(names)
+        self._holding.recompute(recompute)
         if names:
-            self._optimizers.forget_directions()
-            allow_recompilations(names, self.binding.blocks)
             logger.info("step %d: froze %d adapters, %d in all", self._step, len(names), len(self.ledger.frozen))
         return names
-
-    def _freeze(self, names: Sequence[str]) -> None:
-        if not names:
-            return
-        self._engine.reshard()
-        for adapter in self._adapters_named(names):
-            adapter.freeze(keep_dropout=self.config.keep_dropout)
-            self._drop(adapter)
-        self._engine.parameters_changed()
-
-    def _restore(self) -> None:
-        for adapter in self._adapters_named(self.ledger.frozen):
-            adapter.restore()
-
-    def _recompute(self, blocks: Sequence[str] | None) -> None:
-        if self.config.recompute == "auto" and blocks is not None:
-            self.binding.recompute.clear()
-            self.binding.recompute.update(blocks)
-
-    def _drop(self, adapter: Adapter) -> None:
-        """Keep a frozen adapter still: AdamW would go on moving it by its momentum and a gradient left over."""
-        adapter.hold()
-        self._optimizers.forget(adapter.parameters())
-
-    def _adapters_named(self, names: Iterable[str]) -> list[Adapter]:
-        wanted = set(names)
-        return [adapter for adapter in self._adapters if adapter.name in wanted]
 
     def _arm(self) -> None:
         """Prepare the coming step."""
@@ -243,12 +199,6 @@ class AdapterFreezer:
         live = [index for index, adapter in enumerate(self._adapters) if adapter.name not in frozen]
         if self._scorer.armed or is_scoring_step(self.schedule, self._step + 1):
             self._scorer.arm(live, shift=len(self.ledger.scorings))
-
-    def _warn_postponed(self) -> None:
-        if not self._postponed:
-            self._postponed = True
-            why = "step %d: the optimizer made no step (GradScaler skips those with infinite gradients), thus no "
-            logger.warning(why + "gradients to score by yet; scoring waits for a step that is made.", self._step)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -315,7 +265,7 @@ class AdapterFreezer:
         self.planner.close()
         self.binding.release()
         if not keep_frozen:
-            self._restore()
+            self._holding.restore(self.ledger.frozen)
             self._engine.parameters_changed()
         self.binding.detach()
 
@@ -340,11 +290,11 @@ class AdapterFreezer:
         """
         self._check_attached()
         saved = check_state(state, self._owner())
-        self._restore()
+        self._holding.restore(self.ledger.frozen)
         self._step, self._decisions.ledger = saved.step, saved.ledger
-        self._freeze(saved.ledger.frozen)
+        self._holding.freeze_again(saved.ledger.frozen)
         self.planner.load(saved.planned)
-        self._recompute(saved.planned.recompute)
+        self._holding.recompute(saved.planned.recompute)
         self._scorer.disarm()
         self._arm()
         self._scorer.load_evidence(saved.evidence)
@@ -389,5 +339,4 @@ class AdapterFreezer:
             raise StateError(f"{path}: {error}") from error
 
     def _owner(self) -> Owner:
-        adapters = {adapter.name: adapter.traits() for adapter in self._adapters}
-        return Owner(self.config, self._optimizers.kinds, adapters, self.binding.blocks)
+        return Owner(self.config, self._optimizers.kinds, self._traits, self.binding.blocks)

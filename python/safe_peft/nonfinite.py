@@ -50,6 +50,7 @@ class NonFinite:
 
     def __init__(self, config: SafeConfig) -> None:
         self._raises = config.on_nonfinite == "raise"
+        self._postponed = False
         self._told: set[tuple[str, bool]] = set()
 
     def note(
@@ -83,6 +84,17 @@ class NonFinite:
             why = "%s of %s, which stay trainable; %s, or stop with on_nonfinite='raise'."
             logger.warning(why, what, _some(new), mend)
         return None
+
+    def note_postponed(self, step: int) -> None:
+        """Tell once that there was nothing to score by.
+
+        Args:
+            step: optimizer steps done.
+        """
+        if not self._postponed:
+            self._postponed = True
+            why = "step %d: the optimizer made no step (GradScaler skips those with infinite gradients), thus no "
+            logger.warning(why + "gradients to score by yet; scoring waits for a step that is made.", step)
 
     def _new(self, names: Iterable[str], is_broken: bool) -> list[str]:
         new = [name for name in names if (name, is_broken) not in self._told]

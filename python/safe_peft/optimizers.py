@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .errors import BindingError
 from .paths import unwrap_optimizer
 
 
@@ -32,6 +33,21 @@ class Optimizers:
         for optimizer in self.inner:
             for group in optimizer.param_groups:
                 yield from group["params"]
+
+    def check(self, adapters: Iterable[nn.Parameter]) -> None:
+        """See that they train the adapters.
+
+        Args:
+            adapters: the adapters' parameters.
+
+        Raises:
+            BindingError: They train none of them.
+        """
+        if not {id(p) for p in adapters} & {id(p) for p in self.parameters()}:
+            raise BindingError(
+                "optimizer: it trains none of this model's adapters; make it from this model's parameters, and pass a "
+                "list of all of them where parameters have optimizers of their own."
+            )
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
         """Drop what is held about parameters: by AdamW, by its 8-bit and paged kin, by a Lookahead around it."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -30,6 +32,17 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer
+
+
+def trains_besides(model: nn.Module, own: Iterable[nn.Parameter]) -> bool:
+    """Return whether a model has a parameter that trains and is none of these.
+
+    Example:
+        >>> trains_besides(model := nn.Linear(2, 2), [model.weight])
+        True
+    """
+    known = {id(parameter) for parameter in own}
+    return any(p.requires_grad and id(p) not in known for p in model.parameters())
 
 
 def short_name(path: str) -> str:

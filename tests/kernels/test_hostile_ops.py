@@ -63,7 +63,9 @@ def assert_same(ours: Tensor | Exception, formula: Tensor | Exception) -> None:
     assert torch.equal(ours.isnan(), formula.isnan())
     finite = ours.isfinite() & formula.isfinite()
     assert torch.equal(ours[~finite & ~ours.isnan()].sign(), formula[~finite & ~formula.isnan()].sign())
-    torch.testing.assert_close(ours[finite].double(), formula[finite].double(), rtol=rtol, atol=0.05, check_stride=False)
+    torch.testing.assert_close(
+        ours[finite].double(), formula[finite].double(), rtol=rtol, atol=0.05, check_stride=False
+    )
 
 
 @given(st.data(), st.integers(0, 5), st.integers(0, 7), st.integers(0, 9))

@@ -18,7 +18,9 @@ from tiny import adamw, batches, bert, train
 from torch.nn.parallel import DistributedDataParallel
 
 from safe_peft import AdapterFreezer, BindingError, ConfigError, SafeConfig, jsonio
+from safe_peft.checksum import signed
 from safe_peft.importance import Evidence, register_score
+from safe_peft.ledger import Ledger
 
 SHORT = {"warmup": 2, "max_warmup": 4, "freeze_end": 12, "freeze_interval": 3, "score_interval": 2, "block_rows": 12}
 
@@ -188,7 +190,7 @@ def come_apart(rank: int, how: str) -> str:
     data = list(shares(8, rank, 2))
     train(model, optimizer, iter(data[:6]), freezer)
     if rank == 1:
-        state = state if how == "older checkpoint" else {**freezer.state_dict(), "ledger": state["ledger"]}
+        state = state if how == "older checkpoint" else signed({**freezer.state_dict(), "ledger": Ledger().to_dict()})
         freezer.load_state_dict(state)
     with pytest.raises(BindingError) as caught:
         train(model, optimizer, iter(data[6:]), freezer)
