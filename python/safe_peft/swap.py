@@ -72,7 +72,7 @@ def take_off(module: nn.Module) -> None:
     """Give an instance its own class back. Doing it twice does no harm."""
     if isinstance(module, Swapped):
         module.__dict__.pop(STATE, None)
-        module.__class__ = _without(type(module))  # type: ignore[assignment]
+        module.__class__ = _without(type(module))
 
 
 def is_bound(module: nn.Module) -> bool:
