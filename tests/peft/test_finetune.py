@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from rich.console import Console
 from texts import bert_folder, gpt2_folder, sentences, write_jsonl
@@ -98,7 +100,10 @@ def test_a_run_writes_an_ordinary_peft_checkpoint_and_a_report(config: FinetuneC
     tokenizer = AutoTokenizer.from_pretrained(output)
     inputs = tokenizer(["the film was good", "a very dull plot"], return_tensors="pt", padding=True)
     expected = model(**inputs).logits
-    for kind in (AutoPeftModelForSequenceClassification, AutoModelForSequenceClassification):
+    kinds: list[Any] = [AutoPeftModelForSequenceClassification]
+    if Version(peft.__version__) >= Version("0.21"):  # before it transformers' own loader leaves the trained head out
+        kinds.append(AutoModelForSequenceClassification)
+    for kind in kinds:
         torch.testing.assert_close(kind.from_pretrained(output).eval()(**inputs).logits, expected)
 
 

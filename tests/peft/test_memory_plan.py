@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import LENGTH, ROWS, family
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 import safe_peft
 from safe_kernels import retention
@@ -101,13 +102,22 @@ def test_norms_whose_weights_forbid_to_retain_the_output() -> None:
     assert sizes[0] < sizes[1] == sizes[2] == retained(model, one.batch()), "without values the best is assumed"
 
 
+def attention_unknown(dtype: torch.dtype) -> int:
+    """Bytes that PyTorch's attention keeps and its own fake one does not: none, but in float64 before torch 2.13."""
+    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    real = torch.zeros(ROWS, 2, LENGTH, 16, dtype=dtype)
+    with FakeTensorMode() as mode:
+        fake = mode.from_tensor(real)
+        return attend(real, real, real)[1].nbytes - attend(fake, fake, fake)[1].nbytes
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes(dtype: torch.dtype) -> None:
     one = family("llama")
     model = one.model(lora_dropout=0.1, dtype=dtype)
     planned = trace(model, inputs_for(model, ROWS, LENGTH))
     bind(model)
-    assert planned.retained == retained(model, one.batch())
+    assert planned.retained + 2 * attention_unknown(dtype) == retained(model, one.batch())
 
 
 def test_mixed_precision_is_that_around_the_plan() -> None:

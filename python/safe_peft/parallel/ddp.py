@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import gc
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+distributed: Any = torch.distributed
+"""Its bindings to C++ have no declared names."""
 
 
 def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
@@ -49,14 +53,15 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
     names = ddp._build_debug_param_to_name_mapping(parameters)
     ddp._ddp_init_helper(parameters, sparse, names, ddp.static_graph)
     ddp._has_rebuilt_buckets = False
+    logger: Any = ddp.logger
     if ddp.static_graph:
         ddp._static_graph_delay_allreduce_enqueued = False
         ddp.reducer._set_static_graph()
-        ddp.logger._set_static_graph()  # type: ignore[union-attr]
+        logger._set_static_graph()
     for hook, state in ddp._comm_hooks:
         _forget_buckets(state)
-        ddp.logger._set_comm_hook_name(hook.__qualname__)  # type: ignore[union-attr]
-        torch.distributed._register_comm_hook(ddp.reducer, state, hook)  # type: ignore[attr-defined]
+        logger._set_comm_hook_name(hook.__qualname__)
+        distributed._register_comm_hook(ddp.reducer, state, hook)
     if builtin is not None:
         ddp._register_builtin_comm_hook(builtin)
 
@@ -64,7 +69,7 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
 def _builtin_hook(ddp: DistributedDataParallel) -> object | None:
     """The communication hook in C++, which DDP keeps no note of but in its log."""
     name = ddp._get_ddp_logging_data().get("comm_hook", "")
-    kinds = torch.distributed.BuiltinCommHookType.__members__.values()  # type: ignore[attr-defined]
+    kinds = distributed.BuiltinCommHookType.__members__.values()
     return next((kind for kind in kinds if str(kind) == name), None)
 
 

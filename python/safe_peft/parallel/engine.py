@@ -59,8 +59,8 @@ class Engine:
         if sharded := fsdp.fsdp_groups(self._model):
             return sharded
         wrapper = self._find_ddp()
-        found = wrapper.process_group if wrapper is not None else torch.distributed.group.WORLD
-        return () if found is None else (found,)
+        every: Any = torch.distributed.group.WORLD
+        return (wrapper.process_group if wrapper is not None else every,)
 
     def check_step(self) -> None:
         """Raise if processes may run out of batches one by one.
