@@ -20,11 +20,14 @@ from safe_kernels import AdapterStatistics, RowBlocks, reference
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ODD_DTYPES = [torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float8_e4m3fn]
 PYTHON_ERRORS = (ValueError, TypeError, RuntimeError, NotImplementedError)
-VALUES = [0.0, -0.0, 1.0, -2.5, 1e-40, 6e4, -3e38, float("inf"), float("-inf"), float("nan")]
+VALUES = [0.0, -0.0, 1.0, -2.5, 1e-40, 6e4, float("inf"), float("-inf"), float("nan")]
+HUGE = [*VALUES, -3e38]
 
 
 @st.composite
-def tensors(draw: Any, features: int | None = None, dtypes: list[torch.dtype] = DTYPES) -> Tensor:
+def tensors(
+    draw: Any, features: int | None = None, dtypes: list[torch.dtype] = DTYPES, values: list[float] = HUGE
+) -> Tensor:
     """Any shape with a last dimension, any strides that a view can have, ordinary values with a few hostile ones."""
     rows = draw(st.lists(st.integers(0, 4), max_size=3))
     shape = [*rows, features if features is not None else draw(st.integers(0, 9))]
@@ -33,7 +36,7 @@ def tensors(draw: Any, features: int | None = None, dtypes: list[torch.dtype] = 
     x = torch.randn([2 * size for size in shape], generator=generator)
     for place in draw(st.lists(st.integers(0, 10**6), max_size=2)):
         if x.numel():
-            x.view(-1)[place % x.numel()] = draw(st.sampled_from(VALUES))
+            x.view(-1)[place % x.numel()] = draw(st.sampled_from(values))
     x = x.to(dtype)[tuple(slice(None, None, 2) for _ in shape)]  # strided, and not at the storage's start if flipped
     how = draw(st.sampled_from(["strided", "contiguous", "transposed", "expanded"]))
     if how == "contiguous":
@@ -71,14 +74,15 @@ def assert_same(ours: Tensor | Exception, formula: Tensor | Exception) -> None:
 @given(st.data(), st.integers(0, 5), st.integers(0, 7), st.integers(0, 9))
 def test_lora_is_its_formula_whatever_is_in_its_tensors(data: Any, r: int, d_in: int, d_out: int) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
-    x = data.draw(tensors(d_in, [dtype]))
+    x = data.draw(tensors(d_in, [dtype], VALUES))  # beyond, the order of products decides what overflows
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(*x.shape[:-1], d_out, generator=generator).to(dtype)
     A, B = torch.randn(r, d_in, generator=generator).to(dtype), torch.randn(d_out, r, generator=generator).to(dtype)
     scaling = data.draw(st.sampled_from([0.0, 1.0, -2.0]))
     before = x.clone()
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
     ours = outcome(lambda: safe_kernels.lora(x, base, A, B, scaling))
-    assert_same(ours, outcome(lambda: (base + scaling * (x.float() @ A.float().mT) @ B.float().mT).to(dtype)))
+    assert_same(ours, outcome(lambda: (base + scaling * (x.to(wide) @ A.to(wide).mT) @ B.to(wide).mT).to(dtype)))
     assert torch.equal(torch.nan_to_num(before), torch.nan_to_num(x)), "inputs are read only"
 
 
