@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import stat
 import sys
 import tempfile
 import types
@@ -172,17 +173,24 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     Example:
         >>> read_json("runs/demo/report.json")  # doctest: +SKIP
     """
+    text = _read_bytes(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
-    except FileNotFoundError:
-        raise StateError(f"{path} does not exist.") from None
-    except OSError as error:
-        raise StateError(f"{path} cannot be read: {error.strerror}.") from error
+        return json.loads(text.decode(), parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates)
     except ValueError as error:
         raise StateError(f"{path} is not JSON ({error}); it is damaged or not a file of safe_peft.") from error
     except RecursionError:
         raise StateError(f"{path} is nested too deeply; it is not a file of safe_peft.") from None
+
+
+def _read_bytes(path: str | os.PathLike[str]) -> bytes:
+    try:
+        if not stat.S_ISREG(Path(path).stat().st_mode):  # a device or a pipe may have no end
+            raise StateError(f"{path} is no ordinary file; point to a JSON file of safe_peft.")
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise StateError(f"{path} does not exist.") from None
+    except OSError as error:
+        raise StateError(f"{path} cannot be read: {error.strerror}.") from error
 
 
 def _refuse_constant(name: str) -> None:

@@ -71,7 +71,7 @@ def test_a_folder_and_a_place_that_cannot_be_are_refused(freezer: AdapterFreezer
             freezer.save(path)
     assert (tmp_path / "folder" / "inside").is_dir() and (tmp_path / "file").read_text() == "old"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder"]
-    with pytest.raises(StateError, match="cannot be read"):
+    with pytest.raises(StateError, match="no ordinary file"):
         freezer.load(tmp_path / "folder")
     with pytest.raises(StateError, match="does not exist"):
         freezer.load(tmp_path / "nothing.json")
@@ -294,3 +294,11 @@ def test_json_that_names_a_value_twice_is_refused(tmp_path: Path) -> None:
             jsonio.read_json(tmp_path / "x.json")
     with pytest.raises(StateError, match="must be a finite number"):
         jsonio.decode(float, json.loads("1e999"), "here")
+
+
+def test_what_may_have_no_end_is_not_read(tmp_path: Path) -> None:
+    link = tmp_path / "endless.json"
+    link.symlink_to("/dev/zero")
+    for path in (link, tmp_path):
+        with pytest.raises(StateError, match="is no ordinary file"):
+            jsonio.read_json(path)

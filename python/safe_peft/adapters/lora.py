@@ -145,7 +145,7 @@ class LoraAdapter(Adapter):
 
     def traits(self) -> dict[str, Any]:
         """Return, as JSON values, what a saved state has to find again: what is computed, beside the weights."""
-        return {**super().traits(), "r": self.layer.r[self.key], "scaling": self.layer.scaling[self.key]}
+        return {**super().traits(), "r": self.layer.r[self.key], "scaling": float(self.layer.scaling[self.key])}
 
     def dropouts(self) -> list[nn.Dropout]:
         """The adapter's dropout, if it has any."""
