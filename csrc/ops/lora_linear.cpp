@@ -37,6 +37,7 @@ void check_lora_linear(const Tensor& x, const Tensor& weight, const std::optiona
   check_features(x, "x", weight, "weight", 1);
   check_dtype(x, "x", weight);
   if (given(bias)) {
+    check_dense(*bias, "bias");
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "bias must have shape [",
                       weight.sym_size(0), "], one number a row of weight, got ", bias->sym_sizes());
     check_dtype(*bias, "bias", weight);
