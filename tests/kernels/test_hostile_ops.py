@@ -197,3 +197,43 @@ def test_huge_tensors_without_memory_have_shapes() -> None:
     A, B = torch.empty(8, 2**14, device="meta"), torch.empty(2**12, 8, device="meta")
     assert safe_kernels.lora(x, base, A, B, 1.0).shape == base.shape
     assert reference.lora(x, base, A, B, 1.0)[0].shape == base.shape
+
+
+def test_rows_without_features_are_not_walked() -> None:
+    rows, one = 2**40, torch.empty(0)
+    x = one.as_strided((rows, 0), (0, 1))
+    out = safe_kernels.lora(x, x, torch.empty(2, 0), torch.empty(0, 2), 1.0)
+    assert out.shape == (rows, 0)
+
+
+def test_a_block_whose_gram_matrices_would_not_fit_is_refused() -> None:
+    x, base = torch.ones(9000, 1), torch.ones(9000, 1)
+    statistics = AdapterStatistics(torch.zeros(4, dtype=torch.float64), RowBlocks(torch.tensor([0]), 9000))
+    with pytest.raises(ValueError, match="block_rows"):
+        safe_kernels.lora(x, base, torch.ones(1, 1), torch.ones(1, 1), 1.0, statistics=statistics)
+
+
+@pytest.mark.parametrize("name", ["bias", "x", "dropout"])
+def test_inference_mode_checks_as_much(name: str) -> None:
+    x, weight, bias = torch.randn(3, 4), torch.randn(5, 4), torch.randn(5)
+    A, B = torch.randn(2, 4), torch.randn(5, 2)
+    with torch.inference_mode(), pytest.raises(PYTHON_ERRORS):
+        if name == "dropout":
+            torch.ops.safe_kernels.lora_linear(x, weight, bias, A, B, 1.0, 0.5, None, None, 0, None)
+        else:
+            bad = {"bias": (x, weight, bias[:1]), "x": (x.int(), weight, bias)}[name]
+            safe_kernels.lora_linear(*bad, A, B, 1.0)
+
+
+@pytest.mark.parametrize("argument", ["x", "base", "lora_A"])
+def test_what_is_not_dense_is_named(argument: str) -> None:
+    arguments = {"x": torch.randn(3, 4), "base": torch.randn(3, 5), "lora_A": torch.randn(2, 4)}
+    arguments[argument] = arguments[argument].to_sparse()
+    with pytest.raises(TypeError, match=argument):
+        safe_kernels.lora(**arguments, lora_B=torch.randn(5, 2), scaling=1.0)
+
+
+def test_a_factor_that_trains_is_refused_rather_than_left_without_its_gradient() -> None:
+    scaling = torch.tensor(2.0, requires_grad=True)
+    with pytest.raises(TypeError, match="scaling must be a number"):
+        safe_kernels.lora(torch.randn(3, 4), torch.randn(3, 5), torch.randn(2, 4), torch.randn(5, 2), scaling)

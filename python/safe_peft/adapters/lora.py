@@ -78,7 +78,7 @@ def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
         return "adapter has a bias (lora_bias)"
     if A.dtype not in _FLOATS or A.dtype != B.dtype:
         return f"adapter dtype {str(A.dtype).removeprefix('torch.')} and {str(B.dtype).removeprefix('torch.')}"
-    if type(layer.scaling[key]) is Tensor:
+    if isinstance(layer.scaling[key], Tensor):
         return "scaling is a tensor (prepared for compiled hotswapping), which the op would take as a constant"
     if type(dropout) not in _DROPOUTS:
         return f"dropout module {type(dropout).__name__} is not nn.Dropout"
