@@ -10,9 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from families import LENGTH, ROWS, family
+from families import LENGTH, ROWS, attention_unknown, family
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
 
 import safe_peft
 from safe_kernels import retention
@@ -100,16 +99,6 @@ def test_norms_whose_weights_forbid_to_retain_the_output() -> None:
     sizes = [trace(m, inputs).retained for m in (shell, model, FakeModel(model).module)]
     bind(model)
     assert sizes[0] < sizes[1] == sizes[2] == retained(model, one.batch()), "without values the best is assumed"
-
-
-def attention_unknown(dtype: torch.dtype) -> int:
-    """Bytes that PyTorch's attention keeps and its own fake one does not: none, but in float64 before torch 2.13."""
-    attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    real = torch.zeros(ROWS, 2, LENGTH, 16, dtype=dtype)
-    with FakeTensorMode() as mode:
-        fake = mode.from_tensor(real)
-        known = attend(fake, fake, fake)[1].nbytes
-    return attend(real, real, real)[1].nbytes - known
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
