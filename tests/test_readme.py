@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import batches, bert, gpt2
+from tiny import Rows, batches, bert, gpt2
 from transformers import Trainer, TrainingArguments
 
 ROOT = Path(__file__).parents[1]
@@ -20,19 +20,6 @@ BLOCKS = [
         re.findall(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), flags=re.DOTALL)
     )
 ]
-
-
-class Rows(torch.utils.data.Dataset):
-    """Rows for a Trainer."""
-
-    def __init__(self, count: int) -> None:
-        self.rows = [{name: column[0] for name, column in batch.items()} for batch in batches(count, rows=1)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
 
 
 @pytest.fixture

@@ -108,3 +108,16 @@ def run(
     optimizer = adamw(model)
     freezer = AdapterFreezer(model, optimizer, SafeConfig(**{**EARLY, **options}))
     return model, optimizer, freezer, train(model, optimizer, batches(steps), freezer)
+
+
+class Rows(torch.utils.data.Dataset):
+    """Rows for a Trainer."""
+
+    def __init__(self, count: int) -> None:
+        self.rows = [{name: column[0] for name, column in batch.items()} for batch in batches(count, rows=1)]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]

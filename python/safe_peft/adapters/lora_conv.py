@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d
 from torch import Tensor, nn
 
-from .base import peft_kind, register_adapter
+from .base import register_adapter
 from .lora import LoraAdapter
-from .observed import Observed
+from .observed import Observed, no_kernel
 
 
 class SafeConv1d(Observed):
@@ -37,11 +36,7 @@ class LoraConv1dAdapter(LoraAdapter):
 
     layer_type: ClassVar[type[nn.Module]] = Conv1d
     mixin: ClassVar[type[Observed]] = SafeConv1d
-
-    @staticmethod
-    def refusal(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
-        """Why it takes PEFT's path."""
-        return f"{peft_kind(layer)} has no kernel"
+    refusal = staticmethod(no_kernel)
 
     def matrix_A(self, A: Tensor) -> Tensor:
         """Cut into as many pieces as the base layer has groups: B reads each with a group of its own."""

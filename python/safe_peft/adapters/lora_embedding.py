@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from peft.tuners.lora.layer import Embedding as PeftEmbedding
-from torch import Tensor, nn
+from torch import Tensor
 
 from .base import register_adapter
 from .lora import LoraAdapter
-from .observed import Observed
+from .observed import Observed, no_kernel
 
 
 @register_adapter
@@ -19,11 +16,7 @@ class LoraEmbeddingAdapter(LoraAdapter):
 
     layer_type = PeftEmbedding
     mixin = Observed
-
-    @staticmethod
-    def refusal(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
-        """Why it takes PEFT's path."""
-        return "lora.Embedding has no kernel"
+    refusal = staticmethod(no_kernel)
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """The adapter's two parameters."""

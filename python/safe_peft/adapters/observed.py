@@ -18,7 +18,7 @@ from torch.utils.checkpoint import get_device_states
 from safe_kernels import AdapterStatistics
 
 from ..swap import STATE, Swapped
-from .base import LayerState, adapter_keys, adapter_parameters
+from .base import LayerState, adapter_keys, adapter_parameters, peft_kind
 
 Call = Callable[[], Any]
 
@@ -80,6 +80,17 @@ class Observed(Swapped):
             return call()
         finally:
             hook.remove()
+
+
+def no_kernel(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
+    """Why a kind of layer always takes PEFT's path: the `refusal` of an adapter type without a kernel.
+
+    Args:
+        layer: one of PEFT's adapter layers.
+        args: what a call passes; it changes nothing.
+        kwargs: likewise.
+    """
+    return f"{peft_kind(layer)} has no kernel"
 
 
 class Sample:

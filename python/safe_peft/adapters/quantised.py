@@ -113,4 +113,8 @@ class QuantisedLora(lora.LoraAdapter):
         dequantise = DEQUANTISE[dotted_name(original_type(self.layer))]
         base = self.layer.get_base_layer()
         given = None if dequantise is None else partial(dequantise, base)
-        return replace(super().evidence(statistics), base_weight=None, dequantise=given)
+        return replace(super().evidence(statistics), dequantise=given)
+
+    def base_weight(self) -> Tensor | None:
+        """None: it is not stored as it is."""
+        return None

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from ranks import together
 from shares import OPTIONS, ROWS, STEPS, alone, assert_equal, events, shares
-from tiny import adamw, batches, bert
+from tiny import Rows, adamw, bert
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
@@ -72,17 +71,6 @@ def test_accelerate_with_fsdp2_equals_one_process() -> None:
     ranks = together(accelerate, True, False)
     assert ranks[0]["kind"] == "FSDP2"
     assert_equal(ranks, expected())
-
-
-class Rows(torch.utils.data.Dataset):
-    def __init__(self, count: int) -> None:
-        self.rows = [{name: column[0] for name, column in batch.items()} for batch in batches(count, rows=1)]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        return self.rows[index]
 
 
 def train_by_trainer(rank: int, folder: str, rows: int) -> dict[str, Any]:
