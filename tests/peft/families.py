@@ -171,7 +171,7 @@ FAMILIES = (
     Family(
         "vit",
         _bert_like(hf.ViTConfig, hf.ViTForImageClassification, image_size=8, patch_size=2),
-        (*_ATTENTION, "fc1", "fc2"),
+        (*_ATTENTION, "fc1", "fc2", *_BERT),  # transformers 4 names them as BERT's
         _pixels,
     ),
     Family("t5", _t5("relu"), ("q", "k", "v", "o", "wi", "wo"), lambda: {**_text(), "labels": _text()["input_ids"]}),

@@ -28,12 +28,12 @@ class Scenario:
 
     Args:
         act: the script.
-        fails: the name of the exception that it ends with, if it does.
+        fails: the name of the exception that it ends with, if it does; None if PEFT's releases differ in it.
         shows_flags: its result shows requires_grad, which freezing changes.
     """
 
     act: Act
-    fails: str = ""
+    fails: str | None = ""
     shows_flags: bool = False
 
     def __str__(self) -> str:

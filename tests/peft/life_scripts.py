@@ -51,7 +51,7 @@ def add_an_adapter_and_switch(model: PeftModel, folder: Path) -> Any:
     return first, second, logits(model)
 
 
-@scenario(fails="ValueError")
+@scenario(fails=None)  # PEFT 0.18 adds it again
 def add_an_adapter_twice(model: PeftModel, folder: Path) -> Any:
     add_second(model)
     add_second(model)
@@ -167,6 +167,7 @@ def load_from_nowhere(model: PeftModel, folder: Path) -> Any:
 @scenario()
 def hotswap(model: PeftModel, folder: Path) -> Any:
     hotswap_adapter(model, saved(folder), "default")
+    model.set_adapter("default")  # in PEFT 0.18 what came in does not train
     return logits(model), gradients(model)
 
 
@@ -183,6 +184,7 @@ def hotswap_after_preparing(model: PeftModel, folder: Path) -> Any:
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     before = logits(model), gradients(model)
     hotswap_adapter(model, saved(folder, r=6), "default")
+    model.set_adapter("default")
     return before, logits(model), gradients(model)
 
 

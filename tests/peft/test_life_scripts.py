@@ -18,7 +18,7 @@ def test_a_script_gives_the_same_on_a_bound_model(script: Scenario, tmp_path: Pa
     stock, bound = start(), start()
     bind(bound)
     expected = outcome(script, stock, tmp_path / "stock")
-    assert script.fails == (expected.kind if isinstance(expected, Failure) else "")
+    assert script.fails in (None, expected.kind if isinstance(expected, Failure) else "")
     assert_same(outcome(script, bound, tmp_path / "bound"), expected)
     assert_same_files(tmp_path / "bound", tmp_path / "stock")
     assert_same(seen(bound), seen(stock))
