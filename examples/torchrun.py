@@ -29,7 +29,7 @@ def options() -> argparse.Namespace:
 
 def device() -> torch.device:
     """The accelerator of this process; the CPU where there is none."""
-    kind = torch.accelerator.current_accelerator()
+    kind = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if kind is None else torch.device(kind.type, dist.get_node_local_rank())
 
 

@@ -62,7 +62,7 @@ def _text() -> dict[str, Tensor]:
 
 def _causal() -> dict[str, Tensor]:
     batch = _text()
-    return {"input_ids": batch["input_ids"], "labels": batch["input_ids"]}
+    return {**batch, "labels": batch["input_ids"]}
 
 
 def _classes() -> dict[str, Tensor]:

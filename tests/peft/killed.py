@@ -176,14 +176,19 @@ def fork_and_die(folder: Path, use: Callable[[Path], None]) -> bool:
 
 
 class Dying(TrainerCallback):
-    """Forks before a save, and dies in the step after the next one."""
+    """Forks before a save, and dies in the step after the next one; forks before, as autograd may not run in them."""
+
+    last = SAVE_AT + 1
 
     def on_step_end(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == SAVE_AT:
-            fork_and_die(Path(args.output_dir), lambda copy: setattr(args, "output_dir", str(copy)))
+        def use(copy: Path) -> None:
+            args.output_dir = str(copy)
+
+        if state.global_step == SAVE_AT and fork_and_die(Path(args.output_dir), use):
+            self.last = SAVE_AT
 
     def on_step_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == SAVE_AT + 1:
+        if state.global_step == self.last:
             die()
 
 

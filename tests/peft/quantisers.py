@@ -7,6 +7,7 @@ of the same interface: packed int4 weights with a scale a group, in plain torch,
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -115,6 +116,9 @@ def int4() -> Any:
     return IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(GROUP))
 
 
+TORCHAO = {"torchao-int8": int8, "torchao-int8-dynamic": int8_dynamic, "torchao-int4": int4}
+
+
 def hqq(layer: nn.Linear) -> nn.Module:
     from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 
@@ -125,9 +129,7 @@ def hqq(layer: nn.Linear) -> nn.Module:
 KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
     "bnb-4bit": bnb_4bit,
     "bnb-8bit": bnb_8bit,
-    "torchao-int8": torchao(int8),
-    "torchao-int8-dynamic": torchao(int8_dynamic),
-    "torchao-int4": torchao(int4),
+    **{name: torchao(config) for name, config in TORCHAO.items()},
     "hqq": hqq,
     "gptq-stand-in": PackedLinear,
     "awq-stand-in": PackedAwq,
@@ -137,10 +139,13 @@ KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
 
 def with_lora(kind: str, model: nn.Module, targets: list[str] | str, **options: Any) -> PeftModel:
     """PEFT's model over one whose layers are quantised; with adapters that do something."""
+    if kind in TORCHAO:  # PEFT up to 0.18 wants to know from transformers how to quantise what it has merged
+        config = SimpleNamespace(get_apply_tensor_subclass=TORCHAO[kind])
+        model.hf_quantizer = SimpleNamespace(quantization_config=config)  # type: ignore[assignment]
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind.startswith("bnb-4"), kind == "bnb-8bit"  # PEFT asks
-    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **options})
-    config._register_custom_module(STAND_INS)
-    peft_model = get_peft_model(model, config).train()
+    lora = LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": targets, **options})
+    lora._register_custom_module(STAND_INS)
+    peft_model = get_peft_model(model, lora).train()
     randomise_adapters(peft_model)
     return peft_model
 

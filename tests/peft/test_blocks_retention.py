@@ -71,10 +71,12 @@ def tokens_of(one: Family, batch: dict[str, Tensor]) -> int:
     return ROWS * (17 if one.name == "vit" else LENGTH)
 
 
-def added_by_one_block(one: Family, p: float, dtype: torch.dtype, frozen: str = "none") -> int:
+def added_by_one_block(one: Family, p: float, dtype: torch.dtype, frozen: str = "none", padded: bool = False) -> int:
     sizes = []
     for layers in (3, 4):
         model, batch = one.model(layers, p, p, dtype), one.batch()
+        if padded:
+            batch["attention_mask"][0, LENGTH // 2 :] = 0
         batch = {name: t.to(dtype) if t.is_floating_point() else t for name, t in batch.items()}
         freeze(model, frozen)
         with bind(model):
@@ -89,6 +91,12 @@ def test_a_block_that_trains(name: str, p: float, dtype: torch.dtype) -> None:
     one = family(name)
     tokens = tokens_of(one, one.batch())
     assert added_by_one_block(one, p, dtype) == BLOCKS[name].bytes(tokens, dtype.itemsize, p > 0)
+
+
+def test_mask_and_bias_are_added_once_for_all_blocks() -> None:
+    one = family("mpnet")
+    plain = added_by_one_block(one, 0.0, torch.float32)
+    assert added_by_one_block(one, 0.0, torch.float32, padded=True) == plain
 
 
 @pytest.mark.parametrize("p", [0.0, 0.1])

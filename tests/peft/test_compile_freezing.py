@@ -118,8 +118,8 @@ def test_more_events_than_the_limit_do_not_end_compilation(way: Callable[..., nn
     assert all(calls for step, calls in seen["calls"].items() if step not in SCORED)
 
 
-def test_stock_peft_is_eager_for_good_after_as_many() -> None:
-    """Shows what the test above protects from."""
+def test_stock_peft_gains_nothing_after_as_many() -> None:
+    """Shows what the test above protects from; torch 2.11 goes on with its first graph, which saves for everything."""
     model, backend = toy(4), Counting()
     compiled = whole(model, backend=backend)
     with torch._dynamo.config.patch(recompile_limit=2):
@@ -127,7 +127,7 @@ def test_stock_peft_is_eager_for_good_after_as_many() -> None:
             calls = backend.calls
             compiled(**batch)
             layer.requires_grad_(False)
-    assert backend.calls == calls
+    assert backend.calls == calls or backend.graphs == 1
 
 
 def test_a_block_that_did_not_change_is_not_compiled_again() -> None:

@@ -88,6 +88,7 @@ def test_hotswap_puts_other_weights_into_adapters_that_stay_frozen(tmp_path: Pat
     randomise_adapters(other)
     other.save_pretrained(tmp_path)
     hotswap_adapter(model, str(tmp_path), "default")
+    model.set_adapter("default")  # in PEFT 0.18 what came in does not train
     assert all(float(p.detach().abs().max()) > 0 for p in freezer.adapters[0].parameters())
     assert_goes_on(model, optimizer, freezer)
 

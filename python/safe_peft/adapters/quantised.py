@@ -21,6 +21,7 @@ from . import lora
 from .base import dotted_name, register_adapter
 
 logger = logging.getLogger(__name__)
+_QUANTISES_INPUT = ("act_quant_kwargs", "input_quant_func")  # torchao, today's and older
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -76,7 +77,7 @@ def gradient_gap(layer: Any) -> str:
     weight = layer._modules["base_layer"]._parameters.get("weight")
     if _is_packed(weight):
         return "bitsandbytes packed the weight when it evaluated on this CPU, and its base passes no gradient since"
-    if getattr(weight, "act_quant_kwargs", None) is not None:
+    if any(getattr(weight, name, None) is not None for name in _QUANTISES_INPUT):
         return "torchao quantises the activations, and its base passes no gradient"
     return ""
 

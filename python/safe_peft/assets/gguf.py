@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -52,3 +53,15 @@ def _convert(folder: Path) -> None:
     model.tie_weights()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    _rename_for_transformers_4(folder)
+
+
+def _rename_for_transformers_4(folder: Path) -> None:
+    """Say in transformers 4's words too what transformers 5 has renamed: either may read what the other has written."""
+    config = json.loads((folder / "config.json").read_text())
+    if "rope_parameters" in config:
+        config["rope_theta"] = config["rope_parameters"]["rope_theta"]
+        (folder / "config.json").write_text(json.dumps(config, indent=2))
+    tokenizer = json.loads((folder / "tokenizer_config.json").read_text())
+    tokenizer |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, indent=2))

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass, field
+import inspect
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,34 +12,22 @@ from torch import Tensor, nn
 from ..swap import STATE, Swapped, original_type
 from .base import Part, agrees, hooked, is_linear, sample, small_linear, stand_in
 
+_SUM = "_mask_and_bias"
 _SIZES = ("num_attention_heads", "attention_head_size")
 
 
 class SafeAttention(Swapped):
     """Self-attention computed by `torch.nn.functional.scaled_dot_product_attention`."""
 
-    training: bool
-
-    def forward(
-        self,
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_bias: Tensor | None = None,
-        output_attentions: bool = False,
-        **kwargs: Any,
-    ) -> tuple[Tensor, ...]:
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The module's own formula."""
         part: Attention = self.__dict__[STATE]
-        if (
-            output_attentions
-            or kwargs
-            or part.refusal(self) is not None
-            or part.must_be_written_out(self, position_bias)
-        ):
-            return super().forward(
-                hidden_states, attention_mask, position_bias, output_attentions=output_attentions, **kwargs
-            )
-        return (part.attend(self, hidden_states, attention_mask, position_bias),)
+        given = {**dict(zip(part.arguments, args, strict=False)), **kwargs}
+        mask, bias = given.pop("attention_mask", None), given.pop("position_bias", None)
+        asks_for_more = any(value is not None and value is not False for value in given.values())
+        if asks_for_more or part.refusal(self) is not None or part.must_be_written_out(self, bias):
+            return super().forward(hidden_states, *args, **kwargs)
+        return (part.attend(self, hidden_states, mask, bias),)
 
 
 @dataclass
@@ -49,14 +37,15 @@ class Attention(Part):
     Args:
         layers: names of the query's, key's, value's and output's layer.
         dropout: name of the dropout on the probabilities.
+        arguments: names of the forward's, in order, after the first: transformers 4 has a head_mask among them.
     """
 
     mixin = SafeAttention
     stem = "attention"
     layers: tuple[str, str, str, str]
     dropout: str
+    arguments: tuple[str, ...]
     op: str = "scaled_dot_product_attention"
-    _sum: tuple[weakref.ref[Tensor], ...] = field(default=(), repr=False)
 
     @classmethod
     def recognise(cls, module: nn.Module) -> Attention | None:
@@ -66,7 +55,8 @@ class Attention(Part):
         names = ("q", "k", "v", "o")
         if set(children) != {*names, *dropouts} or len(dropouts) != 1 or not all(hasattr(module, n) for n in _SIZES):
             return None
-        part = cls(names, dropouts[0])
+        arguments = tuple(inspect.signature(original_type(module).forward).parameters)[2:]
+        part = cls(names, dropouts[0], arguments)
         return part if all(is_linear(children[name]) for name in names) and part._computes(module) else None
 
     def _computes(self, module: nn.Module) -> bool:
@@ -77,7 +67,8 @@ class Attention(Part):
         x, mask, bias = sample(3, 5, 4), sample(3, 1, 1, 5, seed=1), sample(1, 2, 5, 5, seed=2)
         with torch.no_grad():
             expected = self.attend(clone, x, mask, bias)
-        return agrees(lambda: original_type(module).forward(clone, x, mask, bias)[0], expected)
+        forward = original_type(module).forward
+        return agrees(lambda: forward(clone, x, attention_mask=mask, position_bias=bias)[0], expected)
 
     def attend(self, module: nn.Module, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
         """The whole of it."""
@@ -90,17 +81,19 @@ class Attention(Part):
         return layers[3](out.transpose(1, 2).flatten(2))
 
     def _add(self, mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """Mask and bias: one sum for all layers of a forward, since every layer's SDPA retains what it is given."""
+        """Mask and bias: one sum for all layers of a forward, since every layer's SDPA retains what it is given.
+
+        The mask holds it, which is made in a forward and gone after it.
+        """
         if mask is None or bias is None:
             return bias if mask is None else mask
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or mask.is_inference() or bias.is_inference():
             return mask + bias
-        known = [ref() for ref in self._sum]
-        if known and known[0] is mask and known[1] is bias and known[2] is not None:
-            return known[2]
-        total = mask + bias
-        self._sum = tuple(weakref.ref(tensor) for tensor in (mask, bias, total))
-        return total
+        given = (id(bias), bias._version, mask._version)
+        known = mask.__dict__.get(_SUM)
+        if known is None or known[0] != given:
+            known = mask.__dict__[_SUM] = (given, mask + bias, bias)  # which holds the bias, whose id it knows
+        return known[1]
 
     def must_be_written_out(self, module: nn.Module, bias: Tensor | None) -> bool:
         """Whether SDPA would not help: with dropout it keeps probabilities too, and it gives a bias no gradient."""

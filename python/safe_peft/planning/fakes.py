@@ -12,13 +12,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeCopyMode
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
 from ..blocks import parts_of
 from ..blocks.norms import INVERTS, Norm
 from ..errors import PlanError
 
+_ALL, _ANY = torch.ops.aten.all.default, torch.ops.aten.any.default
 _FIND_PACKED = "find_packed_sequence_indices"
 _PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor})
 _ATTACHED = "_attached"
@@ -142,6 +144,30 @@ def ordinary_positions() -> Iterator[None]:
         yield
     finally:
         setattr(masking_utils, _FIND_PACKED, original)
+
+
+class MaskAnswers(TorchDispatchMode):
+    """Answers transformers 4, which asks whether a mask [rows, tokens] is all ones, and whether any token is padding.
+
+    Transformers 5 does not ask fake tensors. Every other question about values remains an error.
+
+    Args:
+        rows: of the batch.
+        padded: the answer.
+    """
+
+    def __init__(self, rows: int, padded: bool) -> None:
+        super().__init__()
+        self.rows, self.padded = rows, padded
+        self._asked: Any = WeakIdKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten._local_scalar_dense.default and args[0] in self._asked:
+            return self._asked[args[0]]
+        out = func(*args, **(kwargs or {}))
+        if func in (_ALL, _ANY) and args[0].dim() == 2 and args[0].shape[0] == self.rows:
+            self._asked[out] = self.padded == (func is _ANY)
+        return out
 
 
 def first_line(error: BaseException) -> str:

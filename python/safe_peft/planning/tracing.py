@@ -26,7 +26,7 @@ from ..binding import Binding, bind
 from ..blocks import transformer_blocks
 from ..errors import PlanError
 from ..paths import short_name
-from .fakes import FakeModel, first_line, ordinary_positions
+from .fakes import FakeModel, MaskAnswers, first_line, ordinary_positions
 from .graph import Reach, latest_node
 from .inputs import Inputs
 from .live import LiveBytes
@@ -162,7 +162,8 @@ class _Step:
         device = next(module.parameters()).device
         positions = nullcontext() if "position_ids" in inputs.tensors else ordinary_positions()
         random = torch.random.fork_rng(devices=[])
-        with self.fake.mode, torch.enable_grad(), random, positions, _autocast(device, inputs):
+        answers = MaskAnswers(inputs.rows, inputs.padded)
+        with self.fake.mode, answers, torch.enable_grad(), random, positions, _autocast(device, inputs):
             arguments = inputs.make(device)
             batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
             existing = self.fake.tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -173,8 +174,10 @@ def refuse(rank: int) -> list[str]:
             named = [pair for pair in model.named_parameters() if "lora_A" in pair[0]]
             hook = next(p for name, p in model.named_parameters() if "classifier" in name and p.requires_grad)
             options = {"delay_all_reduce_named_params": named, "param_to_hook_all_reduce": hook}
+        with mock.patch("torch.Stream"):  # which a build for GPUs has none of where there is no GPU
+            ddp = DistributedDataParallel(model, **options)
         with pytest.raises(BindingError) as caught:
-            start(DistributedDataParallel(model, **options), model)
+            start(ddp, model)
         assert not any(hasattr(module, "_safe_state") for module in model.modules())
         found.append(str(caught.value))
     model = bert()
