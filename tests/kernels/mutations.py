@@ -92,7 +92,7 @@ VALUES: dict[str, list[Any]] = {
     "scaling": [0.0, -3.0, float("inf"), float("nan"), 1e300, None, "1"],
     "eps": [0.0, 1e-30, -1.0, float("nan"), float("inf"), None],
     "weight_offset": [0.0, 1.0, float("nan"), None],
-    "block_rows": [0, -1, 2, 7, 8, 100, 8193, FAR, -(2**63), 2**64, None],
+    "block_rows": [0, -1, 1, 7, 8, 100, 8193, FAR, -(2**63), 2**64, None],
     "retain_output": [True, False],
     "from_output": [True, False],
 }
