@@ -158,13 +158,14 @@ def two_adapters() -> PeftModel:
     return model
 
 
+@pytest.mark.parametrize("when", [once, second])
 @pytest.mark.parametrize("fail", [boom, interrupt])
-def test_a_forward_observed_on_pefts_own_path_that_fails_leaves_no_hook_and_no_switch(fail: Any) -> None:
+def test_a_forward_observed_on_pefts_own_path_that_fails_leaves_no_hook_and_no_switch(fail: Any, when: Any) -> None:
     model = two_adapters()
     freezer = AdapterFreezer(model, adamw(model), SafeConfig(**{**EARLY, "warmup": 1}))
     (batch,) = causal_batches(1)
     layer = freezer.adapters[0].layer
-    inner = layer.base_layer.register_forward_hook(second(fail))  # the call by one adapter alone comes second
+    inner = layer.base_layer.register_forward_hook(when(fail))  # first all adapters together, then each alone
     with pytest.raises((Boom, KeyboardInterrupt)):
         model(**batch)
     inner.remove()
