@@ -219,3 +219,24 @@ def test_a_graph_outlives_what_is_done_to_the_freezer_after_forward(change: Call
         loss.backward()
         results.append([p.grad for p in model.parameters() if p.grad is not None])
     assert len(results[0]) == len(results[1]) and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def doubled(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    args[0].data.mul_(2.0)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_a_hook_that_writes_into_an_adapters_input_past_every_version_is_heeded(name: str) -> None:
+    """What an MLP's last layer reads may be made again in backward, but not once somebody has written into it."""
+    results = []
+    for binds in (False, True):
+        model = family(name).model(layers=1)
+        if binds:
+            bind(model)
+        paths = [path for path, _ in model.named_modules() if path.endswith(("mlp.down_proj", "0.output.dense"))]
+        for path in paths:
+            model.get_submodule(path).register_forward_pre_hook(doubled)
+        model(**family(name).batch()).loss.backward()
+        results.append({path: p.grad for path, p in model.named_parameters() if p.grad is not None})
+    assert paths and any(paths[0] in name for name in results[0])
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-6)
