@@ -63,6 +63,7 @@ Tensor activation_autograd(const Tensor& x, std::string_view kind, double dropou
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return activation(x, kind, dropout_p, rng_state);
   }
+  refuse_transforms("activation");
   Tensor out = ActivationFunction::apply(x, kind, dropout_p, rng_state);
   attach_recipe(out, x, Tensor(), kind, dropout_p, rng_state);
   return out;
@@ -71,6 +72,8 @@ Tensor activation_autograd(const Tensor& x, std::string_view kind, double dropou
 Tensor activation_backward_autograd(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
                                     const std::optional<Tensor>& rng_state) {
   check_activation_backward(grad, x, kind, dropout_p, rng_state);
+  refuse_forward_mode(grad, "grad", "activation_backward");
+  refuse_forward_mode(x, "x", "activation_backward");
   if (!builds_graph({grad, x})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return activation_backward(grad, x, kind, dropout_p, rng_state);

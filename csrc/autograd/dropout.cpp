@@ -43,6 +43,7 @@ Tensor dropout_autograd(const Tensor& x, double dropout_p, const Tensor& rng_sta
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return dropout(x, dropout_p, rng_state);
   }
+  refuse_transforms("dropout");
   return DropoutFunction::apply(x, dropout_p, rng_state);
 }
 

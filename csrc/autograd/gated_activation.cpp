@@ -73,6 +73,7 @@ Tensor gated_activation_autograd(const Tensor& gate, const Tensor& up, std::stri
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return gated_activation(gate, up, kind, dropout_p, rng_state);
   }
+  refuse_transforms("gated_activation");
   Tensor out = GatedActivationFunction::apply(gate, up, kind, dropout_p, rng_state);
   // Where up is not retained anyway, a reader does better to retain the output.
   if (gate.requires_grad()) attach_recipe(out, gate, up, kind, dropout_p, rng_state);
@@ -84,6 +85,9 @@ std::tuple<Tensor, Tensor> gated_activation_backward_autograd(const Tensor& grad
                                                               const std::optional<Tensor>& rng_state,
                                                               std::array<bool, 2> output_mask) {
   check_gated_activation_backward(grad, gate, up, kind, dropout_p, rng_state);
+  refuse_forward_mode(grad, "grad", "gated_activation_backward");
+  refuse_forward_mode(gate, "gate", "gated_activation_backward");
+  refuse_forward_mode(up, "up", "gated_activation_backward");
   if (!builds_graph({grad, gate, up})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return gated_activation_backward(grad, gate, up, kind, dropout_p, rng_state, output_mask);

@@ -78,12 +78,13 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, const st
                                                        bool retain_output) {
   check_layer_norm(x, weight, bias, eps);
   refuse_forward_mode(x, "x", "layer_norm");
-  if (given(weight)) refuse_forward_mode(*weight, "weight", "layer_norm");
-  if (given(bias)) refuse_forward_mode(*bias, "bias", "layer_norm");
+  refuse_forward_mode(weight, "weight", "layer_norm");
+  refuse_forward_mode(bias, "bias", "layer_norm");
   if (!builds_graph({x, weight, bias})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return layer_norm(x, weight, bias, eps, retain_output);
   }
+  refuse_transforms("layer_norm");
   auto outputs = LayerNormFunction::apply(x, weight, bias, eps, retain_output);
   return {outputs[0], outputs[1], outputs[2]};
 }
@@ -94,6 +95,10 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(const Tensor& gr
                                                                 const std::optional<Tensor>& mean, const Tensor& rstd,
                                                                 bool from_output, std::array<bool, 3> output_mask) {
   check_layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
+  refuse_forward_mode(grad, "grad", "layer_norm_backward");
+  refuse_forward_mode(retained, "retained", "layer_norm_backward");
+  refuse_forward_mode(weight, "weight", "layer_norm_backward");
+  refuse_forward_mode(bias, "bias", "layer_norm_backward");
   if (!builds_graph({grad, retained, weight, bias})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);

@@ -103,6 +103,7 @@ std::tuple<Tensor, Tensor> lora_autograd(const Tensor& x, const Tensor& base, co
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
   }
+  refuse_transforms("lora");
   auto outputs =
       LoraFunction::apply(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
   return {outputs[0], outputs[1]};
@@ -113,6 +114,10 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward_autograd(const Tensor& grad, co
                                                           double dropout_p, const std::optional<Tensor>& rng_state,
                                                           std::array<bool, 3> output_mask) {
   check_lora_backward(grad, x, lora_A, lora_B, dropout_p, rng_state, output_mask);
+  refuse_forward_mode(grad, "grad", "lora_backward");
+  refuse_forward_mode(x, "x", "lora_backward");
+  refuse_forward_mode(lora_A, "lora_A", "lora_backward");
+  refuse_forward_mode(lora_B, "lora_B", "lora_backward");
   if (!builds_graph({grad, x, lora_A, lora_B})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return lora_backward(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);

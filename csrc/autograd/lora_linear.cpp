@@ -102,7 +102,7 @@ std::tuple<Tensor, Tensor> lora_linear_autograd(const Tensor& x, const Tensor& w
   check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
   refuse_forward_mode(x, "x", "lora_linear");
   refuse_forward_mode(weight, "weight", "lora_linear");
-  if (bias.has_value() && bias->defined()) refuse_forward_mode(*bias, "bias", "lora_linear");
+  refuse_forward_mode(bias, "bias", "lora_linear");
   refuse_forward_mode(lora_A, "lora_A", "lora_linear");
   refuse_forward_mode(lora_B, "lora_B", "lora_linear");
   if (!builds_graph({x, weight, bias, lora_A, lora_B})) {
@@ -110,6 +110,7 @@ std::tuple<Tensor, Tensor> lora_linear_autograd(const Tensor& x, const Tensor& w
     return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows,
                        row_weight);
   }
+  refuse_transforms("lora_linear");
   auto outputs = LoraLinearFunction::apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts,
                                            block_rows, row_weight);
   return {outputs[0], outputs[1]};
@@ -120,6 +121,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward_autograd
     const Tensor& lora_B, double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
     std::array<bool, 5> output_mask) {
   check_lora_linear_backward(grad, x, weight, lora_A, lora_B, dropout_p, rng_state, output_mask);
+  refuse_forward_mode(grad, "grad", "lora_linear_backward");
+  refuse_forward_mode(x, "x", "lora_linear_backward");
+  refuse_forward_mode(weight, "weight", "lora_linear_backward");
+  refuse_forward_mode(lora_A, "lora_A", "lora_linear_backward");
+  refuse_forward_mode(lora_B, "lora_B", "lora_linear_backward");
   if (!builds_graph({grad, x, weight, lora_A, lora_B})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return lora_linear_backward(grad, x, weight, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);

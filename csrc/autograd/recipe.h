@@ -13,6 +13,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <array>
+#include <atomic>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -32,8 +33,12 @@ struct Recipe : c10::BackendMeta {
   const void* node = nullptr;  // compared, never followed
   std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> storage;
 
-  // Views, detached aliases and other copies of the output's metadata have no recipe.
+  // The output has an alias that may be written to without a version of the output's telling: x.data, or numpy's.
+  mutable std::atomic<bool> aliased = false;
+
+  // Views, detached aliases and other copies of the output's metadata have no recipe; of the latter two we learn here.
   c10::intrusive_ptr<c10::BackendMeta> clone(const c10::intrusive_ptr<c10::BackendMeta>& /*self*/) const override {
+    aliased = true;
     return {};
   }
 };
@@ -58,11 +63,11 @@ inline void attach_recipe(const Tensor& out, const Tensor& gate, const Tensor& u
   out.unsafeGetTensorImpl()->set_backend_meta(std::move(recipe));
 }
 
-// What makes `x` again, or null: it is no activation's direct output, or it or an input has changed since.
+// What makes `x` again, or null: it is no activation's direct output, or it or an input has changed since, or may have.
 inline const Recipe* find_recipe(const Tensor& x) {
   const auto* recipe = dynamic_cast<const Recipe*>(x.unsafeGetTensorImpl()->get_backend_meta());
   if (recipe == nullptr || x.grad_fn() == nullptr || x.grad_fn().get() != recipe->node) return nullptr;
-  if (x._version() != recipe->own_version) return nullptr;
+  if (recipe->aliased || x._version() != recipe->own_version) return nullptr;
   for (size_t i = 0; i < recipe->inputs.size(); ++i)
     if (recipe->inputs[i].defined() && recipe->inputs[i]._version() != recipe->versions[i]) return nullptr;
   // Assigning to x.data changes neither version nor node.

@@ -2,8 +2,13 @@
 
 #pragma once
 
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/Tensor.h>
 #include <c10/util/Exception.h>
+
+#include <optional>
+
+#include "checks.h"
 
 namespace safe_kernels {
 
@@ -13,10 +18,24 @@ namespace safe_kernels {
               "For second derivatives use the layer without the binding (Binding.detach()).");
 }
 
-inline void refuse_forward_mode(const at::Tensor& tensor, const char* name, const char* op) {
-  TORCH_CHECK_NOT_IMPLEMENTED(!tensor._fw_grad(/*level=*/0).defined(), name,
+inline void refuse_forward_mode(const std::optional<at::Tensor>& tensor, const char* name, const char* op) {
+  if (!given(tensor)) return;
+  TORCH_CHECK_NOT_IMPLEMENTED(!tensor->_fw_grad(/*level=*/0).defined(), name,
                               " has a forward-mode tangent, but safe_kernels::", op,
                               " has no forward-mode derivative; use reverse mode");
+}
+
+// Asked where a node is about to be made: PyTorch refuses it there too, without a word about whose node it is.
+inline void refuse_transforms(const char* op) {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (transforms == nullptr) return;
+  try {
+    transforms->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "safe_kernels::", op,
+                                " has no derivative inside torch.func's transforms; use torch.autograd.grad, or the "
+                                "layer without the binding (Binding.detach()).");
+  }
 }
 
 }  // namespace safe_kernels

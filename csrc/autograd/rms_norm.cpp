@@ -72,6 +72,7 @@ std::tuple<Tensor, Tensor> rms_norm_autograd(const Tensor& x, const Tensor& weig
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return rms_norm(x, weight, eps, weight_offset, retain_output);
   }
+  refuse_transforms("rms_norm");
   auto outputs = RmsNormFunction::apply(x, weight, eps, weight_offset, retain_output);
   return {outputs[0], outputs[1]};
 }
@@ -80,6 +81,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward_autograd(const Tensor& grad, const 
                                                       const Tensor& rstd, double weight_offset, bool from_output,
                                                       std::array<bool, 2> output_mask) {
   check_rms_norm_backward(grad, retained, weight, rstd);
+  refuse_forward_mode(grad, "grad", "rms_norm_backward");
+  refuse_forward_mode(retained, "retained", "rms_norm_backward");
+  refuse_forward_mode(weight, "weight", "rms_norm_backward");
   if (!builds_graph({grad, retained, weight})) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     return rms_norm_backward(grad, retained, weight, rstd, weight_offset, from_output, output_mask);

@@ -65,7 +65,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(const Tensor& x, const std::op
                                                   const std::optional<Tensor>& bias, double eps,
                                                   bool /*retain_output*/) {
   check_layer_norm(x, weight, bias, eps);
-  const auto run = compute_dtype(x, weight, bias) == at::kDouble ? forward<double> : forward<float>;
+  const auto run = compute_dtype({x, weight, bias}) == at::kDouble ? forward<double> : forward<float>;
   return run(x, weight, bias, eps);
 }
 
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(const Tensor& grad, c
                                                            const std::optional<Tensor>& mean, const Tensor& rstd,
                                                            bool from_output, std::array<bool, 3> output_mask) {
   check_layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
-  const auto run = compute_dtype(retained, weight, bias) == at::kDouble ? backward<double> : backward<float>;
+  const auto run = compute_dtype({retained, weight, bias}) == at::kDouble ? backward<double> : backward<float>;
   return run(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
 }
 

@@ -28,12 +28,6 @@ SAFE_KERNELS_VARIANTS(backward_chunks, backward_body<double>, BackwardArgs<doubl
 SAFE_KERNELS_VARIANTS(score_blocks, cka_blocks<float>, CkaArgs<float>)
 SAFE_KERNELS_VARIANTS(score_blocks, cka_blocks<double>, CkaArgs<double>)
 
-at::ScalarType compute_dtype(std::initializer_list<Tensor> tensors) {
-  for (const Tensor& tensor : tensors)
-    if (tensor.scalar_type() == at::kDouble) return at::kDouble;
-  return at::kFloat;
-}
-
 // A copy of a [rows, r] matrix whose rows are filled up with zeros to whole vectors.
 Tensor padded(const Tensor& matrix, at::ScalarType dtype) {
   const int64_t r = matrix.size(1), stride = (r + 7) / 8 * 8;
@@ -163,8 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward_cpu(const Tensor& grad, const s
                                                      double dropout_p, const std::optional<Tensor>& rng_state,
                                                      std::array<bool, 3> output_mask) {
   check_lora_backward(grad, x, lora_A, lora_B, dropout_p, rng_state, output_mask);
-  const Tensor& like_x = x.has_value() && x->defined() ? *x : grad;
-  const auto run = compute_dtype({grad, like_x, lora_A, lora_B}) == at::kDouble ? backward<double> : backward<float>;
+  const auto run = compute_dtype({grad, x, lora_A, lora_B}) == at::kDouble ? backward<double> : backward<float>;
   return run(grad, x, lora_A, lora_B, scaling, make_dropout(dropout_p, rng_state), output_mask);
 }
 

@@ -230,13 +230,6 @@ SAFE_KERNELS_INLINE void backward_body(const NormBackward<Norm>& args, int64_t b
 
 // ---------------------------------------------------------------- what surrounds the rows
 
-inline at::ScalarType compute_dtype(const at::Tensor& x, const std::optional<at::Tensor>& weight,
-                                    const std::optional<at::Tensor>& bias) {
-  const auto is_double = [](const at::Tensor& tensor) { return tensor.scalar_type() == at::kDouble; };
-  const bool any = is_double(x) || (given(weight) && is_double(*weight)) || (given(bias) && is_double(*bias));
-  return any ? at::kDouble : at::kFloat;
-}
-
 // A vector [columns] in the dtype of sums; `otherwise` everywhere when the tensor is not given.
 inline at::Tensor per_feature(const std::optional<at::Tensor>& tensor, double otherwise, const at::Tensor& x,
                               at::ScalarType dtype) {

@@ -55,7 +55,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& retained, 
 std::tuple<Tensor, Tensor> rms_norm_cpu(const Tensor& x, const Tensor& weight, double eps, double weight_offset,
                                         bool /*retain_output*/) {
   check_rms_norm(x, weight, eps);
-  const auto run = compute_dtype(x, weight, std::nullopt) == at::kDouble ? forward<double> : forward<float>;
+  const auto run = compute_dtype({x, weight}) == at::kDouble ? forward<double> : forward<float>;
   return run(x, weight, eps, weight_offset);
 }
 
@@ -63,7 +63,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const Tenso
                                                  const Tensor& rstd, double weight_offset, bool from_output,
                                                  std::array<bool, 2> output_mask) {
   check_rms_norm_backward(grad, retained, weight, rstd);
-  const auto run = compute_dtype(retained, weight, std::nullopt) == at::kDouble ? backward<double> : backward<float>;
+  const auto run = compute_dtype({retained, weight}) == at::kDouble ? backward<double> : backward<float>;
   return run(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
 }
 

@@ -6,12 +6,22 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <initializer_list>
+#include <optional>
 #include <type_traits>
 
+#include "checks.h"
 #include "cpu/half.h"
 #include "cpu/isa.h"
 
 namespace safe_kernels::cpu {
+
+// What the sums of a call are made in.
+inline at::ScalarType compute_dtype(std::initializer_list<std::optional<at::Tensor>> tensors) {
+  for (const auto& tensor : tensors)
+    if (given(tensor) && tensor->scalar_type() == at::kDouble) return at::kDouble;
+  return at::kFloat;
+}
 
 // The last dimension is contiguous; row i begins at data + i * stride elements.
 struct Rows {

@@ -13,7 +13,8 @@ def activation(x: Tensor, kind: str, *, dropout_p: float = 0.0, rng_state: Tenso
 
     Autograd retains x, and with dropout 16 bytes of random state, if x requires grad; else there is no graph node. A
     `lora` that reads the result directly and trains retains the same x instead of the result, and makes the result
-    again in backward: as long as neither has been changed in place, and as it comes, not through a view.
+    again in backward: as long as neither has been changed in place, nor the result detached (``.data``, ``.detach()``),
+    through which PyTorch would not see it changed; and as it comes, not through a view.
 
     The result keeps x alive as long as it lives itself, even where hooks moved what the graph retains elsewhere.
 

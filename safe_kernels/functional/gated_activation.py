@@ -21,7 +21,8 @@ def gated_activation(
 
     Gate and up may be halves of one tensor (``chunk(2, -1)``), which is then retained as it is, without a copy. A
     `lora` that reads the result directly and trains retains gate and up instead of the result, and makes the result
-    again in backward: as long as none of them has been changed in place, and as it comes, not through a view.
+    again in backward: as long as none of them has been changed in place, nor the result detached (``.data``,
+    ``.detach()``), through which PyTorch would not see it changed; and as it comes, not through a view.
 
     The result keeps gate and up alive as long as it lives itself, even where hooks moved what the graph retains
     elsewhere.

@@ -39,11 +39,12 @@ def cka_sums(
     rows = rows.clamp(0, base.shape[0] - 1)
     counts = inside if row_weight is None else inside & (row_weight[rows] != 0)
     weight = counts.to(torch.float64)[:, :, None]
-    total = weight.sum(1, keepdim=True).clamp(min=1)
+    total = weight.sum(1, keepdim=True)
+    several = weight * (total >= 2)  # a row by itself, centred, is zero whatever it holds
 
     def centred(features: Tensor) -> Tensor:
-        block = features[rows].to(torch.float64).masked_fill(weight == 0, 0.0)
-        return (block - block.sum(1, keepdim=True) / total) * weight
+        block = features[rows].to(torch.float64).masked_fill(several == 0, 0.0)
+        return (block - block.sum(1, keepdim=True) / total.clamp(min=1)) * several
 
     X, D = centred(base), centred(delta)
     K, cross = X @ X.mT, D @ X.mT

@@ -81,7 +81,7 @@ def lora_backward(
     grad_rows = scaling * rows_of(grad).to(dtype)
     shape = (*grad.shape[:-1], lora_A.shape[1])
     factor = dropout_factor(rows_of(grad.new_empty(shape)), dropout_p, rng_state, dtype)
-    grad_x, grad_A, grad_B = grad.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    grad_x, grad_A, grad_B = like_x.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
     grad_h = grad_rows @ B if want_x or want_A else None
     if grad_h is not None and want_x:
         grad_x = dropped(grad_h @ A, factor, dtype).to(like_x.dtype).reshape(shape)

@@ -1,12 +1,11 @@
-"""Drives the activations and dropout through shapes, dtypes, strides and the graph, beside drive_lora.py."""
+"""Drives the activations and dropout through shapes, dtypes, strides and the graph."""
 
 from __future__ import annotations
 
 import itertools
-import time
 
 import torch
-from drive_lora import ROWS, WIDTHS, close, exactly, views
+from driving import ROWS, WIDTHS, close, exactly, run, views
 from torch import Tensor
 
 import safe_kernels
@@ -76,16 +75,5 @@ def through_recipes() -> None:
         (outs[0] + outs[1]).sum().backward()
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    steps = (many_shapes, many_strides, special_numbers, through_recipes)
-    for step in steps:
-        start = time.perf_counter()
-        step()
-        print(f"ok  activations: {step.__name__.replace('_', ' ')}  {time.perf_counter() - start:.1f} s", flush=True)
-    print(f"{len(steps)} passed, 0 failed")
-
-
 if __name__ == "__main__":
-    main()
+    run(many_shapes, many_strides, special_numbers, through_recipes)

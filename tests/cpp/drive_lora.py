@@ -1,56 +1,17 @@
-"""Drives the extension through many shapes, dtypes, strides and threads, for a build with AddressSanitizer and UBSan.
-
-Plain Python on purpose: what matters here is which bytes the kernels touch, and a test runner would only slow an
-instrumented process down. Values are compared with the reference loosely; the tests of the kernels do it closely.
-"""
+"""Drives `lora` through many shapes, dtypes, strides and threads."""
 
 from __future__ import annotations
 
 import itertools
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
+from driving import DTYPES, ROWS, WIDTHS, close, count, exactly, run, views, with_one_and_two_threads
 from torch import Tensor
 
 import safe_kernels
 from safe_kernels import reference
 
-DTYPES = [
-    (torch.float32, torch.float32),
-    (torch.float64, torch.float64),
-    (torch.bfloat16, torch.bfloat16),
-    (torch.float16, torch.float32),
-    (torch.float32, torch.bfloat16),
-]
-# Around the widths of vectors, tiles and blocks, on both sides; and the empty ones.
-ROWS = [0, 1, 7, 8, 9, 63, 65, 127, 130, 257]
-WIDTHS = [1, 3, 4, 5, 7, 8, 9, 15, 16, 17, 23, 24, 25, 31, 32, 33, 47, 48, 49, 65, 100, 129]
 RANKS = [0, 1, 2, 3, 5, 7, 8, 9, 12, 16, 17, 24, 33]
-
-
-def exactly(tensor: Tensor) -> Tensor:
-    """The same values in an allocation that ends where they end, so that a read past them is seen."""
-    return tensor.clone(memory_format=torch.contiguous_format)
-
-
-def views(tensor: Tensor) -> list[Tensor]:
-    """The same shape and values with other strides, and misaligned."""
-    wide = torch.zeros(tensor.shape[0], 2 * tensor.shape[1] + 1, dtype=tensor.dtype)
-    wide[:, 1::2] = tensor
-    shifted = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)
-    shifted[1:] = tensor.flatten()
-    return [tensor.t().contiguous().t(), wide[:, 1::2], shifted[1:].view(tensor.shape)]
-
-
-def close(got: Tensor, expected: Tensor, what: str) -> None:
-    coarse = torch.bfloat16 in (got.dtype, expected.dtype) or got.dtype == torch.float16
-    tolerance = 5e-2 if coarse else 1e-3
-    scale = 1.0 + expected.double().abs().max().item() if expected.numel() else 1.0
-    error = (got.double() - expected.double()).abs().max().item() if got.numel() else 0.0
-    if got.shape != expected.shape or not error <= tolerance * scale:
-        raise AssertionError(f"{what}: error {error} of {scale}")
 
 
 def once(inputs: tuple[Tensor, ...], dropout_p: float, starts: list[int], block_rows: int, seed: int) -> None:
@@ -79,8 +40,8 @@ def problem(rows: int, d_in: int, d_out: int, rank: int, dtypes: tuple[torch.dty
     return tuple(exactly(torch.randn(size).to(kind)) for size, kind in zip(sizes, kinds, strict=True))
 
 
-def many_shapes(count: int) -> None:
-    for i in range(count):
+def many_shapes() -> None:
+    for i in range(count(440)):
         rows, rank = ROWS[i % len(ROWS)], RANKS[i % len(RANKS)]
         d_in, d_out = WIDTHS[i % len(WIDTHS)], WIDTHS[(5 * i + i // len(WIDTHS)) % len(WIDTHS)]
         starts = [] if rows == 0 else sorted({0, rows // 3, rows - 1})
@@ -98,11 +59,9 @@ def many_strides() -> None:
         once(expanded, 0.1, [0], 64, seed=9)
 
 
-def many_threads(torch_threads: int) -> None:
-    torch.set_num_threads(torch_threads)
+def many_threads() -> None:
     problems = [problem(200 + i, 48, 40, 8, DTYPES[i % len(DTYPES)]) for i in range(8)]
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: once(problems[i % 8], 0.1 * (i % 2), [0, 64, 128], 64, seed=i), range(32)))
+    with_one_and_two_threads(lambda i: once(problems[i % 8], 0.1 * (i % 2), [0, 64, 128], 64, seed=i))
 
 
 def through_autograd() -> None:
@@ -115,29 +74,7 @@ def through_autograd() -> None:
         if any(flags):
             out.sum().backward(retain_graph=True)
             out.sum().backward()
-    try:
-        safe_kernels.lora(torch.ones(3, 4), torch.ones(3, 4), torch.ones(2, 5), torch.ones(4, 2), 1.0)
-    except ValueError:
-        return
-    raise AssertionError("a wrong shape was accepted")
-
-
-def main() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    steps = {
-        "shapes": lambda: many_shapes(int(sys.argv[1]) if len(sys.argv) > 1 else 440),
-        "strides": many_strides,
-        "autograd": through_autograd,
-        "one torch thread, four callers": lambda: many_threads(1),
-        "two torch threads, four callers": lambda: many_threads(2),
-    }
-    for name, step in steps.items():
-        start = time.perf_counter()
-        step()
-        print(f"ok  {name}  {time.perf_counter() - start:.1f} s", flush=True)
-    print(f"{len(steps)} passed, 0 failed")
 
 
 if __name__ == "__main__":
-    main()
+    run(many_shapes, many_strides, through_autograd, many_threads)

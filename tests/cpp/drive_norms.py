@@ -1,17 +1,11 @@
-"""Drives the norms through many shapes, dtypes, strides and threads, for a build with AddressSanitizer and UBSan.
-
-See drive_lora.py: plain Python on purpose, and values compared loosely.
-"""
+"""Drives the norms through many shapes, dtypes, strides and threads."""
 
 from __future__ import annotations
 
 import itertools
-import sys
-import time
-from concurrent.futures import ThreadPoolExecutor
 
 import torch
-from drive_lora import DTYPES, ROWS, WIDTHS, close, exactly, views
+from driving import DTYPES, ROWS, WIDTHS, close, count, exactly, run, views, with_one_and_two_threads
 from torch import Tensor
 
 import safe_kernels
@@ -60,8 +54,8 @@ def once(x: Tensor, weight: Tensor, bias: Tensor, grad: Tensor, turn: int = 0) -
     layer_norm(x, (weight, None)[turn % 2], (bias, None)[turn // 2 % 2], grad)
 
 
-def many_shapes(count: int) -> None:
-    for i in range(count):
+def many_shapes() -> None:
+    for i in range(count(440)):
         once(*problem(ROWS[i % len(ROWS)], WIDTHS[i % len(WIDTHS)], DTYPES[i % len(DTYPES)]), turn=i)
 
 
@@ -75,11 +69,9 @@ def many_strides() -> None:
         once(x[:1].expand(37, -1), weight[:1].expand(21), bias, grad[:, :1].expand(-1, 21))
 
 
-def many_threads(torch_threads: int) -> None:
-    torch.set_num_threads(torch_threads)
+def many_threads() -> None:
     problems = [problem(200 + i, 48, DTYPES[i % len(DTYPES)]) for i in range(8)]
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(lambda i: once(*problems[i % 8]), range(32)))
+    with_one_and_two_threads(lambda i: once(*problems[i % 8]))
 
 
 def through_autograd() -> None:
@@ -94,22 +86,5 @@ def through_autograd() -> None:
                 out.sum().backward()
 
 
-def main() -> None:
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    steps = {
-        "shapes": lambda: many_shapes(int(sys.argv[1]) if len(sys.argv) > 1 else 440),
-        "strides": many_strides,
-        "autograd": through_autograd,
-        "one torch thread, four callers": lambda: many_threads(1),
-        "two torch threads, four callers": lambda: many_threads(2),
-    }
-    for name, step in steps.items():
-        start = time.perf_counter()
-        step()
-        print(f"ok  {name}  {time.perf_counter() - start:.1f} s", flush=True)
-    print(f"{len(steps)} passed, 0 failed")
-
-
 if __name__ == "__main__":
-    main()
+    run(many_shapes, many_strides, through_autograd, many_threads)

@@ -62,6 +62,14 @@ def through_an_alias(x: Tensor) -> None:
     x.detach().mul_(2)
 
 
+def through_its_data(x: Tensor) -> None:
+    x.data.mul_(2)  # no version counts it
+
+
+def through_numpy(x: Tensor) -> None:
+    x.detach().numpy()[0] = 2.0
+
+
 def cut_off(x: Tensor) -> None:
     x.detach_()
 
@@ -76,7 +84,16 @@ def data_of_another_size(x: Tensor) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [in_the_graph, beside_the_graph, through_an_alias, cut_off, other_data, data_of_another_size],
+    [
+        in_the_graph,
+        beside_the_graph,
+        through_an_alias,
+        through_its_data,
+        through_numpy,
+        cut_off,
+        other_data,
+        data_of_another_size,
+    ],
     ids=lambda f: f.__name__,
 )
 def test_a_changed_output_is_retained_itself(change: Callable[[Tensor], None]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -39,6 +39,19 @@ def adapter_keys(layer: nn.Module) -> list[str]:
         layer: any adapter layer of PEFT's.
     """
     return sorted(layer._get_available_adapters()) if isinstance(layer, BaseTunerLayer) else []
+
+
+def active_keys(layer: Any, present: Container[str]) -> list[str]:
+    """Return which of a PEFT layer's adapters are active.
+
+    Args:
+        layer: any adapter layer of PEFT's.
+        present: the adapters it has: `adapter_keys`, or, where a forward waits for it, a dict of them as it stands.
+    """
+    active = layer._active_adapter
+    if type(active) is str:
+        return [active] if active in present else []
+    return [key for key in active if key in present]
 
 
 def adapter_parameters(layer: nn.Module, key: str) -> list[nn.Parameter]:

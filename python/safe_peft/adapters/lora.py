@@ -16,7 +16,7 @@ from safe_kernels import AdapterStatistics
 
 from ..importance import Evidence
 from ..swap import STATE, is_hooked, is_transformed
-from .base import Adapter, LayerState, register_adapter
+from .base import Adapter, LayerState, active_keys, register_adapter
 from .observed import Observed
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -47,19 +47,12 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
         for name in _ROUTING:
             if kwargs.get(name) is not None:
                 return f"{name} is given"
-    keys = _active_keys(layer)
+    keys = active_keys(layer, layer._modules["lora_A"]._modules)
     if len(keys) != 1:
         return "several adapters are active" if keys else "no active adapter in this layer"
     if "forward" in layer.__dict__:
         return "forward is replaced on the layer itself (device hooks, for instance)"
     return _refuse_adapter(layer, keys[0]) or _refuse_input(layer, keys[0], args)
-
-
-def _active_keys(layer: PeftLinear) -> list[str]:
-    active, lora_A = layer._active_adapter, layer._modules["lora_A"]._modules
-    if type(active) is str:
-        return [active] if active in lora_A else []
-    return [key for key in active if key in lora_A]
 
 
 def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
@@ -114,8 +107,8 @@ class SafeLoraLinear(Observed):
         state: LayerState | None = self.__dict__.get(STATE)
         if state is None or self._refusal(self, (x, *args), kwargs) is not None:
             return super().forward(x, *args, **kwargs)
-        key = _active_keys(self)[0]
         own: Any = self._modules
+        key = active_keys(self, own["lora_A"]._modules)[0]
         lora_A, lora_B, dropout = (own[name]._modules[key] for name in ("lora_A", "lora_B", "lora_dropout"))
         A, B = lora_A.weight, lora_B.weight
         if key in state.frozen and (A.requires_grad or B.requires_grad):

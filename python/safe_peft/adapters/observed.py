@@ -18,7 +18,7 @@ from torch.utils.checkpoint import get_device_states
 from safe_kernels import AdapterStatistics
 
 from ..swap import STATE, Swapped
-from .base import LayerState, adapter_keys, adapter_parameters, peft_kind
+from .base import LayerState, active_keys, adapter_keys, adapter_parameters, peft_kind
 
 Call = Callable[[], Any]
 
@@ -29,7 +29,6 @@ class Observed(Swapped):
     features_dim: ClassVar[int] = -1
     """The dimension of the layer's output that holds its features; the others are rows."""
     base_layer: nn.Module
-    active_adapters: list[str]
     disable_adapters: bool
     merged: bool
 
@@ -44,20 +43,16 @@ class Observed(Swapped):
                 return self._observe(due, lambda: parent(*args, **kwargs), args, kwargs)
         return super().forward(*args, **kwargs)
 
-    def _active_keys(self) -> list[str]:
-        present = adapter_keys(self)
-        return [key for key in self.active_adapters if key in present]
-
     def _due(self, state: LayerState, kwargs: Mapping[str, Any]) -> dict[str, Sample]:
         """The adapters that the coming call computes and that a scoring waits for."""
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return {}
-        keys = [key for key in self._active_keys() if key in state.observe]
+        keys = [key for key in active_keys(self, adapter_keys(self)) if key in state.observe]
         return {key: Sample(state.observe[key], self.features_dim) for key in keys}
 
     def _observe(self, due: Mapping[str, Sample], call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         output = self._sample_base(due, call, args, kwargs)
-        together = len(self._active_keys()) > 1
+        together = len(active_keys(self, adapter_keys(self))) > 1
         for key, sample in due.items():
             if together:  # what one does by itself is not to be told from what they all do
                 with aside(self, args), _alone(self, key):
