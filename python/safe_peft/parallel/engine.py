@@ -30,6 +30,7 @@ class Engine:
     def __init__(self, model: nn.Module, outer: nn.Module, group: ProcessGroup | None = None) -> None:
         self._model, self._outer, self._group = model, outer, group
         self._ddp = _ddp_among(outer)
+        self._searched = False
 
     def check(self, optimizer: object) -> None:
         """Raise if it cannot follow when parameters stop training.
@@ -49,6 +50,11 @@ class Engine:
     def alone(self) -> bool:
         """Whether there is no other process to agree with."""
         return not _is_initialized() or torch.distributed.get_world_size(self._group) == 1
+
+    @property
+    def process(self) -> int:
+        """Number of this process among all."""
+        return torch.distributed.get_rank() if _is_initialized() else 0
 
     def groups(self) -> tuple[ProcessGroup, ...]:
         """Return the groups to reduce over, one after the other; a mesh has one a dimension."""
@@ -78,6 +84,7 @@ class Engine:
         """Have the engine follow a change of requires_grad: between two steps, in every process."""
         if not _is_initialized():
             return
+        self._searched = False
         wrapper = self._find_ddp()
         if wrapper is not None:
             if reason := ddp.refusal(wrapper):  # it may have come after the freezer
@@ -135,6 +142,7 @@ class Engine:
             BindingError: `same` differs; every process raises.
         """
         groups = self.groups()
+        self._searched = True
         if not groups:
             return values, 1, False
         marks = [1 + zlib.crc32(text.encode()) % MARKS for text in (same, batch)]
@@ -151,7 +159,11 @@ class Engine:
         return flat[: -len(tail)].view_as(values), count, batch_mark * batch_mark != count * batch_square
 
     def _find_ddp(self) -> DistributedDataParallel | None:
-        if self._ddp is None and _is_initialized() and not fsdp.fsdp_groups(self._model):
+        """Look for a wrapper that may have come after the freezer: until a scoring has passed, and at each freezing.
+
+        To look at each scoring would cost a second a million objects.
+        """
+        if self._ddp is None and not self._searched and _is_initialized() and not fsdp.fsdp_groups(self._model):
             self._ddp = ddp.find_ddp(self._model)
         return self._ddp
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import outcomes_of, together
-from shares import events, shares
+from shares import digest, events, shares
 from tiny import adamw, batches, bert, train
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +21,7 @@ from safe_peft import AdapterFreezer, BindingError, ConfigError, SafeConfig, jso
 from safe_peft.checksum import signed
 from safe_peft.importance import Evidence, register_score
 from safe_peft.ledger import Ledger
+from safe_peft.parallel import ddp as ddp_engine
 
 SHORT = {"warmup": 2, "max_warmup": 4, "freeze_end": 12, "freeze_interval": 3, "score_interval": 2, "block_rows": 12}
 
@@ -95,6 +96,31 @@ def test_a_scoring_is_one_all_reduce_and_another_step_is_none(score: str) -> Non
     for steps, scorings, frozen in together(count_collectives, score):
         assert scorings == [2, 4, 6, 8, 10, 12] and frozen == 9
         assert steps == [1 if step in scorings else 0 for step in range(1, 15)]
+
+
+def search(rank: int) -> dict[str, Any]:
+    """Eight steps without DDP on the same batches; then a DDP of which nobody tells the freezer."""
+    step, found = 0, []
+    find_ddp = ddp_engine.find_ddp
+    ddp_engine.find_ddp = lambda model: (found.append(step), find_ddp(model))[1]  # type: ignore[assignment]
+    model = bert()
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**SHORT | {"score_interval": 1}))
+    outer = model
+    for step, batch in enumerate(shares(14, rank, 2), start=1):
+        if step == 9:
+            outer = DistributedDataParallel(model)
+        train(outer, optimizer, iter([batch] if step >= 9 else batches(1, seed=step)), freezer)
+        if step < 9:
+            before = sorted({step for step in found if step})
+    return {"searched": before, "events": events(freezer), "digest": digest(model)}
+
+
+def test_a_wrapper_is_looked_for_where_it_matters_and_not_at_every_scoring() -> None:
+    first, second = together(search)
+    assert first == second, "parameters stay the same: the reducer of a DDP that came late is made anew"
+    assert sorted({step for step, _ in first["events"]}) == [7, 10, 12]
+    assert first["searched"] == [1, 7, 8], "the first scoring, a freezing, and the scoring after it"
 
 
 def train_in_groups_of_one(rank: int, explicit: bool) -> list[list[Any]]:

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPr
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import safe_peft
-from safe_peft import AdapterFreezer, BindingError, PlanError, SafeConfig
+from safe_peft import AdapterFreezer, BindingError, SafeConfig
 from safe_peft.parallel.fsdp import whole
 from safe_peft.swap import Swapped
 
@@ -188,17 +188,6 @@ def detach_and_go_on(rank: int, bound_before: bool) -> tuple[list[bool], list[fl
 def test_detaching_leaves_the_sharded_model_that_it_was() -> None:
     before, after = (together(detach_and_go_on, bound_before) for bound_before in (True, False))
     assert before == after and all(all(facts) for facts, _ in before)
-
-
-def refuse_bytes(rank: int) -> str:
-    model = shard(bert())
-    with pytest.raises(PlanError) as caught:
-        AdapterFreezer(model, adamw(model), SafeConfig(**OPTIONS, target="bytes", target_fraction=0.5))
-    return str(caught.value)
-
-
-def test_decisions_by_bytes_are_refused_for_a_sharded_model() -> None:
-    assert all('target="adapters"' in message for message in together(refuse_bytes))
 
 
 def refuse_fsdp1(rank: int) -> str:
