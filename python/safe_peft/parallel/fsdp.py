@@ -1,4 +1,4 @@
-"""FSDP2 (`fully_shard`): which processes hold the shards of a model, and its tensors put together."""
+"""FSDP2 and tensor parallel: which processes hold the shards of a model, and its tensors put together."""
 
 from __future__ import annotations
 
@@ -29,6 +29,17 @@ def fsdp_groups(model: nn.Module) -> tuple[torch.distributed.ProcessGroup, ...]:
             replicated = getattr(mesh, "replicate_process_group", None)
             return tuple(found for found in (sharded, replicated) if found is not None)
     return ()
+
+
+def mesh_groups(model: nn.Module) -> tuple[torch.distributed.ProcessGroup, ...]:
+    """Return the groups, one a dimension, of all meshes that parameters are spread over: FSDP2's, tensor parallel's."""
+    meshes = {id(mesh): mesh for p in model.parameters() if (mesh := getattr(p, "device_mesh", None)) is not None}
+    return tuple(mesh.get_group(dim) for mesh in meshes.values() for dim in range(mesh.ndim))
+
+
+def members(group: torch.distributed.ProcessGroup) -> frozenset[int]:
+    """Return the numbers, among all, of a group's processes."""
+    return frozenset(torch.distributed.get_process_group_ranks(group))
 
 
 def precision_policy(unit: nn.Module) -> Any:

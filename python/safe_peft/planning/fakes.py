@@ -19,7 +19,7 @@ from ..blocks import parts_of
 from ..blocks.norms import INVERTS, Norm
 from ..errors import PlanError
 from ..parallel.fsdp import is_spread
-from .sharded import copy_units, whole_dtypes
+from .sharded import check_sharding, copy_units, whole_dtypes
 
 _FIND_PACKED = "find_packed_sequence_indices"
 _PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor})
@@ -47,6 +47,7 @@ class FakeModel:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_sharding(model)
         self.mode = FakeTensorMode()
         memo: dict[int, Any] = {}
         self._shapes: dict[int, Tensor] = {}

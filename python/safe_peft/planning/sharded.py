@@ -10,10 +10,33 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..parallel.fsdp import class_before, fsdp_modules, is_spread, precision_policy
+from ..errors import PlanError
+from ..parallel.fsdp import (
+    class_before,
+    fsdp_groups,
+    fsdp_modules,
+    is_spread,
+    members,
+    mesh_groups,
+    precision_policy,
+)
 from ..swap import STATE, original_type
 
 _ENGINE = "torch.distributed."
+
+
+def check_sharding(model: nn.Module) -> None:
+    """Raise if parameters are spread over processes otherwise than by FSDP2.
+
+    Raises:
+        PlanError: They are.
+    """
+    gathered = [members(group) for group in fsdp_groups(model)]
+    if any(members(group) not in gathered for group in mesh_groups(model)):
+        raise PlanError(
+            "tensor parallel: every process computes a part of a layer, which a plan of the whole model does not show; "
+            'choose target="adapters", and no memory_budget.'
+        )
 
 
 def whole_dtypes(model: nn.Module) -> dict[int, torch.dtype]:
