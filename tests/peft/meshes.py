@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from shares import OPTIONS, events, shares
+from shares import LONG, events, shares
 from tiny import adamw, bert, train
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -15,7 +15,7 @@ from safe_peft import AdapterFreezer, SafeConfig
 from safe_peft.parallel.fsdp import whole
 
 STEPS = 32
-SHORT = OPTIONS | {"freeze_end": 24}
+OPTIONS = LONG | {"freeze_end": 24}
 
 
 def split_mlps(model: nn.Module, mesh: DeviceMesh) -> None:
@@ -56,7 +56,7 @@ def train_on_mesh(
         shard(model, mesh if kind == "HSDP" else mesh["rows"])
     optimizer = adamw(model)
     given = {"process_group": mesh["rows"].get_group()} if grouped else {}
-    freezer = AdapterFreezer(model, optimizer, SafeConfig(**SHORT | options), **given)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**OPTIONS | options), **given)
     mine = (rank, shape[0] * shape[1]) if kind == "HSDP" else (mesh["rows"].get_local_rank(), shape[0])
     losses = train(model, optimizer, shares(STEPS, *mine), freezer)
     sums = [float(whole(parameter.detach()).double().abs().sum()) for parameter in model.parameters()]

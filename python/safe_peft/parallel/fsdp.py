@@ -81,4 +81,4 @@ def whole(tensor: Tensor) -> Tensor:
         >>> whole(torch.ones(2))
         tensor([1., 1.])
     """
-    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+    return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]

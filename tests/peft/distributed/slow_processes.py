@@ -10,7 +10,7 @@ import pytest
 import torch
 from meshes import train_on_mesh
 from ranks import together
-from shares import OPTIONS, STEPS, alone, assert_equal, digest, events, shares
+from shares import LONG, LONG_STEPS, alone, assert_equal, digest, events, shares
 from tiny import adamw, bert, train
 from torch import nn
 from torch.distributed.fsdp import fully_shard
@@ -19,7 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from safe_peft import AdapterFreezer, SafeConfig
 from safe_peft.parallel.fsdp import whole
 
-expected = functools.cache(alone)
+expected = functools.cache(functools.partial(alone, LONG_STEPS, LONG))
 
 
 def outcome(model: nn.Module, freezer: AdapterFreezer, losses: list[float]) -> dict[str, Any]:
@@ -30,8 +30,8 @@ def train_on_four(rank: int, options: dict[str, Any]) -> dict[str, Any]:
     model = bert()
     ddp = DistributedDataParallel(model, **options)
     optimizer = adamw(model)
-    freezer = AdapterFreezer(ddp, optimizer, SafeConfig(**OPTIONS))
-    return outcome(model, freezer, train(ddp, optimizer, shares(STEPS, rank, 4), freezer))
+    freezer = AdapterFreezer(ddp, optimizer, SafeConfig(**LONG))
+    return outcome(model, freezer, train(ddp, optimizer, shares(LONG_STEPS, rank, 4), freezer))
 
 
 @pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"gradient_as_bucket_view": True}])
@@ -45,8 +45,8 @@ def train_sharded_on_four(rank: int, score: str) -> dict[str, Any]:
         fully_shard(block)
     fully_shard(model)
     optimizer = adamw(model)
-    freezer = AdapterFreezer(model, optimizer, SafeConfig(**OPTIONS, score=score))
-    losses = train(model, optimizer, shares(STEPS, rank, 4), freezer)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**LONG, score=score))
+    losses = train(model, optimizer, shares(LONG_STEPS, rank, 4), freezer)
     sums = [float(whole(parameter.detach()).double().abs().sum()) for parameter in model.parameters()]
     return {"losses": losses, "events": events(freezer), "digest": sums}
 
@@ -72,7 +72,7 @@ def test_meshes_of_two_by_two_equal_one_process(kind: str, grouped: bool, score:
 
 @functools.cache
 def expected_on_mesh(score: str) -> dict[str, Any]:
-    return alone(meshes.STEPS, **meshes.SHORT | {"score": score})
+    return alone(meshes.STEPS, meshes.OPTIONS, score=score)
 
 
 def train_blocks_compiled(rank: int, outside: bool) -> dict[str, Any]:
@@ -84,7 +84,7 @@ def train_blocks_compiled(rank: int, outside: bool) -> dict[str, Any]:
     fully_shard(model)
     compiled: Any = torch.compile(model, backend="eager") if outside else model
     optimizer = adamw(model)
-    freezer = AdapterFreezer(compiled, optimizer, SafeConfig(**meshes.SHORT))
+    freezer = AdapterFreezer(compiled, optimizer, SafeConfig(**meshes.OPTIONS))
     losses = train(compiled, optimizer, shares(meshes.STEPS, rank, 2), freezer)
     sums = [float(whole(parameter.detach()).double().abs().sum()) for parameter in model.parameters()]
     return {"losses": losses, "events": events(freezer), "digest": sums}
@@ -106,7 +106,7 @@ def train_compiled(rank: int, outside: bool | None) -> dict[str, Any]:
     else:
         ddp = compiled(DistributedDataParallel(model)) if outside else DistributedDataParallel(compiled(model))
     optimizer = adamw(model)
-    freezer = AdapterFreezer(ddp, optimizer, SafeConfig(**OPTIONS | ONE_EVENT))
+    freezer = AdapterFreezer(ddp, optimizer, SafeConfig(**LONG | ONE_EVENT))
     return outcome(model, freezer, train(ddp, optimizer, shares(5, rank, 2), freezer))
 
 

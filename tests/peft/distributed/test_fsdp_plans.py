@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from ranks import together
-from shares import OPTIONS, events, shares
+from shares import OPTIONS, STEPS, events, shares
 from tiny import adamw, bert, train
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -19,9 +19,6 @@ from safe_peft import AdapterFreezer, SafeConfig
 from safe_peft.parallel.fsdp import fsdp_modules
 from safe_peft.planning.inputs import Inputs
 from safe_peft.planning.tracing import trace
-
-STEPS = 20
-SHORT = OPTIONS | {"warmup": 2, "max_warmup": 4, "freeze_end": 18}
 
 
 def shard(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
@@ -71,7 +68,7 @@ def decide_by_bytes(rank: int, options: dict[str, Any]) -> dict[str, list[Any]]:
             safe_peft.bind(model)
         outer = DistributedDataParallel(model) if engine == "DDP" else shard(model)
         optimizer = adamw(model)
-        freezer = AdapterFreezer(outer, optimizer, SafeConfig(**SHORT | options))
+        freezer = AdapterFreezer(outer, optimizer, SafeConfig(**OPTIONS | options | {"freeze_interval": 6}))
         losses = train(outer, optimizer, shares(STEPS, rank, 2), freezer)
         blocks = list(safe_peft.explain(model).blocks.values())
         found[engine] = [events(freezer), sorted(freezer.binding.recompute), blocks, losses]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 
 import pytest
-from meshes import SHORT, STEPS, split_mlps, train_on_mesh
+from meshes import OPTIONS, STEPS, split_mlps, train_on_mesh
 from ranks import together
 from shares import alone, assert_equal
 from tiny import adamw, bert
@@ -16,7 +16,7 @@ from safe_peft import AdapterFreezer, PlanError, SafeConfig
 
 @functools.cache
 def expected(**options: str) -> dict[str, list[float]]:
-    return alone(STEPS, **SHORT | options)
+    return alone(STEPS, OPTIONS, **options)
 
 
 def test_replicas_of_shards_equal_one_process() -> None:
@@ -33,7 +33,7 @@ def refuse_bytes(rank: int) -> str:
     model = bert()
     split_mlps(model, init_device_mesh("cpu", (2,)))
     with pytest.raises(PlanError) as caught:
-        AdapterFreezer(model, adamw(model), SafeConfig(**SHORT, target="bytes", target_fraction=0.5))
+        AdapterFreezer(model, adamw(model), SafeConfig(**OPTIONS, target="bytes", target_fraction=0.5))
     return str(caught.value)
 
 
