@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +194,11 @@ class AdapterFreezer:
             logger.info("step %d: froze %d adapters, %d in all", self._step, len(names), len(self.ledger.frozen))
         return names
 
-    def _arm(self) -> None:
-        """Prepare the coming step."""
+    def _arm(self, due: bool = False) -> None:
+        """Prepare the coming step; a scoring that is `due` had nothing to go by before."""
         frozen = set(self.ledger.frozen)
         live = [index for index, adapter in enumerate(self._adapters) if adapter.name not in frozen]
-        if self._scorer.armed or is_scoring_step(self.schedule, self._step + 1):
+        if due or self._scorer.armed or is_scoring_step(self.schedule, self._step + 1):
             self._scorer.arm(live, shift=len(self.ledger.scorings))
 
     @contextmanager
@@ -275,8 +276,9 @@ class AdapterFreezer:
         Example:
             >>> json.dumps(freezer.state_dict())  # doctest: +SKIP
         """
-        evidence, planned = self._scorer.evidence(), self.planner.planned
-        return state_of(self._owner(), Saved(self._step, self.schedule.total_steps, self.ledger, evidence, planned))
+        evidence = replace(self._scorer.evidence(), process=self._engine.process)
+        planned, total = replace(self.planner.planned, seen=self.planner.seen), self.schedule.total_steps
+        return state_of(self._owner(), Saved(self._step, total, self.ledger, evidence, planned))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a saved state; what was frozen is frozen again at once. Load the optimizer's state before it.
@@ -296,7 +298,7 @@ class AdapterFreezer:
         self.planner.load(saved.planned)
         self._holding.recompute(saved.planned.recompute)
         self._scorer.disarm()
-        self._arm()
+        self._arm(due=saved.evidence.due)
         self._scorer.load_evidence(saved.evidence)
         if saved.total_steps != (total := self.schedule.total_steps):
             what = "the state is of a training of %s steps, and this has %s: the last freezing is at step %d now."
@@ -339,4 +341,4 @@ class AdapterFreezer:
             raise StateError(f"{path}: {error}") from error
 
     def _owner(self) -> Owner:
-        return Owner(self.config, self._optimizers.kinds, self._traits, self.binding.blocks)
+        return Owner(self.config, self._optimizers.kinds, self._traits, self.binding.blocks, self._engine.process)

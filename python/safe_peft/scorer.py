@@ -135,13 +135,15 @@ class Scorer:
 
     def evidence(self) -> Gathered:
         """Return what was gathered so far in this step."""
-        return Gathered(self.observation.sums(), dict(self._gathered))
+        return Gathered(
+            self.observation.sums(), dict(self._gathered), dict(self.broken) if self.armed else {}, self.armed
+        )
 
     def load_evidence(self, evidence: Gathered) -> None:
         """Go on from what `evidence` returned, if armed for the same step."""
         if self.armed:
             self.observation.load_sums(evidence.sums)
-            self._gathered = dict(evidence.importance)
+            self._gathered, self.broken = dict(evidence.importance), dict(evidence.broken)
 
     def _before_optimizer_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Gradients are there only now; those that a closure makes, once it has run."""

@@ -16,7 +16,7 @@ from .errors import StateError
 from .ledger import Ledger
 from .planning.inputs import Inputs
 
-VERSION = 3
+VERSION = 4
 PARTS = (
     "version",
     "step",
@@ -38,10 +38,21 @@ MOST_STEPS = 2**53
 
 @dataclass(frozen=True)
 class Gathered:
-    """Evidence of a scoring under way: sums for each adapter, or importance told before the optimizer's step."""
+    """A scoring under way, and its evidence in one process.
+
+    Args:
+        sums: for each adapter, of the step's forwards so far.
+        importance: told before the optimizer's step.
+        broken: what of that evidence was not finite, by adapter.
+        due: the step that comes is to be scored; by the schedule, or since there was nothing yet to score by.
+        process: whose evidence it is.
+    """
 
     sums: tuple[tuple[float, ...], ...] = ()
     importance: dict[str, float] = field(default_factory=dict)
+    broken: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    due: bool = False
+    process: int = 0
 
 
 @dataclass(frozen=True)
@@ -49,12 +60,14 @@ class Planned:
     """What decisions by bytes have to remember over a restart.
 
     Args:
-        inputs: the largest batch seen, or None.
+        inputs: the largest batch seen, or None; of several processes the largest that they have agreed on.
+        seen: the largest that this process has seen.
         recompute: blocks that are to run again in backward.
         warned: it was said that the budget cannot be met.
     """
 
     inputs: Inputs | None = None
+    seen: Inputs | None = None
     recompute: tuple[str, ...] = ()
     warned: bool = False
 
@@ -68,12 +81,14 @@ class Owner:
         optimizer: its type's name.
         adapters: what tells each adapter from another of its name, as JSON values, in the model's order.
         blocks: names of the transformer blocks.
+        process: this one, of those that train together.
     """
 
     config: SafeConfig
     optimizer: str
     adapters: dict[str, dict[str, Any]]
     blocks: tuple[str, ...] = ()
+    process: int = 0
 
 
 @dataclass(frozen=True)
@@ -139,6 +154,7 @@ def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
         jsonio.decode(Planned, state["planned"], "state.planned"),
     )
     _check_agreement(saved, owner)
+    _check_process(saved.evidence, owner)
     saved.ledger.order(owner.adapters)
     return saved
 
@@ -198,14 +214,27 @@ def _check_agreement(saved: Saved, owner: Owner) -> None:
         (all(len(row) == 4 for row in saved.evidence.sums), "evidence.sums has a row that is not of four"),
         (len(saved.evidence.sums) in (0, len(names)), "evidence.sums is not of one row an adapter"),
         (saved.evidence.importance.keys() <= names, "evidence.importance names adapters that it lacks"),
+        (saved.evidence.broken.keys() <= names, "evidence.broken names adapters that it lacks"),
         (set(saved.planned.recompute) <= set(owner.blocks), "planned.recompute names blocks that the model lacks"),
-        (saved.planned.inputs is None or _is_batch(saved.planned.inputs), "planned.inputs is no batch"),
+        (_is_batch(saved.planned.inputs), "planned.inputs is no batch"),
+        (_is_batch(saved.planned.seen), "planned.seen is no batch"),
     ):
         if not holds:
             raise StateError(f"state: {what}; it is damaged, so use an older one.")
 
 
-def _is_batch(inputs: Inputs) -> bool:
+def _check_process(evidence: Gathered, owner: Owner) -> None:
+    """Another process has seen other rows: with its sums in all of them, some rows would count twice."""
+    if (evidence.sums or evidence.importance) and evidence.process != owner.process:
+        raise StateError(
+            f"state was saved by process {evidence.process} within a step that is scored, and here is process "
+            f"{owner.process}; save a state for each process, or between freezer.step() and the next forward."
+        )
+
+
+def _is_batch(inputs: Inputs | None) -> bool:
+    if inputs is None:
+        return True
     shapes = [spec.shape for spec in inputs.tensors.values()]
     dtypes = [spec.dtype for spec in inputs.tensors.values()] + ([inputs.autocast] if inputs.autocast else [])
     return (

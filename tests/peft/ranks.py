@@ -5,6 +5,7 @@ The processes are forked from a server that has imported everything once, so tha
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import multiprocessing
 import os
@@ -24,7 +25,15 @@ LIMIT = 90
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["pytest", "transformers", "accelerate", "peft", "safe_peft", "tiny", "torch.distributed.fsdp"]
+    [
+        "pytest",
+        "accelerate",
+        "safe_peft.callback",
+        "transformers.models.bert.modeling_bert",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor.parallel",
+        "torch.profiler",
+    ]
 )
 
 
@@ -83,6 +92,7 @@ def _receive(reader: Connection, deadline: float) -> tuple[Any, str | None]:
 
 def _work(sender: Connection, rank: int, world: int, place: tuple[str, str, str, float], args: Any) -> None:
     path, name, store, seconds = place
+    gc.freeze()  # or a collection would write to, and so copy, all that was imported before the fork
     torch.set_num_threads(1)
     torch.manual_seed(0)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}

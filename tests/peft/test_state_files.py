@@ -280,6 +280,7 @@ def test_ours_is_written_when_every_process_has_written_its_part(
     monkeypatch.setattr(callback, "_freezer", freezer)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 0)
     monkeypatch.setattr(torch.distributed, "barrier", lambda: (part / "rng_state_1.pth").write_text("of another"))
     args = TrainingArguments(str(tmp_path), report_to="none", use_cpu=True)
     callback.on_save(args, TrainerState(global_step=4), TrainerControl())

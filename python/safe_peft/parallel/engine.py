@@ -24,12 +24,14 @@ class Engine:
     Args:
         model: without wrappers.
         outer: the same with them, as far as they are known.
-        group: the processes that share the batch; None finds them: DDP's own group, FSDP2's mesh, or else all.
+        group: the processes that share the batch; None finds them: DDP's own group, FSDP2's mesh, or else all. Those
+            that share the layers by tensor parallel decide with them.
     """
 
     def __init__(self, model: nn.Module, outer: nn.Module, group: ProcessGroup | None = None) -> None:
         self._model, self._outer, self._group = model, outer, group
         self._ddp = _ddp_among(outer)
+        self._search = self._first = True
 
     def check(self, optimizer: object) -> None:
         """Raise if it cannot follow when parameters stop training.
@@ -48,12 +50,24 @@ class Engine:
     @property
     def alone(self) -> bool:
         """Whether there is no other process to agree with."""
-        return not _is_initialized() or torch.distributed.get_world_size(self._group) == 1
+        return not self.groups()
+
+    @property
+    def process(self) -> int:
+        """Number of this process among all."""
+        return torch.distributed.get_rank() if _is_initialized() else 0
 
     def groups(self) -> tuple[ProcessGroup, ...]:
         """Return the groups to reduce over, one after the other; a mesh has one a dimension."""
-        if self.alone:
+        if not _is_initialized() or torch.distributed.get_world_size() == 1:
             return ()
+        found = [*self._sharing_batch()]
+        for group in fsdp.mesh_groups(self._model):
+            if not any(fsdp.members(group) <= fsdp.members(other) for other in found):
+                found.append(group)
+        return tuple(group for group in found if torch.distributed.get_world_size(group) > 1)
+
+    def _sharing_batch(self) -> tuple[ProcessGroup, ...]:
         if self._group is not None:
             return (self._group,)
         if sharded := fsdp.fsdp_groups(self._model):
@@ -78,7 +92,9 @@ class Engine:
         """Have the engine follow a change of requires_grad: between two steps, in every process."""
         if not _is_initialized():
             return
+        self._search = True
         wrapper = self._find_ddp()
+        self._first = True
         if wrapper is not None:
             if reason := ddp.refusal(wrapper):  # it may have come after the freezer
                 raise BindingError(f"{reason}.")
@@ -134,6 +150,7 @@ class Engine:
         Raises:
             BindingError: `same` differs; every process raises.
         """
+        self._search, self._first = self._first, False
         groups = self.groups()
         if not groups:
             return values, 1, False
@@ -151,7 +168,12 @@ class Engine:
         return flat[: -len(tail)].view_as(values), count, batch_mark * batch_mark != count * batch_square
 
     def _find_ddp(self) -> DistributedDataParallel | None:
-        if self._ddp is None and _is_initialized() and not fsdp.fsdp_groups(self._model):
+        """Look for a wrapper that may have come late: for the first scoring, at a freezing, and for the scoring after.
+
+        To look at each scoring would cost a second a million objects.
+        """
+        if self._ddp is None and self._search and _is_initialized() and not fsdp.fsdp_groups(self._model):
+            self._search = False
             self._ddp = ddp.find_ddp(self._model)
         return self._ddp
 

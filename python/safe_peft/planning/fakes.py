@@ -19,6 +19,8 @@ from transformers import masking_utils
 from ..blocks import parts_of
 from ..blocks.norms import INVERTS, Norm
 from ..errors import PlanError
+from ..parallel.fsdp import is_spread
+from .sharded import check_sharding, copy_units, whole_dtypes
 
 _ALL, _ANY = torch.ops.aten.all.default, torch.ops.aten.any.default
 _FIND_PACKED = "find_packed_sequence_indices"
@@ -47,9 +49,11 @@ class FakeModel:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        check_sharding(model)
         self.mode = FakeTensorMode()
         memo: dict[int, Any] = {}
         self._shapes: dict[int, Tensor] = {}
+        self._whole = whole_dtypes(model)
         self.tensors: list[Tensor] = []
         tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
         try:
@@ -60,6 +64,7 @@ class FakeModel:
                     memo[id(parameter)].grad = None
             with _Copying(self), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                copy_units(model, memo)
                 self.module: nn.Module = copy.deepcopy(model, memo)
                 for parameter in model.parameters():
                     _attach(parameter, memo)
@@ -73,14 +78,18 @@ class FakeModel:
 
     def _note_norms(self, model: nn.Module) -> None:
         """Whether a norm can do without its input depends on its weights' values, which the copy does not have."""
-        if any(isinstance(parameter.data, FakeTensor) or parameter.is_meta for parameter in model.parameters()):
-            return  # nothing to look at, or noted before
+        parameters = list(model.parameters())
+        if any(isinstance(p.data, FakeTensor) or p.is_meta or is_spread(p) for p in parameters):
+            return  # nothing to look at, at least not without other processes, or noted before
         norms = {id(module): part for _, module, part in parts_of(model) if isinstance(part, Norm)}
         for original, module in zip(model.modules(), self.module.modules(), strict=True):
             if id(original) in norms:
                 module.__dict__[INVERTS] = norms[id(original)].retains_output(original)
 
     def _fake(self, tensor: Tensor) -> Tensor:
+        if id(tensor) in self._whole:
+            empty = torch.empty(tensor.shape, dtype=self._whole[id(tensor)], device=tensor.device)
+            return nn.Parameter(empty, requires_grad=tensor.requires_grad)
         if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
             return self.mode.from_tensor(tensor, static_shapes=True)
         device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device

@@ -14,7 +14,6 @@ from torch import nn
 
 from ..config import SafeConfig
 from ..errors import PlanError
-from ..parallel.fsdp import fsdp_modules
 from ..state import Planned
 from ..watch import watch
 from .budget import Choice, bytes_limit, fit
@@ -73,8 +72,8 @@ class Planner:
             self._suspended -= 1
 
     def load(self, planned: Planned) -> None:
-        """Go on from what `planned` was."""
-        self.planned, self.seen, self._traces = planned, planned.inputs, {}
+        """Go on from what `planned` was, with what had been `seen`."""
+        self.planned, self.seen, self._traces = planned, planned.seen, {}
 
     def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note a training batch if none as large has been there. The outer model is called first, and counts."""
@@ -226,9 +225,6 @@ def _order(inputs: Inputs) -> tuple[int, bool, str]:
 
 
 def _copy(model: nn.Module) -> tuple[nn.Module | None, PlanError | None]:
-    if any(fsdp_modules(model)):
-        why = "a model that fully_shard has sharded cannot be copied for a plan; with FSDP2 choose"
-        return None, PlanError(f'{why} target="adapters", and no memory_budget.')
     try:
         return FakeModel(model).module, None
     except PlanError as error:

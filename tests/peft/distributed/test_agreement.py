@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import os
@@ -9,11 +10,12 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from ranks import outcomes_of, together
-from shares import events, shares
+from shares import digest, events, shares
 from tiny import adamw, batches, bert, train
 from torch.nn.parallel import DistributedDataParallel
 
@@ -21,6 +23,7 @@ from safe_peft import AdapterFreezer, BindingError, ConfigError, SafeConfig, jso
 from safe_peft.checksum import signed
 from safe_peft.importance import Evidence, register_score
 from safe_peft.ledger import Ledger
+from safe_peft.parallel import ddp as ddp_engine
 
 SHORT = {"warmup": 2, "max_warmup": 4, "freeze_end": 12, "freeze_interval": 3, "score_interval": 2, "block_rows": 12}
 
@@ -28,7 +31,11 @@ SHORT = {"warmup": 2, "max_warmup": 4, "freeze_end": 12, "freeze_interval": 3, "
 # ---------------------------------------------------------------- at construction
 
 
-def differ(rank: int, what: str) -> str:
+def differ(rank: int, *whats: str) -> list[str]:
+    return [differ_in(rank, what) for what in whats]
+
+
+def differ_in(rank: int, what: str) -> str:
     layers, config, steps, first = 2, dict(SHORT), None, 0
     if rank == 1:
         if what == "adapters":
@@ -49,14 +56,15 @@ def differ(rank: int, what: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("what", ["config", "adapters", "schedule", "first_step"])
-def test_processes_that_differ_are_told_so_by_name(what: str) -> None:
-    for message in together(differ, what):
-        assert message.startswith(f"{what}: every process has to have the same, but 0 has")
+def test_processes_that_differ_are_told_so_by_name() -> None:
+    whats = ["config", "adapters", "schedule", "first_step"]
+    for messages in together(differ, *whats):
+        for what, message in zip(whats, messages, strict=True):
+            assert message.startswith(f"{what}: every process has to have the same, but 0 has")
 
 
 def test_a_process_that_cannot_begin_stops_the_others() -> None:
-    first, second = together(differ, "model")
+    (first,), (second,) = together(differ, "model")
     assert first.startswith("process 1 of 2 cannot freeze adapters: Linear has no adapter layer")
     assert second.startswith("Linear has no adapter layer")
 
@@ -64,37 +72,56 @@ def test_a_process_that_cannot_begin_stops_the_others() -> None:
 # ---------------------------------------------------------------- at a scoring
 
 
-def count_collectives(rank: int, score: str) -> tuple[list[int], list[int], int]:
+def count_collectives(rank: int, scores: list[str]) -> list[tuple[list[int], list[int], int]]:
+    return [collectives_of(rank, score) for score in scores]
+
+
+def collectives_of(rank: int, score: str) -> tuple[list[int], list[int], int]:
     model = bert()
     ddp = DistributedDataParallel(model)
     optimizer = adamw(model)
     freezer = AdapterFreezer(ddp, optimizer, SafeConfig(**SHORT, score=score))
-    calls: list[int] = []
-    real = torch.distributed.all_reduce
-
-    def counted(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        calls.append(tensor.numel())
-        return real(tensor, *args, **kwargs)
-
-    def forbidden(*args: Any, **kwargs: Any) -> None:
-        raise AssertionError("another collective")
-
-    torch.distributed.all_reduce = counted
-    for name in ("all_gather_object", "broadcast", "barrier", "all_gather", "broadcast_object_list"):
-        setattr(torch.distributed, name, forbidden)
+    others = ("all_gather_object", "broadcast", "barrier", "all_gather", "broadcast_object_list")
+    forbidden = mock.patch.multiple(torch.distributed, **dict.fromkeys(others))  # None cannot be called
+    counted = mock.patch.object(torch.distributed, "all_reduce", wraps=torch.distributed.all_reduce)
     steps = []
     for batch in shares(14, rank, 2):
-        calls.clear()
-        train(ddp, optimizer, iter([batch]), freezer)
-        steps.append(len(calls))
+        with forbidden, counted as calls:
+            train(ddp, optimizer, iter([batch]), freezer)
+        steps.append(calls.call_count)
     return steps, [scoring.step for scoring in freezer.ledger.scorings], len(freezer.frozen)
 
 
-@pytest.mark.parametrize("score", ["cka", "relative_norm", "gradient_sensitivity", "random"])
-def test_a_scoring_is_one_all_reduce_and_another_step_is_none(score: str) -> None:
-    for steps, scorings, frozen in together(count_collectives, score):
+def test_a_scoring_is_one_all_reduce_and_another_step_is_none() -> None:
+    ranks = together(count_collectives, ["cka", "relative_norm", "gradient_sensitivity", "random"])
+    for steps, scorings, frozen in itertools.chain(*ranks):
         assert scorings == [2, 4, 6, 8, 10, 12] and frozen == 9
         assert steps == [1 if step in scorings else 0 for step in range(1, 15)]
+
+
+def search(rank: int) -> dict[str, Any]:
+    """Eight steps without DDP on the same batches; then a DDP of which nobody tells the freezer."""
+    step, found = 0, []
+    find_ddp = ddp_engine.find_ddp
+    ddp_engine.find_ddp = lambda model: (found.append(step), find_ddp(model))[1]  # type: ignore[assignment]
+    model = bert()
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**SHORT | {"score_interval": 1}))
+    outer = model
+    for step, batch in enumerate(shares(14, rank, 2), start=1):
+        if step == 9:
+            outer = DistributedDataParallel(model)
+        train(outer, optimizer, iter([batch] if step >= 9 else batches(1, seed=step)), freezer)
+        if step < 9:
+            before = sorted({step for step in found if step})
+    return {"searched": before, "events": events(freezer), "digest": digest(model)}
+
+
+def test_a_wrapper_is_looked_for_where_it_matters_and_not_at_every_scoring() -> None:
+    first, second = together(search)
+    assert first == second, "parameters stay the same: the reducer of a DDP that came late is made anew"
+    assert sorted({step for step, _ in first["events"]}) == [7, 10, 12]
+    assert first["searched"] == [1, 7, 8], "the first scoring, a freezing, and the scoring after it"
 
 
 def train_in_groups_of_one(rank: int, explicit: bool) -> list[list[Any]]:

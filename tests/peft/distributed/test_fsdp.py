@@ -8,14 +8,14 @@ from typing import Any
 import pytest
 import torch
 from ranks import together
-from shares import OPTIONS, ROWS, STEPS, alone, assert_equal, events, shares
+from shares import LONG, LONG_STEPS, OPTIONS, ROWS, STEPS, alone, assert_equal, events, shares
 from tiny import adamw, batches, bert, train
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import safe_peft
-from safe_peft import AdapterFreezer, BindingError, PlanError, SafeConfig
+from safe_peft import AdapterFreezer, BindingError, SafeConfig
 from safe_peft.parallel.fsdp import whole
 from safe_peft.swap import Swapped
 
@@ -37,17 +37,23 @@ def outcome(model: nn.Module, freezer: AdapterFreezer, losses: list[float]) -> d
     return {"losses": losses, "events": events(freezer), "digest": digest(model)}
 
 
-def train_sharded(rank: int, options: dict[str, Any], config: dict[str, Any], bound_before: bool) -> dict[str, Any]:
+def train_sharded(
+    rank: int, options: dict[str, Any], config: dict[str, Any], bound_before: bool, steps: int = STEPS
+) -> dict[str, Any]:
     model = bert()
     if bound_before:
         safe_peft.bind(model)
     shard(model, **options)
     optimizer = adamw(model)
     freezer = AdapterFreezer(model, optimizer, SafeConfig(**OPTIONS | config))
-    return outcome(model, freezer, train(model, optimizer, shares(STEPS, rank, 2), freezer))
+    return outcome(model, freezer, train(model, optimizer, shares(steps, rank, 2), freezer))
 
 
-@pytest.mark.parametrize("score", ["cka", "relative_norm", "gradient_sensitivity", "random"])
+def test_losses_and_freezings_of_64_steps_equal_one_process() -> None:
+    assert_equal(together(train_sharded, {}, LONG, False, LONG_STEPS), alone(LONG_STEPS, LONG))
+
+
+@pytest.mark.parametrize("score", ["relative_norm", "gradient_sensitivity", "random"])
 def test_losses_and_freezings_equal_one_process(score: str) -> None:
     assert_equal(together(train_sharded, {}, {"score": score}, False), expected(score=score))
 
@@ -188,17 +194,6 @@ def detach_and_go_on(rank: int, bound_before: bool) -> tuple[list[bool], list[fl
 def test_detaching_leaves_the_sharded_model_that_it_was() -> None:
     before, after = (together(detach_and_go_on, bound_before) for bound_before in (True, False))
     assert before == after and all(all(facts) for facts, _ in before)
-
-
-def refuse_bytes(rank: int) -> str:
-    model = shard(bert())
-    with pytest.raises(PlanError) as caught:
-        AdapterFreezer(model, adamw(model), SafeConfig(**OPTIONS, target="bytes", target_fraction=0.5))
-    return str(caught.value)
-
-
-def test_decisions_by_bytes_are_refused_for_a_sharded_model() -> None:
-    assert all('target="adapters"' in message for message in together(refuse_bytes))
 
 
 def refuse_fsdp1(rank: int) -> str:

@@ -83,12 +83,12 @@ def train_by_trainer(rank: int, folder: str, rows: int) -> dict[str, Any]:
         learning_rate=3e-3,
         lr_scheduler_type="constant",
         logging_steps=1,
-        save_steps=40,
+        save_steps=STEPS // 2,
         use_cpu=True,
         report_to=[],
         average_tokens_across_devices=False,  # Trainer would multiply this model's loss, a mean, by the processes
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(256), callbacks=[callback])
+    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(ROWS * STEPS), callbacks=[callback])
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     kind = type(trainer.model_wrapped).__name__
@@ -100,7 +100,7 @@ def test_a_trainer_equals_one_process(tmp_path: Path) -> None:
     one = together(train_by_trainer, str(tmp_path / "one"), ROWS, world=1)[0]
     assert ranks[0]["kind"] == "DistributedDataParallel"
     assert_equal([{**rank, "losses": ranks[0]["losses"] or rank["losses"]} for rank in ranks], one)
-    assert (tmp_path / "two" / "checkpoint-40" / "safe_state.json").exists()
+    assert (tmp_path / "two" / f"checkpoint-{STEPS // 2}" / "safe_state.json").exists()
 
 
 @pytest.mark.slow

@@ -1,0 +1,41 @@
+"""HSDP and tensor parallel: freezing equals one process, and whoever shares a layer decides the same."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+from meshes import OPTIONS, STEPS, split_mlps, train_on_mesh
+from ranks import together
+from shares import alone, assert_equal
+from tiny import adamw, bert
+from torch.distributed.device_mesh import init_device_mesh
+
+from safe_peft import AdapterFreezer, PlanError, SafeConfig
+
+
+@functools.cache
+def expected(**options: str) -> dict[str, list[float]]:
+    return alone(STEPS, OPTIONS, **options)
+
+
+def test_replicas_of_shards_equal_one_process() -> None:
+    assert_equal(together(train_on_mesh, (2, 1), "HSDP", {}), expected())
+
+
+@pytest.mark.parametrize(("kind", "grouped"), [("TP", True), ("FSDP2 and TP", False)])
+def test_processes_that_share_layers_decide_the_same_as_one(kind: str, grouped: bool) -> None:
+    """Each sees other features of a layer; those that share the batch alone would come apart."""
+    assert_equal(together(train_on_mesh, (1, 2), kind, {}, grouped), expected())
+
+
+def refuse_bytes(rank: int) -> str:
+    model = bert()
+    split_mlps(model, init_device_mesh("cpu", (2,)))
+    with pytest.raises(PlanError) as caught:
+        AdapterFreezer(model, adamw(model), SafeConfig(**OPTIONS, target="bytes", target_fraction=0.5))
+    return str(caught.value)
+
+
+def test_decisions_by_bytes_are_refused_where_layers_are_shared() -> None:
+    assert all("tensor parallel" in message and 'target="adapters"' in message for message in together(refuse_bytes))
