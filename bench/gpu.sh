@@ -54,5 +54,10 @@ say "timing kernels"
 "$python" bench/gpu/kernels.py $dry --out "$parts/kernels.json"
 say "timing training steps"
 "$python" bench/gpu/steps.py $dry --out "$parts/steps.json"
+if ((SECONDS < 420)); then
+  say "timing kernels with tiles by measurement"
+  timeout 170 "$python" bench/gpu/kernels.py $dry --autotune --out "$parts/tuned.json" ||
+    say "not within the time that was left"
+fi
 "$python" bench/gpu/summary.py $dry --parts "$parts" --out "$out"
 say "done"
