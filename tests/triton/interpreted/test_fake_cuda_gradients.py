@@ -1,12 +1,12 @@
 """Gradients, retention and tracing on CUDA tensors that do not exist.
 
 Two things are missing where there is no driver. Building a graph asks CUDA's device guard for a stream, and a torch
-without CUDA has no such guard ("PyTorch is not linked with support for cuda devices"; it ends the process, since a
-constructor that must not throw asks). A torch with CUDA but without a device is helped by FakeTensorMode itself, which
-sets a guard that does nothing (`torch._C._ensureCUDADeviceGuardSet`); here the one of the meta device is put into CUDA's
+without CUDA has no such guard ("PyTorch is not linked with support for cuda devices", which ends the process: it is
+thrown where nothing may be). A torch with CUDA but without a device is helped by FakeTensorMode itself, which sets a
+guard that does nothing (`torch._C._ensureCUDADeviceGuardSet`); here the one of the meta device is put into CUDA's
 place, to the same effect. And the autograd engine adds gradients up on the current accelerator's stream ("Cannot access
 accelerator device when none is available"), so that neither `backward` nor AOTAutograd's joint graph can be had. A node
-by itself needs no engine: it is called as the engine would call it, and dispatches its backward op to fake CUDA tensors.
+by itself needs no engine: it is called as the engine would call it, and dispatches its backward op to fake tensors.
 """
 
 from __future__ import annotations
@@ -128,9 +128,8 @@ def test_forward_and_backward_are_traced_as_one_op_each(op: str) -> None:
     stem = op.split()[0]
     back = stem if stem == "dropout" else f"{stem}_backward"
     assert targets == [f"safe_kernels.{stem}.default", f"safe_kernels.{back}.default"]
-    assert {node.meta["val"].device.type for node in graph.nodes if isinstance(node.meta.get("val"), Tensor)} == {
-        "cuda"
-    }
+    values = [node.meta.get("val") for node in graph.nodes]
+    assert {value.device.type for value in values if isinstance(value, Tensor)} == {"cuda"}
 
 
 class Layer(nn.Module):
