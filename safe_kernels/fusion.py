@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from safe_kernels.functional import lora, lora_linear
 from safe_kernels.triton import tuning
 
 FASTER: dict[str, frozenset[str]] = {}
-"""By backend and architecture ("cuda-90"), the calls for which `lora_linear` measured faster, as `_key` names them: it
+"""By backend and architecture ("cuda-90"), the calls for which `lora_linear` measured faster, by their `tuning.key`: it
 takes a measurement to enter one, and none has been made yet."""
 
 
@@ -49,17 +50,14 @@ def prefers_fused(
         return False
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or not _has_kernel(x.device) or x.numel() == 0:
         return False
-    from safe_kernels.triton import configs
-
-    with torch.cuda.device_of(x):
-        target, key = configs.target(), _key(x, weight, lora_A, dropout_p)
-        if tuner is None:
-            return key in FASTER.get(f"{target.backend}-{target.arch}", ())
-        runs = _runs(x, weight, bias, lora_A, lora_B, dropout_p)
-        if torch.is_inference_mode_enabled() or x.is_inference():
-            return tuner.choose(target.kind, key, runs, None) == "lora_linear"
-        # What a call takes first holds: a checkpointed forward must find the same op when it runs again.
-        return tuner.choose(target.kind, key, runs, x if _is_unseen() else None, otherwise="lora") == "lora_linear"
+    call = _call(x, weight, lora_A, dropout_p)
+    if tuner is None:
+        return tuning.key(*call[1:]) in FASTER.get(_architecture(x), ())
+    offer = partial(_offer, x, weight, bias, lora_A, lora_B, dropout_p)
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        return tuner.choose(call, offer, None) == "lora_linear"
+    # What a call takes first holds: a checkpointed forward must find the same op when it runs again.
+    return tuner.choose(call, offer, x if _is_unseen() else None, otherwise="lora") == "lora_linear"
 
 
 @cache
@@ -69,27 +67,38 @@ def _has_kernel(where: torch.device) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key("safe_kernels::lora_linear", key)
 
 
-def _key(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float) -> str:
-    d_in = weight.shape[1]
-    size = (x.numel() // max(d_in, 1), d_in, weight.shape[0], lora_A.shape[0])
-    return tuning.key("layer", size, x.dtype, lora_A.dtype, *(["dropout"] if dropout_p > 0.0 else []))
+def _call(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float) -> tuning.Call:
+    (d_out, d_in), rank = weight.shape, lora_A.shape[0]
+    size = tuning.bucket((x.numel() // d_in, d_in, d_out, rank))
+    return x.get_device(), "layer", size, x.dtype, lora_A.dtype, dropout_p > 0.0 and "dropout"
 
 
-def _runs(
+def _architecture(x: Tensor) -> str:
+    from safe_kernels.triton import configs
+
+    with torch.cuda.device_of(x):
+        target = configs.target()
+    return f"{target.backend}-{target.arch}"
+
+
+def _offer(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout_p: float
-) -> dict[str, tuning.Run]:
+) -> tuple[str, dict[str, tuning.Run]]:
     """A step of each form on leaves of its own; it draws no random numbers."""
+    from safe_kernels.triton import configs
+
+    weight, bias = weight.detach(), None if bias is None else bias.detach()
+    options: Any = {"dropout_p": dropout_p, "rng_state": torch.zeros(2, dtype=torch.int64, device=x.device)}
 
     def over(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return lora(x, F.linear(x, weight.detach(), bias_), A, B, 1.0, dropout_p=dropout_p, rng_state=state)
+        return lora(x, F.linear(x, weight, bias), A, B, 1.0, **options)
 
     def fused(x: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return lora_linear(x, weight.detach(), bias_, A, B, 1.0, dropout_p=dropout_p, rng_state=state)
+        return lora_linear(x, weight, bias, A, B, 1.0, **options)
 
-    bias_ = None if bias is None else bias.detach()
-    state = torch.zeros(2, dtype=torch.int64, device=x.device)
     forms = {"lora": over, "lora_linear": fused}
-    return {name: partial(_step, form, x, lora_A, lora_B) for name, form in forms.items()}
+    with torch.cuda.device_of(x):
+        return configs.target().kind, {name: partial(_step, form, x, lora_A, lora_B) for name, form in forms.items()}
 
 
 def _step(form: Callable[..., Tensor], *tensors: Tensor) -> None:

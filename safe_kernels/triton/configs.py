@@ -43,9 +43,8 @@ class Config:
         """What a launch passes on to the compiler."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
-    @property
-    def label(self) -> str:
-        """What tuning calls it, in its file too."""
+    def __str__(self) -> str:
+        """What tuning's file calls it."""
         tiles = "x".join(str(size) for size in (self.rows, self.columns, self.inner) if size)
         return f"{tiles} warps {self.warps} stages {self.stages}"
 
@@ -162,7 +161,8 @@ def config(kernel: str, operand: torch.dtype, rank: int = 1) -> Config:
     Returns:
         The first entry whose demands are met.
     """
-    return next(entry for entry in TABLE[kernel] if _fits(entry, operand, rank))
+    half, width, shared = operand.itemsize == 2, rank_tile(rank, operand), target().shared
+    return next(entry for entry in TABLE[kernel] if _fits(entry, half, width, shared))
 
 
 def candidates(kernel: str, operand: torch.dtype, rank: int = 1) -> list[Config]:
@@ -177,14 +177,13 @@ def candidates(kernel: str, operand: torch.dtype, rank: int = 1) -> list[Config]
         The table's choice, and those neighbours whose demands are met; for half precision those alone that are meant
         for it.
     """
-    own, half = config(kernel, operand, rank), operand.itemsize == 2
-    near = (entry for entry in NEIGHBOURS.get(kernel, ()) if entry.half == half and _fits(entry, operand, rank))
-    return [own, *near]
+    half, width, shared = operand.itemsize == 2, rank_tile(rank, operand), target().shared
+    near = (entry for entry in NEIGHBOURS.get(kernel, ()) if entry.half == half)
+    return [config(kernel, operand, rank), *(entry for entry in near if _fits(entry, half, width, shared))]
 
 
-def _fits(entry: Config, operand: torch.dtype, rank: int) -> bool:
-    half, width = operand.itemsize == 2, rank_tile(rank, operand)
-    return (half or not entry.half) and width <= entry.rank and target().shared >= entry.shared
+def _fits(entry: Config, half: bool, width: int, shared: int) -> bool:
+    return (half or not entry.half) and width <= entry.rank and shared >= entry.shared
 
 
 def rank_tile(rank: int, operand: torch.dtype) -> int:

@@ -83,7 +83,7 @@ def tuned(
     size: Sequence[int],
     arithmetic: Product,
     matrix: Tensor,
-    **flags: bool,
+    *flags: str | bool,
 ) -> Result:
     """Runs a kernel with the table's tiles, or with the fastest where tuning is on.
 
@@ -93,20 +93,21 @@ def tuned(
         size: of the problem; the rank comes last.
         arithmetic: how to multiply.
         matrix: what the kernel mostly reads.
-        flags: what else the kernel is compiled for.
+        flags: what else the kernel is compiled for; False is nothing.
 
     Returns:
         What `run` returns.
     """
-    chosen = configs.config(kernel, arithmetic.operand, size[-1])
     tuner = tuning.active()
-    if tuner is not None:
-        offered = {entry.label: entry for entry in configs.candidates(kernel, arithmetic.operand, size[-1])}
-        key = tuning.key(kernel, size, matrix.dtype, *arithmetic, *(name for name, flag in flags.items() if flag))
-        runs = {label: functools.partial(run, entry) for label, entry in offered.items()}
-        label = tuner.choose(configs.target().kind, key, runs, matrix)
-        chosen = offered.get(label, chosen)
-    return run(chosen)
+    if tuner is None:
+        return run(configs.config(kernel, arithmetic.operand, size[-1]))
+
+    def offer() -> tuple[str, dict[configs.Config, tuning.Run]]:
+        offered = configs.candidates(kernel, arithmetic.operand, size[-1])
+        return configs.target().kind, {entry: functools.partial(run, entry) for entry in offered}
+
+    call = (matrix.get_device(), kernel, tuning.bucket(size), matrix.dtype, *arithmetic, *flags)
+    return run(tuner.choose(call, offer, matrix) or configs.config(kernel, arithmetic.operand, size[-1]))
 
 
 def flat(tensor: Tensor) -> Tensor:

@@ -264,9 +264,9 @@ def adapter_gradients(
         like = grad if x is None else x
         arithmetic = product(like.dtype, lora_A.dtype)
         run = partial(_input_gradients, grad, x, lora_A, grad_h, drop, wants_x, wants_A, arithmetic)
-        flags = {"x": wants_x, "A": wants_A, "dropout": drop.rng_state is not None}
+        flags = (wants_x and "x", wants_A and "A", drop.rng_state is not None and "dropout")
         size = (grad_h.shape[1], lora_A.shape[1], lora_A.shape[0])
-        grad_x, parts = tuned("lora_input", run, size, arithmetic, like, **flags)
+        grad_x, parts = tuned("lora_input", run, size, arithmetic, like, *flags)
         if wants_A:
             grad_A = reduce(parts, drop.scale, lora_A.dtype, transpose=True)
     return grad.new_empty(0) if grad_h is None else grad_h, grad_x, grad_A, grad_B

@@ -188,8 +188,8 @@ def _multiply(
     arithmetic = product(left.dtype, right.dtype)
     run = partial(_multiply_by, left, right, bias, narrow_left, narrow_right, drop, scale, arithmetic)
     size = (narrow_left.shape[1], right.shape[1], right.shape[0], narrow_right.shape[0])
-    flags = {"bias": bias is not None, "dropout": drop.rng_state is not None}
-    return tuned("lora_linear", run, size, arithmetic, left, **flags)
+    flags = (bias is not None and "bias", drop.rng_state is not None and "dropout", right.stride(0) == 1 and "column")
+    return tuned("lora_linear", run, size, arithmetic, left, *flags)
 
 
 def _multiply_by(

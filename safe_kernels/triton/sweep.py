@@ -151,8 +151,8 @@ def sweep(
     """
     name = "lora_sweep" if dropout.rng_state is None else "lora_sweep_dropped"
     run = partial(_sweep, matrix, narrow, arithmetic, dropout, scale, other, wants_product)
-    flags = {"product": wants_product, "transposed": other is not None}
-    return tuned(name, run, (*matrix.shape, narrow.shape[0]), arithmetic, matrix, **flags)
+    flags = (wants_product and "product", other is not None and "transposed")
+    return tuned(name, run, (*matrix.shape, narrow.shape[0]), arithmetic, matrix, *flags)
 
 
 def _sweep(

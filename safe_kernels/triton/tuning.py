@@ -20,6 +20,8 @@ from torch._subclasses import FakeTensor
 from safe_kernels.triton.store import Store
 
 Run = Callable[[], Any]
+Offer = Callable[[], tuple[str, Mapping[Any, Run]]]
+Call = tuple[Any, ...]
 
 
 class autotune:
@@ -78,36 +80,48 @@ class Tuner:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stores: dict[str, Store] = {}
-        self._assumed: dict[tuple[str, str], str] = {}
+        self._settled: dict[Call, Any] = {}
 
-    def choose(
-        self, device: str, key: str, runs: Mapping[str, Run], like: Tensor | None, otherwise: str | None = None
-    ) -> str | None:
-        """The label of the fastest.
+    def choose(self, call: Call, offer: Offer, like: Tensor | None, otherwise: Any = None) -> Any:
+        """The fastest of what is offered.
 
         Args:
-            device: the kind of device.
-            key: what is chosen for.
-            runs: by label, what to time; nothing that they change may be seen.
+            call: what is chosen for; the device comes first.
+            offer: gives the kind of device, and what to time by what it is a run of; asked for once a call. Nothing
+                that a run changes may be seen. What serves without tuning comes first.
             like: one of the call's tensors; None forbids timing.
-            otherwise: the label that holds from here on if nothing may be timed; None leaves it open.
+            otherwise: what holds from here on if nothing may be timed; None leaves it open.
 
         Returns:
-            A label, or None where nothing is remembered and nothing may be timed.
+            One of what is offered, or None where nothing is remembered and nothing may be timed.
         """
-        store = self._stores.get(device) or self._stores.setdefault(device, Store(*_place(self.folder, device)))
-        label = store.choices.get(key, self._assumed.get((device, key)))
-        if label in runs:
-            return label
-        if len(runs) < 2 or like is None or not may_time(like):
-            if otherwise is not None:
-                self._assumed[device, key] = otherwise
-            return otherwise
-        times = {label: time for label, run in runs.items() if (time := milliseconds(run)) is not None}
-        if not times:
+        found = self._settled.get(call)
+        if found is None:
+            kind, runs = offer()
+            found = self._choose(self._store(kind), key(*call[1:]), runs, like) or otherwise
+            if found is not None:
+                found = self._settled.setdefault(call, found)
+        return found
+
+    def _choose(self, store: Store, key: str, runs: Mapping[Any, Run], like: Tensor | None) -> Any:
+        choices = {str(choice): choice for choice in runs}
+        if store.choices.get(key) in choices:
+            return choices[store.choices[key]]
+        if len(runs) == 1:
+            return next(iter(runs))
+        if like is None or not may_time(like):
             return None
-        store.choices.pop(key, None)  # a label that no candidate has any more
-        return store.add(key, min(times, key=times.__getitem__))
+        times = {choice: time for choice, run in runs.items() if (time := milliseconds(run)) is not None}
+        if not times:
+            return next(iter(runs))  # for this process: there may be more memory in the next one
+        if store.choices.get(key) not in choices:
+            store.choices.pop(key, None)  # of candidates that there were once
+        return choices[store.add(key, str(min(times, key=times.__getitem__)))]
+
+    def _store(self, kind: str) -> Store:
+        if kind not in self._stores:
+            self._stores.setdefault(kind, Store(*_place(self.folder, kind)))
+        return self._stores[kind]
 
 
 class _State:
@@ -195,23 +209,36 @@ def _code() -> str:
     return digest.hexdigest()[:16]
 
 
+def bucket(size: Sequence[int]) -> tuple[int, ...]:
+    """Sizes that count as one: the powers of two above them.
+
+    Args:
+        size: of a problem.
+
+    Example:
+        >>> bucket((8000, 4096, 5))
+        (8192, 4096, 8)
+    """
+    return tuple(1 << max(number - 1, 0).bit_length() for number in size)
+
+
 def key(kernel: str, size: Sequence[int], *rest: object) -> str:
     """What a choice is remembered under.
 
     Args:
         kernel: its name.
-        size: of the problem, of which powers of two count.
-        rest: whatever else matters.
+        size: of the problem.
+        rest: whatever else matters; False is nothing.
 
     Returns:
         One line.
 
     Example:
-        >>> key("lora_apply", (8000, 4096, 16), torch.bfloat16, "ieee")
+        >>> key("lora_apply", (8192, 4096, 16), torch.bfloat16, "ieee", False)
         'lora_apply 8192x4096x16 bfloat16 ieee'
     """
-    bucket = "x".join(str(1 << max(number - 1, 0).bit_length()) for number in size)
-    return " ".join([kernel, bucket, *(str(item).removeprefix("torch.") for item in rest)])
+    words = (str(item).removeprefix("torch.") for item in rest if item is not False)
+    return " ".join([kernel, "x".join(map(str, size)), *words])
 
 
 def may_time(like: Tensor) -> bool:
@@ -232,7 +259,7 @@ def milliseconds(run: Run) -> float | None:
         run: what to time.
 
     Returns:
-        Milliseconds, or None if the device cannot hold it.
+        Milliseconds, or None if the device cannot run it, or not now.
     """
     from triton.runtime.errors import TritonError
     from triton.testing import do_bench

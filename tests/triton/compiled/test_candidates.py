@@ -70,7 +70,7 @@ def test_candidates_fit(
         for entry in others(kernel, operand, rank, target):
             for run in launches(kernel, operand, rank):
                 for found in compile_call(target, partial(run, entry)):
-                    rows.append(cells(f"{entry.label} r{rank}", found))
+                    rows.append(cells(f"{entry} r{rank}", found))
                     wrong += problems(found, exact=False)
                     if target == "sm_80" and entry.shared <= SHARED_KIB["sm_89"]:
                         assert found.shared <= SHARED_KIB["sm_89"] * 1024, "it would be offered there"
@@ -83,5 +83,5 @@ def test_candidates_fit(
 def test_a_candidate_has_one_name(target: str) -> None:
     for kernel, operand in product(configs.NEIGHBOURS, (HALF, SINGLE)):
         with collecting(target):
-            labels = [entry.label for entry in configs.candidates(kernel, operand, 16)]
+            labels = [str(entry) for entry in configs.candidates(kernel, operand, 16)]
         assert len(set(labels)) == len(labels)

@@ -21,7 +21,7 @@ from safe_kernels.triton import configs, lora, lora_linear, sweep, tuning
 from safe_kernels.triton.configs import Config
 
 HALF = DTYPES[2]
-MIDDLE = Shape(37, 40, 33, 5)
+MIDDLE = Shape(20, 18, 17, 5)
 SIZES = ((16, 16), (16, 32), (32, 16))
 TABLES, FAST = "16x16", "32x16"
 
@@ -128,11 +128,11 @@ def test_it_computes_what_the_table_computes(clock: Clock) -> None:
 def test_nobody_notices(clock: Clock) -> None:
     p = linear(MIDDLE, HALF)
     inputs = {name: tensor.clone() for name, tensor in p.inputs.items()}
-    statistics = AdapterStatistics(blocks=RowBlocks(torch.tensor([0, 16]), 16))
+    statistics = AdapterStatistics(blocks=RowBlocks(torch.tensor([0, 8]), 8))
     random = torch.get_rng_state()
     retained = measure(lambda: p.require("x", "A", "B").call(statistics=statistics), exclude=p.inputs.values())
     assert clock.timed
-    assert statistics.rows == 32
+    assert statistics.rows == 16
     assert retained.bytes == 0, "x is excluded, and nothing else is kept"
     assert torch.equal(torch.get_rng_state(), random)
     assert all(torch.equal(tensor, inputs[name]) for name, tensor in p.inputs.items())
@@ -148,12 +148,17 @@ def test_what_counts_as_another_call(clock: Clock) -> None:
 
     assert timed(MIDDLE) == 6, "two kernels, three candidates"
     assert timed(MIDDLE) == 0
-    assert timed(Shape(40, 50, 40, 6)) == 0, "the same powers of two"
-    assert timed(Shape(70, 40, 33, 5)) == 6
-    assert timed(Shape(37, 40, 33, 9)) == 6
+    assert timed(Shape(30, 25, 32, 6)) == 0, "the same powers of two"
+    assert timed(Shape(33, 18, 17, 5)) == 6
+    assert timed(Shape(20, 18, 17, 9)) == 6
     assert timed(MIDDLE, DTYPES[3]) == 6, "another dtype"
     assert timed(MIDDLE, dropout_p=0.1) == 3, "the product of h with B drops nothing"
     assert timed(MIDDLE, has_bias=False) == 3
+    by_columns = linear(MIDDLE, HALF, has_bias=False)
+    by_columns.weight = by_columns.weight.t().contiguous().t()
+    clock.timed.clear()
+    by_columns.call()
+    assert len(clock.timed) == 3, "the weight lies otherwise"
     assert timed(MIDDLE, DTYPES[0]) == 0, "one candidate is no choice"
 
 
@@ -191,6 +196,10 @@ def test_where_no_candidate_fits_the_table_serves_and_nothing_is_remembered(
     clock.broken = True
     linear(MIDDLE, HALF).call()
     assert taken[-1] == TABLES
+    clock.broken = False
+    clock.timed.clear()
+    linear(MIDDLE, HALF).call()
+    assert clock.timed == [], "what has failed once is not tried at every step"
     assert list(tmp_path.glob("*.json")) == []
 
 
