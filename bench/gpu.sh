@@ -55,9 +55,9 @@ say "timing kernels"
 say "timing training steps"
 "$python" bench/gpu/steps.py $dry --out "$parts/steps.json"
 if ((SECONDS < 420)); then
-  say "timing kernels with tiles by measurement"
-  timeout 170 "$python" bench/gpu/kernels.py $dry --autotune --out "$parts/tuned.json" ||
-    say "not within the time that was left"
+  say "checking results and timing kernels, with tiles by measurement"
+  timeout 60 "$python" bench/gpu/check.py $dry --small --autotune --out "$parts/check-tuned.json" || say "wrong, or slow"
+  timeout 120 "$python" bench/gpu/kernels.py $dry --autotune --out "$parts/tuned.json" || say "no time for it"
 fi
 "$python" bench/gpu/summary.py $dry --parts "$parts" --out "$out"
 say "done"
