@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -74,16 +73,12 @@ class Store:
 
     def _write(self, choices: Mapping[str, str]) -> None:
         text = json.dumps({"header": self.header, "choices": dict(sorted(choices.items()))}, indent=1)
-        handle, partial = tempfile.mkstemp(prefix=f".{self.path.stem}-", dir=self.path.parent)
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text + "\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, self.path)
-        except BaseException:
-            os.unlink(partial)
-            raise
+        partial = self.path.with_suffix(".partial")  # the lock's holder alone writes it, over what a killed one left
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, self.path)
 
     def _warn(self, problem: str) -> None:
         if self.path not in _WARNED:

@@ -123,6 +123,7 @@ def test_a_process_killed_while_it_writes_leaves_the_file_and_the_lock_to_others
     assert worker.exitcode == -signal.SIGKILL
     _add(tmp_path, "after", 1)
     assert set(store(tmp_path).choices) == {"before", "after 0"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["choices.json", "choices.lock"]
 
 
 def test_it_is_off_by_default_and_a_function_and_a_context_manager(tmp_path: Path) -> None:

@@ -10,12 +10,15 @@ import pytest
 import torch
 from linears import Linear, linear
 from oracle import DTYPES, Shape, problem
+from peft import LoraConfig, get_peft_model
+from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import safe_kernels
-from safe_kernels import AdapterStatistics, RowBlocks
+import safe_peft
+from safe_kernels import AdapterStatistics, RowBlocks, fusion
 from safe_kernels.retention import measure
 from safe_kernels.triton import configs, lora, lora_linear, sweep, tuning
 from safe_kernels.triton.configs import Config
@@ -290,3 +293,33 @@ def test_a_compiled_graph_keeps_lora(clock: Clock) -> None:
     compiled = torch.compile(lambda x: x + prefers(p), backend="eager", fullgraph=True)
     assert torch.equal(compiled(p.x), p.x)
     assert clock.timed == []
+
+
+def test_the_table_alone_is_asked_while_tuning_is_off(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = linear(MIDDLE, HALF)
+    monkeypatch.setattr(fusion, "FASTER", {"interpreter-": frozenset({"layer 32x32x32x8 bfloat16 bfloat16"})})
+    with safe_kernels.autotune(False):
+        assert prefers(p)
+        assert not prefers(linear(MIDDLE, HALF, dropout_p=0.1))
+        assert not prefers(linear(Shape(33, 18, 17, 5), HALF))
+        assert not prefers(linear(Shape(0, 18, 17, 5), HALF))
+    assert clock.timed == []
+
+
+@pytest.mark.parametrize("fastest", ["over", "fused"])
+def test_a_bound_layer_takes_the_faster_form(clock: Clock, launches: list[str], fastest: str) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(18, 17)), config, autocast_adapter_dtype=False).bfloat16()
+    clock.fastest = fastest
+    x = torch.randn(20, 18, dtype=torch.bfloat16)
+    stock = model(x)
+    with safe_peft.bind(model):
+        model(x).sum().backward()
+        launches.clear()
+        out = model(x)
+        (row,) = safe_peft.explain(model)
+    assert row.path == f"safe_kernels::lora{'_linear' if fastest == 'fused' else ''}"
+    assert launches == ["_lora_sweep_kernel", "_lora_linear_kernel" if fastest == "fused" else "_lora_apply_kernel"]
+    assert torch.allclose(out, stock, atol=2e-2)
+    assert clock.timed.count("over") == clock.timed.count("fused") == 1
