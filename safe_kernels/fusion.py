@@ -12,7 +12,8 @@ from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
 
-from safe_kernels.functional import lora, lora_linear
+from safe_kernels.functional.lora import lora
+from safe_kernels.functional.lora_linear import lora_linear
 from safe_kernels.triton import tuning
 
 FASTER: dict[str, frozenset[str]] = {}
@@ -115,4 +116,5 @@ def _same(tensor: Tensor) -> Tensor:
 
 def _is_unseen() -> bool:
     """Whether a graph beside the caller's would be nobody's business: no mode sees its ops, and hooks can be set."""
-    return torch._C._autograd._saved_tensors_hooks_is_enabled() and not torch._C._len_torch_dispatch_stack()
+    disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
+    return disabled is None and not torch._C._len_torch_dispatch_stack()

@@ -13,6 +13,7 @@ from oracle import DTYPES, Shape, problem
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -276,7 +277,14 @@ def test_a_graph_of_the_callers_sees_nothing_of_it(clock: Clock) -> None:
         assert prefers(p), "what is remembered holds there"
 
 
-@pytest.mark.parametrize("context", [FlopCounterMode(display=False), torch.inference_mode()], ids=["mode", "inference"])
+CONTEXTS = {
+    "mode": FlopCounterMode(display=False),
+    "no hooks": disable_saved_tensors_hooks("none here"),
+    "inference": torch.inference_mode(),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
 def test_where_a_graph_would_be_seen_or_cannot_be_none_is_built(clock: Clock, context: Any) -> None:
     p = linear(MIDDLE, HALF)
     clock.fastest = "fused"
