@@ -54,5 +54,10 @@ say "timing kernels"
 "$python" bench/gpu/kernels.py $dry --out "$parts/kernels.json"
 say "timing training steps"
 "$python" bench/gpu/steps.py $dry --out "$parts/steps.json"
+if ((SECONDS < 420)); then
+  say "checking results and timing kernels, with tiles by measurement"
+  timeout 60 "$python" bench/gpu/check.py $dry --small --autotune --out "$parts/check-tuned.json" || say "wrong, or slow"
+  timeout 120 "$python" bench/gpu/kernels.py $dry --autotune --out "$parts/tuned.json" || say "no time for it"
+fi
 "$python" bench/gpu/summary.py $dry --parts "$parts" --out "$out"
 say "done"

@@ -19,8 +19,10 @@ from safe_kernels import flops as flops
 from safe_kernels import reference, retention
 from safe_kernels import triton as _triton
 from safe_kernels.functional import activation, dropout, gated_activation, layer_norm, lora, lora_linear, rms_norm
+from safe_kernels.fusion import prefers_fused
 from safe_kernels.inversion import invertible
 from safe_kernels.statistics import AdapterStatistics, RowBlocks
+from safe_kernels.triton.tuning import autotune
 
 # The library objects must live as long as their registrations.
 _REFERENCE = torch.library.Library("safe_kernels", "IMPL")
@@ -32,12 +34,14 @@ __all__ = [
     "AdapterStatistics",
     "RowBlocks",
     "activation",
+    "autotune",
     "dropout",
     "gated_activation",
     "invertible",
     "layer_norm",
     "lora",
     "lora_linear",
+    "prefers_fused",
     "reference",
     "retention",
     "rms_norm",

@@ -112,9 +112,10 @@ def main() -> None:
     options = arguments(__doc__ or "")
     device = device_of(options)
     torch.manual_seed(0)
-    found = {"dropout's mask": check_mask(device), "score": check_score(device)}
-    for name, op, tensors, further in cases(options.small or options.dry_run):
-        found[name] = check(op, tensors, further, device)
+    with safe_kernels.autotune(options.autotune, cache=options.out.absolute().parent):
+        found = {"dropout's mask": check_mask(device), "score": check_score(device)}
+        for name, op, tensors, further in cases(options.small or options.dry_run):
+            found[name] = check(op, tensors, further, device)
     wrong = {name: problems for name, problems in found.items() if problems}
     write(options, {"machine": describe(device), "checked": len(found), "wrong": wrong})
     for name, problems in wrong.items():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from itertools import product
 from typing import Any
@@ -16,6 +16,7 @@ import safe_kernels
 from safe_kernels import AdapterStatistics, RowBlocks
 
 SCALING = 2.0
+OWN = ("safe", "fused")
 Providers = dict[str, Callable[[], Any]]
 Case = tuple[str, Providers, dict[str, float]]
 """A name, what is timed, and the least it has to move or to compute."""
@@ -183,15 +184,24 @@ def main() -> None:
     options = arguments(__doc__ or "")
     device = device_of(options)
     torch.manual_seed(0)
-    limits, rows = ceilings(device), []
-    for size, s, (name, providers, least) in all_cases(options.dry_run, device):
-        times = {provider: median_ms(run, device, s.leaves) for provider, run in providers.items()}
+    with safe_kernels.autotune(options.autotune, cache=options.out.absolute().parent):
+        limits = ceilings(device)
+        rows = measure(device, options.dry_run, limits, OWN if options.autotune else ())
+    write(options, {"machine": describe(device), "ceilings": limits, "kernels": rows})
+
+
+def measure(device: torch.device, dry: bool, limits: dict[str, float], only: Collection[str]) -> list[dict[str, Any]]:
+    """Every case by all providers, or by `only` some."""
+    rows = []
+    for size, s, (name, providers, least) in all_cases(dry, device):
+        runs = {provider: run for provider, run in providers.items() if not only or provider in only}
+        times = {provider: median_ms(run, device, s.leaves) for provider, run in runs.items()}
         floor = least.get("least_bytes", 0) / limits["copy_GB_s"] / 1e6 + least.get("least_flops", 0) / (
             limits["bf16_TFLOP_s"] * 1e9
         )
         rows.append({"case": name, **size, "floor_ms": floor, **least, "ms": times})
         print(f"{name} {size}: " + ", ".join(f"{key} {value['p50']:.3f}" for key, value in times.items()), flush=True)
-    write(options, {"machine": describe(device), "ceilings": limits, "kernels": rows})
+    return rows
 
 
 if __name__ == "__main__":

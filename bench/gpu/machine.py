@@ -24,6 +24,7 @@ def arguments(description: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny sizes: times mean nothing")
     parser.add_argument("--small", action="store_true", help="few small cases, for a sanitizer")
+    parser.add_argument("--autotune", action="store_true", help="tiles by measurement; of kernels, our own alone")
     parser.add_argument("--out", type=Path, required=True, help="JSON to write")
     return parser.parse_args()
 

@@ -48,7 +48,8 @@ def main() -> None:
     parser.add_argument("--parts", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    check, kernels, steps = (load(options.parts, name) for name in ("check", "kernels", "steps"))
+    names = ("check", "kernels", "steps", "check-tuned", "tuned")
+    check, kernels, steps, check_tuned, tuned = (load(options.parts, name) for name in names)
     sanitizer = (options.parts / "sanitizer.txt").read_text().splitlines()
     whole = {
         "dry_run": options.dry_run,
@@ -56,10 +57,12 @@ def main() -> None:
         "ceilings": kernels.get("ceilings", {}),
         "check": {"checked": check.get("checked"), "wrong": check.get("wrong"), "sanitizer": sanitizer},
         "kernels": kernels.get("kernels", []),
+        "autotuned": {"wrong": check_tuned.get("wrong"), "kernels": tuned.get("kernels", [])},
         "steps": {key: value for key, value in steps.items() if key != "machine"},
     }
     options.out.write_text(json.dumps(whole, indent=1) + "\n")
     print("\n".join([*kernel_lines(kernels), *step_lines(steps)]))
+    print("\n".join(["autotuned:", *kernel_lines(tuned)]))
     print(f"ceilings {whole['ceilings']}")
     print(f"checked {check.get('checked')}, wrong {len(check.get('wrong') or {})}; sanitizer: {'; '.join(sanitizer)}")
     if options.dry_run:

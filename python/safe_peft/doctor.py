@@ -184,6 +184,9 @@ def _kernels(findings: Findings) -> Iterator[Check]:
             yield Check("kernels", f"{op} on {device}", kernel)
     if findings.kernels:
         yield _triton(findings)
+    if findings.triton:
+        found = [f"{count} choices for {device}" for device, count in findings.tuning.items()]
+        yield Check("kernels", "autotune", ", ".join(found) or "nothing measured; tiles come from a table")
 
 
 def _triton(findings: Findings) -> Check:

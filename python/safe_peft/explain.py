@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 FAST = "safe_kernels::lora"
+FUSED = "safe_kernels::lora_linear"
 PEFT = "peft"
 AS_IT_IS = "as it is"
 
@@ -22,7 +23,8 @@ class LayerPath:
     Args:
         name: the layer's path in the model.
         kind: PEFT's type of it, such as "lora.Linear".
-        path: "safe_kernels::lora" or "peft".
+        path: "safe_kernels::lora" or "peft"; "safe_kernels::lora_linear" if its last call was computed in one with the
+            base layer.
         reason: why; on the fast path mostly empty, or what there is to know about the base layer.
         trainable: whether any of its adapters' parameters requires grad.
         frozen: whether a freezer has frozen an adapter of it.
@@ -160,7 +162,7 @@ def _explain_layer(name: str, layer: nn.Module, kind: str) -> LayerPath:
     elif state is None:
         path, reason = PEFT, f"not bound: after bind(model) {FAST} would serve it"
     else:
-        path, reason = FAST, known.note(layer)
+        path, reason = FUSED if state.fused else FAST, known.note(layer)
     trainable = any(p.requires_grad for key in adapter_keys(layer) for p in adapter_parameters(layer, key))
     return LayerPath(name, kind, path, reason, trainable, state is not None and bool(state.frozen))
 

@@ -29,6 +29,7 @@ class Findings:
     kernels: dict[str, dict[str, str]] = field(default_factory=dict)  # op -> device -> kernel
     triton: str = ""  # its version; empty where it is not installed
     triton_error: str = ""
+    tuning: dict[str, int] = field(default_factory=dict)  # kind of device -> choices that autotune remembers
     threads: int = 0
     gpus: list[str] = field(default_factory=list)
     openmp: list[str] = field(default_factory=list)
@@ -84,6 +85,7 @@ def _inspect() -> Findings:
     findings.extension_torch, findings.extension_compiler = _C.torch_version, _C.compiler
     findings.kernels = {op: _kernels(op, package) for op in _ops()}
     findings.triton, findings.triton_error = _triton()
+    findings.tuning = _tuning() if findings.triton else {}
     findings.openmp = _openmp()
     return findings
 
@@ -97,6 +99,15 @@ def _triton() -> tuple[str, str]:
     except Exception as error:
         return "", _sentence(error)
     return str(triton.__version__), ""
+
+
+def _tuning() -> dict[str, int]:
+    from safe_kernels.triton import tuning
+
+    try:
+        return tuning.remembered()
+    except ValueError:  # no folder to remember in, which the cache's own check tells
+        return {}
 
 
 def _sentence(error: BaseException) -> str:

@@ -7,6 +7,9 @@ import math
 import torch
 from torch import Tensor
 
+MOST_BLOCK_ROWS = 8192
+"""Two matrices of so many rows squared, in double, are 1 GiB."""
+
 
 def cka_sums(
     base: Tensor, delta: Tensor, block_starts: Tensor, block_rows: int, row_weight: Tensor | None = None
@@ -31,6 +34,7 @@ def cka_sums(
         raise ValueError(f"block_starts must be int64 [n], got {block_starts.dtype} {list(block_starts.shape)}")
     if row_weight is not None and row_weight.shape != base.shape[:1]:
         raise ValueError(f"row_weight must have shape {list(base.shape[:1])}, got {list(row_weight.shape)}")
+    check_block_rows(block_rows, base)
     sums = base.new_zeros(4, dtype=torch.float64)
     if base.shape[0] == 0 or block_starts.shape[0] == 0:
         return sums
@@ -50,6 +54,19 @@ def cka_sums(
     K, cross = X @ X.mT, D @ X.mT
     E = cross + cross.mT + D @ D.mT
     return torch.stack([(K * K).sum(), (K * E).sum(), (E * E).sum(), weight.sum()])
+
+
+def check_block_rows(block_rows: int, base: Tensor) -> None:
+    """Refuses blocks whose Gram matrices nothing could hold: here, on a GPU, and in the CPU kernel in the same words.
+
+    Raises:
+        ValueError: a block has more than `MOST_BLOCK_ROWS` rows of `base` [N, d].
+    """
+    if block_rows > MOST_BLOCK_ROWS and base.shape[0] > MOST_BLOCK_ROWS:
+        raise ValueError(
+            f"block_rows must be at most {MOST_BLOCK_ROWS}, since a block takes two matrices of its rows squared, got "
+            f"{block_rows}"
+        )
 
 
 def one_minus_cka(sums: Tensor) -> float:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from safe_kernels.reference.importance import check_block_rows
 from safe_kernels.triton.cka_kernels import (
     _block_grams_kernel,
     _block_means_kernel,
@@ -50,7 +51,11 @@ def block_sums(
 
     Returns:
         float64 [4] = (a, b, c, rows).
+
+    Raises:
+        ValueError: a block has too many rows.
     """
+    check_block_rows(block_rows, base)
     if base.shape[0] == 0 or block_starts.shape[0] == 0:
         return h.new_zeros(4, dtype=torch.float64)
     weight = None if row_weight is None else (row_weight != 0).to(torch.int8).contiguous()

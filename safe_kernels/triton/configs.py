@@ -43,11 +43,16 @@ class Config:
         """What a launch passes on to the compiler."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
+    def __str__(self) -> str:
+        """What tuning's file calls it."""
+        tiles = "x".join(str(size) for size in (self.rows, self.columns, self.inner) if size)
+        return f"{tiles} warps {self.warps} stages {self.stages}"
+
 
 TABLE: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (
         Config(128, 64, warps=8, shared=160, half=True),
-        Config(64, 64, stages=2, half=True),
+        Config(64, 64, half=True),
         Config(32, 32, stages=2),
     ),
     # After dropout a factor lies in registers, where wgmma would wait for it (triton 3.6): 32 rows take mma instead.
@@ -58,7 +63,7 @@ TABLE: dict[str, tuple[Config, ...]] = {
     ),
     "lora_apply": (
         Config(64, 128, shared=160, half=True),
-        Config(64, 64, stages=2, half=True),
+        Config(32, 128, stages=2, half=True),
         Config(32, 64, stages=2),
     ),
     "lora_input": (
@@ -79,6 +84,26 @@ TABLE: dict[str, tuple[Config, ...]] = {
     "block_products": (Config(32, 32, stages=1),),
     "block_sums": (Config(32, 32, stages=1),),
 }
+NEIGHBOURS: dict[str, tuple[Config, ...]] = {
+    "lora_sweep": (Config(64, 128, warps=8, shared=90, half=True), Config(16, 64, stages=2)),
+    "lora_sweep_dropped": (
+        Config(32, 128, warps=8, shared=60, half=True),
+        Config(16, 128, half=True),
+        Config(16, 64, stages=2),
+    ),
+    "lora_apply": (Config(32, 64, stages=2, half=True), Config(32, 32, stages=2)),
+    "lora_input": (
+        Config(64, 64, warps=8, stages=1, half=True),
+        Config(32, 128, warps=8, stages=1, half=True),
+        Config(16, 64, stages=1),
+    ),
+    "lora_linear": (
+        Config(128, 128, inner=64, warps=8, stages=4, shared=160, half=True),
+        Config(128, 128, inner=32, warps=8, stages=4, shared=90, half=True),
+        Config(128, 64, inner=64, shared=60, half=True),
+    ),
+}
+"""What tuning tries beside the table's choice; held to the same limits by the same tests."""
 
 
 class Target(NamedTuple):
@@ -87,10 +112,19 @@ class Target(NamedTuple):
     Attributes:
         backend: "cuda", "hip", or "interpreter".
         shared: KiB of shared memory a program may have.
+        arch: of the backend's architectures, the device's: "90", or "gfx942".
+        multiprocessors: how many run programs at a time.
     """
 
     backend: str
     shared: int
+    arch: str = ""
+    multiprocessors: int = 0
+
+    @property
+    def kind(self) -> str:
+        """What devices have in common that run the same kernels equally fast; no GPU's name."""
+        return f"{self.backend}-{self.arch}-{self.multiprocessors}" if self.arch else self.backend
 
 
 def target() -> Target:
@@ -101,7 +135,7 @@ def target() -> Target:
 
     Example:
         >>> target()  # doctest: +SKIP
-        Target(backend='cuda', shared=227)
+        Target(backend='cuda', shared=227, arch='90', multiprocessors=132)
     """
     if triton.knobs.runtime.interpret:
         return Target("interpreter", 0)
@@ -111,8 +145,9 @@ def target() -> Target:
 @lru_cache
 def _target_of(device: int) -> Target:
     driver = triton.runtime.driver.active
-    shared = driver.utils.get_device_properties(device)["max_shared_mem"]
-    return Target(driver.get_current_target().backend, shared // 1024)
+    properties, found = driver.utils.get_device_properties(device), driver.get_current_target()
+    shared = properties["max_shared_mem"] // 1024
+    return Target(found.backend, shared, str(found.arch), properties["multiprocessor_count"])
 
 
 def config(kernel: str, operand: torch.dtype, rank: int = 1) -> Config:
@@ -126,11 +161,29 @@ def config(kernel: str, operand: torch.dtype, rank: int = 1) -> Config:
     Returns:
         The first entry whose demands are met.
     """
-    shared = target().shared
-    half, width = operand.itemsize == 2, rank_tile(rank, operand)
-    return next(
-        entry for entry in TABLE[kernel] if (half or not entry.half) and width <= entry.rank and shared >= entry.shared
-    )
+    half, width, shared = operand.itemsize == 2, rank_tile(rank, operand), target().shared
+    return next(entry for entry in TABLE[kernel] if _fits(entry, half, width, shared))
+
+
+def candidates(kernel: str, operand: torch.dtype, rank: int = 1) -> list[Config]:
+    """The configurations that tuning tries on the current device.
+
+    Args:
+        kernel: its name in `TABLE`.
+        operand: dtype of the factors.
+        rank: the adapter's rank.
+
+    Returns:
+        The table's choice, and those neighbours whose demands are met; for half precision those alone that are meant
+        for it.
+    """
+    half, width, shared = operand.itemsize == 2, rank_tile(rank, operand), target().shared
+    near = (entry for entry in NEIGHBOURS.get(kernel, ()) if entry.half == half)
+    return [config(kernel, operand, rank), *(entry for entry in near if _fits(entry, half, width, shared))]
+
+
+def _fits(entry: Config, half: bool, width: int, shared: int) -> bool:
+    return (half or not entry.half) and width <= entry.rank and shared >= entry.shared
 
 
 def rank_tile(rank: int, operand: torch.dtype) -> int:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from safe_kernels.triton import configs
+from safe_kernels.triton import configs, tuning
 
+Result = TypeVar("Result")
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 
 
@@ -74,6 +75,39 @@ def served_by(
         return choose
 
     return decorate
+
+
+def tuned(
+    kernel: str,
+    run: Callable[[configs.Config], Result],
+    size: Sequence[int],
+    arithmetic: Product,
+    matrix: Tensor,
+    *flags: str | bool,
+) -> Result:
+    """Runs a kernel with the table's tiles, or with the fastest where tuning is on.
+
+    Args:
+        kernel: its name in `configs.TABLE`.
+        run: launches it with a configuration, into results of its own.
+        size: of the problem; the rank comes last.
+        arithmetic: how to multiply.
+        matrix: what the kernel mostly reads.
+        flags: what else the kernel is compiled for; False is nothing.
+
+    Returns:
+        What `run` returns.
+    """
+    tuner = tuning.active()
+    if tuner is None:
+        return run(configs.config(kernel, arithmetic.operand, size[-1]))
+
+    def offer() -> tuple[str, dict[configs.Config, tuning.Run]]:
+        offered = configs.candidates(kernel, arithmetic.operand, size[-1])
+        return configs.target().kind, {entry: functools.partial(run, entry) for entry in offered}
+
+    call = (matrix.get_device(), kernel, tuning.bucket(size), matrix.dtype, *arithmetic, *flags)
+    return run(tuner.choose(call, offer, matrix) or configs.config(kernel, arithmetic.operand, size[-1]))
 
 
 def flat(tensor: Tensor) -> Tensor:

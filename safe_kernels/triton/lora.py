@@ -7,6 +7,8 @@ allocated nor computed.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from safe_kernels import reference
 from safe_kernels.triton.cka import block_sums
-from safe_kernels.triton.configs import config, rank_tile, splits
+from safe_kernels.triton.configs import Config, rank_tile, splits
 from safe_kernels.triton.launch import (
     TYPES,
     Dropout,
@@ -26,6 +28,7 @@ from safe_kernels.triton.launch import (
     product,
     require_shape,
     served_by,
+    tuned,
 )
 from safe_kernels.triton.philox import _keep
 from safe_kernels.triton.sweep import _load_parts, reduce, sweep
@@ -162,28 +165,28 @@ def lora(
     drop, arithmetic = dropout(dropout_p, rng_state), product(x.dtype, lora_A.dtype)
     require_shape("lora_A", lora_A, (lora_B.shape[1], x.shape[-1]))
     require_shape("base", base, (*x.shape[:-1], lora_B.shape[0]))
-    out = base.new_empty(base.shape)
     base_rows = flat(base)
     with guard(x):
         h, _ = sweep(flat(x), lora_A, arithmetic, drop, scale=drop.scale)
-        _apply(base_rows, lora_B, h, out, scaling, arithmetic)
+        apply = partial(_apply, base, lora_B, h, scaling, arithmetic)
+        out = tuned("lora_apply", apply, (*base_rows.shape, lora_B.shape[1]), arithmetic, base)
         if block_starts is None:
             return out, x.new_empty(0, dtype=torch.float64)
         return out, block_sums(base_rows, h, lora_B, scaling, block_starts, block_rows, row_weight)
 
 
-def _apply(base: Tensor, lora_B: Tensor, h: Tensor, out: Tensor, scaling: float, arithmetic: Product) -> None:
-    (rows, columns), rank = base.shape, lora_B.shape[1]
-    chosen = config("lora_apply", arithmetic.operand, rank)
+def _apply(base: Tensor, lora_B: Tensor, h: Tensor, scaling: float, arithmetic: Product, chosen: Config) -> Tensor:
+    out, matrix = base.new_empty(base.shape), flat(base)
+    (rows, columns), rank = matrix.shape, lora_B.shape[1]
     _lora_apply_kernel[(ceil_div(rows, chosen.rows), ceil_div(columns, chosen.columns))](
-        base,
+        matrix,
         lora_B,
         h,
         out,
         rows,
         columns,
         rank,
-        *base.stride(),
+        *matrix.stride(),
         *lora_B.stride(),
         scaling,
         ROWS=chosen.rows,
@@ -194,6 +197,7 @@ def _apply(base: Tensor, lora_B: Tensor, h: Tensor, out: Tensor, scaling: float,
         PRECISION=arithmetic.precision,
         **chosen.options,
     )
+    return out
 
 
 @served_by(reference.lora_backward)
@@ -257,19 +261,30 @@ def adapter_gradients(
         if h is not None:
             grad_B = reduce(parts, scaling, lora_B.dtype)
     if grad_h is not None and (wants_x or wants_A):
-        grad_x, parts = _input_gradients(grad, x, lora_A, grad_h, drop, wants_x, wants_A)
+        like = grad if x is None else x
+        arithmetic = product(like.dtype, lora_A.dtype)
+        run = partial(_input_gradients, grad, x, lora_A, grad_h, drop, wants_x, wants_A, arithmetic)
+        flags = (wants_x and "x", wants_A and "A", drop.rng_state is not None and "dropout")
+        size = (grad_h.shape[1], lora_A.shape[1], lora_A.shape[0])
+        grad_x, parts = tuned("lora_input", run, size, arithmetic, like, *flags)
         if wants_A:
             grad_A = reduce(parts, drop.scale, lora_A.dtype, transpose=True)
     return grad.new_empty(0) if grad_h is None else grad_h, grad_x, grad_A, grad_B
 
 
 def _input_gradients(
-    grad: Tensor, x: Tensor | None, lora_A: Tensor, grad_h: Tensor, drop: Dropout, wants_x: bool, wants_A: bool
+    grad: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    grad_h: Tensor,
+    drop: Dropout,
+    wants_x: bool,
+    wants_A: bool,
+    arithmetic: Product,
+    chosen: Config,
 ) -> tuple[Tensor, Tensor]:
     """grad_x, and the parts [tiles, d_in, r] of grad_A; what is not wanted is empty."""
     (rank, columns), rows, like = lora_A.shape, grad_h.shape[1], grad if x is None else x
-    arithmetic = product(like.dtype, lora_A.dtype)
-    chosen = config("lora_input", arithmetic.operand, rank)
     tiles = ceil_div(rows, chosen.rows)
     parts, split_columns = splits(tiles, columns, chosen.columns)
     grad_x = like.new_empty((*grad.shape[:-1], columns) if wants_x else 0)

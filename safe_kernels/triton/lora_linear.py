@@ -10,6 +10,8 @@ never exists. Forward and backward are one kernel::
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
@@ -17,8 +19,20 @@ from torch import Tensor
 
 from safe_kernels import reference
 from safe_kernels.triton.cka import block_sums
-from safe_kernels.triton.configs import config, rank_tile
-from safe_kernels.triton.launch import TYPES, Dropout, ceil_div, dropout, flat, guard, product, require_shape, served_by
+from safe_kernels.triton.configs import Config, rank_tile
+from safe_kernels.triton.launch import (
+    TYPES,
+    Dropout,
+    Product,
+    ceil_div,
+    dropout,
+    flat,
+    guard,
+    product,
+    require_shape,
+    served_by,
+    tuned,
+)
 from safe_kernels.triton.lora import adapter_gradients
 from safe_kernels.triton.philox import _keep
 from safe_kernels.triton.sweep import _load_parts, sweep
@@ -121,10 +135,9 @@ def lora_linear(
     drop, rows = dropout(dropout_p, rng_state), flat(x)
     require_shape("lora_A", lora_A, (lora_B.shape[1], rows.shape[1]))
     require_shape("weight", weight, (lora_B.shape[0], rows.shape[1]))
-    out = x.new_empty((*x.shape[:-1], weight.shape[0]))
     with guard(x):
         h, _ = sweep(rows, lora_A, product(x.dtype, lora_A.dtype), drop, scale=drop.scale)
-        _multiply(rows, weight.t(), bias, h, lora_B.t(), dropout(0.0, None), out, scaling)
+        out = _multiply(x, weight.t(), bias, h, lora_B.t(), dropout(0.0, None), scaling)
         if block_starts is None:
             return out, x.new_empty(0, dtype=torch.float64)
         # The features without the adapter are nowhere: those with it are scored, with the roles swapped.
@@ -153,8 +166,7 @@ def lora_linear_backward(
         wanted = (False, wants_A, wants_B)
         grad_h, _, grad_A, grad_B = adapter_gradients(grad, x, lora_A, lora_B, scaling, drop, wanted, wants_x)
         if wants_x:
-            grad_x = weight.new_empty((*grad.shape[:-1], weight.shape[1]))
-            _multiply(rows, weight, None, grad_h, lora_A, drop, grad_x, 1.0)
+            grad_x = _multiply(grad, weight, None, grad_h, lora_A, drop, 1.0)
         if wants_weight and x is not None:
             grad_weight = rows.t().to(weight.dtype) @ flat(x)
         if wants_bias:
@@ -169,16 +181,33 @@ def _multiply(
     narrow_left: Tensor,
     narrow_right: Tensor,
     drop: Dropout,
-    out: Tensor,
     scale: float,
-) -> None:
-    """``out = left right + bias + mask * scale * narrow_left narrow_right``."""
-    (rows, inner), columns, rank = left.shape, right.shape[1], narrow_right.shape[0]
+) -> Tensor:
+    """``left right + bias + mask * scale * narrow_left narrow_right``; left [..., inner], right [inner, columns]."""
     # A float32 adapter over a half-precision layer is rounded here: the result has no more digits.
     arithmetic = product(left.dtype, right.dtype)
-    chosen, width = config("lora_linear", arithmetic.operand, rank), rank_tile(rank, arithmetic.operand)
+    run = partial(_multiply_by, left, right, bias, narrow_left, narrow_right, drop, scale, arithmetic)
+    size = (narrow_left.shape[1], right.shape[1], right.shape[0], narrow_right.shape[0])
+    flags = (bias is not None and "bias", drop.rng_state is not None and "dropout", right.stride(0) == 1 and "column")
+    return tuned("lora_linear", run, size, arithmetic, left, *flags)
+
+
+def _multiply_by(
+    left: Tensor,
+    right: Tensor,
+    bias: Tensor | None,
+    narrow_left: Tensor,
+    narrow_right: Tensor,
+    drop: Dropout,
+    scale: float,
+    arithmetic: Product,
+    chosen: Config,
+) -> Tensor:
+    out, matrix = right.new_empty((*left.shape[:-1], right.shape[1])), flat(left)
+    (rows, inner), columns, rank = matrix.shape, right.shape[1], narrow_right.shape[0]
+    width = rank_tile(rank, arithmetic.operand)
     _lora_linear_kernel[(ceil_div(rows, chosen.rows) * ceil_div(columns, chosen.columns),)](
-        left,
+        matrix,
         right,
         None if bias is None else bias.contiguous(),
         narrow_left,
@@ -189,7 +218,7 @@ def _multiply(
         columns,
         inner,
         rank,
-        *left.stride(),
+        *matrix.stride(),
         *right.stride(),
         *narrow_right.stride(),
         scale,
@@ -208,3 +237,4 @@ def _multiply(
         HAS_DROPOUT=drop.rng_state is not None,
         **chosen.options,
     )
+    return out

@@ -12,13 +12,15 @@ added in a fixed order, so that results do not depend on the order programs run 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from safe_kernels.triton.configs import config, rank_tile, splits
-from safe_kernels.triton.launch import TYPES, Dropout, Product, ceil_div
+from safe_kernels.triton.configs import Config, config, rank_tile, splits
+from safe_kernels.triton.launch import TYPES, Dropout, Product, ceil_div, tuned
 from safe_kernels.triton.philox import _keep
 
 
@@ -147,9 +149,23 @@ def sweep(
     Returns:
         The product's parts [splits, N, r], and the transposed product's [tiles, d, r]; what is not wanted is empty.
     """
-    (rows, columns), rank = matrix.shape, narrow.shape[0]
     name = "lora_sweep" if dropout.rng_state is None else "lora_sweep_dropped"
-    chosen = config(name, arithmetic.operand, rank)
+    run = partial(_sweep, matrix, narrow, arithmetic, dropout, scale, other, wants_product)
+    flags = (wants_product and "product", other is not None and "transposed")
+    return tuned(name, run, (*matrix.shape, narrow.shape[0]), arithmetic, matrix, *flags)
+
+
+def _sweep(
+    matrix: Tensor,
+    narrow: Tensor,
+    arithmetic: Product,
+    dropout: Dropout,
+    scale: float,
+    other: Tensor | None,
+    wants_product: bool,
+    chosen: Config,
+) -> tuple[Tensor, Tensor]:
+    (rows, columns), rank = matrix.shape, narrow.shape[0]
     tiles, width = ceil_div(rows, chosen.rows), rank_tile(rank, arithmetic.operand)
     parts, split_columns = splits(tiles, columns, chosen.columns)
     empty = matrix.new_empty

@@ -280,3 +280,22 @@ def test_one_minus_cka_of_bad_sums() -> None:
     # E = K is a mere scaling; <K, K + E> = 0 is the other end.
     assert reference.one_minus_cka(torch.tensor([1.0, 1.0, 1.0], dtype=torch.float64)) == 0.0
     assert reference.one_minus_cka(torch.tensor([1.0, -1.0, 3.0], dtype=torch.float64)) == 1.0
+
+
+def test_a_block_has_the_same_most_rows_whatever_scores_it() -> None:
+    """The CPU kernel, the reference, and fake tensors; two matrices of its rows squared are what a block takes."""
+    message = "block_rows must be at most 8192, since a block takes two matrices of its rows squared, got 9000"
+    p = problem(Shape(9000, 1, 1, 1))
+    starts = torch.tensor([0])
+    with pytest.raises(ValueError, match=message):
+        score(p, RowBlocks(starts, 9000))
+    with pytest.raises(ValueError, match=message), torch.inference_mode():
+        score(p, RowBlocks(starts, 9000))
+    arguments = (p.x, p.base, p.A, p.B, 2.0, 0.0, None, starts, 9000)
+    with pytest.raises(ValueError, match=message):
+        reference.lora(*arguments)
+    with pytest.raises(ValueError, match=message):
+        torch.ops.safe_kernels.lora(*(t.to("meta") if isinstance(t, torch.Tensor) else t for t in arguments))
+    small = problem(Shape(20, 4, 5, 2))
+    assert score(small, RowBlocks(starts, 9000)).rows == 20, "a block is no longer than the batch"
+    assert float(reference.cka_sums(small.base, small.base, starts, 9000)[3]) == 20

@@ -106,6 +106,29 @@ def test_a_missing_triton_matters_only_to_a_gpu(
     assert diagnosis.exit_status == 0, "the reference serves"
 
 
+@pytest.mark.parametrize(
+    ("tuning", "words"),
+    [
+        ({}, "nothing measured; tiles come from a table"),
+        ({"cuda-90-132": 12, "cuda-80-108": 3}, "12 choices for cuda-90-132, 3 choices for cuda-80-108"),
+    ],
+)
+def test_it_tells_what_tuning_has_found(found: Callable[..., Diagnosis], tuning: dict[str, int], words: str) -> None:
+    assert named(found(triton="3.7.1", tuning=tuning), "autotune").found == words
+    assert "autotune" not in {check.name for check in found(tuning=tuning).checks}, "there is nothing to tune"
+
+
+def test_tuning_is_counted_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    from safe_kernels.triton import store, tuning
+
+    monkeypatch.setenv("SAFE_KERNELS_CACHE", str(tmp_path))
+    store.Store(*tuning._place(tmp_path, "cuda-90-132")).add("key", "64x64")
+    assert inspection.inspect_in_process().tuning == {"cuda-90-132": 1}
+    monkeypatch.setenv("SAFE_KERNELS_CACHE", str(tmp_path / "autotune-cuda-90-132.json"))
+    assert inspection.inspect_in_process().tuning == {}, "no folder: the cache's own check tells"
+
+
 def test_without_triton_the_reference_serves_gpus(tmp_path: Path) -> None:
     """A finder that hides Triton: importing works, and the dispatcher falls back to the reference."""
     hide = (

@@ -25,11 +25,12 @@ NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_89": GPUTarget("cuda", 89, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
+SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 """KiB of shared memory a program may have (CUDA programming guide, compute capabilities; CDNA 3 ISA: LDS)."""
 TENSOR_MEMORY_COLUMNS = 512
 REGISTERS = {"cuda": 255, "hip": 512}
@@ -115,6 +116,27 @@ def compile_call(target: str, call: Callable[[], Any]) -> list[Resources]:
     with collecting(target) as compiled:
         call()
     return [resources(kernel, target) for kernel in compiled]
+
+
+def cells(case: str, found: Resources) -> tuple[str, ...]:
+    """A row of the table that is printed at the end."""
+    numbers = (found.warps, found.registers, f"{found.shared / 1024:.1f}", found.tensor_memory, found.spilled)
+    return (found.kernel, case, found.target, *map(str, numbers), found.tensor_core)
+
+
+def problems(found: Resources, exact: bool) -> list[str]:
+    """What keeps a kernel from running well on its target; `exact` float32 products have no matrix units on CUDA."""
+    backend = TARGETS[found.target].backend
+    has_units = found.dots > 0 and not (exact and backend == "cuda") and found.kernel != "_block_sums_kernel"
+    wrong = {
+        "spills": found.spilled > 0,
+        "registers": found.registers > REGISTERS[backend],
+        "shared memory": found.shared > SHARED_KIB[found.target] * 1024,
+        "tensor memory": found.tensor_memory > TENSOR_MEMORY_COLUMNS,
+        "no matrix units": has_units and not found.tensor_core,
+        "serialized": found.serialized,
+    }
+    return [f"{found.kernel} on {found.target}: {name} ({found})" for name, is_wrong in wrong.items() if is_wrong]
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -22,14 +22,16 @@ class LayerState:
         frozen: keys of the adapters that the ledger calls frozen, whatever their requires_grad says.
         observe: by key, gives the statistics that the coming forward is to add to; empty unless a scoring is due.
         claimed: a freezer owns this layer.
+        fused: the last call computed the base layer and its adapter in one.
     """
 
-    __slots__ = ("claimed", "frozen", "observe")
+    __slots__ = ("claimed", "frozen", "fused", "observe")
 
     def __init__(self) -> None:
         self.frozen: set[str] = set()
         self.observe: dict[str, Callable[[Tensor], AdapterStatistics | None]] = {}
         self.claimed = False
+        self.fused = False
 
 
 def adapter_keys(layer: nn.Module) -> list[str]:

@@ -1,4 +1,7 @@
-"""PEFT's `lora.Linear` with `safe_kernels.lora` for its adapter, over any base layer: only its output is taken."""
+"""PEFT's `lora.Linear` with `safe_kernels.lora` for its adapter, over any base layer: only its output is taken.
+
+Over a plain nn.Linear the whole layer may be one op, `safe_kernels.lora_linear`, where that is known to be faster.
+"""
 
 from __future__ import annotations
 
@@ -96,6 +99,18 @@ def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | N
     return None
 
 
+def _plain(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a base layer that computes ``x W' + bias`` alone, and whose call nobody would miss."""
+    if type(base) is not nn.Linear or is_hooked(base) or torch.is_autocast_enabled(x.device.type):
+        return None
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias", x)
+    if type(weight) is not nn.Parameter or weight.dtype != x.dtype:
+        return None
+    if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != x.dtype):
+        return None
+    return weight, bias
+
+
 class SafeLoraLinear(Observed):
     """PEFT's LoRA layer whose adapter runs in `safe_kernels.lora` wherever `refusal` finds nothing against it."""
 
@@ -113,18 +128,19 @@ class SafeLoraLinear(Observed):
         A, B = lora_A.weight, lora_B.weight
         if key in state.frozen and (A.requires_grad or B.requires_grad):
             A, B = A.detach(), B.detach()  # PEFT has set requires_grad again behind the ledger's back
-        scored = self.training and not torch.compiler.is_compiling()  # a scoring's forwards run uncompiled
-        observe = state.observe.get(key) if scored else None
+        compiling = torch.compiler.is_compiling()
+        observe = state.observe.get(key) if self.training and not compiling else None  # scorings run uncompiled
+        dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        statistics = None if observe is None else observe(x)
+        plain = None if args or kwargs else _plain(own["base_layer"], x)
+        fused = plain is not None and safe_kernels.prefers_fused(x, *plain, A, B, dropout_p=dropout_p)
+        if fused is not state.fused and not compiling:
+            state.fused = fused
+        options: Any = {"dropout_p": dropout_p, "statistics": statistics}
+        if plain is not None and fused:
+            return safe_kernels.lora_linear(x, *plain, A, B, self.scaling[key], **options)
         base = self.base_layer(x, *args, **{name: value for name, value in kwargs.items() if name not in _ROUTING})
-        return safe_kernels.lora(
-            x,
-            base,
-            A,
-            B,
-            self.scaling[key],
-            dropout_p=dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0,
-            statistics=None if observe is None else observe(x),
-        )
+        return safe_kernels.lora(x, base, A, B, self.scaling[key], **options)
 
 
 @register_adapter

@@ -42,8 +42,10 @@ def _triton_serves_the_cpu() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    tables = {kernel: tuple(small(kernel, entry) for entry in entries) for kernel, entries in configs.TABLE.items()}
-    monkeypatch.setattr(configs, "TABLE", tables)
+    for name in ("TABLE", "NEIGHBOURS"):
+        tables = getattr(configs, name).items()
+        smaller = {kernel: tuple(small(kernel, entry) for entry in entries) for kernel, entries in tables}
+        monkeypatch.setattr(configs, name, smaller)
 
 
 @pytest.fixture(autouse=True)

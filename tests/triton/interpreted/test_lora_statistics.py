@@ -96,3 +96,11 @@ def test_padding_that_is_no_number_does_not_count() -> None:
     clean = score(p, RowBlocks(torch.tensor([0]), 64, weight)).sums
     p.x[::5], p.base[::5] = torch.nan, torch.inf
     assert torch.equal(score(p, RowBlocks(torch.tensor([0]), 64, weight)).sums, clean)
+
+
+def test_a_block_has_no_more_rows_than_elsewhere(launches: list[str]) -> None:
+    p = problem(Shape(9000, 1, 1, 1))
+    message = "block_rows must be at most 8192, since a block takes two matrices of its rows squared, got 9000"
+    with pytest.raises(ValueError, match=message):
+        torch.ops.safe_kernels.lora(*p.inputs, 2.0, 0.0, None, torch.tensor([0]), 9000)
+    assert not [kernel for kernel in launches if "block" in kernel]

@@ -1,0 +1,87 @@
+"""Whatever tuning may take compiles, fits, and neither spills nor waits: it is not the clock's business to find out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from compiling import SHARED_KIB, cells, collecting, compile_call, meta, problems
+from torch import Tensor
+
+from safe_kernels.triton import configs, launch, lora, lora_linear, sweep
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+ROWS, WIDTH = 8192, 4096
+Launch = Callable[[configs.Config], Any]
+
+
+def launches(kernel: str, operand: torch.dtype, rank: int) -> Iterator[Launch]:
+    """A kernel in the forms that hold most at a time, over a base of half precision."""
+    arithmetic = launch.product(HALF, operand)
+    x, h = meta(ROWS, WIDTH), meta(1, ROWS, rank, dtype=SINGLE)
+    A, B = meta(rank, WIDTH, dtype=operand), meta(WIDTH, rank, dtype=operand)
+    keep, drop = launch.Dropout(None, 0, 1.0), launch.Dropout(meta(2, dtype=torch.int64), 1, 1.1)
+    if kernel == "lora_sweep":
+        yield partial(sweep._sweep, x, A, arithmetic, keep, 1.0, None, True)
+        yield partial(sweep._sweep, x, A, arithmetic, keep, 1.0, h, True)
+    elif kernel == "lora_sweep_dropped":
+        yield partial(sweep._sweep, x, A, arithmetic, drop, 1.0, None, True)
+    elif kernel == "lora_apply":
+        yield partial(lora._apply, x, B, h, 2.0, arithmetic)
+    elif kernel == "lora_input":
+        yield partial(lora._input_gradients, x, x, A, h, drop, True, True, arithmetic)
+    else:
+        weight: Tensor = meta(WIDTH, WIDTH)
+        yield partial(lora_linear._multiply_by, x, weight.t(), meta(WIDTH), h, B.t(), keep, 2.0, arithmetic)
+        yield partial(lora_linear._multiply_by, x, weight, None, h, A, drop, 1.0, arithmetic)
+
+
+def others(kernel: str, operand: torch.dtype, rank: int, target: str) -> list[configs.Config]:
+    """Candidates beside the table's choice, which has its tests."""
+    with collecting(target):
+        return configs.candidates(kernel, operand, rank)[1:]
+
+
+def ranks(operand: torch.dtype, target: str) -> tuple[int, ...]:
+    """The widest tile of the rank, and where wgmma may be made to wait a narrow one too."""
+    return (32,) if operand == SINGLE else (16, 64) if target == "sm_90" else (64,)
+
+
+RUNS = [
+    (kernel, operand, target)
+    for kernel in configs.NEIGHBOURS
+    for operand, targets in ((HALF, ("sm_80", "sm_90", "sm_100", "gfx942")), (SINGLE, ("sm_80", "gfx942")))
+    for target in targets
+    if operand == HALF or kernel != "lora_linear"
+]
+"""sm_86 and sm_89 run what sm_80 does, if it fits there."""
+
+
+@pytest.mark.parametrize(("kernel", "operand", "target"), RUNS)
+def test_candidates_fit(
+    kernel: str, operand: torch.dtype, target: str, record_property: Callable[[str, object], None]
+) -> None:
+    rows, wrong = [], []
+    for rank in ranks(operand, target):
+        for entry in others(kernel, operand, rank, target):
+            for run in launches(kernel, operand, rank):
+                for found in compile_call(target, partial(run, entry)):
+                    rows.append(cells(f"{entry} r{rank}", found))
+                    wrong += problems(found, exact=False)
+                    if target == "sm_80" and entry.shared <= SHARED_KIB["sm_89"]:
+                        assert found.shared <= SHARED_KIB["sm_89"] * 1024, "it would be offered there"
+    assert rows or (kernel, target) == ("lora_sweep", "gfx942"), "there is a choice"
+    record_property("compiled", rows)
+    assert wrong == []
+
+
+@pytest.mark.parametrize("target", SHARED_KIB)
+def test_a_candidate_has_one_name(target: str) -> None:
+    for kernel, operand in product(configs.NEIGHBOURS, (HALF, SINGLE)):
+        with collecting(target):
+            labels = [str(entry) for entry in configs.candidates(kernel, operand, 16)]
+        assert len(set(labels)) == len(labels)

@@ -1,0 +1,333 @@
+"""Tuning by a clock that is made up: what is timed, what is taken, and that nobody notices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from linears import Linear, linear
+from oracle import DTYPES, Shape, problem
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import disable_saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+import safe_kernels
+import safe_peft
+from safe_kernels import AdapterStatistics, RowBlocks, fusion
+from safe_kernels.retention import measure
+from safe_kernels.triton import configs, lora, lora_linear, sweep, tuning
+from safe_kernels.triton.configs import Config
+
+HALF = DTYPES[2]
+MIDDLE = Shape(20, 18, 17, 5)
+SIZES = ((16, 16), (16, 32), (32, 16))
+TABLES, FAST = "16x16", "32x16"
+
+
+def tiles(chosen: Config) -> str:
+    return f"{chosen.rows}x{chosen.columns}"
+
+
+class Clock:
+    """Runs what it times, and says what a test wants it to."""
+
+    def __init__(self) -> None:
+        self.timed: list[str] = []
+        self.fastest = FAST
+        self.broken = False
+
+    def __call__(self, run: Any) -> float | None:
+        run()
+        chosen = run.args[-1]
+        label = tiles(chosen) if isinstance(chosen, Config) else run.args[0].__name__
+        self.timed.append(label)
+        return None if self.broken else 1.0 if label == self.fastest else 2.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    entries = tuple(Config(rows, columns, half=True) for rows, columns in SIZES)
+    linear_entries = tuple(Config(rows, columns, inner=16, half=True) for rows, columns in SIZES)
+    table = {name: linear_entries if name == "lora_linear" else entries for name in configs.NEIGHBOURS}
+    first = {name: (found[0], configs.TABLE[name][-1]) for name, found in table.items()}
+    monkeypatch.setattr(configs, "TABLE", configs.TABLE | first)
+    monkeypatch.setattr(configs, "NEIGHBOURS", {name: found[1:] for name, found in table.items()})
+    monkeypatch.setattr(tuning, "milliseconds", clock)
+    return clock
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path) -> Iterator[None]:
+    with safe_kernels.autotune(cache=tmp_path):
+        yield
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tiles of every launch that can be tuned, timed or not."""
+    found: list[str] = []
+
+    def spy(function: Callable[..., Any]) -> Callable[..., Any]:
+        def recorded(*args: Any) -> Any:
+            found.append(tiles(args[-1]))
+            return function(*args)
+
+        return recorded
+
+    places = ((sweep, "_sweep"), (lora, "_apply"), (lora, "_input_gradients"), (lora_linear, "_multiply_by"))
+    for module, name in places:
+        monkeypatch.setattr(module, name, spy(getattr(module, name)))
+    return found
+
+
+def step(p: Linear) -> list[torch.Tensor]:
+    p.require("x", "A", "B")
+    out = p.call()
+    out.backward(p.grad)
+    grads = [tensor.grad for tensor in (p.x, p.A, p.B)]
+    for tensor in (p.x, p.A, p.B):
+        tensor.grad = None
+    return [out.detach(), *grads]
+
+
+def forget() -> None:
+    """As a new process would: only the file is left."""
+    tuning._tuner.cache_clear()
+
+
+def test_off_nothing_is_timed(clock: Clock, taken: list[str]) -> None:
+    with safe_kernels.autotune(False):
+        step(linear(MIDDLE, HALF, dropout_p=0.1))
+    assert clock.timed == []
+    assert set(taken) == {TABLES}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_the_fastest_is_taken_from_the_first_call_on(clock: Clock, taken: list[str], dropout_p: float) -> None:
+    p = linear(MIDDLE, HALF, dropout_p=dropout_p)
+    first = step(p)
+    assert len(clock.timed) % 3 == 0 and len(clock.timed) >= 12
+    taken.clear()
+    again = step(p)
+    assert set(taken) == {FAST}
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True)), "a call repeats to the bit"
+
+
+def test_it_computes_what_the_table_computes(clock: Clock) -> None:
+    p = linear(MIDDLE, HALF, dropout_p=0.2)
+    clock.fastest = TABLES  # then every bit is the same
+    tuned = step(p)
+    with safe_kernels.autotune(False):
+        plain = step(p)
+    assert all(torch.equal(a, b) for a, b in zip(tuned, plain, strict=True))
+
+
+def test_nobody_notices(clock: Clock) -> None:
+    p = linear(MIDDLE, HALF)
+    inputs = {name: tensor.clone() for name, tensor in p.inputs.items()}
+    statistics = AdapterStatistics(blocks=RowBlocks(torch.tensor([0, 8]), 8))
+    random = torch.get_rng_state()
+    retained = measure(lambda: p.require("x", "A", "B").call(statistics=statistics), exclude=p.inputs.values())
+    assert clock.timed
+    assert statistics.rows == 16
+    assert retained.bytes == 0, "x is excluded, and nothing else is kept"
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(torch.equal(tensor, inputs[name]) for name, tensor in p.inputs.items())
+    assert all(tensor._version == 0 and tensor.grad is None for tensor in p.inputs.values())
+
+
+def test_what_counts_as_another_call(clock: Clock) -> None:
+    def timed(shape: Shape, dtypes: Any = HALF, **options: Any) -> int:
+        before = len(clock.timed)
+        p = linear(shape, dtypes, **options)
+        p.call()
+        return len(clock.timed) - before
+
+    assert timed(MIDDLE) == 6, "two kernels, three candidates"
+    assert timed(MIDDLE) == 0
+    assert timed(Shape(30, 25, 32, 6)) == 0, "the same powers of two"
+    assert timed(Shape(33, 18, 17, 5)) == 6
+    assert timed(Shape(20, 18, 17, 9)) == 6
+    assert timed(MIDDLE, DTYPES[3]) == 6, "another dtype"
+    assert timed(MIDDLE, dropout_p=0.1) == 3, "the product of h with B drops nothing"
+    assert timed(MIDDLE, has_bias=False) == 3
+    by_columns = linear(MIDDLE, HALF, has_bias=False)
+    by_columns.weight = by_columns.weight.t().contiguous().t()
+    clock.timed.clear()
+    by_columns.call()
+    assert len(clock.timed) == 3, "the weight lies otherwise"
+    assert timed(MIDDLE, DTYPES[0]) == 0, "one candidate is no choice"
+
+
+def test_the_next_process_finds_the_choice(clock: Clock, taken: list[str], tmp_path: Path) -> None:
+    p = linear(MIDDLE, HALF)
+    p.call()
+    clock.timed.clear()
+    taken.clear()
+    forget()
+    with safe_kernels.autotune(cache=tmp_path):
+        p.call()
+    assert clock.timed == []
+    assert set(taken) == {FAST}
+    assert [path.name for path in tmp_path.glob("*.json")] == ["autotune-interpreter.json"]
+
+
+def test_a_choice_that_is_no_candidate_is_made_again(clock: Clock, taken: list[str], tmp_path: Path) -> None:
+    """A file can name tiles that would not fit, or anything else."""
+    p = linear(MIDDLE, HALF)
+    p.call()
+    path = tmp_path / "autotune-interpreter.json"
+    path.write_text(path.read_text().replace("32x16", "4096x4096"))
+    forget()
+    clock.timed.clear()
+    with safe_kernels.autotune(cache=tmp_path):
+        p.call()
+    assert len(clock.timed) == 6
+    assert taken[-1] == FAST
+    assert "4096x4096" not in path.read_text()
+
+
+def test_where_no_candidate_fits_the_table_serves_and_nothing_is_remembered(
+    clock: Clock, taken: list[str], tmp_path: Path
+) -> None:
+    clock.broken = True
+    linear(MIDDLE, HALF).call()
+    assert taken[-1] == TABLES
+    clock.broken = False
+    clock.timed.clear()
+    linear(MIDDLE, HALF).call()
+    assert clock.timed == [], "what has failed once is not tried at every step"
+    assert list(tmp_path.glob("*.json")) == []
+
+
+def test_nothing_is_timed_while_a_cuda_graph_is_captured(
+    clock: Clock, taken: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    p = linear(MIDDLE, HALF)
+    with monkeypatch.context() as capture:
+        capture.setattr(torch.cuda, "is_initialized", lambda: True)
+        capture.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        p.call()
+        assert clock.timed == []
+        assert set(taken) == {TABLES}
+    p.call()
+    assert clock.timed
+
+
+def test_what_is_traced_is_not_timed() -> None:
+    assert tuning.may_time(torch.empty(1))
+    assert not tuning.may_time(torch.empty(1, device="meta"))
+    with FakeTensorMode():
+        assert not tuning.may_time(torch.empty(1, device="cuda"))
+    p = linear(MIDDLE, DTYPES[0])
+    compiled = torch.compile(lambda x: torch.tensor(tuning.may_time(x)), backend="eager")
+    assert not compiled(p.x)
+
+
+def test_every_candidate_of_every_kernel_is_run(clock: Clock) -> None:
+    p = problem(MIDDLE, HALF, dropout_p=0.1)
+    p.require(x=True, A=True, B=True)
+    p.call(safe_kernels.lora).backward(p.grad)
+    assert {label: clock.timed.count(label) for label in set(clock.timed)} == {
+        f"{rows}x{columns}": 4 for rows, columns in SIZES
+    }, "a sweep forward, another one backward, apply, input"
+
+
+# ---------------------------------------------------------------- base and adapter in one
+
+
+def prefers(p: Linear) -> bool:
+    return safe_kernels.prefers_fused(p.x, p.weight, p.bias, p.A, p.B, dropout_p=p.dropout_p)
+
+
+@pytest.mark.parametrize("fastest", ["over", "fused"])
+def test_the_faster_form_is_preferred(clock: Clock, fastest: str) -> None:
+    p = linear(MIDDLE, HALF, dropout_p=0.1).require("x", "A", "B")
+    clock.fastest = fastest
+    random = torch.get_rng_state()
+    assert prefers(p) == (fastest == "fused")
+    assert clock.timed.count("over") == clock.timed.count("fused") == 1
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(tensor.grad is None for tensor in p.inputs.values())
+    clock.timed.clear()
+    assert prefers(p) == (fastest == "fused")
+    assert clock.timed == [], "once a bucket"
+
+
+def test_a_graph_of_the_callers_sees_nothing_of_it(clock: Clock) -> None:
+    """Checkpointing counts what a forward saves, and a second run has to save the same."""
+    p = linear(MIDDLE, HALF).require("x", "A", "B")
+    clock.fastest = "fused"
+    seen: list[bool] = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        seen.append(prefers(p))
+        return p.call() if seen[-1] else safe_kernels.lora(x, x @ p.weight.t() + p.bias, p.A, p.B, p.scaling)
+
+    checkpoint(layer, p.x, use_reentrant=False).sum().backward()
+    assert seen == [True, True]
+    with torch.inference_mode():
+        assert prefers(p), "what is remembered holds there"
+
+
+CONTEXTS = {
+    "mode": FlopCounterMode(display=False),
+    "no hooks": disable_saved_tensors_hooks("none here"),
+    "inference": torch.inference_mode(),
+}
+
+
+@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+def test_where_a_graph_would_be_seen_or_cannot_be_none_is_built(clock: Clock, context: Any) -> None:
+    p = linear(MIDDLE, HALF)
+    clock.fastest = "fused"
+    with context:
+        assert not prefers(p)
+    assert clock.timed == []
+    # What a mode has seen may be run again without it (checkpointing); what ran in inference mode will not be.
+    assert prefers(p) == isinstance(context, torch.inference_mode)
+
+
+def test_a_compiled_graph_keeps_lora(clock: Clock) -> None:
+    p = linear(MIDDLE, HALF)
+    clock.fastest = "fused"
+    compiled = torch.compile(lambda x: x + prefers(p), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(p.x), p.x)
+    assert clock.timed == []
+
+
+def test_the_table_alone_is_asked_while_tuning_is_off(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    p = linear(MIDDLE, HALF)
+    monkeypatch.setattr(fusion, "FASTER", {"interpreter-": frozenset({"layer 32x32x32x8 bfloat16 bfloat16"})})
+    with safe_kernels.autotune(False):
+        assert prefers(p)
+        assert not prefers(linear(MIDDLE, HALF, dropout_p=0.1))
+        assert not prefers(linear(Shape(33, 18, 17, 5), HALF))
+        assert not prefers(linear(Shape(0, 18, 17, 5), HALF))
+    assert clock.timed == []
+
+
+@pytest.mark.parametrize("fastest", ["over", "fused"])
+def test_a_bound_layer_takes_the_faster_form(clock: Clock, launches: list[str], fastest: str) -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(18, 17)), config, autocast_adapter_dtype=False).bfloat16()
+    clock.fastest = fastest
+    x = torch.randn(20, 18, dtype=torch.bfloat16)
+    stock = model(x)
+    with safe_peft.bind(model):
+        model(x).sum().backward()
+        launches.clear()
+        out = model(x)
+        (row,) = safe_peft.explain(model)
+    assert row.path == f"safe_kernels::lora{'_linear' if fastest == 'fused' else ''}"
+    assert launches == ["_lora_sweep_kernel", "_lora_linear_kernel" if fastest == "fused" else "_lora_apply_kernel"]
+    assert torch.allclose(out, stock, atol=2e-2)
+    assert clock.timed.count("over") == clock.timed.count("fused") == 1
