@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import pytest
 import torch
+from failing import Boom, boom, interrupt
 from hypothesis import given
 from hypothesis import strategies as st
 from surroundings import CASES, Case
@@ -23,18 +23,6 @@ import safe_kernels
 from safe_kernels import AdapterStatistics, RowBlocks
 
 every_op = pytest.mark.parametrize("name", list(CASES))
-
-
-class Boom(Exception):
-    pass
-
-
-def boom(*_: Any) -> None:
-    raise Boom
-
-
-def interrupt(*_: Any) -> None:
-    signal.raise_signal(signal.SIGINT)
 
 
 Raise = Callable[..., None]
