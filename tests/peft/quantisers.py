@@ -6,6 +6,7 @@ of the same interface: packed int4 weights with a scale a group, in plain torch,
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.aqlm import AqlmLoraLinear
 from peft.tuners.lora.awq import AwqLoraLinear
 from peft.tuners.lora.gptq import GPTQLoraLinear
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from tiny import randomise_adapters
 from torch import Tensor, nn
 
@@ -117,6 +119,9 @@ def int4() -> Any:
 
 
 TORCHAO = {"torchao-int8": int8, "torchao-int8-dynamic": int8_dynamic, "torchao-int4": int4}
+_ASKED = inspect.signature(TorchaoLoraLinear.__init__).parameters["get_apply_tensor_subclass"]
+TORCHAO_ASKED = TORCHAO if _ASKED.default is inspect.Parameter.empty else {}
+"""Kinds of which PEFT up to 0.18 wants to know, from transformers, how to quantise again what it has merged."""
 
 
 def hqq(layer: nn.Linear) -> nn.Module:
@@ -139,7 +144,7 @@ KINDS: dict[str, Callable[[nn.Linear], nn.Module]] = {
 
 def with_lora(kind: str, model: nn.Module, targets: list[str] | str, **options: Any) -> PeftModel:
     """PEFT's model over one whose layers are quantised; with adapters that do something."""
-    if kind in TORCHAO:  # PEFT up to 0.18 wants to know from transformers how to quantise what it has merged
+    if kind in TORCHAO_ASKED:
         config = SimpleNamespace(get_apply_tensor_subclass=TORCHAO[kind])
         model.hf_quantizer = SimpleNamespace(quantization_config=config)  # type: ignore[assignment]
     model.is_loaded_in_4bit, model.is_loaded_in_8bit = kind.startswith("bnb-4"), kind == "bnb-8bit"  # PEFT asks
