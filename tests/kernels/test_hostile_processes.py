@@ -7,9 +7,9 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import suppress
 
 import pytest
 import torch
@@ -21,16 +21,6 @@ import safe_kernels
 
 every_op = pytest.mark.parametrize("name", list(CASES))
 PATIENCE = 60  # seconds after which what hangs is killed
-
-
-@contextmanager
-def killed_when_late(pid: int) -> Iterator[None]:
-    timer = threading.Timer(PATIENCE, os.kill, (pid, signal.SIGKILL))
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
 
 
 def big_problem() -> tuple[Tensor, ...]:
@@ -54,18 +44,32 @@ def same(got: list[Tensor], expected: list[Tensor]) -> bool:
 # ---------------------------------------------------------------- processes
 
 
-def test_a_forked_child_computes_the_same_after_several_threads_did() -> None:
-    """GNU's OpenMP has lost its threads in the child, so that, as for PyTorch's own ops, it has to do with one."""
+def in_a_new_process(function: str) -> None:
+    """Calls one of this file's functions where no other test has started threads that a fork would lose."""
+    command = [sys.executable, "-c", f"import test_hostile_processes as here; here.{function}()"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True) as child:
+        try:
+            _, err = child.communicate(timeout=PATIENCE)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)  # what it forked too
+    assert child.returncode == 0, err
+
+
+def fork_after_threads() -> None:
     torch.set_num_threads(2)
     inputs = big_problem()
     expected = forward_and_backward(inputs)
-    pid = os.fork()
-    if pid == 0:
+    if (pid := os.fork()) == 0:
         torch.set_num_threads(1)
         os._exit(0 if same(forward_and_backward(inputs), expected) else 1)
-    with killed_when_late(pid):
-        _, status = os.waitpid(pid, 0)
-    assert os.waitstatus_to_exitcode(status) == 0
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+
+
+def test_a_forked_child_computes_the_same_after_several_threads_did() -> None:
+    """GNU's OpenMP has lost its threads in the child, so that, as for PyTorch's own ops, it has to do with one."""
+    in_a_new_process("fork_after_threads")
 
 
 class Rows(Dataset[list[Tensor]]):
@@ -78,12 +82,16 @@ class Rows(Dataset[list[Tensor]]):
         return forward_and_backward(big_problem())
 
 
-def test_workers_of_a_data_loader_compute_the_same_after_several_threads_did() -> None:
+def load_after_threads() -> None:
     torch.set_num_threads(2)
     expected = forward_and_backward(big_problem())
     loader = DataLoader(Rows(), batch_size=None, num_workers=1, multiprocessing_context="fork", timeout=PATIENCE)
     results = list(loader)
     assert len(results) == 2 and all(same(result, expected) for result in results)
+
+
+def test_workers_of_a_data_loader_compute_the_same_after_several_threads_did() -> None:
+    in_a_new_process("load_after_threads")
 
 
 PROGRAM = """

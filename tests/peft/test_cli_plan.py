@@ -43,7 +43,9 @@ def test_patterns(shell: Path, tmp_path: Path) -> None:
     assert status == 0, err
     plan = MemoryPlan.from_dict(json.loads(path.read_text()))
     assert plan.recompute == ("bert.encoder.layer.1",) and all(".layer.1." in name for name in plan.frozen)
-    assert plan.ours.by_part["recompute"] > 0 and plan.batch.endswith("padded")
+    assert plan.batch.endswith("padded")
+    mask = plan.ours.by_part.get("recompute", 0)  # transformers 5 makes each block one, which running it again keeps
+    assert plan.ours.by_block["bert.encoder.layer.1"] == mask < plan.ours.by_block["bert.encoder.layer.0"] / 10
 
 
 @pytest.mark.parametrize(

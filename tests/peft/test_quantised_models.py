@@ -14,6 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from quantisers import KINDS, TORCHAO_ASKED, int8, quantised_llama
 from tiny import BERT_TARGETS, EARLY, adamw, train
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safe_kernels.retention import measure
 from safe_peft import AdapterFreezer, SafeConfig, assets, bind, explain, plan_memory
@@ -39,10 +40,17 @@ def assert_same_step(ours: Any, stock: Any, tolerance: float = 1e-4) -> None:
 
 
 def quantised_bytes(model: nn.Module) -> list[Tensor]:
-    """The base weights as they lie in memory; of torchao's, what they stand for."""
+    """The base weights as they lie in memory: of a tensor that wraps others, as torchao's are, those."""
+
+    def plain(tensor: Tensor) -> Iterator[Tensor]:
+        if is_traceable_wrapper_subclass(tensor):
+            for name in tensor.__tensor_flatten__()[0]:
+                yield from plain(getattr(tensor, name))
+        else:
+            yield tensor.detach().clone()
+
     held = [p for name, p in model.named_parameters() if "lora_" not in name]
-    found = [p.dequantize() if type(p).__module__.startswith("torchao") else p for p in held]
-    return [tensor.detach().clone() for tensor in [*found, *model.buffers()]]
+    return [tensor for whole in [*held, *model.buffers()] for tensor in plain(whole)]
 
 
 @kinds
