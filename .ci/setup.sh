@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Makes the virtual environment, installs what pyproject.toml asks for and builds the extension. Does nothing when all
 # of that is done and nothing it depends on has changed; leaves nothing half-made when it fails.
-# Environment: PYTHON, TORCH (a pip requirement for another torch), VENV, VENV_ARGS, CXX, MAX_JOBS.
+# Environment: PYTHON, TORCH (a pip requirement for another torch), VENV, VENV_ARGS, CXX, MAX_JOBS, and pip's own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -22,7 +22,8 @@ trap 'exit 130' INT TERM HUP
 # What each stage depends on, by content: a checkout that only touches files sets nothing up again.
 dependencies_key() {
   pwd -P # a virtual environment does not survive being moved
-  { echo "${TORCH:-$DEFAULT_TORCH}" && cat pyproject.toml; } | cksum
+  # shellcheck disable=SC2086  # pip takes several files, or addresses, separated by spaces
+  { echo "${TORCH:-$DEFAULT_TORCH}" && cat pyproject.toml && { cat ${PIP_CONSTRAINT:-/dev/null} 2>/dev/null || true; }; } | cksum
 }
 extension_key() {
   { cat "$DEPENDENCIES" setup.py && find csrc -type f -print0 | LC_ALL=C sort -z | xargs -0 cksum; } | cksum
