@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly CORNERS="
 oldest | 3.11 | torch==2.11.0 | peft==0.18.0 transformers==4.57.1 torchao==0.13.0
 image  | 3.12 | torch==2.11.0 | peft==0.20.0 transformers==5.17.0 torchao==0.17.0 triton==3.6.0
-middle | 3.13 | torch==2.12.1 | peft==0.21.0 transformers==5.20.2 torchao==0.17.0
+middle | 3.13 | torch==2.12.1 | peft==0.19.1 transformers==5.17.0 torchao==0.16.0
 newest | 3.11 | torch==2.13.0 |
 "
 
