@@ -55,10 +55,11 @@ def prefers_fused(
     if tuner is None:
         return tuning.key(*call[1:]) in FASTER.get(_architecture(x), ())
     offer = partial(_offer, x, weight, bias, lora_A, lora_B, dropout_p)
-    if torch.is_inference_mode_enabled() or x.is_inference():
-        return tuner.choose(call, offer, None) == "lora_linear"
-    # What a call takes first holds: a checkpointed forward must find the same op when it runs again.
-    return tuner.choose(call, offer, x if _is_unseen() else None, otherwise="lora") == "lora_linear"
+    with torch.cuda.device_of(x):  # whose clock times
+        if torch.is_inference_mode_enabled() or x.is_inference():
+            return tuner.choose(call, offer, None) == "lora_linear"
+        # What a call takes first holds: a checkpointed forward must find the same op when it runs again.
+        return tuner.choose(call, offer, x if _is_unseen() else None, otherwise="lora") == "lora_linear"
 
 
 @cache
@@ -98,8 +99,7 @@ def _offer(
         return lora_linear(x, weight, bias, A, B, 1.0, **options)
 
     forms = {"lora": over, "lora_linear": fused}
-    with torch.cuda.device_of(x):
-        return configs.target().kind, {name: partial(_step, form, x, lora_A, lora_B) for name, form in forms.items()}
+    return configs.target().kind, {name: partial(_step, form, x, lora_A, lora_B) for name, form in forms.items()}
 
 
 def _step(form: Callable[..., Tensor], *tensors: Tensor) -> None:

@@ -30,11 +30,7 @@ def cka_sums(
     Returns:
         float64 [4] = (a, b, c, number of rows that counted).
     """
-    if block_starts.dtype != torch.int64 or block_starts.dim() != 1:
-        raise ValueError(f"block_starts must be int64 [n], got {block_starts.dtype} {list(block_starts.shape)}")
-    if row_weight is not None and row_weight.shape != base.shape[:1]:
-        raise ValueError(f"row_weight must have shape {list(base.shape[:1])}, got {list(row_weight.shape)}")
-    check_block_rows(block_rows, base)
+    check_blocks(base, block_starts, block_rows, row_weight)
     sums = base.new_zeros(4, dtype=torch.float64)
     if base.shape[0] == 0 or block_starts.shape[0] == 0:
         return sums
@@ -56,12 +52,23 @@ def cka_sums(
     return torch.stack([(K * K).sum(), (K * E).sum(), (E * E).sum(), weight.sum()])
 
 
-def check_block_rows(block_rows: int, base: Tensor) -> None:
-    """Refuses blocks whose Gram matrices nothing could hold: here, on a GPU, and in the CPU kernel in the same words.
+def check_blocks(base: Tensor, block_starts: Tensor, block_rows: int, row_weight: Tensor | None) -> None:
+    """Refuses blocks that nothing can score: here, on a GPU, and in the CPU kernel in the same words.
+
+    Args:
+        base: [N, d_out].
+        block_starts: as for `cka_sums`.
+        block_rows: as for `cka_sums`.
+        row_weight: as for `cka_sums`.
 
     Raises:
-        ValueError: a block has more than `MOST_BLOCK_ROWS` rows of `base` [N, d].
+        ValueError: `block_starts` is not int64 [n], `row_weight` not [N], or a block has more than `MOST_BLOCK_ROWS`
+            rows of `base`.
     """
+    if block_starts.dtype != torch.int64 or block_starts.dim() != 1:
+        raise ValueError(f"block_starts must be int64 [n], got {block_starts.dtype} {list(block_starts.shape)}")
+    if row_weight is not None and row_weight.shape != base.shape[:1]:
+        raise ValueError(f"row_weight must have shape {list(base.shape[:1])}, got {list(row_weight.shape)}")
     if block_rows > MOST_BLOCK_ROWS and base.shape[0] > MOST_BLOCK_ROWS:
         raise ValueError(
             f"block_rows must be at most {MOST_BLOCK_ROWS}, since a block takes two matrices of its rows squared, got "

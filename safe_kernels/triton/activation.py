@@ -27,9 +27,8 @@ def _activation_kernel(
     HAS_DROPOUT: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    row, column, inside = _tile(rows, columns, ROWS, COLUMNS)
+    row, first, column, inside = _tile(rows, columns, ROWS, COLUMNS)
     values = _value(_read(x, row, column, x_row, x_column, inside), KIND)
-    first = tl.program_id(1) * COLUMNS
     values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
     _write(out, row, column, columns, values, inside)
 
@@ -53,9 +52,8 @@ def _activation_backward_kernel(
     HAS_DROPOUT: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    row, column, inside = _tile(rows, columns, ROWS, COLUMNS)
+    row, first, column, inside = _tile(rows, columns, ROWS, COLUMNS)
     values = _read(grad, row, column, grad_row, grad_column, inside)
-    first = tl.program_id(1) * COLUMNS
     values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
     values = _pull_back(values, _read(x, row, column, x_row, x_column, inside), KIND)
     _write(grad_x, row, column, columns, values, inside)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from safe_kernels.reference.importance import check_block_rows
+from safe_kernels.reference.importance import check_blocks
 from safe_kernels.triton.cka_kernels import (
     _block_grams_kernel,
     _block_means_kernel,
@@ -53,9 +53,9 @@ def block_sums(
         float64 [4] = (a, b, c, rows).
 
     Raises:
-        ValueError: a block has too many rows.
+        ValueError: see `safe_kernels.reference.importance.check_blocks`.
     """
-    check_block_rows(block_rows, base)
+    check_blocks(base, block_starts, block_rows, row_weight)
     if base.shape[0] == 0 or block_starts.shape[0] == 0:
         return h.new_zeros(4, dtype=torch.float64)
     weight = None if row_weight is None else (row_weight != 0).to(torch.int8).contiguous()
@@ -126,7 +126,7 @@ def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
     tiles = ceil_div(blocks.block_rows, chosen.rows)
     parts, split_columns = splits(blocks.count * tiles * tiles, columns, chosen.columns)
     grams = means.new_empty((blocks.count, tiles * tiles, parts, chosen.rows, chosen.rows))
-    _block_grams_kernel[(blocks.count, tiles * tiles, parts)](
+    _block_grams_kernel[(blocks.count * tiles * tiles, parts)](
         base,
         blocks.starts,
         blocks.weight,
@@ -154,7 +154,7 @@ def _products(base: Tensor, h: Tensor, lora_B: Tensor, base_means: Tensor, h_mea
     parts, split_columns = splits(blocks.count * tiles, columns, chosen.columns)
     length = ceil_div(blocks.block_rows, chosen.rows) * chosen.rows
     products = h.new_empty((blocks.count, parts, length, rank))
-    _block_products_kernel[(blocks.count, tiles, parts)](
+    _block_products_kernel[(blocks.count * tiles, parts)](
         base,
         h,
         lora_B,
@@ -186,7 +186,7 @@ def _sums(grams: Tensor, products: Tensor, h: Tensor, h_means: Tensor, blocks: B
     """(a, b, c, rows) of each block and tile."""
     (splits_of_h, rows, rank), (_, tiles, gram_parts, tile_rows, _) = h.shape, grams.shape
     sums = h.new_empty((blocks.count, tiles, 4), dtype=torch.float64)
-    _block_sums_kernel[(blocks.count, tiles)](
+    _block_sums_kernel[(blocks.count * tiles,)](
         grams,
         products,
         h,

@@ -88,7 +88,8 @@ def _block_grams_kernel(
     PRECISION: tl.constexpr,
 ):
     """K = X X' over one part of the columns, X being the centred features."""
-    block, tile, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    index, part = tl.program_id(0), tl.program_id(1)
+    block, tile = index // (TILES * TILES), index % (TILES * TILES)
     row_i, counts_i = _block_rows(starts, weight, block, tile // TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
     row_j, counts_j = _block_rows(starts, weight, block, tile % TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
     K = tl.zeros([ROWS, ROWS], tl.float32)
@@ -100,8 +101,8 @@ def _block_grams_kernel(
         X_j = _centred(base, row_j, counts_j, column, end, mean, base_row, base_column)
         K = tl.dot(X_i, tl.trans(X_j), K, input_precision=PRECISION)
     i = tl.arange(0, ROWS)
-    index = (block * tl.num_programs(1) + tile) * tl.num_programs(2) + part
-    tl.store(grams + tl.cast(index, tl.int64) * ROWS * ROWS + i[:, None] * ROWS + i[None, :], K)
+    at = tl.cast(index, tl.int64) * tl.num_programs(1) + part
+    tl.store(grams + at * ROWS * ROWS + i[:, None] * ROWS + i[None, :], K)
 
 
 @triton.jit
@@ -132,9 +133,10 @@ def _block_products_kernel(
     PRECISION: tl.constexpr,
 ):
     """V = (X + D / 2) B over one part of the columns, D = H B' being what the adapter adds, centred."""
-    block, part = tl.program_id(0), tl.program_id(2)
-    tiles = tl.cdiv(block_rows, ROWS)
-    tile, r = tl.program_id(1) % tiles, tl.program_id(1) // tiles * RANK + tl.arange(0, RANK)
+    tiles, part = tl.cdiv(block_rows, ROWS), tl.program_id(1)
+    both = tiles * tl.cdiv(rank, RANK)
+    block, within = tl.program_id(0) // both, tl.program_id(0) % both
+    tile, r = within % tiles, within // tiles * RANK + tl.arange(0, RANK)
     row, counts = _block_rows(starts, weight, block, tile * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
     V = tl.zeros([ROWS, RANK], tl.float32)
     h_means += block * rank
@@ -155,7 +157,7 @@ def _block_products_kernel(
         B = tl.load(B_columns + tl.cast(r, tl.int64)[None, :] * b_rank, mask=inside, other=0.0).to(tl.float32)
         V = tl.dot(X + 0.5 * D, B, V, input_precision=PRECISION)
     i = tile * ROWS + tl.arange(0, ROWS)
-    at = ((tl.cast(block, tl.int64) * tl.num_programs(2) + part) * tiles * ROWS + i)[:, None] * rank + r[None, :]
+    at = ((tl.cast(block, tl.int64) * tl.num_programs(1) + part) * tiles * ROWS + i)[:, None] * rank + r[None, :]
     tl.store(products + at, V, mask=(r < rank)[None, :] & (i < tiles * ROWS)[:, None])
 
 
@@ -182,8 +184,8 @@ def _block_sums_kernel(
     RANK: tl.constexpr,
 ):
     """E = V H' + H V', and the inner products of K and E."""
-    block, tile = tl.program_id(0), tl.program_id(1)
-    index, i = block * tl.num_programs(1) + tile, tl.arange(0, ROWS)
+    index, i = tl.program_id(0), tl.arange(0, ROWS)
+    block, tile = index // (TILES * TILES), index % (TILES * TILES)
     row_i, counts_i = _block_rows(starts, weight, block, tile // TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
     row_j, counts_j = _block_rows(starts, weight, block, tile % TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
     h_means += block * rank

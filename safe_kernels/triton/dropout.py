@@ -26,9 +26,8 @@ def _dropout_kernel(
     COLUMNS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
-    row, column, inside = _tile(rows, columns, ROWS, COLUMNS)
+    row, first, column, inside = _tile(rows, columns, ROWS, COLUMNS)
     values = _read(x, row, column, x_row, x_column, inside)
-    first = tl.program_id(1) * COLUMNS
     values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
     _write(out, row, column, columns, values, inside)
 

@@ -58,10 +58,12 @@ def _dropped(values, rng, row, first_column, threshold, dropout_scale, HAS_DROPO
 
 @triton.jit
 def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """This program's rows and columns, and which of their elements exist."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    return row, column, (row < rows)[:, None] & (column < columns)[None, :]
+    """This program's rows, its first column, its columns, and which of their elements exist."""
+    across = tl.cdiv(columns, COLUMNS)
+    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(0) % across * COLUMNS
+    column = first + tl.arange(0, COLUMNS)
+    return row, first, column, (row < rows)[:, None] & (column < columns)[None, :]
 
 
 @triton.jit

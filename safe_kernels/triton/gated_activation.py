@@ -30,10 +30,9 @@ def _gated_activation_kernel(
     HAS_DROPOUT: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    row, column, inside = _tile(rows, columns, ROWS, COLUMNS)
+    row, first, column, inside = _tile(rows, columns, ROWS, COLUMNS)
     values = _value(_read(gate, row, column, gate_row, gate_column, inside), KIND)
     values *= _read(up, row, column, up_row, up_column, inside)
-    first = tl.program_id(1) * COLUMNS
     values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
     _write(out, row, column, columns, values, inside)
 
@@ -63,9 +62,8 @@ def _gated_activation_backward_kernel(
     COMPUTE_GATE: tl.constexpr,
     COMPUTE_UP: tl.constexpr,
 ):
-    row, column, inside = _tile(rows, columns, ROWS, COLUMNS)
+    row, first, column, inside = _tile(rows, columns, ROWS, COLUMNS)
     values = _read(grad, row, column, grad_row, grad_column, inside)
-    first = tl.program_id(1) * COLUMNS
     values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
     x = _read(gate, row, column, gate_row, gate_column, inside)
     if COMPUTE_GATE:

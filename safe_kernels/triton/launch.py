@@ -43,7 +43,7 @@ def product(*dtypes: torch.dtype) -> Product:
     """
     if len(set(dtypes)) == 1 and torch.float32 not in dtypes:
         return Product(dtypes[0], "ieee")
-    if torch.backends.cuda.matmul.allow_tf32:
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":  # allow_tf32 cannot be read where it was set by this name
         return Product(torch.float32, configs.float32_precision("tf32"))
     exact = all(dtype == torch.float32 for dtype in dtypes)
     return Product(torch.float32, "ieee" if exact else configs.float32_precision("tf32x3"))
@@ -211,7 +211,7 @@ def elementwise(kernel: Any, inputs: list[Tensor], outputs: list[Tensor], drop: 
     rows, columns = matrices[0].shape
     chosen = configs.elementwise_config(columns)
     with guard(inputs[0]):
-        kernel[(ceil_div(rows, chosen.rows), ceil_div(columns, chosen.columns))](
+        kernel[(ceil_div(rows, chosen.rows) * ceil_div(columns, chosen.columns),)](
             *matrices,
             *outputs,
             drop.rng_state,

@@ -135,6 +135,8 @@ def lora_linear(
     drop, rows = dropout(dropout_p, rng_state), flat(x)
     require_shape("lora_A", lora_A, (lora_B.shape[1], rows.shape[1]))
     require_shape("weight", weight, (lora_B.shape[0], rows.shape[1]))
+    if bias is not None:
+        require_shape("bias", bias, lora_B.shape[:1])
     with guard(x):
         h, _ = sweep(rows, lora_A, product(x.dtype, lora_A.dtype), drop, scale=drop.scale)
         out = _multiply(x, weight.t(), bias, h, lora_B.t(), dropout(0.0, None), scaling)

@@ -1,7 +1,8 @@
 """Makes Triton's interpreter notice what a GPU would not forgive: access outside a tensor, and programs that collide.
 
 Every load, store and atomic must lie inside a tensor the launch was given; no two programs may write one address,
-and none may read what another has written; and programs run in a shuffled order, so that nothing depends on it.
+none may read what another has written; programs run in a shuffled order, so that nothing depends on it; and a grid
+must be one that CUDA launches.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import numpy as np
 import torch
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, InterpreterBuilder, TensorHandle
+
+MOST_ACROSS = 65535
 
 
 @dataclass
@@ -133,6 +136,10 @@ def ordering(before: Callable[..., Any]) -> Callable[..., Any]:
     def choose(self: Any, x: int, y: int, z: int) -> None:
         if launch is not None:
             across, deep = self.grid_dim[1], self.grid_dim[2]
+            if max(across, deep) > MOST_ACROSS:
+                raise ValueError(
+                    f"grid {self.grid_dim}: CUDA takes at most {MOST_ACROSS} programs but along the first axis"
+                )
             if not launch.order:
                 count = self.grid_dim[0] * across * deep
                 launch.order = random.Random(count).sample(range(count), count)

@@ -156,11 +156,16 @@ def test_zero_scaling_and_a_new_adapter_give_the_base_bit_for_bit() -> None:
     assert torch.equal(safe_kernels.lora(p.x, p.base, p.A, torch.zeros_like(p.B), 2.0), p.base)
 
 
-@pytest.fixture
-def _tf32() -> Iterator[None]:
-    torch.backends.cuda.matmul.allow_tf32 = True
+MATMUL = torch.backends.cuda.matmul
+
+
+@pytest.fixture(params=["allow_tf32", "fp32_precision"])
+def _tf32(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Each of PyTorch's two ways; the older one's name cannot be read after the newer was used."""
+    before = MATMUL.fp32_precision
+    setattr(MATMUL, request.param, "tf32" if request.param == "fp32_precision" else True)
     yield
-    torch.backends.cuda.matmul.allow_tf32 = False
+    MATMUL.fp32_precision = before
 
 
 @pytest.mark.usefixtures("_tf32")

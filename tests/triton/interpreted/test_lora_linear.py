@@ -95,3 +95,13 @@ def test_inference_mode_is_checked_too() -> None:
             safe_kernels.lora_linear(p.x, p.weight[:70], p.bias, p.A, p.B, 2.0)
         with pytest.raises(ValueError, match=r"base must have shape \[37, 77\]"):
             safe_kernels.lora(p.x, p.grad[:30], p.A, p.B, 2.0)
+        with pytest.raises(ValueError, match=r"bias must have shape \[77\]"):
+            safe_kernels.lora_linear(p.x, p.weight, p.bias[:7], p.A, p.B, 2.0)
+        for starts, weight, message in (
+            (torch.zeros(1), None, r"block_starts must be int64 \[n\], got torch.float32 \[1\]"),
+            (torch.zeros(1, dtype=torch.int64), torch.ones(36), r"row_weight must have shape \[37\], got \[36\]"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                torch.ops.safe_kernels.lora_linear(
+                    p.x, p.weight, p.bias, p.A, p.B, 2.0, block_starts=starts, block_rows=8, row_weight=weight
+                )

@@ -130,3 +130,15 @@ def test_programs_run_in_another_order_and_all_of_them_run(monkeypatch: pytest.M
     _order_kernel[(20,)](out, WIDTH=1)
     assert torch.equal(out, torch.arange(20, dtype=torch.int32))
     assert seen[::2] != sorted(seen[::2])
+
+
+@triton.jit
+def _idle_kernel(out):
+    pass
+
+
+@pytest.mark.parametrize("grid", [(1, 65536), (1, 1, 65536)], ids=str)
+def test_a_grid_that_cuda_refuses(grid: tuple[int, ...]) -> None:
+    with pytest.raises(InterpreterError) as caught:
+        _idle_kernel[grid](torch.empty(1))
+    assert "at most 65535" in str(caught.value.__cause__ or caught.value)
