@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from torch import nn
 
 from .adapters import Adapter, LayerState, adapter_of, peft_kind
 from .adapters.base import adapter_keys
+from .adapters.observed import mixin_for
 from .blocks import PARTS, bind_blocks, transformer_blocks
 from .errors import BindingError, ConfigError
 from .paths import short_name, unwrap
@@ -57,7 +59,7 @@ class Binding:
         return found
 
     def claim(self) -> list[Adapter]:
-        """Hand the live adapters to one freezer, until `release`.
+        """Hand the live adapters to one freezer, until `release` or until it is forgotten.
 
         Raises:
             BindingError: None is live, or another freezer has them.
@@ -65,24 +67,39 @@ class Binding:
         adapters = self.live_adapters()
         if not adapters:
             raise BindingError("no adapter trains: requires_grad is False everywhere; call model.set_adapter(...).")
-        states = [adapter.state for adapter in adapters if adapter.state is not None]
-        if any(state.claimed for state in states):
-            raise BindingError("this model has an AdapterFreezer already; detach() that one first.")
-        for state in states:
-            state.claimed = True
+        if self._owner() is not None:
+            raise BindingError(
+                "this model has an AdapterFreezer already; detach() that one first, or, if nobody has it any more, "
+                "safe_peft.bind(model).release()."
+            )
+        for state in self._states():
+            state.owner, state.observe = weakref.ref(self), {}
         return adapters
 
     def release(self) -> None:
-        """Let another freezer have the adapters."""
-        for layer in self.layers.values():
-            if is_bound(layer):
-                layer.__dict__[STATE].claimed = False
+        """Let another freezer have the adapters; what was frozen stays so, and is none of that one's business."""
+        for state in self._states():
+            state.owner, state.observe = None, {}
 
     def detach(self) -> None:
-        """Give every module that this binding bound its own class back. Doing it twice does no harm."""
-        for module in self._own:
-            take_off(module)
-        self._own.clear()
+        """Give every module that this binding bound its own class back. Doing it twice does no harm.
+
+        A freezer that was made meanwhile and is still at work needs them bound: then its own `detach` does it.
+        """
+        owner = self._owner()
+        if owner is not None and owner is not self:
+            owner._own += self._own
+        else:
+            for module in self._own:
+                take_off(module)
+        self._own = []
+
+    def _states(self) -> list[LayerState]:
+        return [layer.__dict__[STATE] for layer in self.layers.values() if is_bound(layer)]
+
+    def _owner(self) -> Binding | None:
+        owners = [owner for state in self._states() if state.owner and (owner := state.owner()) is not None]
+        return owners[0] if owners else None
 
     def __enter__(self) -> Binding:
         return self
@@ -120,15 +137,15 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
         >>> model(**batch).loss.backward()  # doctest: +SKIP
         >>> binding.detach()  # doctest: +SKIP
     """
-    if unknown := sorted(set(parts) - set(PARTS)):
-        raise ConfigError(f"parts: expected some of {', '.join(PARTS)}, got {', '.join(unknown)}.")
+    if not isinstance(parts, Collection) or isinstance(parts, str) or not set(parts) <= set(PARTS):
+        raise ConfigError(f"parts: expected some of {', '.join(PARTS)}, got {parts!r}.")
     modules = list(unwrap(model).named_modules())
     layers = {short_name(name): module for name, module in modules if adapter_of(module) is not None}
     if not layers:
         raise BindingError(_nothing_to_bind(model, [module for _, module in modules]))
     own = [layer for layer in layers.values() if not is_bound(layer)]
     for layer in own:
-        put_on(layer, adapter_of(layer).mixin, LayerState())  # type: ignore[union-attr]
+        put_on(layer, mixin_for(layer, adapter_of(layer).mixin), LayerState())  # type: ignore[union-attr]
     bound, recompute = bind_blocks(unwrap(model), parts)
     return Binding(layers, recompute, tuple(transformer_blocks(unwrap(model))), own + bound)
 

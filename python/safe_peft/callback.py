@@ -40,7 +40,7 @@ class SafeCallback(TrainerCallback, ExportableState):
     """
 
     def __init__(self, config: SafeConfig | Mapping[str, Any] | None = None, *, detach: bool = True) -> None:
-        self.config = config if isinstance(config, SafeConfig) else SafeConfig.from_dict(config or {})
+        self.config = SafeConfig.of(config)
         self._detach = detach
         self._freezer: AdapterFreezer | None = None
 

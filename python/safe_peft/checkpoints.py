@@ -23,6 +23,8 @@ TRAINER_STATE_FILE = "trainer_state.json"
 PROCESSES = "processes"
 """What `SafeCallback` tells the Trainer's state: how many processes write their part of a checkpoint."""
 
+INDEX = ".metadata"
+"""Where torch.distributed.checkpoint says what lies in which of its files."""
 ARCHIVES = (".bin", ".pt", ".pth")
 
 
@@ -33,8 +35,12 @@ def checkpoint_files(folder: Path) -> list[Path]:
         folder: the checkpoint.
     """
     parts = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
-    hidden = [path for path in parts if any(name.startswith(".") for name in path.relative_to(folder).parts)]
-    return [path for path in parts if path != folder / STATE_FILE and path not in hidden]
+    return [path for path in parts if path != folder / STATE_FILE and not _is_hidden(path.relative_to(folder))]
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a file system, a desktop or a save that was killed may have left it."""
+    return any(name.startswith(".") and name != INDEX for name in path.parts)
 
 
 def fingerprints(folder: Path, files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
@@ -54,7 +60,10 @@ def fingerprints(folder: Path, files: Iterable[str | os.PathLike[str]]) -> dict[
         >>> fingerprints(Path("checkpoint-8"), ["checkpoint-8/optimizer.pt"])  # doctest: +SKIP
         {'optimizer.pt': '9f86d081...'}
     """
+    if not isinstance(files, Iterable) or isinstance(files, str | bytes):
+        raise StateError(f"files: expected paths, got {files!r}.")
     try:
+        files = [jsonio.path_of(path, "files") for path in files]
         inside = [(Path(os.path.abspath(path)).relative_to(os.path.abspath(folder)), path) for path in files]
         return {name.as_posix(): _sha256(Path(path), sync=True) for name, path in inside}
     except (OSError, ValueError) as error:
@@ -75,10 +84,13 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
     Returns:
         The checkpoint's path, for `Trainer.train(resume_from_checkpoint=...)`; None if there is none.
 
+    Raises:
+        StateError: `output_dir` is no path.
+
     Example:
         >>> trainer.train(resume_from_checkpoint=safe_peft.last_checkpoint("runs/mine"))  # doctest: +SKIP
     """
-    for step, folder in sorted(_folders(Path(output_dir)), reverse=True):
+    for step, folder in sorted(_folders(jsonio.path_of(output_dir, "output_dir")), reverse=True):
         flaw = _flaw(folder, step)
         if flaw is None:
             return str(folder)

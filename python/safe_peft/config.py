@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +18,8 @@ DEFAULT_FRACTION = 0.75
 TARGETS = ("adapters", "bytes")
 RECOMPUTE = ("off", "frozen", "auto")
 ON_NONFINITE = ("warn", "raise")
+MOST = 2**63 - 1
+"""What 64 bits hold."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,9 @@ class SafeConfig:
         self._check_target()
         for name in ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval"):
             _check_point(name, getattr(self, name))
-        for name in ("score_blocks", "block_rows"):
-            _check_int(name, getattr(self, name), least=1)
-        if self.total_steps is not None:
-            _check_int("total_steps", self.total_steps, least=1)
-        _check_int("seed", self.seed, least=0)
+        for name, least in (("score_blocks", 1), ("block_rows", 1), ("total_steps", 1), ("seed", 0)):
+            if name != "total_steps" or self.total_steps is not None:
+                object.__setattr__(self, name, check_int(name, getattr(self, name), least))
         _check_number("stable_change", self.stable_change)
         choices = f"one of {', '.join(ON_NONFINITE)}"
         _check(self.on_nonfinite in ON_NONFINITE, "on_nonfinite", choices, self.on_nonfinite)
@@ -128,6 +129,22 @@ class SafeConfig:
         _check(self.recompute in RECOMPUTE, "recompute", f"one of {', '.join(RECOMPUTE)}", self.recompute)
         if self.recompute == "auto" and self.memory_budget is None:
             raise ConfigError('recompute: "auto" needs a memory_budget to meet; give one, or choose "frozen".')
+
+    @classmethod
+    def of(cls, config: SafeConfig | Mapping[str, Any] | None) -> SafeConfig:
+        """Return the options themselves, or make them of what `to_dict` writes; None is the defaults.
+
+        Args:
+            config: options, or options by name.
+
+        Raises:
+            ConfigError: It is neither, or an option is unknown or has a value that cannot work.
+
+        Example:
+            >>> SafeConfig.of({"score": "random"}).score
+            'random'
+        """
+        return config if isinstance(config, SafeConfig) else cls.from_dict({} if config is None else config)
 
     @property
     def needs_plan(self) -> bool:
@@ -168,7 +185,15 @@ class SafeConfig:
 
 def _check(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
-        raise ConfigError(f"{name}: expected {expected}, got {got!r}.")
+        raise _wrong(name, expected, got)
+
+
+def _wrong(name: str, expected: str, got: object) -> ConfigError:
+    try:
+        shown = repr(got)
+    except ValueError:  # Python does not print integers of thousands of digits
+        shown = "an integer too long to print"
+    return ConfigError(f"{name}: expected {expected}, got {shown[:200]}.")
 
 
 def _check_number(name: str, value: object, most: float = sys.float_info.max) -> None:
@@ -177,13 +202,36 @@ def _check_number(name: str, value: object, most: float = sys.float_info.max) ->
     _check(is_number, name, expected, value)
 
 
-def _check_int(name: str, value: object, least: int) -> None:
-    is_int = isinstance(value, int) and not isinstance(value, bool) and value >= least
-    _check(is_int, name, f"an integer >= {least}", value)
+def check_int(name: str, value: Any, least: int) -> int:
+    """See that an option or an argument is an integer that tensors and files can hold.
+
+    Args:
+        name: what it is called.
+        value: what came.
+        least: the smallest that makes sense.
+
+    Returns:
+        The same as a Python int, if it was one of numpy's.
+
+    Raises:
+        ConfigError: It is no such integer.
+
+    Example:
+        >>> check_int("total_steps", 16, least=1)
+        16
+    """
+    try:
+        number = None if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least:
+        raise _wrong(name, f"an integer >= {least}", value)
+    _check(number <= MOST, name, f"an integer between {least} and {MOST}", value)
+    return number
 
 
 def _check_point(name: str, value: object) -> None:
     is_share = isinstance(value, float) and 0.0 <= value <= 1.0
-    is_step = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    is_step = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
     expected = "optimizer steps (an int >= 0) or a share of the training (a float between 0.0 and 1.0)"
     _check(is_share or is_step, name, expected, value)

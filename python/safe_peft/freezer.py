@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from .adapters import Adapter
 from .binding import bind
 from .checkpoints import fingerprints
 from .checksum import signed
-from .config import SafeConfig
+from .config import SafeConfig, check_int
 from .decisions import Decisions
 from .errors import BindingError, SafeError, StateError
 from .holding import Holding
@@ -49,7 +49,7 @@ class AdapterFreezer:
         model: a PEFT model.
         optimizer: the one that trains it; wrappers such as accelerate's are looked through. Where parameters have
             optimizers of their own, all of them.
-        config: the options.
+        config: the options, or a dict of them.
         total_steps: optimizer steps of the whole training; needed if an option is a share of it.
         first_step: optimizer steps that were done before.
         process_group: the processes that share the batch and decide together; None finds them: DDP's own group, FSDP2's
@@ -74,16 +74,16 @@ class AdapterFreezer:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-        config: SafeConfig | None = None,
+        config: SafeConfig | Mapping[str, Any] | None = None,
         *,
         total_steps: int | None = None,
         first_step: int = 0,
         process_group: ProcessGroup | None = None,
     ) -> None:
-        self.config = config or SafeConfig()
+        self.config = SafeConfig.of(config)
         self.model = unwrap(model)
         self._optimizers = Optimizers(optimizer)
-        self._step = first_step
+        self._step = first_step = check_int("first_step", first_step, least=0)
         self._nonfinite = NonFinite(self.config)
         self._engine = Engine(self.model, model, process_group)
         with ExitStack() as undo:
@@ -94,11 +94,14 @@ class AdapterFreezer:
                 raise
             same = {"config": self.config.to_dict(), "adapters": list(self._traits), "schedule": str(self.schedule)}
             self._engine.require_same({**same, "first_step": first_step})
+            self._arm()
             undo.pop_all()
         if self.config.recompute == "frozen":
             self.binding.recompute.update(self.binding.blocks)
         self._attached = True
-        self._arm()
+        # A freezer that is forgotten, and not detached, leaves no hooks behind.
+        for part in (self._scorer, self.planner):
+            weakref.finalize(self, part.close).atexit = False
 
     def _make(self, model: nn.Module, total_steps: int | None, undo: ExitStack) -> None:
         """All that may fail in one process alone."""
@@ -112,7 +115,8 @@ class AdapterFreezer:
         self._presence = Presence(self.model, self._adapters)
         self._records = tuple(AdapterRecord(a.name, sum(p.numel() for p in a.parameters())) for a in self._adapters)
         self._traits = {adapter.name: adapter.traits() for adapter in self._adapters}
-        self._optimizers.check(own := [p for adapter in self._adapters for p in adapter.parameters()])
+        self._optimizers.check(self._adapters)
+        own = [p for adapter in self._adapters for p in adapter.parameters()]
         others_train, names = trains_besides(self.model, own), list(self._traits)
         check_fit(self.config, names, others_train)
         self.planner = Planner(self.model, self.config, others_train, shared=not self._engine.alone)
@@ -318,7 +322,7 @@ class AdapterFreezer:
         Example:
             >>> freezer.save("checkpoint-8/safe_state.json")  # doctest: +SKIP
         """
-        found = fingerprints(Path(path).parent, files)
+        found = fingerprints(jsonio.path_of(path).parent, files)
         jsonio.write_json(path, signed({**self.state_dict(), **({FILES: found} if found else {})}))
 
     def load(self, path: str | os.PathLike[str]) -> None:

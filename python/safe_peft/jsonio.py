@@ -183,10 +183,11 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def _read_bytes(path: str | os.PathLike[str]) -> bytes:
+    path = path_of(path)
     try:
-        if not stat.S_ISREG(Path(path).stat().st_mode):  # a device or a pipe may have no end
+        if not stat.S_ISREG(path.stat().st_mode):  # a device or a pipe may have no end
             raise StateError(f"{path} is no ordinary file; point to a JSON file of safe_peft.")
-        return Path(path).read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise StateError(f"{path} does not exist.") from None
     except OSError as error:
@@ -204,6 +205,25 @@ def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def path_of(path: str | os.PathLike[str], argument: str = "path") -> Path:
+    """Return what a user passed as a path.
+
+    Args:
+        path: what came.
+        argument: what it is called.
+
+    Raises:
+        StateError: It is none.
+
+    Example:
+        >>> path_of("runs/demo").name
+        'demo'
+    """
+    if not isinstance(path, str | os.PathLike) or not isinstance(found := os.fspath(path), str) or "\0" in found:
+        raise StateError(f"{argument}: expected a path, got {path!r}.")
+    return Path(found)
+
+
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Write a file beside its final place and move it there only when it is complete and on the disk.
@@ -214,24 +234,33 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Yields:
         The path to write to. Whatever stops the block leaves the file that was there before, and nothing half-made.
 
+    Raises:
+        StateError: It cannot be written there.
+
     Example:
         >>> with replacing("notes.txt") as partial:  # doctest: +SKIP
         ...     partial.write_text("complete")
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    partial = Path(name)
+    path = path_of(path)
     try:
-        yield partial
-        with partial.open("rb+") as stream:
-            os.fsync(stream.fileno())
-        partial.chmod(0o666 & ~_umask())
-        partial.replace(path)
-        _sync_folder(path.parent)
-    finally:
-        partial.unlink(missing_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.stem}-", suffix=path.suffix, dir=path.parent)
+        os.close(handle)
+        partial = Path(name)
+        try:
+            yield partial
+            with partial.open("rb+") as stream:
+                os.fsync(stream.fileno())
+            partial.chmod(0o666 & ~_umask())
+            partial.replace(path)
+            _sync_folder(path.parent)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise StateError(
+            f"{path} cannot be written: {error.strerror or error}. What was there before is untouched; make room, or "
+            "choose another place."
+        ) from error
 
 
 def _sync_folder(folder: Path) -> None:
@@ -264,11 +293,5 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         >>> write_json("state.json", {"step": 3})  # doctest: +SKIP
     """
     text = json.dumps(encode(value), indent=1, allow_nan=False)
-    try:
-        with replacing(path) as partial:
-            partial.write_text(text + "\n", encoding="utf-8")
-    except OSError as error:
-        raise StateError(
-            f"{path} cannot be written: {error.strerror}. What was there before is untouched; make room, or choose "
-            "another place."
-        ) from error
+    with replacing(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, MutableMapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
 
+from .adapters import Adapter
 from .errors import BindingError
 from .paths import unwrap_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 class Optimizers:
@@ -20,7 +24,8 @@ class Optimizers:
     """
 
     def __init__(self, given: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
-        self.given: tuple[Any, ...] = tuple(given) if isinstance(given, Sequence) else (given,)
+        several = isinstance(given, Iterable) and not isinstance(given, str | bytes)
+        self.given: tuple[Any, ...] = tuple(cast(Iterable[Any], given)) if several else (given,)
         self.inner = tuple(unwrap_optimizer(optimizer) for optimizer in self.given)
 
     @property
@@ -34,16 +39,21 @@ class Optimizers:
             for group in optimizer.param_groups:
                 yield from group["params"]
 
-    def check(self, adapters: Iterable[nn.Parameter]) -> None:
+    def check(self, adapters: Sequence[Adapter]) -> None:
         """See that they train the adapters.
 
         Args:
-            adapters: the adapters' parameters.
+            adapters: those to be scored and frozen. Of one that none of them trains a warning tells: it looks finished.
 
         Raises:
             BindingError: They train none of them.
         """
-        if not {id(p) for p in adapters} & {id(p) for p in self.parameters()}:
+        trained = {id(p) for p in self.parameters()}
+        still = [adapter.name for adapter in adapters if trained.isdisjoint(map(id, adapter.parameters()))]
+        if still and len(still) < len(adapters):
+            why = "optimizer: it does not train %d of the adapters (%s, ...), which will freeze first; give it their "
+            logger.warning(why + "parameters, or set their requires_grad to False.", len(still), still[0])
+        if len(still) == len(adapters):
             raise BindingError(
                 "optimizer: it trains none of this model's adapters; make it from this model's parameters, and pass a "
                 "list of all of them where parameters have optimizers of their own."

@@ -8,14 +8,24 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .errors import BindingError
+
 
 def unwrap(model: nn.Module) -> nn.Module:
     """Return the model inside DDP's wrapper and `torch.compile`'s.
+
+    Args:
+        model: what a user passed as a model.
+
+    Raises:
+        BindingError: It is none.
 
     Example:
         >>> unwrap(nn.Linear(2, 2))
         Linear(in_features=2, out_features=2, bias=True)
     """
+    if not isinstance(model, nn.Module):
+        raise BindingError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(model, DistributedDataParallel | DataParallel):
         return unwrap(model.module)
     compiled = getattr(model, "_orig_mod", None)
@@ -25,10 +35,20 @@ def unwrap(model: nn.Module) -> nn.Module:
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """Return the optimizer that holds the state and runs the hooks: accelerate puts another around it.
 
+    Args:
+        optimizer: what a user passed as one.
+
+    Raises:
+        BindingError: It is none.
+
     Example:
         >>> unwrap_optimizer(accelerator.prepare(optimizer)) is optimizer  # doctest: +SKIP
         True
     """
+    if not isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "param_groups"):
+        raise BindingError(
+            f"optimizer: expected a torch.optim.Optimizer, or a list of them, got {type(optimizer).__name__}."
+        )
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer

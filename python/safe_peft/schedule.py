@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from .config import Point, SafeConfig
+from .config import Point, SafeConfig, check_int
 from .errors import ConfigError
 
 
@@ -45,8 +45,7 @@ def resolve(config: SafeConfig, total_steps: int | None = None) -> Schedule:
         700
     """
     total = config.total_steps if total_steps is None else total_steps
-    if total is not None and total < 1:
-        raise ConfigError(f"total_steps: expected at least 1, got {total}.")
+    total = None if total is None else check_int("total_steps", total, least=1)
     points = {
         name: _steps(name, getattr(config, name), total)
         for name in ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval")
@@ -132,7 +131,7 @@ def way(curve: str, step: int, start: int, end: int) -> float:
         0.875
     """
     share = _CURVES[curve](step, start, end)
-    if not 0.0 <= share <= 1.0:
+    if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
         raise ConfigError(f"curve {curve!r}: expected a share between 0 and 1 at step {step}, got {share!r}; mend it.")
     return share
 

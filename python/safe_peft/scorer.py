@@ -182,7 +182,7 @@ class Scorer:
         made = self._score.function(evidence)
         try:
             value = float(made)
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, OverflowError):
             name = self._adapters[index].name
             raise ScoreError(f"the score of {name!r} must be a number, got {made!r}; mend its function.") from None
         if math.isfinite(value):

@@ -19,6 +19,8 @@ class Swapped(nn.Module):
     """Base of the classes that binding puts on instances; `original` is the class that the instance had."""
 
     original: ClassVar[type[nn.Module]]
+    # Whoever wraps or compiles a bound module keeps its method, and may call that when the module is bound no more:
+    # then each `forward` and `__call__` passes the call on to the module's own class.
 
     def _get_name(self) -> str:
         return self.original.__name__
@@ -86,9 +88,16 @@ def original_type(module: nn.Module) -> type[nn.Module]:
     return module.original if isinstance(module, Swapped) else type(module)
 
 
+def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Call the forward of a module's own class."""
+    return original_type(module).forward(module, *args, **kwargs)
+
+
 def is_transformed() -> bool:
-    """Whether a functorch transform runs (`torch.func.grad`, `vmap`, ...), which knows PyTorch's own ops only."""
-    return not torch.compiler.is_compiling() and torch._C._functorch.maybe_current_level() is not None
+    """Whether `torch.func` transforms or `torch.jit` traces what runs: they know PyTorch's own ops only."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None
 
 
 def is_hooked(module: nn.Module) -> bool:

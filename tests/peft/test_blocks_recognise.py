@@ -204,7 +204,7 @@ def test_only_the_parts_that_are_asked_for() -> None:
         with bind(model, parts=parts):
             bound = {part.stem for _, module, part in parts_of(model) if isinstance(module, Swapped)}
             assert bound == set(parts)
-    with pytest.raises(ConfigError, match="parts: expected some of norms, mlps, attention, dropouts, got norm"):
+    with pytest.raises(ConfigError, match=r"parts: expected some of norms, mlps, attention, dropouts, got \('norm',\)"):
         bind(model, parts=("norm",))
 
 

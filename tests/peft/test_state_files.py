@@ -17,6 +17,7 @@ from tiny import BERT_TARGETS, EARLY, adamw, bert, gpt2, run
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
 from safe_peft import AdapterFreezer, SafeCallback, SafeConfig, StateError, jsonio, last_checkpoint
+from safe_peft.checkpoints import checkpoint_files
 from safe_peft.state import VERSION
 
 
@@ -214,6 +215,20 @@ def test_the_newest_whole_checkpoint_is_found(
         assert says in caplog.text
     fresh().load(parts[9] / "safe_state.json")
     assert parts[100].exists() and parts[10].exists(), "nothing is deleted"
+
+
+def test_what_makes_a_checkpoint_whole(freezer: AdapterFreezer, tmp_path: Path) -> None:
+    """With torch.distributed's index, without what nobody would miss."""
+    part = checkpoint(freezer, tmp_path, 3)
+    (part / "optimizer_0").mkdir()
+    wanted = [part / "below" / "more.json", part / "optimizer_0" / ".metadata", part / "weights.bin"]
+    for path in (wanted[1], part / "README.md", part / ".safe_state-x.json", part / ".nfs01"):
+        path.write_text("x")
+    assert checkpoint_files(part) == wanted
+    freezer.save(part / "safe_state.json", files=wanted)
+    assert last_checkpoint(tmp_path) == str(part)
+    wanted[1].unlink()
+    assert last_checkpoint(tmp_path) is None
 
 
 def test_a_list_of_files_that_was_edited_is_noticed(freezer: AdapterFreezer, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Container, Mapping
 from typing import Any, ClassVar
@@ -21,16 +22,16 @@ class LayerState:
     Args:
         frozen: keys of the adapters that the ledger calls frozen, whatever their requires_grad says.
         observe: by key, gives the statistics that the coming forward is to add to; empty unless a scoring is due.
-        claimed: a freezer owns this layer.
+        owner: the binding of the freezer that decides about this layer, as long as there is one.
         fused: the last call computed the base layer and its adapter in one.
     """
 
-    __slots__ = ("claimed", "frozen", "fused", "observe")
+    __slots__ = ("frozen", "fused", "observe", "owner")
 
     def __init__(self) -> None:
         self.frozen: set[str] = set()
         self.observe: dict[str, Callable[[Tensor], AdapterStatistics | None]] = {}
-        self.claimed = False
+        self.owner: weakref.ref[Any] | None = None
         self.fused = False
 
 

@@ -18,7 +18,7 @@ import safe_kernels
 from safe_kernels import AdapterStatistics
 
 from ..importance import Evidence
-from ..swap import STATE, is_hooked, is_transformed
+from ..swap import STATE, is_hooked, is_transformed, own_forward
 from .base import Adapter, LayerState, active_keys, register_adapter
 from .observed import Observed
 
@@ -87,7 +87,7 @@ def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | N
     if not args:
         return None
     if is_transformed():
-        return "a functorch transform runs, which knows PyTorch's own ops only"
+        return "torch.func or torch.jit.trace runs, which know PyTorch's own ops only"
     x = args[0]
     if type(x) not in _TENSORS:
         return f"input is a {type(x).__name__}, not a plain tensor"
@@ -120,7 +120,9 @@ class SafeLoraLinear(Observed):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """PEFT's forward, by the fast path if it can serve this call."""
         state: LayerState | None = self.__dict__.get(STATE)
-        if state is None or self._refusal(self, (x, *args), kwargs) is not None:
+        if state is None:
+            return own_forward(self, x, *args, **kwargs)
+        if self._refusal(self, (x, *args), kwargs) is not None:
             return super().forward(x, *args, **kwargs)
         own: Any = self._modules
         key = active_keys(self, own["lora_A"]._modules)[0]

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import get_device_states
 
 from safe_kernels import AdapterStatistics
 
-from ..swap import STATE, Swapped
+from ..swap import STATE, Swapped, is_bound, own_forward
 from .base import LayerState, active_keys, adapter_keys, adapter_parameters, peft_kind
 
 Call = Callable[[], Any]
@@ -34,14 +34,17 @@ class Observed(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """PEFT's forward."""
-        state: LayerState | None = self.__dict__.get(STATE)
-        if state is not None:
-            _hold_frozen(self, state)
-            scored = self.training and not torch.compiler.is_compiling()  # a scoring's forwards run uncompiled
-            if scored and state.observe and (due := self._due(state, kwargs)):
-                parent = super().forward
-                return self._observe(due, lambda: parent(*args, **kwargs), args, kwargs)
-        return super().forward(*args, **kwargs)
+        if not is_bound(self):
+            return own_forward(self, *args, **kwargs)
+        return self._watch(super().forward, args, kwargs)
+
+    def _watch(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        state: LayerState = self.__dict__[STATE]
+        _hold_frozen(self, state)
+        scored = self.training and not torch.compiler.is_compiling()  # a scoring's forwards run uncompiled
+        if scored and state.observe and (due := self._due(state, kwargs)):
+            return self._observe(due, lambda: call(*args, **kwargs), args, kwargs)
+        return call(*args, **kwargs)
 
     def _due(self, state: LayerState, kwargs: Mapping[str, Any]) -> dict[str, Sample]:
         """The adapters that the coming call computes and that a scoring waits for."""
@@ -75,6 +78,37 @@ class Observed(Swapped):
             return call()
         finally:
             hook.remove()
+
+
+class Replaced(Observed):
+    """A layer whose `forward` was replaced before it was bound, by device hooks say: watched from around it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own call."""
+        if not is_bound(self):
+            return super().__call__(*args, **kwargs)
+        return self._watch(super().__call__, args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's forward, should the replacement be taken away."""
+        return own_forward(self, *args, **kwargs)
+
+
+_AROUND: dict[type[Swapped], type[Swapped]] = {}
+
+
+def mixin_for(layer: nn.Module, mixin: type[Swapped]) -> type[Swapped]:
+    """Return what binding puts on a layer.
+
+    Args:
+        layer: one of PEFT's adapter layers, not bound yet.
+        mixin: what it puts on such layers in general.
+    """
+    if "forward" not in layer.__dict__:
+        return mixin
+    if mixin not in _AROUND:
+        _AROUND[mixin] = type(mixin.__name__, (Replaced, mixin), {})
+    return _AROUND[mixin]
 
 
 def no_kernel(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:

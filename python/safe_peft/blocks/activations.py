@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import safe_kernels
 from safe_kernels import reference
 
-from ..swap import STATE, Swapped, original_type
+from ..swap import STATE, Swapped, is_bound, original_type, own_forward
 from .base import Part, agrees, is_plain, stand_in
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -46,6 +46,8 @@ class SafeActivation(Swapped):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own formula."""
+        if not is_bound(self):
+            return own_forward(self, x, *args, **kwargs)
         if args or kwargs or not is_plain(x):
             return super().forward(x, *args, **kwargs)
         return safe_kernels.activation(x, self.__dict__[STATE].kind)

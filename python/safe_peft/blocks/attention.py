@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..swap import STATE, Swapped, original_type
+from ..swap import STATE, Swapped, is_bound, original_type, own_forward
 from .base import Part, agrees, hooked, is_linear, sample, small_linear, stand_in
 
 _SUM = "_mask_and_bias"
@@ -21,6 +21,8 @@ class SafeAttention(Swapped):
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
         """The module's own formula."""
+        if not is_bound(self):
+            return own_forward(self, hidden_states, *args, **kwargs)
         part: Attention = self.__dict__[STATE]
         given = {**dict(zip(part.arguments, args, strict=False)), **kwargs}
         mask, bias = given.pop("attention_mask", None), given.pop("position_bias", None)

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import safe_kernels
 
-from ..swap import Swapped, original_type
+from ..swap import Swapped, is_bound, original_type, own_forward
 from .base import Part, is_plain
 
 
@@ -20,6 +20,8 @@ class SafeDropout(Swapped):
 
     def forward(self, input: Tensor) -> Tensor:
         """Zeroes elements at random while training."""
+        if not is_bound(self):
+            return own_forward(self, input)
         if not self.training or self.p == 0.0 or self.inplace or not is_plain(input):
             return super().forward(input)
         return safe_kernels.dropout(input, self.p)

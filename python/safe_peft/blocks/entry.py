@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..adapters import peft_kind
-from ..swap import STATE, Swapped
+from ..swap import STATE, Swapped, is_bound
 
 
 class SafeEmbedding(Swapped):
@@ -22,6 +22,8 @@ class SafeEmbedding(Swapped):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own call, hooks included."""
+        if not is_bound(self):
+            return type(self).__call__(self, *args, **kwargs)
         output = super().__call__(*args, **kwargs)
         self.__dict__[STATE].remember(output)
         return output

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import safe_kernels
 from safe_kernels import reference
 
-from ..swap import STATE, Swapped, original_type
+from ..swap import STATE, Swapped, is_bound, original_type, own_forward
 from .activations import activation_kind
 from .base import Part, agrees, hooked, is_linear, is_plain, sample, small_linear, stand_in
 
@@ -23,6 +23,8 @@ class SafeMlp(Swapped):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own formula."""
+        if not is_bound(self):
+            return own_forward(self, *args, **kwargs)
         part: Mlp = self.__dict__[STATE]
         if len(args) != 1 or kwargs or not is_plain(*args) or part.refusal(self) or part.casts(self, args[0]):
             return super().forward(*args, **kwargs)

@@ -13,7 +13,7 @@ import safe_kernels
 from safe_kernels import reference
 from safe_kernels.inversion import invertible
 
-from ..swap import STATE, Swapped, original_type
+from ..swap import STATE, Swapped, is_bound, original_type, own_forward
 from .base import Part, agrees, is_plain, sample, stand_in
 
 INVERTS = "_safe_inverts"
@@ -28,6 +28,8 @@ class SafeNorm(Swapped):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The module's own formula."""
+        if not is_bound(self):
+            return own_forward(self, x, *args, **kwargs)
         part: Norm = self.__dict__[STATE]
         weight: Any = self._parameters["weight"]  # of a LayerNorm it may be None
         if args or kwargs or not part.takes(self, x):

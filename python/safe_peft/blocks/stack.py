@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from ..adapters import LayerState, peft_kind
 from ..adapters.base import adapter_parameters
 from ..paths import short_name
-from ..swap import STATE, Swapped, is_transformed
+from ..swap import STATE, Swapped, is_bound, is_transformed
 from .entry import Entry
 from .recompute import recompute
 
@@ -57,6 +57,8 @@ class SafeBlock(Swapped):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The block's own call, hooks and activation checkpointing included."""
+        if not is_bound(self):
+            return type(self).__call__(self, *args, **kwargs)
         state: Block = self.__dict__[STATE]
         if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_transformed():
             return super().__call__(*args, **kwargs)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -63,6 +63,8 @@ def plan_memory(
         >>> print(plan_memory(model, batch_size=8, sequence_length=512, frozen=["*.layers.0.*"]))  # doctest: +SKIP
     """
     model = unwrap(model)
+    if batch is not None and not isinstance(batch, Mapping):
+        raise ConfigError(f"batch: expected a model's arguments by name, got {type(batch).__name__}.")
     if batch is not None:
         inputs = Inputs.of(batch)
     elif batch_size is None:
@@ -179,7 +181,9 @@ def chosen(names: Sequence[str], wanted: Sequence[str] | float, option: str, wha
         if isinstance(wanted, bool) or not 0.0 <= wanted <= 1.0:
             raise ConfigError(f"{option}: expected patterns or a share between 0 and 1, got {wanted!r}.")
         return list(names[: math.floor(wanted * len(names) + 0.5)])
-    patterns = [wanted] if isinstance(wanted, str) else list(wanted)
+    patterns = [wanted] if isinstance(wanted, str) or not isinstance(wanted, Iterable) else list(wanted)
+    if wrong := [pattern for pattern in patterns if not isinstance(pattern, str)]:
+        raise ConfigError(f"{option}: expected shell patterns, got {wrong[0]!r}.")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
             some = f"they have names such as {names[0]!r}" if names else "there is none"

@@ -252,10 +252,11 @@ def test_deepspeed_is_refused(engine: str) -> None:
 
 def test_a_replica_of_data_parallel_is_refused() -> None:
     model = bert()
-    AdapterFreezer(model, adamw(model), SafeConfig(**SHORT))
+    freezer = AdapterFreezer(model, adamw(model), SafeConfig(**SHORT))
     model._is_replica = True  # what nn.DataParallel writes on its copies
     with pytest.raises(BindingError, match="torchrun"):
         model(**next(batches(1)))
+    freezer.detach()
 
 
 # ---------------------------------------------------------------- when one dies
