@@ -23,13 +23,8 @@ CPU = torch.device("cpu")
 
 def run(case: Case, device: torch.device, dtype: torch.dtype | None = None) -> list[Tensor]:
     """The output and the gradients, on `device`, in `dtype` or the tensors' own."""
-    moved = [tensor.to(device, dtype).detach() for tensor in case.tensors]
-    if case.strided:
-        moved = [torch.stack([tensor, tensor], -1)[..., 0] for tensor in moved]
-    trained = range(len(moved)) if case.trained is None else case.trained
-    leaves = [moved[index].requires_grad_() for index in trained]
-    options = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in case.options.items()}
-    out = case.op(*moved, **options)
+    call, leaves = case.place(device, dtype)
+    out = call()
     grad = torch.sin(torch.arange(out.numel(), dtype=torch.float64)).reshape(out.shape)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(case.tensors[0].dtype).to(device, out.dtype))]
 

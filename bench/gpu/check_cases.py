@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -40,6 +41,20 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     trained: tuple[int, ...] | None = None
     strided: bool = False
+
+    def place(
+        self, device: torch.device, dtype: torch.dtype | None = None
+    ) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """The call on `device`, in `dtype` or the tensors' own; and the tensors that want gradients."""
+        moved = [tensor.to(device, dtype).detach() for tensor in self.tensors]
+        if self.strided:
+            moved = [torch.stack([tensor, tensor], -1)[..., 0] for tensor in moved]
+        trained = range(len(moved)) if self.trained is None else self.trained
+        leaves = [moved[index].requires_grad_() for index in trained]
+        further = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.options.items()
+        }
+        return partial(self.op, *moved, **further), leaves
 
 
 def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
