@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from gpu import check, ops
+from gpu import check, machine, ops
 from gpu.check_cases import Case as Check
 from gpu.op_cases import Case
 from gpu.results import PARTS, read, update
@@ -132,3 +133,15 @@ def test_the_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(KeyboardInterrupt):
         update(out, "ops", {"rows": [1, 2]})
     assert read(out)["parts"]["ops"]["rows"] == [1]
+
+
+def test_the_driver_is_asked_about_the_gpu_that_torch_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text('#!/bin/sh\necho "$1, 1 MHz, 2 MHz, 3 MHz, 4 W, 50"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    answer = machine.ask_driver(SimpleNamespace(uuid="12-ab"))
+    assert answer["driver_version"] == "--id=GPU-12-ab"
+    assert answer["clocks.sm"] == "1 MHz"
+    tool.write_text("#!/bin/sh\nexit 1\n")
+    assert "does not answer" in machine.ask_driver(SimpleNamespace(uuid="12-ab"))["driver_version"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from .results import PARTS, read, update
+from .results import PARTS, read, reason, update
 
 PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel")
 QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
@@ -61,17 +61,25 @@ def describe(device: torch.device) -> dict[str, Any]:
     facts["gpu"] = properties.name
     facts["capability"] = f"{properties.major}.{properties.minor}"
     facts["multiprocessors"], facts["memory_GiB"] = properties.multi_processor_count, properties.total_memory / 2**30
-    # By its number nvidia-smi would find another one wherever CUDA_VISIBLE_DEVICES is set.
-    command = ["nvidia-smi", f"--id=GPU-{properties.uuid}", f"--query-gpu={QUERY}", "--format=csv,noheader"]
     busy = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     for _ in range(500):
         busy @ busy
+    return facts | ask_driver(properties)
+
+
+def ask_driver(properties: Any) -> dict[str, str]:
+    """Of this very GPU: by its number nvidia-smi would find another one wherever CUDA_VISIBLE_DEVICES is set."""
     try:
+        command = [
+            "nvidia-smi",
+            f"--id=GPU-{str(properties.uuid).removeprefix('GPU-')}",
+            f"--query-gpu={QUERY}",
+            "--format=csv,noheader",
+        ]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        facts |= dict(zip(QUERY.split(","), map(str.strip, answer.splitlines()[0].split(",")), strict=True))
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-        facts["driver_version"] = "nvidia-smi does not answer"
-    return facts
+        return dict(zip(QUERY.split(","), map(str.strip, answer.splitlines()[0].split(",")), strict=True))
+    except (AttributeError, OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
+        return {"driver_version": f"nvidia-smi does not answer: {reason(error)}"}
 
 
 def median_ms(run: Run, device: torch.device, before: Run = lambda: None, budget_ms: float = 120) -> dict[str, float]:

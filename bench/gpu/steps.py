@@ -11,9 +11,21 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .llama import LORA, LOSS, SHAPES, TOKENS, Step, freeze, liger, make_model
+import safe_kernels
+
+from .llama import LAYOUTS, LORA, LOSS, SHAPES, TOKENS, Step, freeze, liger, make_model
 from .machine import Run, arguments, device_of, median_ms
 from .results import reason, recording, seconds_left, update
+
+FURTHER = (
+    "liger",
+    "compile blocks",
+    "safe, tuned",
+    "peft, Liger's loss",
+    "safe, Liger's loss",
+    "peft, float32",
+    "safe, float32",
+)
 
 
 class Case(NamedTuple):
@@ -26,23 +38,18 @@ class Case(NamedTuple):
 
 def cases(sizes: tuple[str, ...]) -> Iterator[Case]:
     """What the goals speak of comes first; compiling a whole model takes minutes, and comes last."""
-    for size in sizes:
-        yield Case(size, "peft", "nothing")
-        yield Case(size, "safe", "nothing")
-        yield Case(size, "safe, scored", "nothing")
-        for layout, provider in product(("lower half", "lower three quarters"), ("peft", "safe")):
-            yield Case(size, provider, layout)
     first = sizes[0]
-    for provider, layout in product(("liger", "compile blocks"), ("nothing", "lower half")):
-        yield Case(first, provider, layout)
-    for provider in ("peft, Liger's loss", "safe, Liger's loss", "peft, float32", "safe, float32"):
-        yield Case(first, provider, "nothing")
-    for size, layout, provider in product(sizes, ("every other", "three of four"), ("peft", "safe")):
+    for size in sizes:
+        yield from (Case(size, provider, "nothing") for provider in ("peft", "safe", "safe, scored"))
+        yield from (Case(size, provider, "lower half") for provider in ("peft", "safe"))
+        if size == first:
+            yield from (Case(size, provider, "nothing") for provider in FURTHER)
+    for size, layout, provider in product(sizes, tuple(LAYOUTS)[2:], ("peft", "safe")):
         yield Case(size, provider, layout)
-    for provider, layout in product(("liger", "compile blocks"), ("every other", "lower three quarters")):
+    for layout, provider in product(tuple(LAYOUTS)[1:], ("liger", "compile blocks")):
         yield Case(first, provider, layout)
-    for size in sizes[1:]:
-        yield from (Case(size, provider, "nothing") for provider in ("liger", "compile blocks"))
+    for size, provider in product(sizes[1:], ("liger", "compile blocks")):
+        yield Case(size, provider, "nothing")
     yield Case(first, "compile", "nothing")
 
 
@@ -65,6 +72,8 @@ def prepare(case: Case, device: torch.device, undo: ExitStack) -> Step:
     freeze(model, case.frozen)
     if provider == "liger" or further == "Liger's loss":
         undo.enter_context(liger(model, loss_alone=provider != "liger"))
+    if further == "tuned":
+        undo.enter_context(safe_kernels.autotune())
     if provider == "safe" and further != "scored":
         safe_peft.bind(model)
     backend = "aot_eager" if device.type == "cpu" else "inductor"

@@ -18,7 +18,7 @@ from .machine import arguments, device_of
 from .ops import OWN, all_cases
 from .results import seconds_left
 
-PROCESSES = 8
+PROCESSES = 12
 
 
 def calls(dry: bool, device: torch.device) -> Iterator[Callable[[], Any]]:
