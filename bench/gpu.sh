@@ -61,6 +61,10 @@ part() {
   child=$!
   wait "$child" || code=$?
   child=""
+  if ((code == 75)); then # a fault has cost it the GPU; a new process goes on after it
+    GOES_ON=1 part "$name" $((limit - (SECONDS - start))) "$@"
+    return
+  fi
   case $code in
     0) ;;
     124 | 137) status="stopped after $limit s" ;;

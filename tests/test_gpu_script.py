@@ -17,7 +17,7 @@ import torch
 from gpu import check, machine, ops
 from gpu.check_cases import Case as Check
 from gpu.op_cases import Case
-from gpu.results import PARTS, read, update
+from gpu.results import AGAIN, PARTS, read, update
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -32,6 +32,15 @@ def script(out: Path, **environment: str) -> subprocess.Popen[str]:
     command = ["bash", str(ROOT / "bench/gpu.sh"), "--dry-run", "--out", str(out)]
     streams: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env={**ENVIRONMENT, **environment}, **streams)
+
+
+def stand_in(folder: Path, case: str) -> str:
+    """A Python whose parts all succeed at once, but for the case."""
+    python = folder / "python"
+    real = f'*results | *summary) exec {sys.executable} "$@" ;;'
+    python.write_text(f'#!/bin/sh\ncase "$2" in {real} {case} esac\n')
+    python.chmod(0o755)
+    return str(python)
 
 
 def await_checks(out: Path, running: subprocess.Popen[str]) -> None:
@@ -54,11 +63,7 @@ def test_every_part_is_named_even_if_there_is_no_time_for_it(tmp_path: Path) -> 
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path: Path) -> None:
-    python = tmp_path / "python"
-    cases = (f'*results | *summary) exec {sys.executable} "$@" ;;', "*check) exit 1 ;;")
-    python.write_text(f'#!/bin/sh\ncase "$2" in {" ".join(cases)} esac\n')
-    python.chmod(0o755)
-    running = script(tmp_path / "out.json", PYTHON=str(python))
+    running = script(tmp_path / "out.json", PYTHON=stand_in(tmp_path, "*check) exit 1 ;;"))
     printed, _ = running.communicate(timeout=60)
     status = {name: part["status"] for name, part in read(tmp_path / "out.json")["parts"].items()}
     assert running.returncode == 1, printed
@@ -116,8 +121,35 @@ def test_a_part_that_has_no_time_left_measures_nothing(monkeypatch: pytest.Monke
     monkeypatch.setenv("DEADLINE", str(time.time()))
     noted: dict[str, Any] = {}
     limits = {"copy_GB_s": 1.0, "bf16_TFLOP_s": 1.0}
-    ops.measure(torch.device("cpu"), True, [lambda provider: True], limits, lambda **facts: noted.update(facts))
+    rows: dict[Any, dict[str, Any]] = {}
+    ops.measure(torch.device("cpu"), True, lambda provider: True, rows, limits, lambda **facts: noted.update(facts))
+    assert not rows
     assert noted["left_out"].startswith("from lora forward")
+
+
+def test_after_a_fault_another_process_goes_on_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def faults() -> list[str]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    done: list[str] = []
+    verified = [("a", lambda: done.append("a") or []), ("b", faults), ("c", lambda: done.append("c") or [])]
+    monkeypatch.setattr(check, "checks", lambda *arguments: iter(verified))
+    monkeypatch.setattr(sys, "argv", ["check", "--dry-run", "--out", str(tmp_path / "out.json"), "--part", "check"])
+    with pytest.raises(SystemExit, match=str(AGAIN)):
+        check.main()
+    monkeypatch.setenv("GOES_ON", "1")
+    with pytest.raises(SystemExit, match="True"):
+        check.main()
+    part = read(tmp_path / "out.json")["parts"]["check"]
+    assert (done, part["checked"], list(part["wrong"])) == (["a", "c"], 3, ["b"])
+
+
+def test_the_script_starts_a_part_again_that_asks_for_it(tmp_path: Path) -> None:
+    running = script(tmp_path / "out.json", PYTHON=stand_in(tmp_path, f'*ops) test -n "$GOES_ON" || exit {AGAIN} ;;'))
+    printed, _ = running.communicate(timeout=60)
+    assert running.returncode == 0, printed
+    assert read(tmp_path / "out.json")["parts"]["ops"]["status"] == "ok"
+    assert printed.count("==> ops, ") == 2
 
 
 def test_the_file_is_never_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

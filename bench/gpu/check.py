@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ import safe_kernels
 from .check_cases import Case, large_cases, small_cases
 from .check_whole import whole_checks
 from .machine import arguments, device_of
-from .results import reason, recording, seconds_left, update
+from .results import go_on_after, reason, recording, seconds_left, so_far, update
 
 LIMIT = {torch.float32: 2e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Largest ``|result - truth| / |truth|`` over a whole tensor."""
@@ -70,12 +71,13 @@ def outcome(verify: Callable[[], list[str]]) -> list[str]:
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    wrong: dict[str, list[str]] = {}
-    checked = 0
+    before = so_far(options.out, options.part)
+    wrong: dict[str, list[str]] = before.get("wrong", {})
+    checked: int = before.get("checked", 0)
     with recording(options.out, options.part), safe_kernels.autotune(options.autotune):
         device = device_of(options)
         torch.manual_seed(0)
-        for name, verify in checks(options.large, options.dry_run, device):
+        for name, verify in islice(checks(options.large, options.dry_run, device), checked, None):
             if seconds_left() < 3:
                 update(options.out, options.part, {"left_out": f"from {name} on"})
                 break
@@ -84,6 +86,7 @@ def main() -> None:
                 wrong[name] = problems
                 print(f"WRONG {name}: {'; '.join(problems)}", flush=True)
             update(options.out, options.part, {"checked": checked, "wrong": wrong})
+            go_on_after(" ".join(problems))
     print(f"{checked - len(wrong)} of {checked} checks passed on {device}")
     sys.exit(bool(wrong))
 

@@ -53,7 +53,7 @@ def package_versions() -> dict[str, str]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """GPU, driver, clocks under load, versions and date; no name of a machine."""
+    """GPU, driver, clocks, versions and date; no name of a machine."""
     facts: dict[str, Any] = {"date": datetime.date.today().isoformat(), "versions": package_versions()}
     if device.type == "cpu":
         return facts | {"gpu": "none (dry run)"}
@@ -61,10 +61,17 @@ def describe(device: torch.device) -> dict[str, Any]:
     facts["gpu"] = properties.name
     facts["capability"] = f"{properties.major}.{properties.minor}"
     facts["multiprocessors"], facts["memory_GiB"] = properties.multi_processor_count, properties.total_memory / 2**30
+    return facts | ask_driver(properties)
+
+
+def under_load(device: torch.device) -> dict[str, str]:
+    """The clocks while the GPU multiplies: those of an idle one say nothing."""
+    if device.type == "cpu":
+        return {}
     busy = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     for _ in range(500):
         busy @ busy
-    return facts | ask_driver(properties)
+    return ask_driver(torch.cuda.get_device_properties(device))
 
 
 def ask_driver(properties: Any) -> dict[str, str]:

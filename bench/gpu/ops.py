@@ -14,25 +14,29 @@ import torch
 import safe_kernels
 from safe_kernels.triton import tuning
 
-from .machine import arguments, ceilings, device_of, median_ms
+from .machine import arguments, ceilings, device_of, median_ms, under_load
 from .op_cases import Case, Shapes, linear_case, lora_cases, score_case
-from .results import reason, recording, seconds_left, update
+from .results import go_on_after, reason, recording, seconds_left, so_far, update
 from .rowwise_cases import rowwise_cases
 
 OWN = ("safe", "fused")
 Note = Callable[..., None]
+Wants = Callable[[str], bool]
 
 
 def main() -> None:
     options = arguments(__doc__ or "")
     note = partial(_note, options.out, options.part)
+    before = so_far(options.out, options.part)
+    rows = {key(row["case"], row): row for row in before.get("rows", [])}
+    passes: list[Wants] = [lambda provider: provider != "compile", lambda provider: provider == "compile"]
     with recording(options.out, options.part), safe_kernels.autotune(options.autotune):
         device = device_of(options)
         torch.manual_seed(0)
-        limits = ceilings(device)
-        note(ceilings=limits)
-        wanted: list[Callable[[str], bool]] = [lambda provider: provider != "compile", lambda p: p == "compile"]
-        measure(device, options.dry_run, [OWN.__contains__] if options.autotune else wanted, limits, note)
+        limits = before.get("ceilings") or ceilings(device)
+        note(ceilings=limits, under_load=under_load(device))
+        for wants in [OWN.__contains__] if options.autotune else passes:
+            measure(device, options.dry_run, wants, rows, limits, note)
         if options.autotune:
             note(choices=chosen_tiles())
 
@@ -41,27 +45,27 @@ def _note(path: Path, part: str, **facts: Any) -> None:
     update(path, part, facts)
 
 
+def key(name: str, size: dict[str, Any]) -> tuple[Any, ...]:
+    return (name, *(size[number] for number in ("rows", "d", "r", "p")))
+
+
 def measure(
-    device: torch.device,
-    dry: bool,
-    passes: list[Callable[[str], bool]],
-    limits: dict[str, float],
-    note: Note,
+    device: torch.device, dry: bool, wants: Wants, rows: dict[Any, dict[str, Any]], limits: dict[str, float], note: Note
 ) -> None:
-    """Goes over the cases once for each choice of providers: what takes long to compile comes after all else."""
-    rows: dict[str, dict[str, Any]] = {}
-    for wants in passes:
-        for case in all_cases(dry, device):
-            if not any(map(wants, case.runs)):
+    """Goes over the cases with those providers that are wanted; a row has all providers of a case."""
+    for case in all_cases(dry, device):
+        found = rows.get(key(case.name, case.size), row_of(case, limits))
+        for provider in filter(wants, case.runs):
+            if provider in found["ms"]:
                 continue
             if seconds_left() < 5:
-                note(left_out=f"from {case.name} {case.size} on")
+                note(left_out=f"from {case.name} {case.size} {provider} on")
                 return
-            row = rows.setdefault(f"{case.name} {case.size}", row_of(case, limits))
-            for provider in filter(wants, case.runs):
-                row["ms"][provider] = measure_one(case, provider, device)
-                print(f"{case.name} {case.size} {provider}: {row['ms'][provider]}", flush=True)
+            found["ms"][provider] = measure_one(case, provider, device)
+            print(f"{case.name} {case.size} {provider}: {found['ms'][provider]}", flush=True)
+            rows[key(case.name, case.size)] = found
             note(rows=list(rows.values()))
+            go_on_after(found["ms"][provider].get("error", ""))
 
 
 def all_cases(dry: bool, device: torch.device) -> Iterator[Case]:

@@ -27,6 +27,8 @@ PARTS = (
     "racecheck",
 )
 """In the order of their worth: the last ones go without when time is short."""
+AGAIN = 75
+"""Exit status with which a part asks for another process, to go on where it stopped."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -53,6 +55,17 @@ def reason(error: BaseException) -> str:
     """An error's kind and first line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
+
+
+def go_on_after(problem: str) -> None:
+    """A fault of a kernel leaves its whole process without a GPU: the rest is for another one."""
+    if "CUDA error" in problem or "Triton Error [CUDA]" in problem:
+        sys.exit(AGAIN)
+
+
+def so_far(path: Path, part: str) -> dict[str, Any]:
+    """What an earlier process of this part has measured, if this one goes on for it."""
+    return read(path)["parts"][part] if os.environ.get("GOES_ON") else {}
 
 
 @contextmanager

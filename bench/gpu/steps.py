@@ -6,7 +6,7 @@ import gc
 from collections.abc import Iterator
 from contextlib import ExitStack
 from functools import partial
-from itertools import product
+from itertools import islice, product
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +15,7 @@ import safe_kernels
 
 from .llama import LAYOUTS, LORA, LOSS, SHAPES, TOKENS, Step, freeze, liger, make_model
 from .machine import Run, arguments, device_of, median_ms
-from .results import reason, recording, seconds_left, update
+from .results import go_on_after, reason, recording, seconds_left, so_far, update
 
 FURTHER = (
     "liger",
@@ -113,19 +113,20 @@ def clean_up(device: torch.device) -> None:
 def main() -> None:
     options = arguments(__doc__ or "")
     note = partial(update, options.out, options.part)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = so_far(options.out, options.part).get("rows", [])
     with recording(options.out, options.part):
         device = device_of(options)
         sizes = ("tiny",) if options.dry_run else ("1B", "8B")
         used = {size: {**SHAPES[size], "tokens": TOKENS[size]} for size in sizes}
         note({"models": used, "lora": LORA, "loss": LOSS, "attention": "sdpa", "optimizer": "AdamW"})
-        for case in cases(sizes):
+        for case in islice(cases(sizes), len(rows), None):
             if seconds_left() < 10:
                 note({"left_out": f"from {' '.join(case)} on"})
                 break
             rows.append({**case._asdict(), **measure(case, device)})
             print(rows[-1], flush=True)
             note({"rows": rows})
+            go_on_after(rows[-1].get("error", ""))
             clean_up(device)
 
 
