@@ -53,7 +53,7 @@ part() {
   shift 2
   [[ " ${ONLY:-$name} " == *" $name "* ]] || return 0
   ((left < limit)) && limit=$left
-  ((limit < 15)) && note "$name" "status=not run: no time left" && return
+  ((limit < 15)) && note "$name" "status=${GOES_ON:-not run}: no time left" && return
   say "$name, at most $limit s"
   note "$name" status=running
   # In the background, since bash hears a signal while it waits, and not while a command runs.
@@ -62,7 +62,7 @@ part() {
   wait "$child" || code=$?
   child=""
   if ((code == 75)); then # a fault has cost it the GPU; a new process goes on after it
-    GOES_ON=1 part "$name" $((limit - (SECONDS - start))) "$@"
+    GOES_ON="stopped by a fault" part "$name" $((limit - (SECONDS - start))) "$@"
     return
   fi
   case $code in

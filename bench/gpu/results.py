@@ -37,13 +37,18 @@ def read(path: Path) -> dict[str, Any]:
     return {"run": {}, "machine": {}, "parts": {name: {"status": "not run"} for name in PARTS}}
 
 
+def write(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
+    """Replaces the file whole, so that no one ever finds half of it."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=indent) + "\n")
+    os.replace(unfinished, path)
+
+
 def update(path: Path, part: str, facts: dict[str, Any]) -> None:
-    """Adds to what is known of a part. The file is replaced whole, so that no one ever finds half of it."""
+    """Adds to what is known of a part."""
     content = read(path)
     (content["parts"] if part in PARTS else content).setdefault(part, {}).update(facts)
-    unfinished = path.with_suffix(".tmp")
-    unfinished.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(unfinished, path)
+    write(path, content)
 
 
 def seconds_left() -> float:

@@ -1,4 +1,4 @@
-"""Prints the short table that a reader of the log needs, from whatever the parts have left."""
+"""Prints the short table that a reader of the log needs, from whatever the parts have left, and indents the JSON."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .results import PARTS, read
+from .results import PARTS, read, write
 
 
 def cell(found: dict[str, Any]) -> str:
@@ -53,7 +53,8 @@ def part_line(name: str, part: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    whole = read(Path(sys.argv[1]))
+    whole = read(path := Path(sys.argv[1]))
+    write(path, whole, indent=1)
     parts = whole["parts"]
     print("\n".join([*op_lines(parts["ops"]), *step_lines(parts["steps"])]))
     print("\n".join(["tuned:", *op_lines(parts["ops_tuned"])]))
