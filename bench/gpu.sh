@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Builds the extension, checks the kernels on a GPU, times them and whole training steps, and writes one JSON; a short
-# table comes last. One GPU, under ten minutes, no network. On a machine without a GPU, --dry-run goes through all of it
-# on the CPU, at sizes that say nothing.
+# Builds the extension, checks the kernels on a GPU, times them and whole training steps. One GPU, no network, at most
+# BUDGET seconds: the most valuable parts come first, each gets what is left, and one JSON holds after every case what is
+# known so far. A part that fails stops no other. A short table comes last; the exit status is 1 if any part failed.
+# On a machine without a GPU, --dry-run goes through it on the CPU, at sizes that say nothing.
 #   bench/gpu.sh [--dry-run] [--out FILE]
-# Environment: PYTHON (default: .venv's, else python3), MAX_JOBS.
-set -euo pipefail
+# Environment: BUDGET (default 580), PYTHON (default: .venv's, else python3), MAX_JOBS, SKIP_BUILD=1 (it is built),
+# ONLY="memcheck racecheck" (these parts alone, into the file of an earlier run).
+set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 dry="" out=""
@@ -18,46 +20,80 @@ while (($#)); do
 done
 
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || command -v python3)}
-export PYTHONPATH="$PWD:$PWD/python:$PWD/bench/gpu:$PWD/tests/kernels${PYTHONPATH:+:$PYTHONPATH}"
+budget=${BUDGET:-580}
+export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-parts=$(mktemp -d)
-trap 'rm -rf "$parts"' EXIT
-out=${out:-$([[ -n $dry ]] && echo "$parts/dry-run.json" || echo bench/results/gpu.json)}
-say() { printf '==> %s (%d s)\n' "$*" "$SECONDS" >&2; }
-
 if [[ -z $dry ]]; then
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
     { echo "bench/gpu.sh: torch finds no GPU; --dry-run goes through the motions without one" >&2 && exit 1; }
 fi
-if [[ -z $dry || ! $(compgen -G "safe_kernels/_C*.so") ]]; then
-  say "building the extension"
-  MAX_JOBS=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)} "$python" setup.py build_ext --inplace >"$parts/build.log" 2>&1 ||
-    { tail -n 20 "$parts/build.log" >&2 && exit 1; }
-fi
 
-say "checking results"
-"$python" bench/gpu/check.py $dry --out "$parts/check.json"
-sanitizer=$(command -v compute-sanitizer || true)
-if [[ -z $dry && -n $sanitizer ]]; then
-  for tool in memcheck racecheck; do
-    say "compute-sanitizer $tool"
-    PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout 150 "$sanitizer" --tool "$tool" --error-exitcode 9 \
-      "$python" bench/gpu/check.py --small --out "$parts/sanitized.json" >"$parts/$tool.log" 2>&1 &&
-      echo "$tool: clean" >>"$parts/sanitizer.txt" ||
-      { echo "$tool: exit status $?" >>"$parts/sanitizer.txt" && tail -n 5 "$parts/$tool.log" >&2; }
-  done
+scratch=$(mktemp -d) child="" failed=0
+export SAFE_KERNELS_CACHE="$scratch/tuning"
+out=${out:-$([[ -n $dry ]] && echo "$scratch/dry-run.json" || echo bench/results/gpu.json)}
+say() { printf '==> %s (%d s)\n' "$*" "$SECONDS" >&2; }
+note() { "$python" -m bench.gpu.results "$out" "$@"; }
+module() { part "$2" "$3" "$python" -m "bench.gpu.$1" $dry --out "$out" --part "$2" "${@:4}"; }
+
+finish() {
+  local status=$?
+  trap - EXIT TERM INT HUP
+  [[ -n $child ]] && kill "$child" 2>/dev/null && wait "$child"
+  "$python" -m bench.gpu.summary "$out"
+  rm -rf "$scratch"
+  say "done"
+  exit $((status ? status : failed))
+}
+trap finish EXIT
+trap 'exit 143' TERM INT HUP
+
+# part NAME SECONDS COMMAND...: in at most so many seconds of those that are left
+part() {
+  local name=$1 limit=$2 start=$SECONDS left=$((budget - SECONDS - 10)) code=0 status=ok
+  shift 2
+  [[ " ${ONLY:-$name} " == *" $name "* ]] || return 0
+  ((left < limit)) && limit=$left
+  ((limit < 15)) && note "$name" "status=${GOES_ON:-not run}: no time left" && return
+  say "$name, at most $limit s"
+  note "$name" status=running
+  # In the background, since bash hears a signal while it waits, and not while a command runs.
+  DEADLINE=$(($(date +%s) + limit - 5)) timeout -k 5 "$limit" "$@" &
+  child=$!
+  wait "$child" || code=$?
+  child=""
+  if ((code == 75)); then # a fault has cost it the GPU; a new process goes on after it
+    GOES_ON="stopped by a fault" part "$name" $((limit - (SECONDS - start))) "$@"
+    return
+  fi
+  case $code in
+    0) ;;
+    124 | 137) status="stopped after $limit s" ;;
+    *) status="failed with exit status $code" failed=1 ;;
+  esac
+  note "$name" "status=$status" "seconds=$((SECONDS - start))"
+}
+
+sanitizer() {
+  local tool=$1 found
+  found=$(PATH="$PATH:/usr/local/cuda/bin" command -v compute-sanitizer)
+  [[ -n $dry || -z $found ]] && note "$tool" "status=not run: no compute-sanitizer, or a dry run" && return
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 120 "$found" --tool "$tool" --error-exitcode 9 \
+    "$python" -m bench.gpu.check --out "$out" --part "$tool"
+}
+
+[[ -n ${ONLY:-} ]] || rm -f "$out"
+note run "dry_run=$([[ -n $dry ]] && echo true || echo false)" "budget_s=$budget" || exit 1
+if [[ -n ${SKIP_BUILD:-} || (-n $dry && -n $(compgen -G "safe_kernels/_C*.so")) ]]; then
+  note build "status=not run: it was there"
 else
-  echo "not run" >"$parts/sanitizer.txt"
+  MAX_JOBS=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)} part build 300 "$python" setup.py --quiet build_ext --inplace
 fi
-
-say "timing kernels"
-"$python" bench/gpu/kernels.py $dry --out "$parts/kernels.json"
-say "timing training steps"
-"$python" bench/gpu/steps.py $dry --out "$parts/steps.json"
-if ((SECONDS < 420)); then
-  say "checking results and timing kernels, with tiles by measurement"
-  timeout 60 "$python" bench/gpu/check.py $dry --small --autotune --out "$parts/check-tuned.json" || say "wrong, or slow"
-  timeout 120 "$python" bench/gpu/kernels.py $dry --autotune --out "$parts/tuned.json" || say "no time for it"
-fi
-"$python" bench/gpu/summary.py $dry --parts "$parts" --out "$out"
-say "done"
+module warm warm 90
+module check check 90
+module ops ops 150
+module steps steps 210
+module check check_large 40 --large
+module check check_tuned 40 --autotune
+module ops ops_tuned 60 --autotune
+sanitizer memcheck
+sanitizer racecheck

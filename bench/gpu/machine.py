@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import platform
+import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .results import PARTS, read, reason, update
+
 PACKAGES = ("torch", "triton", "transformers", "peft", "liger-kernel")
+QUERY = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
 Run = Callable[[], Any]
 
 
@@ -23,18 +26,20 @@ def arguments(description: str) -> argparse.Namespace:
     """What every script here takes."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny sizes: times mean nothing")
-    parser.add_argument("--small", action="store_true", help="few small cases, for a sanitizer")
-    parser.add_argument("--autotune", action="store_true", help="tiles by measurement; of kernels, our own alone")
-    parser.add_argument("--out", type=Path, required=True, help="JSON to write")
+    parser.add_argument("--large", action="store_true", help="checks at sizes that fill a GPU")
+    parser.add_argument("--autotune", action="store_true", help="tiles by measurement; of the ops, our own alone")
+    parser.add_argument("--shard", type=int, nargs=2, help="warming: which share of the cases, and of how many")
+    parser.add_argument("--out", type=Path, required=True, help="JSON to add to")
+    parser.add_argument("--part", choices=PARTS, required=True, help="under which name")
     return parser.parse_args()
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
-    return torch.device("cpu" if options.dry_run else "cuda")
-
-
-def write(options: argparse.Namespace, content: Any) -> None:
-    options.out.write_text(json.dumps(content, indent=1))
+    """Where to measure; the file says once what that is."""
+    device = torch.device("cpu" if options.dry_run else "cuda")
+    if not read(options.out)["machine"]:
+        update(options.out, "machine", describe(device))
+    return device
 
 
 def package_versions() -> dict[str, str]:
@@ -56,34 +61,77 @@ def describe(device: torch.device) -> dict[str, Any]:
     facts["gpu"] = properties.name
     facts["capability"] = f"{properties.major}.{properties.minor}"
     facts["multiprocessors"], facts["memory_GiB"] = properties.multi_processor_count, properties.total_memory / 2**30
-    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu"
-    command = ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader"]
+    return facts | ask_driver(properties)
+
+
+def under_load(device: torch.device) -> dict[str, str]:
+    """The clocks while the GPU multiplies: those of an idle one say nothing."""
+    if device.type == "cpu":
+        return {}
+    busy = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    for _ in range(500):
+        busy @ busy
+    return ask_driver(torch.cuda.get_device_properties(device))
+
+
+def ask_driver(properties: Any) -> dict[str, str]:
+    """Of this very GPU: by its number nvidia-smi would find another one wherever CUDA_VISIBLE_DEVICES is set."""
     try:
+        command = [
+            "nvidia-smi",
+            f"--id=GPU-{str(properties.uuid).removeprefix('GPU-')}",
+            f"--query-gpu={QUERY}",
+            "--format=csv,noheader",
+        ]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-        facts |= dict(zip(query.split(","), map(str.strip, answer.splitlines()[0].split(",")), strict=True))
-    except (OSError, subprocess.SubprocessError, IndexError, ValueError):
-        facts["driver_version"] = "nvidia-smi does not answer"
-    return facts
+        return dict(zip(QUERY.split(","), map(str.strip, answer.splitlines()[0].split(",")), strict=True))
+    except (AttributeError, OSError, subprocess.SubprocessError, IndexError, ValueError) as error:
+        return {"driver_version": f"nvidia-smi does not answer: {reason(error)}"}
 
 
-def median_ms(
-    run: Run, device: torch.device, grads: Sequence[torch.Tensor] = (), budget_ms: int = 120
-) -> dict[str, float]:
-    """Quantiles of a run's time in milliseconds; before each the cache is flushed, gradients are forgotten."""
-    if device.type == "cuda":
-        from triton.testing import do_bench
+def median_ms(run: Run, device: torch.device, before: Run = lambda: None, budget_ms: float = 120) -> dict[str, float]:
+    """Quantiles of a run's time in milliseconds.
 
-        low, middle, high = do_bench(run, warmup=40, rep=budget_ms, grad_to_none=list(grads), quantiles=[0.2, 0.5, 0.8])
-        return {"p20": low, "p50": middle, "p80": high}
-    times = []
-    for _ in range(3):
-        for tensor in grads:
-            tensor.grad = None
-        start = time.perf_counter()
+    Args:
+        run: what is timed.
+        device: where it runs.
+        before: not timed; called before each run, after which the cache is flushed as well.
+        budget_ms: for how long, though at least 5 times; a third of that goes before it, to warm up.
+    """
+    timed = _cpu_ms if device.type == "cpu" else _Events(device)
+    before()
+    run()
+    times = [timed(before, run) for _ in range(2)]
+    repeats = 3 if device.type == "cpu" else int(min(max(budget_ms / max(times[-1], 1e-3), 5), 200))
+    for _ in range(repeats // 3 if repeats > 5 else 0):
+        timed(before, run)
+    times = [timed(before, run) for _ in range(repeats)]
+    low, _, _, high = statistics.quantiles(times, n=5, method="inclusive")
+    return {"p20": low, "p50": statistics.median(times), "p80": high, "runs": repeats}
+
+
+def _cpu_ms(before: Run, run: Run) -> float:
+    before()
+    start = time.perf_counter()
+    run()
+    return 1e3 * (time.perf_counter() - start)
+
+
+class _Events:
+    """Times one run on a GPU by its own clock."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.cache = torch.empty(2**28, dtype=torch.int8, device=device)
+        self.start, self.end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def __call__(self, before: Run, run: Run) -> float:
+        before()
+        self.cache.zero_()
+        self.start.record()
         run()
-        times.append(1e3 * (time.perf_counter() - start))
-    low, middle, high = sorted(times)
-    return {"p20": low, "p50": middle, "p80": high}
+        self.end.record()
+        self.end.synchronize()
+        return self.start.elapsed_time(self.end)
 
 
 def ceilings(device: torch.device) -> dict[str, float]:

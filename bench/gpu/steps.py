@@ -3,74 +3,57 @@
 from __future__ import annotations
 
 import gc
-import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack
+from functools import partial
+from itertools import islice, product
+from typing import Any, NamedTuple
 
 import torch
-from machine import arguments, describe, device_of, median_ms, write
-from torch import nn
 
-SHAPES = {  # Llama 3.2 1B and Llama 3.1 8B, of their public configurations
-    "1B": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
-    "8B": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32},
-}
-TINY = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4}
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-LAYOUTS: dict[str, Callable[[int, int], bool]] = {
-    "nothing": lambda layer, layers: False,
-    "lower half": lambda layer, layers: layer < layers // 2,
-    "every other": lambda layer, layers: layer % 2 == 0,
-    "lower three quarters": lambda layer, layers: layer < 3 * layers // 4,
-}
+import safe_kernels
 
+from .llama import LAYOUTS, LORA, LOSS, SHAPES, TOKENS, Step, freeze, liger, make_model
+from .machine import Run, arguments, device_of, median_ms
+from .results import go_on_after, reason, recording, seconds_left, so_far, update
 
-def make_model(shape: dict[str, int], device: torch.device, liger: bool, vocabulary: int) -> nn.Module:
-    """Random weights, bf16, LoRA r 16 with dropout 0.1 on every linear layer."""
-    from peft import LoraConfig, get_peft_model
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    heads = max(shape["num_attention_heads"] // 4, 1)
-    config = LlamaConfig(**shape, num_key_value_heads=heads, vocab_size=vocabulary, use_cache=False)
-    config._attn_implementation = "sdpa"
-    with torch.device(device):
-        model = LlamaForCausalLM(config).to(torch.bfloat16)
-    if liger:
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
-
-        apply_liger_kernel_to_llama(model=model)
-    lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.1, target_modules=TARGETS, bias="none")
-    return get_peft_model(model, lora, autocast_adapter_dtype=False).train()
+FURTHER = (
+    "liger",
+    "compile blocks",
+    "safe, tuned",
+    "peft, Liger's loss",
+    "safe, Liger's loss",
+    "peft, float32",
+    "safe, float32",
+)
 
 
-def freeze(model: nn.Module, layers: int, is_frozen: Callable[[int, int], bool]) -> None:
-    """Freezes whole blocks' adapters, as the schedule does, their dropout off."""
-    for index, block in enumerate(model.base_model.model.model.layers):
-        if not is_frozen(index, layers):
-            continue
-        for name, parameter in block.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and "lora_" not in name)
-        for module in block.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
+class Case(NamedTuple):
+    """Who takes a step, of which size, with which adapters frozen."""
+
+    size: str
+    provider: str
+    frozen: str
 
 
-class Step:
-    """Forward, backward, optimizer."""
+def cases(sizes: tuple[str, ...]) -> Iterator[Case]:
+    """What the goals speak of comes first; compiling a whole model takes minutes, and comes last."""
+    first = sizes[0]
+    for size in sizes:
+        yield from (Case(size, provider, "nothing") for provider in ("peft", "safe", "safe, scored"))
+        yield from (Case(size, provider, "lower half") for provider in ("peft", "safe"))
+        if size == first:
+            yield from (Case(size, provider, "nothing") for provider in FURTHER)
+    for size, layout, provider in product(sizes, tuple(LAYOUTS)[2:], ("peft", "safe")):
+        yield Case(size, provider, layout)
+    for layout, provider in product(tuple(LAYOUTS)[1:], ("liger", "compile blocks")):
+        yield Case(first, provider, layout)
+    for size, provider in product(sizes[1:], ("liger", "compile blocks")):
+        yield Case(size, provider, "nothing")
+    yield Case(first, "compile", "nothing")
 
-    def __init__(self, model: nn.Module, tokens: torch.Tensor) -> None:
-        self.model, self.tokens = model, tokens
-        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
 
-    def __call__(self) -> None:
-        self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-
-
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+def peak_bytes(run: Run, device: torch.device) -> int:
     if device.type == "cpu":
         run()
         return 0
@@ -80,58 +63,71 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def measure(provider: str, shape: dict[str, int], layout: str, tokens: torch.Tensor, vocabulary: int) -> dict[str, Any]:
-    """One provider at one state of freezing; a provider that cannot run says why."""
-    device = tokens.device
+def prepare(case: Case, device: torch.device, undo: ExitStack) -> Step:
+    """A model, changed as the provider changes one, and its step."""
+    import safe_peft
+
+    shape, (provider, _, further) = SHAPES[case.size], case.provider.partition(", ")
+    model: Any = make_model(shape, device, single=further == "float32")
+    freeze(model, case.frozen)
+    if provider == "liger" or further == "Liger's loss":
+        undo.enter_context(liger(model, loss_alone=provider != "liger"))
+    if further == "tuned":
+        undo.enter_context(safe_kernels.autotune())
+    if provider == "safe" and further != "scored":
+        safe_peft.bind(model)
+    backend = "aot_eager" if device.type == "cpu" else "inductor"
+    if provider == "compile blocks":
+        for block in model.get_submodule("base_model.model.model.layers"):
+            block.compile(backend=backend, dynamic=False)
+    if provider == "compile":
+        model = torch.compile(model, backend=backend, dynamic=False)
+    tokens = torch.randint(shape["vocab_size"], TOKENS[case.size], device=device)
+    return Step(model, tokens, scored=further == "scored")
+
+
+def measure(case: Case, device: torch.device) -> dict[str, Any]:
+    """Time and memory, or why there are none."""
     try:
-        model = make_model(shape, device, provider == "liger", vocabulary)
-        freeze(model, shape["num_hidden_layers"], LAYOUTS[layout])
-        if provider == "safe":
-            import safe_peft
-
-            safe_peft.bind(model)
-        if provider == "compile":
-            model = torch.compile(model, backend="aot_eager" if device.type == "cpu" else "inductor")
-        step = Step(model, tokens)
-        step()
-        peak = peak_bytes(step, device)
-        return {"ms": median_ms(step, device, budget_ms=1500), "peak_bytes": peak}
+        with ExitStack() as undo:
+            step = prepare(case, device, undo)
+            held = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+            step()
+            peak = peak_bytes(step, device)
+            found = {"ms": median_ms(step, device, budget_ms=1500), "peak_bytes": peak, "held_bytes": held}
+            if step.freezer is not None:
+                found["scorings"] = len(step.freezer.ledger.scorings)
+            return found
     except Exception as error:
-        return {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]}
-    finally:
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch._dynamo.reset()
+        return {"error": reason(error)}
 
 
-def runs(dry: bool) -> list[tuple[str, str, str]]:
-    """(size, provider, layout): every competitor with nothing frozen, PEFT and ours at every state of freezing."""
-    sizes = ["tiny"] if dry else list(SHAPES)
-    found = [(size, provider, layout) for size in sizes for layout in LAYOUTS for provider in ("peft", "safe")]
-    # Compiling 8B twice over would take the minutes that are left.
-    return found + [(sizes[0], provider, "nothing") for provider in ("liger", "compile")]
+def clean_up(device: torch.device) -> None:
+    """After the model's last user has gone."""
+    gc.collect()
+    torch._dynamo.reset()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def main() -> None:
     options = arguments(__doc__ or "")
-    device = device_of(options)
-    vocabulary, rows, length = (128, 2, 16) if options.dry_run else (32000, 4, 2048)
-    tokens = torch.randint(vocabulary, (rows, length), device=device)
-    results = []
-    try:
-        import peft as _peft  # noqa: F401
-        import transformers as _transformers  # noqa: F401
-    except ImportError as error:
-        write(options, {"machine": describe(device), "steps": [], "skipped": str(error)})
-        print(f"no training steps: {error}")
-        sys.exit(0)
-    for size, provider, layout in runs(options.dry_run):
-        shape = TINY if options.dry_run else SHAPES[size]
-        found = measure(provider, shape, layout, tokens, vocabulary)
-        results.append({"size": size, "provider": provider, "frozen": layout, **found})
-        print(results[-1], flush=True)
-    write(options, {"machine": describe(device), "tokens": [rows, length], "steps": results})
+    note = partial(update, options.out, options.part)
+    rows: list[dict[str, Any]] = so_far(options.out, options.part).get("rows", [])
+    with recording(options.out, options.part):
+        device = device_of(options)
+        sizes = ("tiny",) if options.dry_run else ("1B", "8B")
+        used = {size: {**SHAPES[size], "tokens": TOKENS[size]} for size in sizes}
+        note({"models": used, "lora": LORA, "loss": LOSS, "attention": "sdpa", "optimizer": "AdamW"})
+        for case in islice(cases(sizes), len(rows), None):
+            if seconds_left() < 10:
+                note({"left_out": f"from {' '.join(case)} on"})
+                break
+            rows.append({**case._asdict(), **measure(case, device)})
+            print(rows[-1], flush=True)
+            note({"rows": rows})
+            go_on_after(rows[-1].get("error", ""))
+            clean_up(device)
 
 
 if __name__ == "__main__":

@@ -1,71 +1,69 @@
-"""Puts the parts into one JSON, and prints the short table that a reader of the log needs."""
+"""Prints the short table that a reader of the log needs, from whatever the parts have left, and indents the JSON."""
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 from pathlib import Path
 from typing import Any
 
-
-def load(parts: Path, name: str) -> dict[str, Any]:
-    path = parts / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+from .results import PARTS, read, write
 
 
-def kernel_lines(kernels: dict[str, Any]) -> list[str]:
+def cell(found: dict[str, Any]) -> str:
+    return f"{found['p50']:.3f}" if "p50" in found else found["error"][:40]
+
+
+def op_lines(part: dict[str, Any]) -> list[str]:
     """Each case's median beside its floor."""
     lines = []
-    for row in kernels.get("kernels", []):
+    for row in part.get("rows", []):
         size = f"d {row['d']} r {row['r']} p {row['p']}"
-        times = "  ".join(f"{name} {value['p50']:.3f}" for name, value in row["ms"].items())
+        times = "  ".join(f"{name} {cell(found)}" for name, found in row["ms"].items())
         lines.append(f"{row['case']:<36} {size:<20} floor {row['floor_ms']:.3f}  {times}")
     return lines
 
 
-def step_lines(steps: dict[str, Any]) -> list[str]:
+def step_lines(part: dict[str, Any]) -> list[str]:
     """Each step beside PEFT's with the same adapters frozen, and its memory beside PEFT's with nothing frozen."""
-    rows = [row for row in steps.get("steps", []) if "ms" in row]
+    rows = [row for row in part.get("rows", []) if "ms" in row]
     time = {(row["size"], row["frozen"]): row["ms"]["p50"] for row in rows if row["provider"] == "peft"}
+    unscored = {(row["size"], row["frozen"]): row["ms"]["p50"] for row in rows if row["provider"] == "safe"}
     memory = {row["size"]: row["peak_bytes"] for row in rows if (row["provider"], row["frozen"]) == ("peft", "nothing")}
-    lines = [f"skipped: {steps['skipped']}"] if "skipped" in steps else []
-    for row in steps.get("steps", []):
-        name = f"step {row['size']:<5} {row['frozen']:<20} {row['provider']:<8}"
-        if "error" in row:
+    lines = []
+    for row in part.get("rows", []):
+        name = f"step {row['size']:<5} {row['frozen']:<20} {row['provider']:<20}"
+        if "ms" not in row:
             lines.append(f"{name} {row['error']}")
             continue
         own, other = row["ms"]["p50"], time.get((row["size"], row["frozen"]))
         ratio = f"  {other / own:.2f}x PEFT" if other else ""
+        if row["provider"] == "safe, scored" and (plain := unscored.get((row["size"], row["frozen"]))):
+            ratio += f"  scoring {own / plain - 1:+.1%}"
         first = memory.get(row["size"])
         share = f"  {row['peak_bytes'] / first:.1%} of PEFT's unfrozen peak" if first else ""
         lines.append(f"{name} {own:8.1f} ms{ratio}  {row['peak_bytes'] / 2**30:6.2f} GiB{share}")
     return lines
 
 
+def part_line(name: str, part: dict[str, Any]) -> str:
+    """How a part ended: what is still said to be running was stopped together with the script."""
+    status = "stopped with the script" if part["status"] == "running" else part["status"]
+    counts = (f"{key} {part[key]}" for key in ("seconds", "checked", "left_out", "error") if part.get(key))
+    return f"{name:<12} {'; '.join([status, *counts])}"
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--dry-run", action="store_true")
-    parser.add_argument("--parts", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    options = parser.parse_args()
-    names = ("check", "kernels", "steps", "check-tuned", "tuned")
-    check, kernels, steps, check_tuned, tuned = (load(options.parts, name) for name in names)
-    sanitizer = (options.parts / "sanitizer.txt").read_text().splitlines()
-    whole = {
-        "dry_run": options.dry_run,
-        "machine": kernels.get("machine", {}),
-        "ceilings": kernels.get("ceilings", {}),
-        "check": {"checked": check.get("checked"), "wrong": check.get("wrong"), "sanitizer": sanitizer},
-        "kernels": kernels.get("kernels", []),
-        "autotuned": {"wrong": check_tuned.get("wrong"), "kernels": tuned.get("kernels", [])},
-        "steps": {key: value for key, value in steps.items() if key != "machine"},
-    }
-    options.out.write_text(json.dumps(whole, indent=1) + "\n")
-    print("\n".join([*kernel_lines(kernels), *step_lines(steps)]))
-    print("\n".join(["autotuned:", *kernel_lines(tuned)]))
-    print(f"ceilings {whole['ceilings']}")
-    print(f"checked {check.get('checked')}, wrong {len(check.get('wrong') or {})}; sanitizer: {'; '.join(sanitizer)}")
-    if options.dry_run:
+    whole = read(path := Path(sys.argv[1]))
+    write(path, whole, indent=1)
+    parts = whole["parts"]
+    print("\n".join([*op_lines(parts["ops"]), *step_lines(parts["steps"])]))
+    print("\n".join(["tuned:", *op_lines(parts["ops_tuned"])]))
+    print(f"ceilings {parts['ops'].get('ceilings', 'not measured')}")
+    for name in PARTS:
+        print(part_line(name, parts[name]))
+        for case, problems in parts[name].get("wrong", {}).items():
+            print(f"  WRONG {case}: {'; '.join(problems)}")
+    if whole["run"].get("dry_run"):
         print("dry run: no figure above means anything")
 
 

@@ -1,0 +1,99 @@
+"""The one JSON that all parts write, on disk after every case: whatever ends a part early, what it measured stays.
+
+python -m bench.gpu.results FILE PART KEY=VALUE ...   (PART `run`: about the whole)
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+PARTS = (
+    "build",
+    "warm",
+    "check",
+    "ops",
+    "steps",
+    "check_large",
+    "check_tuned",
+    "ops_tuned",
+    "memcheck",
+    "racecheck",
+)
+"""In the order of their worth: the last ones go without when time is short."""
+AGAIN = 75
+"""Exit status with which a part asks for another process, to go on where it stopped."""
+
+
+def read(path: Path) -> dict[str, Any]:
+    if path.exists():
+        return json.loads(path.read_text())
+    return {"run": {}, "machine": {}, "parts": {name: {"status": "not run"} for name in PARTS}}
+
+
+def write(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
+    """Replaces the file whole, so that no one ever finds half of it."""
+    unfinished = path.with_suffix(".tmp")
+    unfinished.write_text(json.dumps(content, indent=indent) + "\n")
+    os.replace(unfinished, path)
+
+
+def update(path: Path, part: str, facts: dict[str, Any]) -> None:
+    """Adds to what is known of a part."""
+    content = read(path)
+    (content["parts"] if part in PARTS else content).setdefault(part, {}).update(facts)
+    write(path, content)
+
+
+def seconds_left() -> float:
+    """Until the part has to end; bench/gpu.sh says when, and nobody says so by hand."""
+    return float(os.environ.get("DEADLINE", "inf")) - time.time()
+
+
+def reason(error: BaseException) -> str:
+    """An error's kind and first line."""
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
+
+
+def go_on_after(problem: str) -> None:
+    """A fault of a kernel leaves its whole process without a GPU: the rest is for another one."""
+    if "CUDA error" in problem or "Triton Error [CUDA]" in problem:
+        sys.exit(AGAIN)
+
+
+def so_far(path: Path, part: str) -> dict[str, Any]:
+    """What an earlier process of this part has measured, if this one goes on for it."""
+    return read(path)["parts"][part] if os.environ.get("GOES_ON") else {}
+
+
+@contextmanager
+def recording(path: Path, part: str) -> Iterator[None]:
+    """What stops a part is written down beside what it measured."""
+    try:
+        yield
+    except Exception as error:
+        update(path, part, {"error": reason(error)})
+        raise
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def main() -> None:
+    path, part, *pairs = sys.argv[1:]
+    update(Path(path), part, {key: _value(text) for key, _, text in (pair.partition("=") for pair in pairs)})
+
+
+if __name__ == "__main__":
+    main()

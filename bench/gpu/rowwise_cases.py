@@ -1,0 +1,77 @@
+"""Norms, gates and dropout, beside their stock operations, torch.compile of those, and Liger."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import safe_kernels
+
+from .op_cases import Case, Providers, Run, Shapes, compiled
+
+EPS = 1e-6
+
+
+def rowwise_cases(s: Shapes, size: dict[str, Any]) -> Iterator[Case]:
+    large, p = 2 * s.rows * s.width, size["p"]
+    row, up = s.weight[0].contiguous(), s.base.clone().requires_grad_()
+    norms: Providers = {
+        "stock": partial(stock_norm, s.x, row),
+        "safe": partial(safe_kernels.rms_norm, s.x, row, EPS),
+        "compile": partial(compiled(stock_norm), s.x, row),
+    }
+    gates: Providers = {
+        "stock": partial(stock_gate, s.x, up),
+        "safe": partial(safe_kernels.gated_activation, s.x, up, "silu"),
+        "compile": partial(compiled(stock_gate), s.x, up),
+    }
+    drops: Providers = {
+        "stock": partial(F.dropout, s.x, p),
+        "safe": partial(safe_kernels.dropout, s.x, p),
+    }
+    # Backward of the norm reads the gradient and the output, and writes; of the gate it reads three and writes two.
+    for name, forwards, passes in (("rms_norm", norms, 5), ("gated silu", gates, 8), ("dropout", drops, 4)):
+        before = add_liger(name, forwards, [s.x, up], row)
+        least = {"least_bytes": passes * large}
+        yield Case(f"{name} forward + backward", size, s.steps(forwards), [s.x, up], least, before)
+
+
+def stock_norm(x: Tensor, row: Tensor) -> Tensor:
+    """As transformers writes it."""
+    hidden = x.float()
+    return row * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+
+
+def stock_gate(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def add_liger(name: str, forwards: Providers, tensors: list[Tensor], row: Tensor) -> Providers:
+    """Liger's backward writes into what it was given: it gets copies, which are made anew before each run."""
+    if name == "dropout":
+        return {}
+    copies = [tensor.detach().clone().requires_grad_() for tensor in tensors]
+
+    def run() -> Tensor:
+        if name == "rms_norm":
+            from liger_kernel.ops.rms_norm import LigerRMSNormFunction
+
+            return LigerRMSNormFunction.apply(copies[0], row, EPS, 0.0, "llama", False)  # not in place
+        from liger_kernel.ops.swiglu import LigerSiLUMulFunction
+
+        return LigerSiLUMulFunction.apply(*copies)
+
+    @torch.no_grad()
+    def renew() -> None:
+        for copy, tensor in zip(copies, tensors, strict=True):
+            copy.grad = None
+            copy.copy_(tensor)
+
+    before: dict[str, Run] = {"liger": renew}
+    forwards["liger"] = run
+    return before
