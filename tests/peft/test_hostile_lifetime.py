@@ -14,6 +14,7 @@ from families import family
 from tiny import EARLY, adamw, batches, bert, run, train
 from torch import Tensor, nn
 
+from safe_kernels.retention import measure
 from safe_peft import AdapterFreezer, BindingError, ConfigError, SafeConfig, bind, explain
 from safe_peft.swap import is_bound
 
@@ -137,7 +138,20 @@ def assert_still(model: Any, optimizer: Any, freezer: AdapterFreezer, thaw: Call
     assert all(torch.equal(p, was) for p, was in zip(frozen, before, strict=True))
 
 
-def test_a_replaced_forward_that_is_taken_away_again_leaves_pefts() -> None:
+def through_the_class(layer: nn.Module) -> None:
+    layer.forward = lambda *args: type(layer).forward(layer, *args)
+
+
+def test_a_replaced_forward_that_calls_its_class_is_scored_once() -> None:
+    model = bert()
+    for layer in lora_layers(model):
+        through_the_class(layer)
+    _, _, freezer, _ = run(model=model)
+    expected = run()[2].ledger.scorings[0]
+    assert freezer.ledger.scorings[0].importance == pytest.approx(expected.importance, rel=1e-3, abs=1e-9)
+
+
+def test_a_replaced_forward_that_is_taken_away_again_leaves_the_fast_path() -> None:
     model, fresh = bert(), bert()
     for layer in lora_layers(model):
         replace(layer)
@@ -146,6 +160,11 @@ def test_a_replaced_forward_that_is_taken_away_again_leaves_pefts() -> None:
         del layer.forward
     batch = next(batches(1))
     torch.testing.assert_close(model(**batch).loss, fresh(**batch).loss)
+    assert {row.path for row in explain(model)} == {"safe_kernels::lora"}
+    again = bert()
+    with bind(again):
+        expected = measure(lambda: again(**batch).loss).bytes
+    assert measure(lambda: model(**batch).loss).bytes == expected < measure(lambda: fresh(**batch).loss).bytes
     binding.detach()
     assert [type(module) for module in model.modules()] == [type(module) for module in fresh.modules()]
 

@@ -85,13 +85,15 @@ class Replaced(Observed):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The layer's own call."""
-        if not is_bound(self):
+        if not is_bound(self) or "forward" not in self.__dict__:
             return super().__call__(*args, **kwargs)
         return self._watch(super().__call__, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's forward, should the replacement be taken away."""
-        return own_forward(self, *args, **kwargs)
+        """PEFT's forward for the replacement to call; any other layer's once that was taken away."""
+        if "forward" in self.__dict__:
+            return own_forward(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)
 
 
 _AROUND: dict[type[Swapped], type[Swapped]] = {}
