@@ -17,9 +17,16 @@ from .checkpoints import PROCESSES, STATE_FILE, checkpoint_files
 from .config import SafeConfig
 from .errors import BindingError, StateError
 from .freezer import AdapterFreezer
+from .parallel.fsdp import fsdp_modules
 from .report import FreezeReport
 
 logger = logging.getLogger(__name__)
+
+NO_WAY_BACK = (
+    "under FSDP2 a Trainer cannot go on from a checkpoint in which an adapter is frozen: before any callback could say "
+    "which adapters have no state, it loads the optimizer's through torch.distributed.checkpoint. A loop of your own "
+    "can go on (docs/resume.md), and so can a Trainer under DDP."
+)
 
 
 class SafeCallback(TrainerCallback, ExportableState):
@@ -88,6 +95,8 @@ class SafeCallback(TrainerCallback, ExportableState):
         elif state.global_step:
             logger.warning("the checkpoint at step %d carries no SAFE state; scoring starts afresh", state.global_step)
         self._freezer = freezer
+        if args.save_strategy != "no" and any(True for _ in fsdp_modules(kwargs["model"])):
+            logger.warning(NO_WAY_BACK)
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the Trainer expects a key to fill
         self._log_before_others()
 

@@ -10,6 +10,7 @@ import typer
 
 from .cli_finetune import Dropout, Rank, Saved, Targets, Task, _names
 from .errors import ConfigError
+from .options import check_dropout
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -58,6 +59,7 @@ def plan(
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if task not in ("seq-cls", "causal-lm"):
         raise ConfigError(f"task must be one of seq-cls, causal-lm, got {task!r}.")
+    check_dropout(lora_dropout)
     import torch
 
     from . import modeling

@@ -13,7 +13,7 @@ from rich.console import Console
 from . import assets
 from .errors import ConfigError
 from .finetune import save_report
-from .options import FinetuneConfig
+from .options import FinetuneConfig, check_dropout
 from .outputs import staged
 from .report import FreezeReport, RunRecord
 from .worker import run_isolated
@@ -74,6 +74,7 @@ class DemoConfig:
         for name, most in (("rows", 8566), ("test_rows", 2000), ("seeds", 100)):
             if not 1 <= getattr(self, name) <= most:
                 raise ConfigError(f"{name} must lie between 1 and {most:,}, got {getattr(self, name):,}.")
+        check_dropout(self.lora_dropout)
 
 
 def demo(config: DemoConfig, console: Console | None = None) -> FreezeReport:

@@ -285,7 +285,7 @@ class AdapterFreezer:
         return state_of(self._owner(), Saved(self._step, total, self.ledger, evidence, planned))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state; what was frozen is frozen again at once. Load the optimizer's state before it.
+        """Go on from a saved state, and freeze again what was frozen: after the weights, before the optimizer's state.
 
         Args:
             state: what `state_dict` returned, for the same options, optimizer and adapters; `total_steps` may differ.

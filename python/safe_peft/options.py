@@ -13,6 +13,19 @@ TASKS = ("seq-cls", "causal-lm")
 METHODS = ("stock", "bind", "safe")
 
 
+def check_dropout(p: Any) -> None:
+    """See that it is a probability: PEFT takes what is below 0, or NaN, for no dropout.
+
+    Args:
+        p: LoRA's dropout.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if not (isinstance(p, int | float) and 0.0 <= p <= 1.0):
+        raise ConfigError(f"lora_dropout must lie in [0, 1], got {p!r}.")
+
+
 @dataclass(frozen=True)
 class FinetuneConfig:
     """What to train, on what, and how.
@@ -82,6 +95,7 @@ class FinetuneConfig:
             raise ConfigError(f"learning_rate must be a number above 0, got {self.learning_rate}.")
         if not 0.0 <= self.warmup_ratio <= 1.0:
             raise ConfigError(f"warmup_ratio must lie in [0, 1], got {self.warmup_ratio}.")
+        check_dropout(self.lora.get("lora_dropout", 0.0))
         SafeConfig.from_dict(self.safe)
 
     @property

@@ -55,6 +55,8 @@ def test_patterns(shell: Path, tmp_path: Path) -> None:
         (("--frozen", "*", "--frozen-fraction", 0.5), "expected one of them, got both"),
         (("--frozen-fraction", 2.0), "frozen: expected patterns or a share"),
         (("--task", "poetry"), "task must be one of seq-cls, causal-lm"),
+        (("--lora-dropout", "nan"), "lora_dropout must lie in [0, 1], got nan"),
+        (("--lora-dropout", -0.1), "lora_dropout must lie in [0, 1], got -0.1"),
         (("--dtype", "int8"), "dtype must be one of float32"),
         (("--sequence-length", 33), "sequence_length: the model has 32 positions, got 33"),
         (("--target-modules", "nothing"), "LoRA options: "),

@@ -5,17 +5,20 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import adamw
+from accelerate.utils import compile_regions
+from tiny import EARLY, Rows, adamw, bert
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from toy import Toy, freezer_of, gradients, pairs, toy
+from transformers import Trainer, TrainingArguments
 
 from safe_kernels.retention import measure
-from safe_peft import bind
+from safe_peft import SafeCallback, SafeConfig, bind
 
 SCORED = {4, 8, 12, 14}
 """Steps of `toy.SOON` whose forwards are observed."""
@@ -64,7 +67,12 @@ def block_by_block(model: nn.Module, **options: Any) -> nn.Module:
     return model
 
 
-WAYS = (whole, in_place, block_by_block)
+def regions(model: nn.Module, **options: Any) -> nn.Module:
+    """Accelerate's own way to compile block by block, which a copy of the model stands around."""
+    return compile_regions(model, **options)
+
+
+WAYS = (whole, in_place, block_by_block, regions)
 
 
 def train(model: nn.Module, steps: int, backend: Counting | None = None, **options: Any) -> dict[str, Any]:
@@ -103,7 +111,7 @@ def test_an_event_recompiles_once_and_a_scoring_not_at_all(way: Callable[..., nn
         if step > 1 and step not in SCORED:
             blocks = {name.split(".")[1] for name in pending}
             # Beside a block that changed, the one above it may have lost the gradient of its input.
-            assert graphs <= (2 * len(blocks) if way is block_by_block else min(1, len(pending))), step
+            assert graphs <= (2 * len(blocks) if way in (block_by_block, regions) else min(1, len(pending))), step
             pending = set()
         pending |= set(seen["frozen"][step])
 
@@ -225,3 +233,32 @@ def test_a_training_broken_off_in_a_scoring_leaves_nothing_uncompiled() -> None:
     freezers.clear()
     gc.collect()
     assert torch._dynamo.eval_frame._stance.stance == "default"
+
+
+def test_a_trainer_that_compiles(tmp_path: Path) -> None:
+    losses, frozen = [], []
+    for compiled in (False, True):
+        torch._dynamo.utils.counters.clear()
+        compiling = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=16, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, **compiling
+        )
+        callback = SafeCallback(SafeConfig(**EARLY | {"score_interval": 4}))
+        trainer = Trainer(model=bert(1), args=arguments, train_dataset=Rows(128), callbacks=[callback])
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+        frozen.append([(event.step, event.name) for event in callback.freezer.ledger.freezings])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert frozen[1] == frozen[0] and len(frozen[0]) >= 4
+    events = len({step for step, _ in frozen[0]})
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 1 < graphs <= 2 + events, "BERT's first forward sets an option that its graph depends on"
+
+
+@pytest.mark.slow
+def test_inductor_goes_on_through_freezings() -> None:
+    expected = train(toy(), 14)
+    seen = train(whole(toy(), fullgraph=True), 14)
+    assert seen["losses"] == pytest.approx(expected["losses"], rel=1e-5)
+    assert seen["frozen"] == expected["frozen"]
+    assert sum(map(bool, seen["frozen"].values())) >= 2, "the test needs events"

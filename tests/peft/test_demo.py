@@ -93,6 +93,7 @@ def test_a_run_that_fails_leaves_no_output(config: DemoConfig, monkeypatch: pyte
         ({"rows": 0}, "rows must lie between 1 and 8,566"),
         ({"test_rows": 9999}, "test_rows must lie between"),
         ({"seeds": 0}, "seeds must lie between"),
+        ({"lora_dropout": float("nan")}, r"lora_dropout must lie in \[0, 1\], got nan"),
     ],
 )
 def test_an_option_that_cannot_work_is_named(change: dict[str, object], says: str) -> None:

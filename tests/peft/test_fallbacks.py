@@ -187,6 +187,16 @@ def parametrised() -> PeftLinear:
     return layer
 
 
+def without_a_parameter() -> PeftLinear:
+    """As FSDP1 and pruning leave a layer: a tensor where the parameter was."""
+    layer = lora_layer()
+    lora_A = layer.lora_A["default"]
+    weight = lora_A.weight.detach().clone()
+    del lora_A.weight
+    lora_A.weight = weight
+    return layer
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -199,6 +209,7 @@ def parametrised() -> PeftLinear:
         (other_dropout, "dropout module AlphaDropout"),
         (hooked, "hooks on lora_A, lora_B or lora_dropout"),
         (parametrised, "adapter is made of ParametrizedLinear"),
+        (without_a_parameter, "lora_A or lora_B is not an ordinary parameter"),
     ],
 )
 def test_what_is_not_covered_runs_pefts_own_path(
@@ -208,6 +219,16 @@ def test_what_is_not_covered_runs_pefts_own_path(
     assert refusal(layer) is not None and refusal(layer).startswith(reason)  # type: ignore[union-attr]
     x = torch.randn(3, 16)
     assert torch.equal(layer(x), PeftLinear.forward(layer, x))
+    assert not fast_calls
+
+
+def test_an_adapter_of_two_dtypes_runs_pefts_own_path(fast_calls: list[Any]) -> None:
+    layer = lora_layer()
+    layer.lora_B["default"].bfloat16()
+    assert refusal(layer) == "adapter dtype float32 and bfloat16"
+    x = torch.randn(3, 16)
+    with torch.autocast("cpu", torch.bfloat16):  # the only way in which PyTorch multiplies the two
+        assert torch.equal(layer(x), PeftLinear.forward(layer, x))
     assert not fast_calls
 
 

@@ -223,6 +223,7 @@ def test_minilm_learns_film_reviews(tmp_path: Path) -> None:
         ({"learning_rate": math.nan}, "learning_rate must be"),
         ({"safe": {"target_fraction": 2.0}}, "target_fraction"),
         ({"safe": {"speed": 2}}, "speed"),
+        ({"lora": {"lora_dropout": 1.5}}, "lora_dropout must lie in [0, 1], got 1.5"),
         ({"lora": {"r": 0}}, "LoRA options"),
         ({"lora": {"rank": 8}}, "LoRA options"),
         ({"lora": {"target_modules": ["nothing"]}}, "LoRA options"),

@@ -36,7 +36,7 @@ def test_adapters_freeze_and_stay_frozen(option: Option) -> None:
     optimizer = adamw(model, lr=1e-3)
     freezer = AdapterFreezer(model, optimizer, SafeConfig(target_fraction=0.5, **EARLY))
     train(model, optimizer, option.data(15), freezer)
-    assert len(freezer.frozen) == round(0.5 * len(freezer.adapters)) or len(freezer.adapters) % 2
+    assert abs(len(freezer.frozen) - 0.5 * len(freezer.adapters)) <= 0.5
     assert freezer.frozen and not freezer.unscored
     frozen = [p for a in freezer.adapters if a.name in freezer.frozen for p in a.parameters()]
     before = [p.detach().clone() for p in frozen]

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from pages import table
 from peft.utils.integrations import dequantize_module_weight
 from quantisers import KINDS, bnb_4bit, quantised_layer
 from torch import Tensor, nn
@@ -102,28 +103,42 @@ def storages_of(layer: nn.Module, x: Tensor) -> int:
     return measure(lambda: layer(x * 1)).bytes  # x * 1: as in a model, whoever does not save it lets it go
 
 
-RETAINED_BY_BASE = {
-    "bnb-4bit": "",
-    "bnb-8bit": "",
-    "torchao-int8": "the dequantised weight",
-    "torchao-int8-dynamic": "",
-    "torchao-int4": "the dequantised weight",
-    "hqq": "its input",
-    "gptq-stand-in": "",
-    "awq-stand-in": "",
-    "aqlm-stand-in": "",
+ROWS_OF_THE_DOCS = {
+    "bnb-4bit": "bitsandbytes, 4 bits",
+    "bnb-8bit": "bitsandbytes, 8 bits",
+    "torchao-int8": "torchao, int8 weights",
+    "torchao-int8-dynamic": "torchao, int8 weights and dynamic activations",
+    "torchao-int4": "torchao, intx weights of 4 bits",
+    "hqq": "HQQ",
+    "gptq-stand-in": "GPTQ",
+    "awq-stand-in": "AWQ",
+    "aqlm-stand-in": "AQLM",
 }
-"""As docs/quantised.md says it; in fp32 on a CPU."""
+RETAINED_BY_BASE = {
+    "nothing": 0,
+    "nothing: it dequantises again": 0,
+    "its input, out of the hooks' sight": 0,
+    "depends on the kernel": 0,  # the stand-ins retain nothing
+    "**the dequantised weight**": 32 * 48 * 4,
+    "its input and its bias": 3 * 5 * 32 * 4 + 48 * 4,  # HQQ's bias is no parameter
+}
+"""Bytes in fp32 on a CPU, by the words of docs/quantised.md."""
+
+
+def said_of(kind: str) -> tuple[str, str, str]:
+    """What the docs' table says that the base retains, whether a gradient passes, and of `relative_norm`."""
+    _, retains, gradient, norm, _ = table("docs/quantised.md", "quantiser")[ROWS_OF_THE_DOCS[kind]]
+    return retains, gradient, norm
 
 
 @kinds
 def test_beside_the_base_the_input_is_retained_once_and_nothing_once_frozen(kind: str) -> None:
     layer, x = quantised_layer(kind, lora_dropout=0.5), inputs()
     (adapter,) = bind(layer.owner[0]).live_adapters()
-    sizes = {"": 0, "the dequantised weight": 32 * 48 * 4, "its input": x.nbytes}
-    base = sizes[RETAINED_BY_BASE[kind]] + (48 * 4 if kind == "hqq" else 0)  # HQQ's bias is no parameter
+    said, _, _ = said_of(kind)
+    base = RETAINED_BY_BASE[said]
     assert storages_of(layer.base_layer, x) == base
-    own = 0 if RETAINED_BY_BASE[kind] == "its input" else x.nbytes
+    own = 0 if said.startswith("its input and") else x.nbytes
     assert storages_of(layer, x) == base + own + 16
     adapter.freeze()
     assert storages_of(layer, x) == base
@@ -140,7 +155,17 @@ def test_a_frozen_layers_input_is_freed_unless_the_base_keeps_it(kind: str) -> N
     out = layer(x)
     del x
     assert out.requires_grad
-    assert (alive() is not None) == (kind in ("bnb-8bit", "hqq"))
+    assert (alive() is not None) == said_of(kind)[0].startswith("its input")
+
+
+@kinds
+def test_the_docs_say_whether_a_gradient_passes_and_a_weight_is_known(kind: str) -> None:
+    layer = quantised_layer(kind)
+    (adapter,) = bind(layer.owner[0]).live_adapters()
+    layer(inputs())
+    _, gradient, norm = said_of(kind)
+    assert layer.base_layer(inputs()).requires_grad == {"yes": True, "**no**": False}[gradient]
+    assert math.isnan(find_score("relative_norm").function(adapter.evidence())) == {"yes": False, "nan": True}[norm]
 
 
 # ---------------------------------------------------------------- views and writing in place

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
 from safe_peft import AdapterFreezer, SafeCallback, SafeConfig, assets
+from safe_peft.callback import NO_WAY_BACK
 from safe_peft.parallel.fsdp import whole
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "torchrun.py"
@@ -38,11 +40,16 @@ PLUGIN = {
 }
 
 
+def as_fsdp2(accelerator: Accelerator) -> None:
+    """Accelerate shards on accelerators only; its code does not mind a CPU."""
+    accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**PLUGIN)
+
+
 def accelerate(rank: int, sharded: bool, freezer_first: bool) -> dict[str, Any]:
     accelerator = Accelerator(cpu=True)
-    if sharded:  # accelerate shards on accelerators only; its code does not mind a CPU
-        accelerator.state.distributed_type = DistributedType.FSDP
-        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(**PLUGIN)
+    if sharded:
+        as_fsdp2(accelerator)
     model = bert()
     optimizer = adamw(model)
     freezer = AdapterFreezer(model, optimizer, SafeConfig(**OPTIONS)) if freezer_first else None
@@ -73,9 +80,7 @@ def test_accelerate_with_fsdp2_equals_one_process() -> None:
     assert_equal(ranks, expected())
 
 
-def train_by_trainer(rank: int, folder: str, rows: int) -> dict[str, Any]:
-    model = bert()
-    callback = SafeCallback(SafeConfig(**OPTIONS))
+def make_trainer(folder: str, rows: int, callback: SafeCallback) -> Trainer:
     arguments = TrainingArguments(
         folder,
         max_steps=STEPS,
@@ -88,11 +93,16 @@ def train_by_trainer(rank: int, folder: str, rows: int) -> dict[str, Any]:
         report_to=[],
         average_tokens_across_devices=False,  # Trainer would multiply this model's loss, a mean, by the processes
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Rows(ROWS * STEPS), callbacks=[callback])
+    return Trainer(model=bert(), args=arguments, train_dataset=Rows(ROWS * STEPS), callbacks=[callback])
+
+
+def train_by_trainer(rank: int, folder: str, rows: int) -> dict[str, Any]:
+    callback = SafeCallback(SafeConfig(**OPTIONS))
+    trainer = make_trainer(folder, rows, callback)
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
     kind = type(trainer.model_wrapped).__name__
-    return {"losses": losses, "events": events(callback.freezer), "digest": digest(model), "kind": kind}
+    return {"losses": losses, "events": events(callback.freezer), "digest": digest(trainer.model), "kind": kind}
 
 
 def test_a_trainer_equals_one_process(tmp_path: Path) -> None:
@@ -101,6 +111,40 @@ def test_a_trainer_equals_one_process(tmp_path: Path) -> None:
     assert ranks[0]["kind"] == "DistributedDataParallel"
     assert_equal([{**rank, "losses": ranks[0]["losses"] or rank["losses"]} for rank in ranks], one)
     assert (tmp_path / "two" / f"checkpoint-{STEPS // 2}" / "safe_state.json").exists()
+
+
+class Messages(logging.Handler):
+    """What is logged in a process, where no fixture reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.found.append(record.getMessage())
+
+
+def sharded_trainer(folder: str) -> Trainer:
+    trainer = make_trainer(folder, ROWS // 2, SafeCallback(SafeConfig(**OPTIONS)))
+    as_fsdp2(trainer.accelerator)
+    trainer.is_fsdp_enabled = True
+    return trainer
+
+
+def go_on_by_a_sharded_trainer(rank: int, folder: str) -> list[str]:
+    messages = Messages()
+    logging.getLogger("safe_peft.callback").addHandler(messages)
+    sharded_trainer(folder).train()
+    again = sharded_trainer(folder)
+    with pytest.raises(BaseException, match="Missing key in checkpoint state_dict") as error:  # torch's is no Exception
+        again.train(resume_from_checkpoint=f"{folder}/checkpoint-{STEPS // 2}")
+    return [*messages.found, type(error.value).__name__]
+
+
+def test_a_trainer_under_fsdp2_says_that_it_cannot_go_on(tmp_path: Path) -> None:
+    """If one day it can, docs/resume.md and the warning have to go."""
+    expected = [NO_WAY_BACK, "CheckpointException"]
+    assert together(go_on_by_a_sharded_trainer, str(tmp_path)) == [expected] * 2
 
 
 @pytest.mark.slow
