@@ -110,3 +110,16 @@ def _work(sender: Connection, rank: int, world: int, place: tuple[str, str, str,
         outcome = None, traceback.format_exc()
     sender.send(outcome)
     sender.close()
+
+
+def mend_versions() -> None:
+    """What keeps older releases from resuming on several processes, with or without us."""
+    # accelerate calls the CPU "cpu:0" in several processes, and torch 2.11 cannot load what is to go there
+    torch.serialization.register_package(
+        30, lambda _: None, lambda obj, place: obj if place.startswith("cpu:") else None
+    )
+    # PEFT up to 0.20 imports this name to load an adapter, and transformers 5.17 has it no longer
+    if importlib.util.find_spec("transformers.integrations.tensor_parallel") is not None:
+        module = importlib.import_module("transformers.integrations.tensor_parallel")
+        if not hasattr(module, "EmbeddingParallel"):
+            module.EmbeddingParallel = type("EmbeddingParallel", (), {})

@@ -35,11 +35,18 @@ def _dequantise_bnb(base: Any) -> Tensor | None:
     return dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
 
 
+def _dequantise_torchao(base: Any) -> Tensor | None:
+    try:
+        return base.weight.dequantize()
+    except NotImplementedError:
+        return None  # older releases, of weights whose inputs are quantised too
+
+
 _PEFT = "peft.tuners.lora"
 DEQUANTISE: dict[str, Callable[[Any], Tensor | None] | None] = {
     f"{_PEFT}.bnb.Linear8bitLt": _dequantise_bnb,
     f"{_PEFT}.bnb.Linear4bit": _dequantise_bnb,
-    f"{_PEFT}.torchao.TorchaoLoraLinear": lambda base: base.weight.dequantize(),
+    f"{_PEFT}.torchao.TorchaoLoraLinear": _dequantise_torchao,
     f"{_PEFT}.hqq.HqqLoraLinear": lambda base: base.dequantize(),
     f"{_PEFT}.gptq.GPTQLoraLinear": None,
     f"{_PEFT}.awq.AwqLoraLinear": None,

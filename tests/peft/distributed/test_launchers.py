@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
-from ranks import together
+from ranks import mend_versions, together
 from shares import OPTIONS, ROWS, STEPS, alone, assert_equal, events, shares
 from tiny import Rows, adamw, bert
 from torch import nn
@@ -132,6 +132,7 @@ def sharded_trainer(folder: str) -> Trainer:
 
 
 def go_on_by_a_sharded_trainer(rank: int, folder: str) -> list[str]:
+    mend_versions()
     messages = Messages()
     logging.getLogger("safe_peft.callback").addHandler(messages)
     sharded_trainer(folder).train()

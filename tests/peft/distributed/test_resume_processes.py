@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from killed import CONFIG, SAVE_AT, SAVE_STEPS, STEPS, callback_of, die, trainer
-from ranks import outcomes_of, together
+from ranks import mend_versions, outcomes_of, together
 from transformers import TrainerCallback
 
 from safe_peft import last_checkpoint
@@ -36,19 +34,6 @@ def die_in_save() -> None:
         save(parts, path, **options)
 
     torch.save = saving
-
-
-def mend_versions() -> None:
-    """What keeps older releases from resuming on several processes, with or without us."""
-    # accelerate calls the CPU "cpu:0" in several processes, and torch 2.11 cannot load what is to go there
-    torch.serialization.register_package(
-        30, lambda _: None, lambda obj, place: obj if place.startswith("cpu:") else None
-    )
-    # PEFT up to 0.20 imports this name to load an adapter, and transformers 5.17 has it no longer
-    if find_spec("transformers.integrations.tensor_parallel") is not None:
-        module = import_module("transformers.integrations.tensor_parallel")
-        if not hasattr(module, "EmbeddingParallel"):
-            module.EmbeddingParallel = type("EmbeddingParallel", (), {})
 
 
 def train(rank: int, folder: str, how: str) -> dict[str, Any]:
