@@ -41,7 +41,7 @@ def block_sums(
 
     Args:
         base: [N, d_out], features without the adapter, or with it when `swapped`.
-        h: [parts, N, r], whose sum times lora_B' times scaling is what the adapter adds.
+        h: [parts, N, padded r], whose sum times lora_B' times scaling is what the adapter adds.
         lora_B: [d_out, r].
         scaling: as in `lora`.
         block_starts: int64 [n].
@@ -153,7 +153,7 @@ def _products(base: Tensor, h: Tensor, lora_B: Tensor, base_means: Tensor, h_mea
     tiles = ceil_div(blocks.block_rows, chosen.rows) * ceil_div(rank, width)
     parts, split_columns = splits(blocks.count * tiles, columns, chosen.columns)
     length = ceil_div(blocks.block_rows, chosen.rows) * chosen.rows
-    products = h.new_empty((blocks.count, parts, length, rank))
+    products = h.new_empty((blocks.count, parts, length, h.shape[2]))
     _block_products_kernel[(blocks.count * tiles, parts)](
         base,
         h,
@@ -166,6 +166,7 @@ def _products(base: Tensor, h: Tensor, lora_B: Tensor, base_means: Tensor, h_mea
         rows,
         columns,
         rank,
+        h.shape[2],
         blocks.block_rows,
         *base.stride(),
         *lora_B.stride(),
@@ -184,7 +185,7 @@ def _products(base: Tensor, h: Tensor, lora_B: Tensor, base_means: Tensor, h_mea
 
 def _sums(grams: Tensor, products: Tensor, h: Tensor, h_means: Tensor, blocks: Blocks, swapped: bool) -> Tensor:
     """(a, b, c, rows) of each block and tile."""
-    (splits_of_h, rows, rank), (_, tiles, gram_parts, tile_rows, _) = h.shape, grams.shape
+    (splits_of_h, rows, width), (_, tiles, gram_parts, tile_rows, _) = h.shape, grams.shape
     sums = h.new_empty((blocks.count, tiles, 4), dtype=torch.float64)
     _block_sums_kernel[(blocks.count * tiles,)](
         grams,
@@ -195,7 +196,7 @@ def _sums(grams: Tensor, products: Tensor, h: Tensor, h_means: Tensor, blocks: B
         blocks.weight,
         sums,
         rows,
-        rank,
+        width,
         blocks.block_rows,
         blocks.scale,
         gram_parts,
@@ -205,7 +206,7 @@ def _sums(grams: Tensor, products: Tensor, h: Tensor, h_means: Tensor, blocks: B
         HAS_WEIGHT=blocks.weight is not None,
         SWAPPED=swapped,
         ROWS=tile_rows,
-        RANK=rank_tile(rank, torch.float32),
+        RANK=rank_tile(width, torch.float32),
         **config("block_sums", torch.float32).options,
     )
     return sums

@@ -61,11 +61,11 @@ def _centred(base, row, counts, column, columns, mean, base_row, base_column):
 
 
 @triton.jit
-def _centred_h(h, h_means, row, counts, r, rows, rank, scale, SPLITS: tl.constexpr):
+def _centred_h(h, h_means, row, counts, r, rows, width, scale, SPLITS: tl.constexpr):
     """A tile of scaling * h less its mean."""
-    total = _load_parts(h, tl.where(counts, row, rows), r, rows, rank, SPLITS)
-    mean = tl.load(h_means + r, mask=r < rank, other=0.0)
-    return tl.where(counts[:, None] & (r < rank)[None, :], (total - mean[None, :]) * scale, 0.0)
+    total = _load_parts(h, tl.where(counts, row, rows), r, rows, width, SPLITS)
+    mean = tl.load(h_means + r, mask=r < width, other=0.0)
+    return tl.where(counts[:, None] & (r < width)[None, :], (total - mean[None, :]) * scale, 0.0)
 
 
 @triton.jit
@@ -108,16 +108,17 @@ def _block_grams_kernel(
 @triton.jit
 def _block_products_kernel(
     base,  # [rows, columns]
-    h,  # [SPLITS, rows, rank]
+    h,  # [SPLITS, rows, width]
     lora_B,  # [columns, rank]
     starts,
     weight,
     base_means,  # [blocks, columns]
-    h_means,  # [blocks, rank]
-    products,  # [blocks, splits, tiles * ROWS, rank]
+    h_means,  # [blocks, width]
+    products,  # [blocks, splits, tiles * ROWS, width]
     rows,
     columns,
     rank,
+    width,
     block_rows,
     base_row,
     base_column,
@@ -139,7 +140,7 @@ def _block_products_kernel(
     tile, r = within % tiles, within // tiles * RANK + tl.arange(0, RANK)
     row, counts = _block_rows(starts, weight, block, tile * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
     V = tl.zeros([ROWS, RANK], tl.float32)
-    h_means += block * rank
+    h_means += block * width
     end = tl.minimum(part * split_columns + split_columns, columns)
     for first in range(part * split_columns, end, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
@@ -151,27 +152,27 @@ def _block_products_kernel(
             s = first_r + tl.arange(0, RANK)
             inside = (column < end)[:, None] & (s < rank)[None, :]
             B = tl.load(B_columns + tl.cast(s, tl.int64)[None, :] * b_rank, mask=inside, other=0.0).to(tl.float32)
-            H = _centred_h(h, h_means, row, counts, s, rows, rank, scale, SPLITS)
+            H = _centred_h(h, h_means, row, counts, s, rows, width, scale, SPLITS)
             D = tl.dot(H, tl.trans(B), D, input_precision=PRECISION)
         inside = (column < end)[:, None] & (r < rank)[None, :]
         B = tl.load(B_columns + tl.cast(r, tl.int64)[None, :] * b_rank, mask=inside, other=0.0).to(tl.float32)
         V = tl.dot(X + 0.5 * D, B, V, input_precision=PRECISION)
     i = tile * ROWS + tl.arange(0, ROWS)
-    at = ((tl.cast(block, tl.int64) * tl.num_programs(1) + part) * tiles * ROWS + i)[:, None] * rank + r[None, :]
-    tl.store(products + at, V, mask=(r < rank)[None, :] & (i < tiles * ROWS)[:, None])
+    at = ((tl.cast(block, tl.int64) * tl.num_programs(1) + part) * tiles * ROWS + i)[:, None] * width + r[None, :]
+    tl.store(products + at, V, mask=(r < width)[None, :] & (i < tiles * ROWS)[:, None])
 
 
 @triton.jit
 def _block_sums_kernel(
     grams,  # [blocks, tiles, tiles, parts, ROWS, ROWS]
-    products,  # [blocks, parts, tiles * ROWS, rank]
-    h,  # [SPLITS, rows, rank]
-    h_means,  # [blocks, rank]
+    products,  # [blocks, parts, tiles * ROWS, width]
+    h,  # [SPLITS, rows, width]
+    h_means,  # [blocks, width]
     starts,
     weight,
     sums,  # [blocks, tiles, tiles, 4]
     rows,
-    rank,
+    width,
     block_rows,
     scale,
     gram_parts,
@@ -188,19 +189,19 @@ def _block_sums_kernel(
     block, tile = index // (TILES * TILES), index % (TILES * TILES)
     row_i, counts_i = _block_rows(starts, weight, block, tile // TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
     row_j, counts_j = _block_rows(starts, weight, block, tile % TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
-    h_means += block * rank
-    products += tl.cast(block, tl.int64) * product_parts * TILES * ROWS * rank
+    h_means += block * width
+    products += tl.cast(block, tl.int64) * product_parts * TILES * ROWS * width
     E = tl.zeros([ROWS, ROWS], tl.float32)
-    for first in range(0, rank, RANK):
+    for first in range(0, width, RANK):
         r = first + tl.arange(0, RANK)
-        H_i = _centred_h(h, h_means, row_i, counts_i, r, rows, rank, scale, SPLITS)
-        H_j = _centred_h(h, h_means, row_j, counts_j, r, rows, rank, scale, SPLITS)
+        H_i = _centred_h(h, h_means, row_i, counts_i, r, rows, width, scale, SPLITS)
+        H_j = _centred_h(h, h_means, row_j, counts_j, r, rows, width, scale, SPLITS)
         V_i = tl.zeros([ROWS, RANK], tl.float32)
         V_j = tl.zeros([ROWS, RANK], tl.float32)
         for part in range(product_parts):
-            V = products + part * TILES * ROWS * rank + i[:, None] * rank + r[None, :]
-            V_i += tl.load(V + tile // TILES * ROWS * rank, mask=(r < rank)[None, :], other=0.0)
-            V_j += tl.load(V + tile % TILES * ROWS * rank, mask=(r < rank)[None, :], other=0.0)
+            V = products + part * TILES * ROWS * width + i[:, None] * width + r[None, :]
+            V_i += tl.load(V + tile // TILES * ROWS * width, mask=(r < width)[None, :], other=0.0)
+            V_j += tl.load(V + tile % TILES * ROWS * width, mask=(r < width)[None, :], other=0.0)
         E = tl.dot(V_i, tl.trans(H_j), E, input_precision="ieee")
         E = tl.dot(H_i, tl.trans(V_j), E, input_precision="ieee")
     K = tl.zeros([ROWS, ROWS], tl.float64)

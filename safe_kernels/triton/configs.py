@@ -61,13 +61,16 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, 64, half=True),
         Config(32, 32, stages=2),
     ),
+    # The fewer the rows, the larger the parts of what is summed over them.
+    "lora_sweep_both": (Config(256, 64, warps=8, stages=2, half=True, rank=16),),
     "lora_apply": (
         Config(64, 128, shared=160, half=True),
         Config(32, 128, stages=2, half=True),
         Config(32, 64, stages=2),
     ),
     "lora_input": (
-        Config(64, 64, warps=8, stages=2, shared=90, half=True),
+        Config(64, 64, warps=8, stages=2, shared=200, half=True),
+        Config(32, 64, stages=2, shared=90, half=True),
         Config(32, 64, stages=1, half=True),
         Config(32, 32, stages=1),
     ),
@@ -93,8 +96,9 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
     ),
     "lora_apply": (Config(32, 64, stages=2, half=True), Config(32, 32, stages=2)),
     "lora_input": (
+        Config(64, 64, stages=2, shared=200, half=True),
         Config(64, 64, warps=8, stages=1, half=True),
-        Config(32, 128, warps=8, stages=1, half=True),
+        Config(32, 64, stages=1, shared=90, half=True),
         Config(16, 64, stages=1),
     ),
     "lora_linear": (
@@ -215,23 +219,25 @@ def float32_precision(wanted: str) -> str:
     return "ieee" if target().backend == "hip" else wanted
 
 
-def splits(programs: int, length: int, tile: int) -> tuple[int, int]:
+def splits(programs: int, length: int, tile: int, enough: int = 256, most: int = 8) -> tuple[int, int]:
     """Cuts a sum over `length` into parts, so that a small problem fills a GPU as well.
 
     Args:
         programs: how many programs there are with one part each.
         length: what is summed over.
-        tile: how much a program takes at a time.
+        tile: how much a program takes at a time; a part has two of them, or it is the only one.
+        enough: how many programs fill a GPU.
+        most: how many parts there may be.
 
     Returns:
-        The number of parts (1, 2, 4 or 8), and the length of one, a multiple of `tile`.
+        The number of parts (1, 2, 4, 8, ...), and the length of one, a multiple of `tile`.
 
     Example:
         >>> splits(programs=16, length=4096, tile=128), splits(programs=512, length=4096, tile=128)
         ((8, 512), (1, 4096))
     """
-    enough, parts = 256, 1
-    while parts < 8 and programs * parts < enough and length >= 4 * tile * parts:
+    parts = 1
+    while parts < most and programs * parts < enough and length >= 4 * tile * parts:
         parts *= 2
     return parts, -(-length // (parts * tile)) * tile
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from safe_kernels import reference
 from safe_kernels.triton.cka import block_sums
 from safe_kernels.triton.configs import Config, rank_tile
+from safe_kernels.triton.gradients import adapter_gradients
 from safe_kernels.triton.launch import (
     TYPES,
     Dropout,
@@ -33,7 +34,6 @@ from safe_kernels.triton.launch import (
     served_by,
     tuned,
 )
-from safe_kernels.triton.lora import adapter_gradients
 from safe_kernels.triton.philox import _keep
 from safe_kernels.triton.sweep import _load_parts, sweep
 
@@ -50,7 +50,7 @@ def _lora_linear_kernel(
     left,  # [rows, inner]
     right,  # [inner, columns]
     bias,  # [columns]
-    narrow_left,  # [SPLITS, rows, rank]
+    narrow_left,  # [SPLITS, rows, width]
     narrow_right,  # [rank, columns]
     rng,
     out,  # [rows, columns], contiguous
@@ -58,6 +58,7 @@ def _lora_linear_kernel(
     columns,
     inner,
     rank,
+    width,
     left_row,
     left_inner,
     right_inner,
@@ -92,12 +93,12 @@ def _lora_linear_kernel(
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     r = tl.arange(0, RANK)
     if ONE_TILE:
-        thin = (_load_parts(narrow_left, row, r, rows, rank, SPLITS) * scale).to(OPERAND)
+        thin = (_load_parts(narrow_left, row, r, rows, width, SPLITS) * scale).to(OPERAND)
         short = _load_narrow(narrow_right, r, long_column, rank, narrow_rank, narrow_column, column_inside).to(OPERAND)
         total = tl.dot(thin, short, total, input_precision=PRECISION)
     else:
         for first in range(0, rank, RANK):
-            thin = (_load_parts(narrow_left, row, first + r, rows, rank, SPLITS) * scale).to(OPERAND)
+            thin = (_load_parts(narrow_left, row, first + r, rows, width, SPLITS) * scale).to(OPERAND)
             short = _load_narrow(narrow_right, first + r, long_column, rank, narrow_rank, narrow_column, column_inside)
             total = tl.dot(thin, short.to(OPERAND), total, input_precision=PRECISION)
     if HAS_DROPOUT:
@@ -207,7 +208,7 @@ def _multiply_by(
 ) -> Tensor:
     out, matrix = right.new_empty((*left.shape[:-1], right.shape[1])), flat(left)
     (rows, inner), columns, rank = matrix.shape, right.shape[1], narrow_right.shape[0]
-    width = rank_tile(rank, arithmetic.operand)
+    tile = rank_tile(rank, arithmetic.operand)
     _lora_linear_kernel[(ceil_div(rows, chosen.rows) * ceil_div(columns, chosen.columns),)](
         matrix,
         right,
@@ -220,6 +221,7 @@ def _multiply_by(
         columns,
         inner,
         rank,
+        narrow_left.shape[2],
         *matrix.stride(),
         *right.stride(),
         *narrow_right.stride(),
@@ -229,8 +231,8 @@ def _multiply_by(
         ROWS=chosen.rows,
         COLUMNS=chosen.columns,
         INNER=chosen.inner,
-        RANK=width,
-        ONE_TILE=rank <= width,
+        RANK=tile,
+        ONE_TILE=rank <= tile,
         GROUP=8,
         SPLITS=narrow_left.shape[0],
         OPERAND=TYPES[arithmetic.operand],

@@ -3,11 +3,11 @@
 Both of an adapter's large dimensions are swept this way::
 
     forward     M = x        product h = dropout(x) A'
-    backward    M = grad     product grad B, and transposed product grad' h
-                M = x        transposed product dropout(x)' (grad B), beside what safe_kernels/triton/lora.py adds
+    backward    M = grad     product grad B, and where the rank is narrow the transposed product grad' h
 
 Sums over d are cut into `splits` parts and sums over N into tiles of rows; the parts lie in memory one by one and are
-added in a fixed order, so that results do not depend on the order programs run in.
+added in a fixed order, so that results do not depend on the order programs run in. Such a narrow matrix has rows of
+`padded` columns, zero behind the rank: they begin where wide loads may, and need no mask.
 """
 
 from __future__ import annotations
@@ -39,13 +39,14 @@ def _load_parts(parts, row, column, rows, columns, SPLITS: tl.constexpr):
 def _lora_sweep_kernel(
     matrix,  # [rows, columns]
     narrow,  # [rank, columns]
-    other,  # [OTHER_SPLITS, rows, rank]
+    other,  # [OTHER_SPLITS, rows, width]
     rng,
-    product,  # [splits, rows, rank]
-    transposed,  # [tiles of rows, columns, rank]
+    product,  # [splits, rows, width]
+    transposed,  # [tiles of rows, columns, width]
     rows,
     columns,
     rank,
+    width,
     matrix_row,
     matrix_column,
     narrow_rank,
@@ -59,7 +60,6 @@ def _lora_sweep_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
-    COMPUTE_PRODUCT: tl.constexpr,
     COMPUTE_TRANSPOSED: tl.constexpr,
     OTHER_SPLITS: tl.constexpr,
 ):
@@ -71,10 +71,9 @@ def _lora_sweep_kernel(
     end = tl.minimum(begin + split_columns, columns)
     matrix_rows = matrix + row.to(tl.int64)[:, None] * matrix_row
     narrow_rows = narrow + r.to(tl.int64)[None, :] * narrow_rank
-    if COMPUTE_PRODUCT:
-        total = tl.zeros([ROWS, RANK], tl.float32)
+    total = tl.zeros([ROWS, RANK], tl.float32)
     if COMPUTE_TRANSPOSED:
-        factor = _load_parts(other, row, r, rows, rank, OTHER_SPLITS).to(OPERAND)
+        factor = _load_parts(other, row, r, rows, width, OTHER_SPLITS).to(OPERAND)
     for first in range(begin, end, COLUMNS):
         column = first + tl.arange(0, COLUMNS)
         column_inside = column < end
@@ -86,29 +85,30 @@ def _lora_sweep_kernel(
         if HAS_DROPOUT:
             # A product, not a choice: what is no number stays none, as in the reference.
             tile = tile * _keep(rng, row, first, threshold, COLUMNS).to(OPERAND)
-        if COMPUTE_PRODUCT:
-            weight = tl.load(
-                narrow_rows + column.to(tl.int64)[:, None] * narrow_column,
-                mask=column_inside[:, None] & r_inside[None, :],
-                other=0.0,
-            ).to(OPERAND)
-            total = tl.dot(tile, weight, total, input_precision=PRECISION)
+        weight = tl.load(
+            narrow_rows + column.to(tl.int64)[:, None] * narrow_column,
+            mask=column_inside[:, None] & r_inside[None, :],
+            other=0.0,
+        ).to(OPERAND)
+        total = tl.dot(tile, weight, total, input_precision=PRECISION)
         if COMPUTE_TRANSPOSED:
             outer = tl.dot(tl.trans(tile), factor, input_precision=PRECISION)
-            at = (tl.program_id(0).to(tl.int64) * columns + column)[:, None] * rank + r[None, :]
-            tl.store(transposed + at, outer, mask=column_inside[:, None] & r_inside[None, :])
-    if COMPUTE_PRODUCT:
-        at = (part.to(tl.int64) * rows + row)[:, None] * rank + r[None, :]
-        tl.store(product + at, total * product_scale, mask=row_inside[:, None] & r_inside[None, :])
+            at = (tl.program_id(0).to(tl.int64) * columns + column)[:, None] * width + r[None, :]
+            tl.store(transposed + at, outer, mask=column_inside[:, None] & (r < width)[None, :])
+    at = (part.to(tl.int64) * rows + row)[:, None] * width + r[None, :]
+    # Behind the rank stands 0, and not the 0 * infinity of a row that overflowed.
+    total = tl.where(r_inside[None, :], total * product_scale, 0.0)
+    tl.store(product + at, total, mask=row_inside[:, None] & (r < width)[None, :])
 
 
 @triton.jit
 def _reduce_kernel(
-    parts,  # [count, columns, rank]
-    out,
+    parts,  # [count, columns, width]
+    out,  # [columns, rank]
     count,
     columns,
     rank,
+    width,
     out_column,
     out_rank,
     scale,
@@ -117,13 +117,14 @@ def _reduce_kernel(
 ):
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     r = tl.program_id(1) * RANK + tl.arange(0, RANK)
-    inside = (column < columns)[:, None] & (r < rank)[None, :]
-    at = column.to(tl.int64)[:, None] * rank + r[None, :]
+    column_inside = (column < columns)[:, None]
+    inside = column_inside & (r < width)[None, :]
+    at = column.to(tl.int64)[:, None] * width + r[None, :]
     total = tl.zeros([COLUMNS, RANK], tl.float32)
     for part in range(count):
-        total += tl.load(parts + tl.cast(part, tl.int64) * columns * rank + at, mask=inside, other=0.0)
+        total += tl.load(parts + tl.cast(part, tl.int64) * columns * width + at, mask=inside, other=0.0)
     to = out + column.to(tl.int64)[:, None] * out_column + r.to(tl.int64)[None, :] * out_rank
-    tl.store(to, (total * scale).to(out.dtype.element_ty), mask=inside)
+    tl.store(to, (total * scale).to(out.dtype.element_ty), mask=column_inside & (r < rank)[None, :])
 
 
 def sweep(
@@ -133,7 +134,6 @@ def sweep(
     dropout: Dropout,
     scale: float = 1.0,
     other: Tensor | None = None,
-    wants_product: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """Launches the sweep.
 
@@ -143,16 +143,15 @@ def sweep(
         arithmetic: how to multiply.
         dropout: drops elements of `matrix`, without making the rest grow.
         scale: what the product is multiplied by.
-        other: [parts, N, r], the factor of the transposed product; None when that is not wanted.
-        wants_product: whether the product is wanted.
+        other: [parts, N, padded r], the factor of the transposed product; None when that is not wanted.
 
     Returns:
-        The product's parts [splits, N, r], and the transposed product's [tiles, d, r]; what is not wanted is empty.
+        The product's parts [splits, N, padded r], and the transposed product's [tiles, d, padded r], or nothing.
     """
-    name = "lora_sweep" if dropout.rng_state is None else "lora_sweep_dropped"
-    run = partial(_sweep, matrix, narrow, arithmetic, dropout, scale, other, wants_product)
-    flags = (wants_product and "product", other is not None and "transposed")
-    return tuned(name, run, (*matrix.shape, narrow.shape[0]), arithmetic, matrix, *flags)
+    name = "lora_sweep_both" if other is not None else "lora_sweep"
+    name = name if dropout.rng_state is None else "lora_sweep_dropped"
+    run = partial(_sweep, matrix, narrow, arithmetic, dropout, scale, other)
+    return tuned(name, run, (*matrix.shape, narrow.shape[0]), arithmetic, matrix)
 
 
 def _sweep(
@@ -162,16 +161,14 @@ def _sweep(
     dropout: Dropout,
     scale: float,
     other: Tensor | None,
-    wants_product: bool,
     chosen: Config,
 ) -> tuple[Tensor, Tensor]:
     (rows, columns), rank = matrix.shape, narrow.shape[0]
-    tiles, width = ceil_div(rows, chosen.rows), rank_tile(rank, arithmetic.operand)
+    tiles, tile, width = ceil_div(rows, chosen.rows), rank_tile(rank, arithmetic.operand), padded(rank)
     parts, split_columns = splits(tiles, columns, chosen.columns)
-    empty = matrix.new_empty
-    result = empty((parts, rows, rank) if wants_product else 0, dtype=torch.float32)
-    outer = empty(0 if other is None else (tiles, columns, rank), dtype=torch.float32)
-    _lora_sweep_kernel[(tiles, parts, ceil_div(rank, width))](
+    result = matrix.new_empty((parts, rows, width), dtype=torch.float32)
+    outer = matrix.new_empty(0 if other is None else (tiles, columns, width), dtype=torch.float32)
+    _lora_sweep_kernel[(tiles, parts, ceil_div(rank, tile))](
         matrix,
         narrow,
         other,
@@ -181,6 +178,7 @@ def _sweep(
         rows,
         columns,
         rank,
+        width,
         *matrix.stride(),
         *narrow.stride(),
         split_columns,
@@ -188,11 +186,10 @@ def _sweep(
         dropout.threshold,
         ROWS=chosen.rows,
         COLUMNS=chosen.columns,
-        RANK=width,
+        RANK=tile,
         OPERAND=TYPES[arithmetic.operand],
         PRECISION=arithmetic.precision,
         HAS_DROPOUT=dropout.rng_state is not None,
-        COMPUTE_PRODUCT=wants_product,
         COMPUTE_TRANSPOSED=other is not None,
         OTHER_SPLITS=1 if other is None else other.shape[0],
         **chosen.options,
@@ -200,11 +197,38 @@ def _sweep(
     return result, outer
 
 
-def reduce(parts: Tensor, scale: float, dtype: torch.dtype, transpose: bool = False) -> Tensor:
+def padded(rank: int) -> int:
+    """Columns of a narrow matrix in memory: 16 divides them, so that its rows may be read in wide loads.
+
+    Args:
+        rank: the adapter's rank.
+
+    Example:
+        >>> padded(8), padded(16), padded(17)
+        (16, 16, 32)
+    """
+    return -(-rank // 16) * 16
+
+
+def joined(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """The sum of a product's parts, for a kernel that reads it once for every tile of columns.
+
+    Args:
+        parts: [splits, N, padded r].
+        dtype: what that kernel converts it to.
+
+    Returns:
+        [N, padded r].
+    """
+    return parts[0] if parts.shape[0] == 1 else reduce(parts, parts.shape[2], 1.0, dtype)
+
+
+def reduce(parts: Tensor, rank: int, scale: float, dtype: torch.dtype, transpose: bool = False) -> Tensor:
     """Adds parts in their order.
 
     Args:
-        parts: [count, d, r].
+        parts: [count, d, at least r].
+        rank: r.
         scale: what the sum is multiplied by.
         dtype: dtype of the result.
         transpose: whether the result is [r, d] instead of [d, r].
@@ -212,21 +236,22 @@ def reduce(parts: Tensor, scale: float, dtype: torch.dtype, transpose: bool = Fa
     Returns:
         A new contiguous matrix.
     """
-    count, columns, rank = parts.shape
+    count, columns, width = parts.shape
     out = parts.new_empty((rank, columns) if transpose else (columns, rank), dtype=dtype)
-    chosen, width = config("reduce", dtype), rank_tile(rank, torch.float32)
+    chosen, tile = config("reduce", dtype), rank_tile(rank, torch.float32)
     out_column, out_rank = reversed(out.stride()) if transpose else out.stride()
-    _reduce_kernel[(ceil_div(columns, chosen.columns), ceil_div(rank, width))](
+    _reduce_kernel[(ceil_div(columns, chosen.columns), ceil_div(rank, tile))](
         parts,
         out,
         count,
         columns,
         rank,
+        width,
         out_column,
         out_rank,
         scale,
         COLUMNS=chosen.columns,
-        RANK=width,
+        RANK=tile,
         **chosen.options,
     )
     return out

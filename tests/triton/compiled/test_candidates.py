@@ -12,7 +12,7 @@ import torch
 from compiling import SHARED_KIB, cells, collecting, compile_call, meta, problems
 from torch import Tensor
 
-from safe_kernels.triton import configs, launch, lora, lora_linear, sweep
+from safe_kernels.triton import configs, gradients, launch, lora, lora_linear, sweep
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 ROWS, WIDTH = 8192, 4096
@@ -23,17 +23,18 @@ def launches(kernel: str, operand: torch.dtype, rank: int) -> Iterator[Launch]:
     """A kernel in the forms that hold most at a time, over a base of half precision."""
     arithmetic = launch.product(HALF, operand)
     x, h = meta(ROWS, WIDTH), meta(1, ROWS, rank, dtype=SINGLE)
+    grad_h = meta(ROWS, rank, dtype=operand)
     A, B = meta(rank, WIDTH, dtype=operand), meta(WIDTH, rank, dtype=operand)
     keep, drop = launch.Dropout(None, 0, 1.0), launch.Dropout(meta(2, dtype=torch.int64), 1, 1.1)
     if kernel == "lora_sweep":
-        yield partial(sweep._sweep, x, A, arithmetic, keep, 1.0, None, True)
-        yield partial(sweep._sweep, x, A, arithmetic, keep, 1.0, h, True)
+        yield partial(sweep._sweep, x, A, arithmetic, keep, 1.0, None)
     elif kernel == "lora_sweep_dropped":
-        yield partial(sweep._sweep, x, A, arithmetic, drop, 1.0, None, True)
+        yield partial(sweep._sweep, x, A, arithmetic, drop, 1.0, None)
     elif kernel == "lora_apply":
         yield partial(lora._apply, x, B, h, 2.0, arithmetic)
     elif kernel == "lora_input":
-        yield partial(lora._input_gradients, x, x, A, h, drop, True, True, arithmetic)
+        yield partial(gradients._input_gradients, x, x, A, grad_h, drop, True, True, arithmetic)
+        yield partial(gradients._input_gradients, x, x, A, grad_h, keep, False, True, arithmetic)
     else:
         weight: Tensor = meta(WIDTH, WIDTH)
         yield partial(lora_linear._multiply_by, x, weight.t(), meta(WIDTH), h, B.t(), keep, 2.0, arithmetic)

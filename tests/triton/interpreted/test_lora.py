@@ -96,9 +96,20 @@ def test_every_subset_of_requires_grad(flags: tuple[bool, ...], launches: list[s
     assert_results(p, {"out": out.detach(), **grads})
     x, _, A, B = flags
     assert retained.bytes == (p.x.nbytes if A or B else 0) + (16 if x or A or B else 0)
-    expected = ["_lora_sweep_kernel"] * (B + (x or A or B)) + ["_reduce_kernel"] * B
-    expected += ["_lora_input_kernel"] * (x or A) + ["_reduce_kernel"] * A
+    # h, grad_h (whose parts are added once for what reads them often), and each factor's gradient.
+    expected = ["_lora_sweep_kernel"] * (B + (x or A)) + ["_reduce_kernel", "_lora_input_kernel", "_reduce_kernel"] * B
+    expected += ["_reduce_kernel", "_lora_input_kernel"] * (x or A) + ["_reduce_kernel"] * A
     assert launches[len(FORWARD) :] == expected
+
+
+@pytest.mark.parametrize(
+    ("rank", "dtypes", "input_passes"), [(16, DTYPES[2], 1), (17, DTYPES[2], 2), (5, DTYPES[0], 2)]
+)
+def test_one_pass_over_grad_where_its_parts_are_small(
+    rank: int, dtypes: Dtypes, input_passes: int, launches: list[str]
+) -> None:
+    check(problem(Shape(40, 20, 30, rank), dtypes))
+    assert launches.count("_lora_input_kernel") == input_passes
 
 
 def test_float64_is_served_by_the_reference(launches: list[str]) -> None:

@@ -1,0 +1,247 @@
+"""What the gradients of an adapter take on a GPU: one pass over x for what meets there, and at most two over grad.
+
+A gradient of a factor is summed over all rows. A program holds a tile of columns and walks down a group of rows, so
+that such a sum stays in its registers: what is written is one [d, r] a group, a small share of the matrix that is read.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from safe_kernels.triton.configs import Config, rank_tile, splits
+from safe_kernels.triton.launch import TYPES, Dropout, Product, ceil_div, flat, product, tuned
+from safe_kernels.triton.philox import _keep
+from safe_kernels.triton.sweep import _load_parts, joined, reduce, sweep
+
+NOTHING_DROPPED = Dropout(None, 0, 1.0)
+
+
+@triton.jit
+def _lora_input_kernel(
+    x,  # [rows, columns]
+    lora_A,  # [rank, columns]
+    grad_h,  # [rows, width]
+    rng,
+    grad_x,  # [rows, columns], contiguous
+    partial,  # [groups of rows, columns, width]
+    rows,
+    columns,
+    rank,
+    width,
+    x_row,
+    x_column,
+    a_rank,
+    a_column,
+    group_rows,
+    dropout_scale,
+    threshold,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RANK: tl.constexpr,
+    OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    COMPUTE_X: tl.constexpr,
+    COMPUTE_A: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # of the rank: then lora_A is read once, and not for every tile of rows
+):
+    """The gradients that meet at x: of x itself, and of lora_A; one sweep, one mask."""
+    first_column = tl.program_id(0) * COLUMNS
+    column = first_column + tl.arange(0, COLUMNS)
+    column_inside, long_column = column < columns, column.to(tl.int64)
+    r = tl.program_id(2) * RANK + tl.arange(0, RANK)
+    begin = tl.program_id(1) * group_rows
+    end = tl.minimum(begin + group_rows, rows)
+    # Where the rank has several tiles each has a program, and the first one's makes grad_x of all: others find it done.
+    first_rank, x_end = tl.program_id(2) * rank, end - tl.program_id(2) * rows
+    if COMPUTE_A:
+        total_A = tl.zeros([COLUMNS, RANK], tl.float32)
+    if COMPUTE_X and ONE_TILE:
+        right = _load_factor(lora_A, r, long_column, rank, column_inside, a_rank, a_column).to(OPERAND)
+    for first in range(begin, end, ROWS):
+        row = first + tl.arange(0, ROWS)
+        row_inside, long_row = row < end, row.to(tl.int64)
+        inside = row_inside[:, None] & column_inside[None, :]
+        left = _load_parts(grad_h, row, r, end, width, 1).to(OPERAND)
+        if HAS_DROPOUT:
+            keep = _keep(rng, row, first_column, threshold, COLUMNS)
+        if COMPUTE_A:
+            tile = tl.load(x + long_row[:, None] * x_row + long_column[None, :] * x_column, mask=inside, other=0.0)
+            tile = tile.to(OPERAND)
+            if HAS_DROPOUT:
+                tile = tile * keep.to(OPERAND)
+            total_A = tl.dot(tl.trans(tile), left, total_A, input_precision=PRECISION)
+        if COMPUTE_X:
+            if ONE_TILE:
+                total = tl.dot(left, right, input_precision=PRECISION)
+            else:
+                total = tl.zeros([ROWS, COLUMNS], tl.float32)
+                for first_r in range(first_rank, rank, RANK):
+                    s = first_r + tl.arange(0, RANK)
+                    some = _load_parts(grad_h, row, s, end, width, 1).to(OPERAND)
+                    right = _load_factor(lora_A, s, long_column, rank, column_inside, a_rank, a_column).to(OPERAND)
+                    total = tl.dot(some, right, total, input_precision=PRECISION)
+            if HAS_DROPOUT:
+                total = total * keep.to(tl.float32) * dropout_scale
+            tl.store(
+                grad_x + long_row[:, None] * columns + long_column[None, :],
+                total.to(grad_x.dtype.element_ty),
+                mask=(row < x_end)[:, None] & column_inside[None, :],
+            )
+    if COMPUTE_A:
+        at = (tl.program_id(1).to(tl.int64) * columns + column)[:, None] * width + r[None, :]
+        tl.store(partial + at, total_A, mask=column_inside[:, None] & (r < width)[None, :])
+
+
+@triton.jit
+def _load_factor(factor, r, column, rank, column_inside, factor_rank, factor_column):
+    """A tile of an adapter's matrix [rank, columns], zero outside."""
+    at = factor + r.to(tl.int64)[:, None] * factor_rank + column[None, :] * factor_column
+    return tl.load(at, mask=(r < rank)[:, None] & column_inside[None, :], other=0.0)
+
+
+def adapter_gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    drop: Dropout,
+    wanted: tuple[bool, bool, bool],
+    wants_h: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the adapter's part.
+
+    Args:
+        grad: [..., d_out].
+        x: [..., d_in]; needed for the gradients of lora_A and lora_B.
+        lora_A: [r, d_in].
+        lora_B: [d_out, r].
+        scaling: as in `lora`.
+        drop: dropout's numbers.
+        wanted: which of the gradients of x, lora_A and lora_B.
+        wants_h: whether that of h is wanted by itself.
+
+    Returns:
+        The gradient of h = dropout(x) A' in parts [splits, N, padded r], those of x, lora_A and lora_B; what is not
+        wanted is empty.
+    """
+    wants_x, wants_A, wants_B = wanted
+    grad_h, grad_B = grad.new_empty(0), lora_B.new_empty(0)
+    h = _h(x, lora_A, drop) if x is not None and wants_B else None
+    if wants_h or wants_x or wants_A:
+        grad_h, grad_B = _at_the_output(grad, lora_B, scaling, h)
+    elif h is not None:
+        grad_B = _summed_over_rows(grad, h, lora_B, scaling)
+    del h
+    if not (wants_x or wants_A):
+        like = grad if x is None else x
+        return grad_h, like.new_empty(0), lora_A.new_empty(0), grad_B
+    return grad_h, *_at_the_input(grad, x, lora_A, grad_h, drop, wants_x, wants_A), grad_B
+
+
+def _h(x: Tensor, lora_A: Tensor, drop: Dropout) -> Tensor:
+    return sweep(flat(x), lora_A, product(x.dtype, lora_A.dtype), drop, drop.scale)[0]
+
+
+def _at_the_output(grad: Tensor, lora_B: Tensor, scaling: float, h: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The gradients of h and, where h is given, of lora_B."""
+    arithmetic, rank = product(grad.dtype, lora_B.dtype), lora_B.shape[1]
+    together = h is not None and in_one_sweep(arithmetic.operand, rank)
+    grad_h, parts = sweep(flat(grad), lora_B.t(), arithmetic, NOTHING_DROPPED, scaling, h if together else None)
+    if h is None:
+        return grad_h, lora_B.new_empty(0)
+    if together:
+        return grad_h, reduce(parts, rank, scaling, lora_B.dtype)
+    return grad_h, _summed_over_rows(grad, h, lora_B, scaling)
+
+
+def in_one_sweep(operand: torch.dtype, rank: int) -> bool:
+    """Whether one pass over grad makes grad_h and grad_B, or each has its own.
+
+    grad_h is summed over columns and grad_B over rows, so that a pass that makes both writes sums of tiles of the one
+    or the other: 4 r / rows bytes an element, and reads them again. A tile has as many rows as registers hold for
+    grad_h; only a narrow rank costs less than reading grad twice, in time and in memory.
+
+    Args:
+        operand: dtype of the factors.
+        rank: the adapter's rank.
+    """
+    return operand.itemsize == 2 and rank <= 16
+
+
+def _summed_over_rows(grad: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
+    """``scaling * grad' h``: lora_B's gradient is lora_A's with grad in x's place."""
+    (columns, rank), arithmetic = lora_B.shape, product(grad.dtype, lora_B.dtype)
+    h, drop = joined(h, arithmetic.operand), NOTHING_DROPPED
+    run = partial(_input_gradients, grad, grad, lora_B.t(), h, drop, False, True, arithmetic)
+    _, parts = tuned("lora_input", run, (h.shape[0], columns, rank), arithmetic, grad, "A")
+    return reduce(parts, rank, scaling, lora_B.dtype)
+
+
+def _at_the_input(
+    grad: Tensor, x: Tensor | None, lora_A: Tensor, grad_h: Tensor, drop: Dropout, wants_x: bool, wants_A: bool
+) -> tuple[Tensor, Tensor]:
+    """The gradients of x and lora_A."""
+    (rank, columns), like = lora_A.shape, grad if x is None else x
+    arithmetic = product(like.dtype, lora_A.dtype)
+    grad_h = joined(grad_h, arithmetic.operand)
+    run = partial(_input_gradients, grad, x, lora_A, grad_h, drop, wants_x, wants_A, arithmetic)
+    flags = (wants_x and "x", wants_A and "A", drop.rng_state is not None and "dropout")
+    grad_x, parts = tuned("lora_input", run, (grad_h.shape[0], columns, rank), arithmetic, like, *flags)
+    return grad_x, reduce(parts, rank, drop.scale, lora_A.dtype, transpose=True) if wants_A else lora_A.new_empty(0)
+
+
+def _input_gradients(
+    grad: Tensor,
+    x: Tensor | None,
+    lora_A: Tensor,
+    grad_h: Tensor,
+    drop: Dropout,
+    wants_x: bool,
+    wants_A: bool,
+    arithmetic: Product,
+    chosen: Config,
+) -> tuple[Tensor, Tensor]:
+    """grad_x, and the parts [groups, d_in, padded r] of grad_A; what is not wanted is empty."""
+    (rank, columns), (rows, width), like = lora_A.shape, grad_h.shape, grad if x is None else x
+    tile, tiles = rank_tile(rank, arithmetic.operand), ceil_div(columns, chosen.columns)
+    # A sum is written for each group: with 16 r rows in one these are at most an eighth of a half-precision x.
+    least = max(chosen.rows, 8 * width if wants_A else 0)
+    groups, group_rows = splits(tiles, rows, least, enough=512, most=32)
+    grad_x = like.new_empty((*grad.shape[:-1], columns) if wants_x else 0)
+    partial = grad_h.new_empty((groups, columns, width) if wants_A else 0, dtype=torch.float32)
+    x_rows = flat(x) if x is not None and wants_A else lora_A
+    _lora_input_kernel[(tiles, groups, max(1, ceil_div(rank, tile)) if wants_A else 1)](
+        x_rows,
+        lora_A,
+        grad_h,
+        drop.rng_state,
+        grad_x,
+        partial,
+        rows,
+        columns,
+        rank,
+        width,
+        *x_rows.stride(),
+        *lora_A.stride(),
+        group_rows,
+        drop.scale,
+        drop.threshold,
+        ROWS=chosen.rows,
+        COLUMNS=chosen.columns,
+        RANK=tile,
+        OPERAND=TYPES[arithmetic.operand],
+        PRECISION=arithmetic.precision,
+        HAS_DROPOUT=drop.rng_state is not None,
+        COMPUTE_X=wants_x,
+        COMPUTE_A=wants_A,
+        ONE_TILE=rank <= tile,
+        **chosen.options,
+    )
+    return grad_x, partial
