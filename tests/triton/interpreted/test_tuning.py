@@ -21,7 +21,7 @@ import safe_kernels
 import safe_peft
 from safe_kernels import AdapterStatistics, RowBlocks, fusion
 from safe_kernels.retention import measure
-from safe_kernels.triton import configs, lora, lora_linear, sweep, tuning
+from safe_kernels.triton import configs, gradients, lora, lora_linear, sweep, tuning
 from safe_kernels.triton.configs import Config
 
 HALF = DTYPES[2]
@@ -55,7 +55,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     entries = tuple(Config(rows, columns, half=True) for rows, columns in SIZES)
     linear_entries = tuple(Config(rows, columns, inner=16, half=True) for rows, columns in SIZES)
-    table = {name: linear_entries if name == "lora_linear" else entries for name in configs.NEIGHBOURS}
+    names = (*configs.NEIGHBOURS, "lora_sweep_both")  # which has no choice as yet
+    table = {name: linear_entries if name == "lora_linear" else entries for name in names}
     first = {name: (found[0], configs.TABLE[name][-1]) for name, found in table.items()}
     monkeypatch.setattr(configs, "TABLE", configs.TABLE | first)
     monkeypatch.setattr(configs, "NEIGHBOURS", {name: found[1:] for name, found in table.items()})
@@ -81,7 +82,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return recorded
 
-    places = ((sweep, "_sweep"), (lora, "_apply"), (lora, "_input_gradients"), (lora_linear, "_multiply_by"))
+    places = ((sweep, "_sweep"), (lora, "_apply"), (gradients, "_input_gradients"), (lora_linear, "_multiply_by"))
     for module, name in places:
         monkeypatch.setattr(module, name, spy(getattr(module, name)))
     return found
