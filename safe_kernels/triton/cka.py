@@ -27,6 +27,10 @@ from safe_kernels.triton.configs import config, float32_precision, rank_tile, sp
 from safe_kernels.triton.launch import ceil_div
 
 
+MOST_BLOCKS = 65535
+"""Programs that CUDA takes along a grid's second axis."""
+
+
 def block_sums(
     base: Tensor,
     h: Tensor,
@@ -58,6 +62,10 @@ def block_sums(
     check_blocks(base, block_starts, block_rows, row_weight)
     if base.shape[0] == 0 or block_starts.shape[0] == 0:
         return h.new_zeros(4, dtype=torch.float64)
+    if block_starts.shape[0] > MOST_BLOCKS:
+        parts = block_starts.split(MOST_BLOCKS)
+        rest = (block_rows, row_weight, swapped)
+        return torch.stack([block_sums(base, h, lora_B, scaling, part, *rest) for part in parts]).sum(0)
     weight = None if row_weight is None else (row_weight != 0).to(torch.int8).contiguous()
     exact = base.dtype == lora_B.dtype == torch.float32
     blocks = Blocks(
@@ -187,7 +195,7 @@ def _sums(grams: Tensor, products: Tensor, h: Tensor, h_means: Tensor, blocks: B
     """(a, b, c, rows) of each block and tile."""
     (splits_of_h, rows, width), (_, tiles, gram_parts, tile_rows, _) = h.shape, grams.shape
     sums = h.new_empty((blocks.count, tiles, 4), dtype=torch.float64)
-    _block_sums_kernel[(blocks.count * tiles,)](
+    _block_sums_kernel[(tiles, blocks.count)](
         grams,
         products,
         h,

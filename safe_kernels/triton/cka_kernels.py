@@ -185,8 +185,8 @@ def _block_sums_kernel(
     RANK: tl.constexpr,
 ):
     """E = V H' + H V', and the inner products of K and E."""
-    index, i = tl.program_id(0), tl.arange(0, ROWS)
-    block, tile = index // (TILES * TILES), index % (TILES * TILES)
+    tile, block = tl.program_id(0), tl.program_id(1)
+    index, i = block * TILES * TILES + tile, tl.arange(0, ROWS)
     row_i, counts_i = _block_rows(starts, weight, block, tile // TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
     row_j, counts_j = _block_rows(starts, weight, block, tile % TILES * ROWS, rows, block_rows, HAS_WEIGHT, ROWS)
     h_means += block * width

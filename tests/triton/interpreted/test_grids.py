@@ -27,13 +27,16 @@ class Recorder:
         assert all(programs <= MOST_ACROSS for _, *rest in self.grids for programs in rest)
 
 
-def test_blocks_of_as_many_rows_as_are_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("blocks", "rows", "launches"), [(1, 8192, 5), (70000, 1, 10)])
+def test_blocks_of_as_many_rows_as_are_allowed_and_many_blocks(
+    monkeypatch: pytest.MonkeyPatch, blocks: int, rows: int, launches: int
+) -> None:
     kernel = Recorder()
     for name in ("means", "grams", "products", "sums"):
         monkeypatch.setattr(cka, f"_block_{name}_kernel", kernel)
-    base, h, lora_B = torch.zeros(8192, 1), torch.zeros(1, 8192, 1), torch.zeros(1, 1)
-    cka.block_sums(base, h, lora_B, 1.0, torch.zeros(1, dtype=torch.int64), 8192, None)
-    kernel.check(5)
+    base, h, lora_B = torch.zeros(8192, 1), torch.zeros(1, 8192, 16), torch.zeros(1, 1)
+    cka.block_sums(base, h, lora_B, 1.0, torch.zeros(blocks, dtype=torch.int64), rows, None)
+    kernel.check(launches)
 
 
 @pytest.mark.parametrize("shape", [(1, 2**25), (2**25, 1)], ids=str)
