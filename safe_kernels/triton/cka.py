@@ -26,7 +26,6 @@ from safe_kernels.triton.cka_kernels import (
 from safe_kernels.triton.configs import config, float32_precision, rank_tile, splits
 from safe_kernels.triton.launch import ceil_div
 
-
 MOST_BLOCKS = 65535
 """Programs that CUDA takes along a grid's second axis."""
 
