@@ -51,28 +51,31 @@ class Config:
 
 TABLE: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (
-        Config(128, 64, warps=8, shared=160, half=True),
-        Config(64, 64, half=True),
+        Config(128, 64, warps=8, shared=160, half=True, rank=128),
+        Config(64, 64, half=True, rank=128),
+        Config(32, 64, stages=2, rank=32),
         Config(32, 32, stages=2),
     ),
     # After dropout a factor lies in registers, where wgmma would wait for it (triton 3.6): 32 rows take mma instead.
     "lora_sweep_dropped": (
         Config(32, 128, shared=90, half=True, rank=32),
-        Config(32, 64, half=True),
-        Config(32, 32, stages=2),
+        Config(32, 64, half=True, rank=128),
+        Config(32, 64, stages=1, rank=32),
+        Config(32, 32, stages=1),
     ),
     # The fewer the rows, the larger the parts of what is summed over them.
     "lora_sweep_both": (Config(256, 64, warps=8, stages=2, half=True, rank=16),),
     "lora_apply": (
-        Config(64, 128, shared=160, half=True),
-        Config(32, 128, stages=2, half=True),
+        Config(64, 64, stages=2, half=True, rank=128),
+        Config(32, 128, stages=2, rank=32),
         Config(32, 64, stages=2),
     ),
     "lora_input": (
-        Config(64, 64, warps=8, stages=2, shared=200, half=True),
+        Config(64, 64, warps=8, stages=2, shared=200, half=True, rank=128),
         Config(32, 64, stages=2, shared=90, half=True),
-        Config(32, 64, stages=1, half=True),
-        Config(32, 32, stages=1),
+        Config(32, 64, stages=1, half=True, rank=128),
+        Config(32, 64, stages=1, rank=16),
+        Config(16, 64, stages=1),
     ),
     # 128 x 256 would read less, but triton 3.6 waits for each wgmma there.
     "lora_linear": (
@@ -94,12 +97,16 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
         Config(16, 128, half=True),
         Config(16, 64, stages=2),
     ),
-    "lora_apply": (Config(32, 64, stages=2, half=True), Config(32, 32, stages=2)),
+    "lora_apply": (
+        Config(64, 128, shared=160, half=True),
+        Config(32, 64, stages=2, half=True),
+        Config(32, 32, stages=2),
+    ),
     "lora_input": (
         Config(64, 64, stages=2, shared=200, half=True),
         Config(64, 64, warps=8, stages=1, half=True),
         Config(32, 64, stages=1, shared=90, half=True),
-        Config(16, 64, stages=1),
+        Config(16, 32, stages=1),
     ),
     "lora_linear": (
         Config(128, 128, inner=64, warps=8, stages=4, shared=160, half=True),
@@ -108,6 +115,8 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
     ),
 }
 """What tuning tries beside the table's choice; held to the same limits by the same tests."""
+SWEEPS = ("lora_sweep", "lora_sweep_dropped", "lora_sweep_both", "lora_apply", "lora_input")
+"""Kernels whose time is that of reading: they take twice the rank at a time, and read as rarely."""
 
 
 class Target(NamedTuple):
@@ -165,7 +174,7 @@ def config(kernel: str, operand: torch.dtype, rank: int = 1) -> Config:
     Returns:
         The first entry whose demands are met.
     """
-    half, width, shared = operand.itemsize == 2, rank_tile(rank, operand), target().shared
+    half, width, shared = operand.itemsize == 2, rank_tile(rank, operand, kernel in SWEEPS), target().shared
     return next(entry for entry in TABLE[kernel] if _fits(entry, half, width, shared))
 
 
@@ -181,7 +190,7 @@ def candidates(kernel: str, operand: torch.dtype, rank: int = 1) -> list[Config]
         The table's choice, and those neighbours whose demands are met; for half precision those alone that are meant
         for it.
     """
-    half, width, shared = operand.itemsize == 2, rank_tile(rank, operand), target().shared
+    half, width, shared = operand.itemsize == 2, rank_tile(rank, operand, kernel in SWEEPS), target().shared
     near = (entry for entry in NEIGHBOURS.get(kernel, ()) if entry.half == half)
     return [config(kernel, operand, rank), *(entry for entry in near if _fits(entry, half, width, shared))]
 
@@ -190,21 +199,23 @@ def _fits(entry: Config, half: bool, width: int, shared: int) -> bool:
     return (half or not entry.half) and width <= entry.rank and shared >= entry.shared
 
 
-def rank_tile(rank: int, operand: torch.dtype) -> int:
+def rank_tile(rank: int, operand: torch.dtype, is_sweep: bool = False) -> int:
     """Columns of an adapter taken at a time: what tensor cores need at least, and registers hold at most.
 
     Args:
         rank: the adapter's rank.
         operand: dtype of the factors.
+        is_sweep: whether it is for one of `SWEEPS`.
 
     Returns:
-        16 or 32, or 64 in half precision; a larger rank is walked in pieces.
+        16 or 32, or 64 in half precision, for a sweep twice that; a larger rank is walked in pieces.
 
     Example:
         >>> rank_tile(8, torch.float32), rank_tile(17, torch.float32), rank_tile(200, torch.bfloat16)
         (16, 32, 64)
     """
-    return min(max(16, 1 << max(rank - 1, 0).bit_length()), 64 if operand.itemsize == 2 else 32)
+    most = (64 if operand.itemsize == 2 else 32) * (2 if is_sweep else 1)
+    return min(max(16, 1 << max(rank - 1, 0).bit_length()), most)
 
 
 def float32_precision(wanted: str) -> str:

@@ -16,7 +16,7 @@ from torch import Tensor
 from safe_kernels.triton.configs import Config, rank_tile, splits
 from safe_kernels.triton.launch import TYPES, Dropout, Product, ceil_div, flat, product, tuned
 from safe_kernels.triton.philox import _keep
-from safe_kernels.triton.sweep import _load_parts, joined, reduce, sweep
+from safe_kernels.triton.sweep import _load_narrow, _load_parts, joined, reduce, sweep
 
 NOTHING_DROPPED = Dropout(None, 0, 1.0)
 
@@ -53,7 +53,7 @@ def _lora_input_kernel(
     """The gradients that meet at x: of x itself, and of lora_A; one sweep, one mask."""
     first_column = tl.program_id(0) * COLUMNS
     column = first_column + tl.arange(0, COLUMNS)
-    column_inside, long_column = column < columns, column.to(tl.int64)
+    column_inside, long_column = (column < columns)[None, :], column.to(tl.int64)[None, :]
     r = tl.program_id(2) * RANK + tl.arange(0, RANK)
     begin = tl.program_id(1) * group_rows
     end = tl.minimum(begin + group_rows, rows)
@@ -62,16 +62,16 @@ def _lora_input_kernel(
     if COMPUTE_A:
         total_A = tl.zeros([COLUMNS, RANK], tl.float32)
     if COMPUTE_X and ONE_TILE:
-        right = _load_factor(lora_A, r, long_column, rank, column_inside, a_rank, a_column).to(OPERAND)
+        right = _load_narrow(lora_A, r, long_column, rank, a_rank, a_column, column_inside).to(OPERAND)
     for first in range(begin, end, ROWS):
         row = first + tl.arange(0, ROWS)
         row_inside, long_row = row < end, row.to(tl.int64)
-        inside = row_inside[:, None] & column_inside[None, :]
+        inside = row_inside[:, None] & column_inside
         left = _load_parts(grad_h, row, r, end, width, 1).to(OPERAND)
         if HAS_DROPOUT:
             keep = _keep(rng, row, first_column, threshold, COLUMNS)
         if COMPUTE_A:
-            tile = tl.load(x + long_row[:, None] * x_row + long_column[None, :] * x_column, mask=inside, other=0.0)
+            tile = tl.load(x + long_row[:, None] * x_row + long_column * x_column, mask=inside, other=0.0)
             tile = tile.to(OPERAND)
             if HAS_DROPOUT:
                 tile = tile * keep.to(OPERAND)
@@ -84,25 +84,18 @@ def _lora_input_kernel(
                 for first_r in range(first_rank, rank, RANK):
                     s = first_r + tl.arange(0, RANK)
                     some = _load_parts(grad_h, row, s, end, width, 1).to(OPERAND)
-                    right = _load_factor(lora_A, s, long_column, rank, column_inside, a_rank, a_column).to(OPERAND)
+                    right = _load_narrow(lora_A, s, long_column, rank, a_rank, a_column, column_inside).to(OPERAND)
                     total = tl.dot(some, right, total, input_precision=PRECISION)
             if HAS_DROPOUT:
                 total = total * keep.to(tl.float32) * dropout_scale
             tl.store(
-                grad_x + long_row[:, None] * columns + long_column[None, :],
+                grad_x + long_row[:, None] * columns + long_column,
                 total.to(grad_x.dtype.element_ty),
-                mask=(row < x_end)[:, None] & column_inside[None, :],
+                mask=(row < x_end)[:, None] & column_inside,
             )
     if COMPUTE_A:
         at = (tl.program_id(1).to(tl.int64) * columns + column)[:, None] * width + r[None, :]
-        tl.store(partial + at, total_A, mask=column_inside[:, None] & (r < width)[None, :])
-
-
-@triton.jit
-def _load_factor(factor, r, column, rank, column_inside, factor_rank, factor_column):
-    """A tile of an adapter's matrix [rank, columns], zero outside."""
-    at = factor + r.to(tl.int64)[:, None] * factor_rank + column[None, :] * factor_column
-    return tl.load(at, mask=(r < rank)[:, None] & column_inside[None, :], other=0.0)
+        tl.store(partial + at, total_A, mask=(column < columns)[:, None] & (r < width)[None, :])
 
 
 def adapter_gradients(
@@ -210,7 +203,7 @@ def _input_gradients(
 ) -> tuple[Tensor, Tensor]:
     """grad_x, and the parts [groups, d_in, padded r] of grad_A; what is not wanted is empty."""
     (rank, columns), (rows, width), like = lora_A.shape, grad_h.shape, grad if x is None else x
-    tile, tiles = rank_tile(rank, arithmetic.operand), ceil_div(columns, chosen.columns)
+    tile, tiles = rank_tile(rank, arithmetic.operand, True), ceil_div(columns, chosen.columns)
     # A sum is written for each group: with 16 r rows in one these are at most an eighth of a half-precision x.
     least = max(chosen.rows, 8 * width if wants_A else 0)
     groups, group_rows = splits(tiles, rows, least, enough=512, most=32)

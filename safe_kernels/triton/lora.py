@@ -15,7 +15,7 @@ from torch import Tensor
 
 from safe_kernels import reference
 from safe_kernels.triton.cka import block_sums
-from safe_kernels.triton.configs import Config, rank_tile
+from safe_kernels.triton.configs import Config, rank_tile, splits
 from safe_kernels.triton.gradients import adapter_gradients
 from safe_kernels.triton.launch import (
     TYPES,
@@ -29,7 +29,7 @@ from safe_kernels.triton.launch import (
     served_by,
     tuned,
 )
-from safe_kernels.triton.sweep import _load_parts, sweep
+from safe_kernels.triton.sweep import _load_narrow, _load_parts, joined, sweep
 
 
 @triton.jit
@@ -46,6 +46,7 @@ def _lora_apply_kernel(
     base_column,
     b_column,
     b_rank,
+    split_columns,
     scale,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -53,24 +54,32 @@ def _lora_apply_kernel(
     SPLITS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr,  # of the rank: then h's parts are added once, and not for every tile of columns
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    delta = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for first in range(0, rank, RANK):
-        r = first + tl.arange(0, RANK)
+    row_inside, long_row = (row < rows)[:, None], row.to(tl.int64)[:, None]
+    begin = tl.program_id(1) * split_columns
+    end = tl.minimum(begin + split_columns, columns)
+    r = tl.arange(0, RANK)
+    if ONE_TILE:
         left = _load_parts(h, row, r, rows, width, SPLITS).to(OPERAND)
-        right = tl.load(
-            lora_B + r.to(tl.int64)[:, None] * b_rank + column.to(tl.int64)[None, :] * b_column,
-            mask=(r < rank)[:, None] & (column < columns)[None, :],
-            other=0.0,
-        ).to(OPERAND)
-        delta = tl.dot(left, right, delta, input_precision=PRECISION)
-    row, column = row.to(tl.int64), column.to(tl.int64)
-    before = tl.load(base + row[:, None] * base_row + column[None, :] * base_column, mask=inside, other=0.0)
-    after = before.to(tl.float32) + delta * scale
-    tl.store(out + row[:, None] * columns + column[None, :], after.to(out.dtype.element_ty), mask=inside)
+    for first in range(begin, end, COLUMNS):
+        column = first + tl.arange(0, COLUMNS)
+        column_inside, long_column = (column < end)[None, :], column.to(tl.int64)[None, :]
+        if ONE_TILE:
+            right = _load_narrow(lora_B, r, long_column, rank, b_rank, b_column, column_inside).to(OPERAND)
+            delta = tl.dot(left, right, input_precision=PRECISION)
+        else:
+            delta = tl.zeros([ROWS, COLUMNS], tl.float32)
+            for first_r in range(0, rank, RANK):
+                s = first_r + r
+                some = _load_parts(h, row, s, rows, width, SPLITS).to(OPERAND)
+                right = _load_narrow(lora_B, s, long_column, rank, b_rank, b_column, column_inside).to(OPERAND)
+                delta = tl.dot(some, right, delta, input_precision=PRECISION)
+        inside = row_inside & column_inside
+        before = tl.load(base + long_row * base_row + long_column * base_column, mask=inside, other=0.0)
+        after = before.to(tl.float32) + delta * scale
+        tl.store(out + long_row * columns + long_column, after.to(out.dtype.element_ty), mask=inside)
 
 
 @served_by(reference.lora)
@@ -93,7 +102,9 @@ def lora(
     base_rows = flat(base)
     with guard(x):
         h, _ = sweep(flat(x), lora_A, arithmetic, drop, scale=drop.scale)
-        apply = partial(_apply, base, lora_B, h, scaling, arithmetic)
+        is_one_tile = lora_B.shape[1] <= rank_tile(lora_B.shape[1], arithmetic.operand, True)
+        factor = h if is_one_tile else joined(h, arithmetic.operand)[None]
+        apply = partial(_apply, base, lora_B, factor, scaling, arithmetic)
         out = tuned("lora_apply", apply, (*base_rows.shape, lora_B.shape[1]), arithmetic, base)
         if block_starts is None:
             return out, x.new_empty(0, dtype=torch.float64)
@@ -103,7 +114,9 @@ def lora(
 def _apply(base: Tensor, lora_B: Tensor, h: Tensor, scaling: float, arithmetic: Product, chosen: Config) -> Tensor:
     out, matrix = base.new_empty(base.shape), flat(base)
     (rows, columns), rank = matrix.shape, lora_B.shape[1]
-    _lora_apply_kernel[(ceil_div(rows, chosen.rows), ceil_div(columns, chosen.columns))](
+    tile, tiles = rank_tile(rank, arithmetic.operand, True), ceil_div(rows, chosen.rows)
+    parts, split_columns = splits(tiles, columns, chosen.columns, enough=1024, most=32)
+    _lora_apply_kernel[(tiles, parts)](
         matrix,
         lora_B,
         h,
@@ -114,13 +127,15 @@ def _apply(base: Tensor, lora_B: Tensor, h: Tensor, scaling: float, arithmetic: 
         h.shape[2],
         *matrix.stride(),
         *lora_B.stride(),
+        split_columns,
         scaling,
         ROWS=chosen.rows,
         COLUMNS=chosen.columns,
-        RANK=rank_tile(rank, arithmetic.operand),
+        RANK=tile,
         SPLITS=h.shape[0],
         OPERAND=TYPES[arithmetic.operand],
         PRECISION=arithmetic.precision,
+        ONE_TILE=rank <= tile,
         **chosen.options,
     )
     return out

@@ -35,14 +35,7 @@ from safe_kernels.triton.launch import (
     tuned,
 )
 from safe_kernels.triton.philox import _keep
-from safe_kernels.triton.sweep import _load_parts, sweep
-
-
-@triton.jit
-def _load_narrow(narrow, r, column, rank, narrow_rank, narrow_column, column_inside):
-    """A tile of the adapter's matrix [rank, columns]."""
-    at = narrow + r.to(tl.int64)[:, None] * narrow_rank + column * narrow_column
-    return tl.load(at, mask=(r < rank)[:, None] & column_inside, other=0.0)
+from safe_kernels.triton.sweep import _load_narrow, _load_parts, sweep
 
 
 @triton.jit

@@ -36,6 +36,13 @@ def _load_parts(parts, row, column, rows, columns, SPLITS: tl.constexpr):
 
 
 @triton.jit
+def _load_narrow(narrow, r, column, rank, narrow_rank, narrow_column, column_inside):
+    """A tile of the adapter's matrix [rank, columns], zero outside; column and column_inside are [1, COLUMNS]."""
+    at = narrow + r.to(tl.int64)[:, None] * narrow_rank + column * narrow_column
+    return tl.load(at, mask=(r < rank)[:, None] & column_inside, other=0.0)
+
+
+@triton.jit
 def _lora_sweep_kernel(
     matrix,  # [rows, columns]
     narrow,  # [rank, columns]
@@ -164,7 +171,7 @@ def _sweep(
     chosen: Config,
 ) -> tuple[Tensor, Tensor]:
     (rows, columns), rank = matrix.shape, narrow.shape[0]
-    tiles, tile, width = ceil_div(rows, chosen.rows), rank_tile(rank, arithmetic.operand), padded(rank)
+    tiles, tile, width = ceil_div(rows, chosen.rows), rank_tile(rank, arithmetic.operand, True), padded(rank)
     parts, split_columns = splits(tiles, columns, chosen.columns)
     result = matrix.new_empty((parts, rows, width), dtype=torch.float32)
     outer = matrix.new_empty(0 if other is None else (tiles, columns, width), dtype=torch.float32)

@@ -49,7 +49,7 @@ def others(kernel: str, operand: torch.dtype, rank: int, target: str) -> list[co
 
 def ranks(operand: torch.dtype, target: str) -> tuple[int, ...]:
     """The widest tile of the rank, and where wgmma may be made to wait a narrow one too."""
-    return (32,) if operand == SINGLE else (16, 64) if target == "sm_90" else (64,)
+    return (32, 64) if operand == SINGLE else (16, 64) if target == "sm_90" else (64,)
 
 
 RUNS = [

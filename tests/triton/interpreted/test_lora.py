@@ -35,7 +35,13 @@ def test_values(dtypes: Dtypes, dropout_p: float) -> None:
     check(problem(MIDDLE, dtypes, dropout_p=dropout_p))
 
 
-SHAPES = [Shape(1, 1, 1, 1), Shape(16, 16, 32, 16), Shape(33, 20, 150, 17), Shape(20, 30, 10, 70)]
+SHAPES = [
+    Shape(1, 1, 1, 1),
+    Shape(16, 16, 32, 16),
+    Shape(33, 20, 150, 17),
+    Shape(20, 30, 10, 70),
+    Shape(20, 30, 10, 130),
+]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
