@@ -52,14 +52,16 @@ class Config:
 TABLE: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (
         Config(128, 64, warps=8, shared=160, half=True, rank=128),
-        Config(64, 64, half=True, rank=128),
+        Config(64, 64, shared=90, half=True, rank=128),
+        Config(64, 64, stages=2, half=True, rank=128),
         Config(32, 64, stages=2, rank=32),
         Config(32, 32, stages=2),
     ),
     # After dropout a factor lies in registers, where wgmma would wait for it (triton 3.6): 32 rows take mma instead.
     "lora_sweep_dropped": (
         Config(32, 128, shared=90, half=True, rank=32),
-        Config(32, 64, half=True, rank=128),
+        Config(32, 64, shared=90, half=True, rank=128),
+        Config(32, 64, stages=2, half=True, rank=128),
         Config(32, 64, stages=1, rank=32),
         Config(32, 32, stages=1),
     ),
@@ -94,7 +96,7 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (Config(64, 128, warps=8, shared=90, half=True), Config(16, 64, stages=2)),
     "lora_sweep_dropped": (
         Config(32, 128, warps=8, shared=60, half=True),
-        Config(16, 128, half=True),
+        Config(16, 128, stages=2, half=True),
         Config(16, 64, stages=2),
     ),
     "lora_apply": (
