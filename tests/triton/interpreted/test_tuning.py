@@ -21,7 +21,7 @@ import safe_kernels
 import safe_peft
 from safe_kernels import AdapterStatistics, RowBlocks, fusion
 from safe_kernels.retention import measure
-from safe_kernels.triton import configs, lora, lora_linear, sweep, tuning
+from safe_kernels.triton import configs, gradients, lora, lora_linear, sweep, tuning
 from safe_kernels.triton.configs import Config
 
 HALF = DTYPES[2]
@@ -81,7 +81,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return recorded
 
-    places = ((sweep, "_sweep"), (lora, "_apply"), (lora, "_input_gradients"), (lora_linear, "_multiply_by"))
+    places = ((sweep, "_sweep"), (lora, "_apply"), (gradients, "_input_gradients"), (lora_linear, "_multiply_by"))
     for module, name in places:
         monkeypatch.setattr(module, name, spy(getattr(module, name)))
     return found
