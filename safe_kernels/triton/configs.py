@@ -51,15 +51,17 @@ class Config:
 
 TABLE: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (
-        Config(128, 64, warps=8, shared=160, half=True, rank=128),
-        Config(64, 64, half=True, rank=128),
+        Config(128, 64, warps=8, shared=160, half=True),
+        Config(64, 64, shared=90, half=True, rank=128),
+        Config(64, 64, stages=2, half=True, rank=128),
         Config(32, 64, stages=2, rank=32),
         Config(32, 32, stages=2),
     ),
     # After dropout a factor lies in registers, where wgmma would wait for it (triton 3.6): 32 rows take mma instead.
     "lora_sweep_dropped": (
         Config(32, 128, shared=90, half=True, rank=32),
-        Config(32, 64, half=True, rank=128),
+        Config(32, 64, shared=90, half=True, rank=128),
+        Config(32, 64, stages=2, half=True, rank=128),
         Config(32, 64, stages=1, rank=32),
         Config(32, 32, stages=1),
     ),
@@ -71,7 +73,8 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, 64, stages=2),
     ),
     "lora_input": (
-        Config(64, 64, warps=8, stages=2, shared=200, half=True, rank=128),
+        Config(64, 64, warps=8, stages=2, shared=200, half=True),
+        Config(64, 64, stages=2, shared=200, half=True, rank=128),
         Config(32, 64, stages=2, shared=90, half=True),
         Config(32, 64, stages=1, half=True, rank=128),
         Config(32, 64, stages=1, rank=16),
@@ -94,8 +97,12 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (Config(64, 128, warps=8, shared=90, half=True), Config(16, 64, stages=2)),
     "lora_sweep_dropped": (
         Config(32, 128, warps=8, shared=60, half=True),
-        Config(16, 128, half=True),
+        Config(16, 128, stages=2, half=True),
         Config(16, 64, stages=2),
+    ),
+    "lora_sweep_both": (
+        Config(256, 64, warps=8, stages=3, shared=160, half=True, rank=16),
+        Config(256, 64, warps=8, stages=1, half=True, rank=16),
     ),
     "lora_apply": (
         Config(64, 128, shared=160, half=True),

@@ -34,6 +34,10 @@ SHARED_KIB = {"sm_80": 163, "sm_86": 99, "sm_89": 99, "sm_90": 227, "sm_100": 22
 """KiB of shared memory a program may have (CUDA programming guide, compute capabilities; CDNA 3 ISA: LDS)."""
 TENSOR_MEMORY_COLUMNS = 512
 REGISTERS = {"cuda": 255, "hip": 512}
+THREADS = {"sm_80": 2048, "sm_86": 1536, "sm_89": 1536, "sm_90": 2048, "sm_100": 2048, "gfx942": 2048}
+REGISTER_FILE = {target: 4 * 64 * 512 if target == "gfx942" else 64 * 1024 for target in SHARED_KIB}
+"""What a multiprocessor has for all of its programs (same sources)."""
+BANDWIDTH_BOUND = ("_lora_sweep_kernel", "_lora_apply_kernel", "_lora_input_kernel", "_reduce_kernel")
 
 
 class FakeDriver:
@@ -90,6 +94,16 @@ class Resources:
     dots: int
     serialized: bool
 
+    @property
+    def programs(self) -> int:
+        """How many run at a time on one multiprocessor, as far as registers and shared memory go."""
+        threads, registers = self.warps * TARGETS[self.target].warp_size, -(-self.registers // 8) * 8
+        reserved = 0 if self.target == "gfx942" else 1024
+        fits = [THREADS[self.target] // threads, REGISTER_FILE[self.target] // (registers * threads)]
+        if self.shared + reserved:
+            fits.append((SHARED_KIB[self.target] * 1024 + reserved) // (self.shared + reserved))
+        return min(fits)
+
 
 @contextmanager
 def collecting(target: str) -> Iterator[list[Any]]:
@@ -120,7 +134,8 @@ def compile_call(target: str, call: Callable[[], Any]) -> list[Resources]:
 
 def cells(case: str, found: Resources) -> tuple[str, ...]:
     """A row of the table that is printed at the end."""
-    numbers = (found.warps, found.registers, f"{found.shared / 1024:.1f}", found.tensor_memory, found.spilled)
+    shared = f"{found.shared / 1024:.1f}"
+    numbers = (found.warps, found.programs, found.registers, shared, found.tensor_memory, found.spilled)
     return (found.kernel, case, found.target, *map(str, numbers), found.tensor_core)
 
 
@@ -128,6 +143,7 @@ def problems(found: Resources, exact: bool) -> list[str]:
     """What keeps a kernel from running well on its target; `exact` float32 products have no matrix units on CUDA."""
     backend = TARGETS[found.target].backend
     has_units = found.dots > 0 and not (exact and backend == "cuda") and found.kernel != "_block_sums_kernel"
+    is_sweep = found.kernel in BANDWIDTH_BOUND
     wrong = {
         "spills": found.spilled > 0,
         "registers": found.registers > REGISTERS[backend],
@@ -135,6 +151,7 @@ def problems(found: Resources, exact: bool) -> list[str]:
         "tensor memory": found.tensor_memory > TENSOR_MEMORY_COLUMNS,
         "no matrix units": has_units and not found.tensor_core,
         "serialized": found.serialized,
+        "too few warps at a time to read while others wait": is_sweep and found.programs * found.warps < 8,
     }
     return [f"{found.kernel} on {found.target}: {name} ({found})" for name, is_wrong in wrong.items() if is_wrong]
 

@@ -8,7 +8,18 @@ import pytest
 
 assert os.environ.get("TRITON_INTERPRET", "0") == "0", "unset TRITON_INTERPRET: nothing is compiled in the interpreter"
 
-HEAD = ("kernel", "for", "target", "warps", "registers", "shared KiB", "tensor memory", "spilled", "tensor cores")
+HEAD = (
+    "kernel",
+    "for",
+    "target",
+    "warps",
+    "programs",
+    "registers",
+    "shared KiB",
+    "tensor memory",
+    "spilled",
+    "tensor cores",
+)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -30,6 +30,8 @@ def launches(kernel: str, operand: torch.dtype, rank: int) -> Iterator[Launch]:
         yield partial(sweep._sweep, x, A, arithmetic, keep, 1.0, None)
     elif kernel == "lora_sweep_dropped":
         yield partial(sweep._sweep, x, A, arithmetic, drop, 1.0, None)
+    elif kernel == "lora_sweep_both":
+        yield partial(sweep._sweep, x, A, arithmetic, keep, 1.0, h)
     elif kernel == "lora_apply":
         yield partial(lora._apply, x, B, h, 2.0, arithmetic)
     elif kernel == "lora_input":
@@ -47,8 +49,10 @@ def others(kernel: str, operand: torch.dtype, rank: int, target: str) -> list[co
         return configs.candidates(kernel, operand, rank)[1:]
 
 
-def ranks(operand: torch.dtype, target: str) -> tuple[int, ...]:
+def ranks(kernel: str, operand: torch.dtype, target: str) -> tuple[int, ...]:
     """The widest tile of the rank, and where wgmma may be made to wait a narrow one too."""
+    if kernel == "lora_sweep_both":
+        return (16,)
     return (32, 64) if operand == SINGLE else (16, 64) if target == "sm_90" else (64,)
 
 
@@ -57,7 +61,7 @@ RUNS = [
     for kernel in configs.NEIGHBOURS
     for operand, targets in ((HALF, ("sm_80", "sm_90", "sm_100", "gfx942")), (SINGLE, ("sm_80", "gfx942")))
     for target in targets
-    if operand == HALF or kernel != "lora_linear"
+    if operand == HALF or kernel not in ("lora_linear", "lora_sweep_both")
 ]
 """sm_86 and sm_89 run what sm_80 does, if it fits there."""
 
@@ -67,7 +71,7 @@ def test_candidates_fit(
     kernel: str, operand: torch.dtype, target: str, record_property: Callable[[str, object], None]
 ) -> None:
     rows, wrong = [], []
-    for rank in ranks(operand, target):
+    for rank in ranks(kernel, operand, target):
         for entry in others(kernel, operand, rank, target):
             for run in launches(kernel, operand, rank):
                 for found in compile_call(target, partial(run, entry)):
@@ -83,6 +87,8 @@ def test_candidates_fit(
 @pytest.mark.parametrize("target", SHARED_KIB)
 def test_a_candidate_has_one_name(target: str) -> None:
     for kernel, operand in product(configs.NEIGHBOURS, (HALF, SINGLE)):
+        if (kernel, operand) == ("lora_sweep_both", SINGLE):
+            continue  # it is for half precision
         with collecting(target):
             labels = [str(entry) for entry in configs.candidates(kernel, operand, 16)]
         assert len(set(labels)) == len(labels)
