@@ -55,8 +55,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     entries = tuple(Config(rows, columns, half=True) for rows, columns in SIZES)
     linear_entries = tuple(Config(rows, columns, inner=16, half=True) for rows, columns in SIZES)
-    names = (*configs.NEIGHBOURS, "lora_sweep_both")  # which has no choice as yet
-    table = {name: linear_entries if name == "lora_linear" else entries for name in names}
+    table = {name: linear_entries if name == "lora_linear" else entries for name in configs.NEIGHBOURS}
     first = {name: (found[0], configs.TABLE[name][-1]) for name, found in table.items()}
     monkeypatch.setattr(configs, "TABLE", configs.TABLE | first)
     monkeypatch.setattr(configs, "NEIGHBOURS", {name: found[1:] for name, found in table.items()})
