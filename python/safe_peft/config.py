@@ -18,8 +18,8 @@ DEFAULT_FRACTION = 0.75
 TARGETS = ("adapters", "bytes")
 RECOMPUTE = ("off", "frozen", "auto")
 ON_NONFINITE = ("warn", "raise")
-MOST = 2**63 - 1
-"""What 64 bits hold."""
+MOST = 2**53
+"""As far as floats, and with them any reader of JSON, count exactly."""
 
 
 @dataclass(frozen=True)

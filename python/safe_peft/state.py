@@ -11,7 +11,7 @@ import torch
 
 from . import jsonio
 from .checksum import check_signed, signed
-from .config import SafeConfig
+from .config import MOST, SafeConfig
 from .errors import StateError
 from .ledger import Ledger
 from .planning.inputs import Inputs
@@ -31,9 +31,6 @@ PARTS = (
 )
 FILES = "files"
 """Part of a state that stands in a checkpoint: what else makes it whole."""
-
-MOST_STEPS = 2**53
-"""Beyond, a float cannot count steps one by one."""
 
 
 @dataclass(frozen=True)
@@ -207,8 +204,8 @@ def _check_agreement(saved: Saved, owner: Owner) -> None:
     names, ledger = owner.adapters.keys(), saved.ledger
     total = saved.total_steps
     for holds, what in (
-        (0 <= saved.step <= MOST_STEPS, "step is beyond what can be counted"),
-        (total is None or 0 < total <= MOST_STEPS, "total_steps is beyond what can be counted"),
+        (0 <= saved.step <= MOST, "step is beyond what can be counted"),
+        (total is None or 0 < total <= MOST, "total_steps is beyond what can be counted"),
         (ledger.last_step <= saved.step, "its ledger tells of steps that were not done"),
         (set(ledger.names) <= names, "its ledger names adapters that it lacks"),
         (all(len(row) == 4 for row in saved.evidence.sums), "evidence.sums has a row that is not of four"),
@@ -238,7 +235,7 @@ def _is_batch(inputs: Inputs | None) -> bool:
     shapes = [spec.shape for spec in inputs.tensors.values()]
     dtypes = [spec.dtype for spec in inputs.tensors.values()] + ([inputs.autocast] if inputs.autocast else [])
     return (
-        all(min(shape, default=0) >= 0 and math.prod(shape) < MOST_STEPS for shape in shapes)
+        all(min(shape, default=0) >= 0 and math.prod(shape) < MOST for shape in shapes)
         and all(isinstance(getattr(torch, name, None), torch.dtype) for name in dtypes)
         and all(value is None or isinstance(value, bool | int | float | str) for value in inputs.constants.values())
     )

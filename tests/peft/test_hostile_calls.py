@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tiny import EARLY, adamw, bert
 from torch import nn
@@ -78,6 +78,9 @@ def test_steps_of_numpys_are_saved_as_pythons(tmp_path: Path) -> None:
 
 
 @given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=4)), st.booleans())
+@example(2**53, False)
+@example(2**53 + 1, False)
+@example(2**53, True)
 def test_any_steps_are_taken_for_good_or_refused(steps: Any, first: bool) -> None:
     name = "first_step" if first else "total_steps"
     try:
