@@ -18,7 +18,7 @@ from safe_kernels.triton import tuning
 
 FASTER: dict[str, frozenset[str]] = {}
 """By backend and architecture ("cuda-90"), the calls for which `lora_linear` measured faster, by their `tuning.key`: it
-takes a measurement to enter one, and none has been made yet."""
+takes a measurement to enter one; the only run so far, on an H200, was bound by the host and decided none."""
 
 
 def prefers_fused(
