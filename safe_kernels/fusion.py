@@ -55,11 +55,10 @@ def prefers_fused(
     if tuner is None:
         return tuning.key(*call[1:]) in FASTER.get(_architecture(x), ())
     offer = partial(_offer, x, weight, bias, lora_A, lora_B, dropout_p)
-    with torch.cuda.device_of(x):  # whose clock times
-        if torch.is_inference_mode_enabled() or x.is_inference():
-            return tuner.choose(call, offer, None) == "lora_linear"
-        # What a call takes first holds: a checkpointed forward must find the same op when it runs again.
-        return tuner.choose(call, offer, x if _is_unseen() else None, otherwise="lora") == "lora_linear"
+    if torch.is_inference_mode_enabled() or x.is_inference():
+        return tuner.choose(call, offer, None) == "lora_linear"
+    # What a call takes first holds: a checkpointed forward must find the same op when it runs again.
+    return tuner.choose(call, offer, x if _is_unseen() else None, otherwise="lora") == "lora_linear"
 
 
 @cache

@@ -96,9 +96,11 @@ class SafeConfig:
         self._check_target()
         for name in ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval"):
             _check_point(name, getattr(self, name))
-        for name, least in (("score_blocks", 1), ("block_rows", 1), ("total_steps", 1), ("seed", 0)):
-            if name != "total_steps" or self.total_steps is not None:
-                object.__setattr__(self, name, check_int(name, getattr(self, name), least))
+        integers = {"score_blocks": 1, "block_rows": 1, "seed": 0}
+        if self.total_steps is not None:
+            integers["total_steps"] = 1
+        for name, least in integers.items():
+            object.__setattr__(self, name, check_int(name, getattr(self, name), least))
         _check_number("stable_change", self.stable_change)
         choices = f"one of {', '.join(ON_NONFINITE)}"
         _check(self.on_nonfinite in ON_NONFINITE, "on_nonfinite", choices, self.on_nonfinite)
