@@ -1,10 +1,13 @@
-// Loading this module runs the registrations of every op in this folder; Python needs nothing else from it.
+// Loading this module runs the registrations of every op in this folder; Python adds the host functions of its own.
 
 #include <pybind11/pybind11.h>
 #include <torch/version.h>
+
+#include "cuda/served.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the ops of safe_kernels with PyTorch's dispatcher.";
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
+  safe_kernels::cuda::bind(m);
 }

@@ -1,2 +1,21 @@
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
 torch_version: str  # that it was compiled against
 compiler: str  # its version
+
+class Plan:  # csrc/cuda/plan.h
+    def __init__(
+        self,
+        allocations: list[tuple[list[int], torch.dtype, int, int]],
+        launches: list[tuple[int, tuple[int, int, int], int, int, list[tuple[int, int]]]],
+        results: list[int],
+    ) -> None: ...
+
+def serve(
+    op: str, host: Callable[..., Any], recorded: Callable[..., tuple[Any, Plan | None, bool]], key: str
+) -> None: ...
+def forget_plans() -> None: ...
+def plan_counts() -> dict[str, int]: ...

@@ -24,11 +24,11 @@ from safe_kernels.inversion import invertible
 from safe_kernels.statistics import AdapterStatistics, RowBlocks
 from safe_kernels.triton.tuning import autotune
 
-# The library objects must live as long as their registrations.
+# The library object must live as long as its registrations.
 _REFERENCE = torch.library.Library("safe_kernels", "IMPL")
 for _op in reference.OPS:
     _REFERENCE.impl(_op.__name__, _op, "CompositeExplicitAutograd")
-_TRITON = _triton.register()
+_triton.register()
 
 __all__ = [
     "AdapterStatistics",

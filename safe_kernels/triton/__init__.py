@@ -14,7 +14,8 @@ import importlib.util
 from collections.abc import Callable
 from typing import Any
 
-import torch
+from safe_kernels import _C
+from safe_kernels.triton import plans
 
 STEMS: dict[str, tuple[str, ...]] = {
     "activation": ("activation", "activation_backward"),
@@ -63,30 +64,43 @@ def host_function(op: str) -> Callable[..., Any]:
     raise KeyError(op)
 
 
-def register() -> torch.library.Library | None:
-    """Registers every op on the CUDA key.
+def register() -> bool:
+    """Registers every op on the CUDA key, for as long as the process lives.
 
     Returns:
-        The library, which must live as long as its registrations, or None where Triton is not installed.
+        Whether Triton is installed; otherwise nothing is registered.
 
     Example:
-        >>> register() is None or "no second time"  # doctest: +SKIP
+        >>> register() or "there is no Triton"  # doctest: +SKIP
     """
     if not installed():
-        return None
-    library = torch.library.Library("safe_kernels", "IMPL")
+        return False
     for ops in STEMS.values():
         for op in ops:
-            library.impl(op, _deferred(op), "CUDA")
-    return library
+            serve(op, "CUDA")
+    return True
+
+
+def serve(op: str, key: str) -> None:
+    """Registers an op's host function, whose plans C++ replays.
+
+    Args:
+        op: the op's name.
+        key: a dispatch key.
+
+    Example:
+        >>> serve("lora", "CUDA")  # doctest: +SKIP
+    """
+    host = _deferred(op)
+    _C.serve(op, host, plans.recorded(host), key)
 
 
 def _deferred(op: str) -> Callable[..., Any]:
     found: list[Callable[..., Any]] = []
 
-    def kernel(*args: Any, **kwargs: Any) -> Any:
+    def kernel(*args: Any) -> Any:
         if not found:
             found.append(host_function(op))
-        return found[0](*args, **kwargs)
+        return found[0](*args)
 
     return kernel

@@ -9,6 +9,7 @@ from torch import Tensor
 from safe_kernels import reference
 from safe_kernels.triton import launch
 from safe_kernels.triton.elementwise import _dropped, _pull_back, _read, _tile, _value, _write
+from safe_kernels.triton.plans import empty
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def _activation_backward_kernel(
 @launch.served_by(reference.activation)
 def activation(x: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor | None = None) -> Tensor:
     """See `safe_kernels.reference.activation`."""
-    out = x.new_empty(x.shape)
+    out = empty(x, x.shape)
     launch.elementwise(_activation_kernel, [x], [out], launch.dropout(dropout_p, rng_state), KIND=kind)
     return out
 
@@ -70,7 +71,7 @@ def activation(x: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor |
 @launch.served_by(reference.activation_backward)
 def activation_backward(grad: Tensor, x: Tensor, kind: str, dropout_p: float, rng_state: Tensor | None) -> Tensor:
     """See `safe_kernels.reference.activation_backward`."""
-    grad_x = x.new_empty(x.shape)
+    grad_x = empty(x, x.shape)
     drop = launch.dropout(dropout_p, rng_state)
     launch.elementwise(_activation_backward_kernel, [grad, x], [grad_x], drop, KIND=kind)
     return grad_x

@@ -22,9 +22,11 @@ from safe_kernels.triton.cka_kernels import (
     _block_means_kernel,
     _block_products_kernel,
     _block_sums_kernel,
+    _block_total_kernel,
 )
 from safe_kernels.triton.configs import config, float32_precision, rank_tile, splits
 from safe_kernels.triton.launch import ceil_div
+from safe_kernels.triton.plans import empty, launch
 
 MOST_BLOCKS = 65535
 """Programs that CUDA takes along a grid's second axis."""
@@ -65,11 +67,10 @@ def block_sums(
         parts = block_starts.split(MOST_BLOCKS)
         rest = (block_rows, row_weight, swapped)
         return torch.stack([block_sums(base, h, lora_B, scaling, part, *rest) for part in parts]).sum(0)
-    weight = None if row_weight is None else (row_weight != 0).to(torch.int8).contiguous()
     exact = base.dtype == lora_B.dtype == torch.float32
     blocks = Blocks(
         starts=block_starts.contiguous(),
-        weight=weight,
+        weight=None if row_weight is None else row_weight.contiguous(),
         block_rows=min(block_rows, base.shape[0]),
         scale=-scaling if swapped else scaling,
         precision="ieee" if exact else float32_precision("tf32x3"),
@@ -77,7 +78,7 @@ def block_sums(
     base_means, h_means = _means(base[None], blocks), _means(h, blocks)
     grams = _grams(base, base_means, blocks)
     products = _products(base, h, lora_B, base_means, h_means, blocks)
-    return _sums(grams, products, h, h_means, blocks, swapped).sum((0, 1))
+    return _total(_sums(grams, products, h, h_means, blocks, swapped))
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ class Blocks:
 
     Attributes:
         starts: int64 [n], contiguous.
-        weight: int8 [N], zero where a row must not count, or None.
+        weight: [N] of any dtype, contiguous, zero where a row must not count, or None.
         block_rows: rows in a block, at most N.
         scale: what h is multiplied by.
         precision: of products.
@@ -108,8 +109,10 @@ def _means(features: Tensor, blocks: Blocks) -> Tensor:
     """Column means [n, d] of each block of features [parts, N, d], the sum of whose parts counts."""
     parts, rows, columns = features.shape
     chosen = config("block_means", torch.float32)
-    means = features.new_empty((blocks.count, columns), dtype=torch.float32)
-    _block_means_kernel[(blocks.count, ceil_div(columns, chosen.columns))](
+    means = empty(features, (blocks.count, columns), dtype=torch.float32)
+    launch(
+        _block_means_kernel,
+        (blocks.count, ceil_div(columns, chosen.columns)),
         features,
         blocks.starts,
         blocks.weight,
@@ -132,8 +135,10 @@ def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
     chosen = config("block_grams", torch.float32)
     tiles = ceil_div(blocks.block_rows, chosen.rows)
     parts, split_columns = splits(blocks.count * tiles * tiles, columns, chosen.columns)
-    grams = means.new_empty((blocks.count, tiles * tiles, parts, chosen.rows, chosen.rows))
-    _block_grams_kernel[(blocks.count * tiles * tiles, parts)](
+    grams = empty(means, (blocks.count, tiles * tiles, parts, chosen.rows, chosen.rows))
+    launch(
+        _block_grams_kernel,
+        (blocks.count * tiles * tiles, parts),
         base,
         blocks.starts,
         blocks.weight,
@@ -160,8 +165,10 @@ def _products(base: Tensor, h: Tensor, lora_B: Tensor, base_means: Tensor, h_mea
     tiles = ceil_div(blocks.block_rows, chosen.rows) * ceil_div(rank, width)
     parts, split_columns = splits(blocks.count * tiles, columns, chosen.columns)
     length = ceil_div(blocks.block_rows, chosen.rows) * chosen.rows
-    products = h.new_empty((blocks.count, parts, length, h.shape[2]))
-    _block_products_kernel[(blocks.count * tiles, parts)](
+    products = empty(h, (blocks.count, parts, length, h.shape[2]))
+    launch(
+        _block_products_kernel,
+        (blocks.count * tiles, parts),
         base,
         h,
         lora_B,
@@ -193,8 +200,10 @@ def _products(base: Tensor, h: Tensor, lora_B: Tensor, base_means: Tensor, h_mea
 def _sums(grams: Tensor, products: Tensor, h: Tensor, h_means: Tensor, blocks: Blocks, swapped: bool) -> Tensor:
     """(a, b, c, rows) of each block and tile."""
     (splits_of_h, rows, width), (_, tiles, gram_parts, tile_rows, _) = h.shape, grams.shape
-    sums = h.new_empty((blocks.count, tiles, 4), dtype=torch.float64)
-    _block_sums_kernel[(tiles, blocks.count)](
+    sums = empty(h, (blocks.count, tiles, 4), dtype=torch.float64)
+    launch(
+        _block_sums_kernel,
+        (tiles, blocks.count),
         grams,
         products,
         h,
@@ -217,3 +226,9 @@ def _sums(grams: Tensor, products: Tensor, h: Tensor, h_means: Tensor, blocks: B
         **config("block_sums", torch.float32).options,
     )
     return sums
+
+
+def _total(sums: Tensor) -> Tensor:
+    total = empty(sums, 4)
+    launch(_block_total_kernel, (1,), sums, total, sums.numel() // 4, ROWS=config("block_sums", torch.float32).rows)
+    return total

@@ -218,3 +218,19 @@ def _block_sums_kernel(
     tl.store(to + 1, tl.sum(tl.sum(K * E, axis=1), axis=0))
     tl.store(to + 2, tl.sum(tl.sum(E * E, axis=1), axis=0))
     tl.store(to + 3, counted.to(tl.float64))
+
+
+@triton.jit
+def _block_total_kernel(
+    sums,  # [count, 4]
+    total,  # [4]
+    count,
+    ROWS: tl.constexpr,
+):
+    """What all blocks and tiles add up to, in their order: one program."""
+    i, which = tl.arange(0, ROWS), tl.arange(0, 4)
+    found = tl.zeros([4], tl.float64)
+    for first in range(0, count, ROWS):
+        at = sums + (first + i)[:, None] * 4 + which[None, :]
+        found += tl.sum(tl.load(at, mask=(first + i < count)[:, None], other=0.0), axis=0)
+    tl.store(total + which, found)

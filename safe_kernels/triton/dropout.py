@@ -9,6 +9,7 @@ from torch import Tensor
 from safe_kernels import reference
 from safe_kernels.triton import launch
 from safe_kernels.triton.elementwise import _dropped, _read, _tile, _write
+from safe_kernels.triton.plans import empty
 
 
 @triton.jit
@@ -35,6 +36,6 @@ def _dropout_kernel(
 @launch.served_by(reference.dropout)
 def dropout(x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
     """See `safe_kernels.reference.dropout`."""
-    out = x.new_empty(x.shape)
+    out = empty(x, x.shape)
     launch.elementwise(_dropout_kernel, [x], [out], launch.dropout(dropout_p, rng_state))
     return out

@@ -9,6 +9,7 @@ from torch import Tensor
 from safe_kernels import reference
 from safe_kernels.triton import launch
 from safe_kernels.triton.elementwise import _dropped, _pull_back, _read, _tile, _value, _write
+from safe_kernels.triton.plans import empty
 
 
 @triton.jit
@@ -78,7 +79,7 @@ def gated_activation(
     gate: Tensor, up: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor | None = None
 ) -> Tensor:
     """See `safe_kernels.reference.gated_activation`."""
-    out = gate.new_empty(gate.shape)
+    out = empty(gate, gate.shape)
     drop = launch.dropout(dropout_p, rng_state)
     launch.elementwise(_gated_activation_kernel, [gate, up], [out], drop, KIND=kind)
     return out
@@ -96,7 +97,7 @@ def gated_activation_backward(
 ) -> tuple[Tensor, Tensor]:
     """See `safe_kernels.reference.gated_activation_backward`."""
     wants_gate, wants_up = output_mask
-    grad_gate, grad_up = gate.new_empty(gate.shape if wants_gate else 0), up.new_empty(up.shape if wants_up else 0)
+    grad_gate, grad_up = empty(gate, gate.shape if wants_gate else 0), empty(up, up.shape if wants_up else 0)
     if wants_gate or wants_up:
         launch.elementwise(
             _gated_activation_backward_kernel,

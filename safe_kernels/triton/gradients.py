@@ -16,6 +16,7 @@ from torch import Tensor
 from safe_kernels.triton.configs import Config, rank_tile, splits
 from safe_kernels.triton.launch import TYPES, Dropout, Product, ceil_div, flat, product, tuned
 from safe_kernels.triton.philox import _keep
+from safe_kernels.triton.plans import empty, launch
 from safe_kernels.triton.sweep import _load_narrow, _load_parts, joined, reduce, sweep
 
 NOTHING_DROPPED = Dropout(None, 0, 1.0)
@@ -125,7 +126,7 @@ def adapter_gradients(
         wanted is empty.
     """
     wants_x, wants_A, wants_B = wanted
-    grad_h, grad_B = grad.new_empty(0), lora_B.new_empty(0)
+    grad_h, grad_B = empty(grad, 0), empty(lora_B, 0)
     h = _h(x, lora_A, drop) if x is not None and wants_B else None
     if wants_h or wants_x or wants_A:
         grad_h, grad_B = _at_the_output(grad, lora_B, scaling, h)
@@ -134,7 +135,7 @@ def adapter_gradients(
     del h
     if not (wants_x or wants_A):
         like = grad if x is None else x
-        return grad_h, like.new_empty(0), lora_A.new_empty(0), grad_B
+        return grad_h, empty(like, 0), empty(lora_A, 0), grad_B
     return grad_h, *_at_the_input(grad, x, lora_A, grad_h, drop, wants_x, wants_A), grad_B
 
 
@@ -148,7 +149,7 @@ def _at_the_output(grad: Tensor, lora_B: Tensor, scaling: float, h: Tensor | Non
     together = h is not None and in_one_sweep(arithmetic.operand, rank)
     grad_h, parts = sweep(flat(grad), lora_B.t(), arithmetic, NOTHING_DROPPED, scaling, h if together else None)
     if h is None:
-        return grad_h, lora_B.new_empty(0)
+        return grad_h, empty(lora_B, 0)
     if together:
         return grad_h, reduce(parts, rank, scaling, lora_B.dtype)
     return grad_h, _summed_over_rows(grad, h, lora_B, scaling)
@@ -187,7 +188,7 @@ def _at_the_input(
     run = partial(_input_gradients, grad, x, lora_A, grad_h, drop, wants_x, wants_A, arithmetic)
     flags = (wants_x and "x", wants_A and "A", drop.rng_state is not None and "dropout")
     grad_x, parts = tuned("lora_input", run, (grad_h.shape[0], columns, rank), arithmetic, like, *flags)
-    return grad_x, reduce(parts, rank, drop.scale, lora_A.dtype, transpose=True) if wants_A else lora_A.new_empty(0)
+    return grad_x, reduce(parts, rank, drop.scale, lora_A.dtype, transpose=True) if wants_A else empty(lora_A, 0)
 
 
 def _input_gradients(
@@ -207,10 +208,12 @@ def _input_gradients(
     # A sum is written for each group: with 16 r rows in one these are at most an eighth of a half-precision x.
     least = max(chosen.rows, 8 * width if wants_A else 0)
     groups, group_rows = splits(tiles, rows, least, enough=512, most=32)
-    grad_x = like.new_empty((*grad.shape[:-1], columns) if wants_x else 0)
-    partial = grad_h.new_empty((groups, columns, width) if wants_A else 0, dtype=torch.float32)
+    grad_x = empty(like, (*grad.shape[:-1], columns) if wants_x else 0)
+    partial = empty(grad_h, (groups, columns, width) if wants_A else 0, dtype=torch.float32)
     x_rows = flat(x) if x is not None and wants_A else lora_A
-    _lora_input_kernel[(tiles, groups, max(1, ceil_div(rank, tile)) if wants_A else 1)](
+    launch(
+        _lora_input_kernel,
+        (tiles, groups, max(1, ceil_div(rank, tile)) if wants_A else 1),
         x_rows,
         lora_A,
         grad_h,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from safe_kernels.triton import configs, tuning
+from safe_kernels.triton.plans import launch, may_change, unrecorded
 
 Result = TypeVar("Result")
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
@@ -107,7 +108,11 @@ def tuned(
         return configs.target().kind, {entry: functools.partial(run, entry) for entry in offered}
 
     call = (matrix.get_device(), kernel, tuning.bucket(size), matrix.dtype, *arithmetic, *flags)
-    return run(tuner.choose(call, offer, matrix) or configs.config(kernel, arithmetic.operand, size[-1]))
+    with unrecorded():
+        choice = tuner.choose(call, offer, matrix)
+    if choice is None:
+        may_change()
+    return run(choice or configs.config(kernel, arithmetic.operand, size[-1]))
 
 
 def flat(tensor: Tensor) -> Tensor:
@@ -211,7 +216,9 @@ def elementwise(kernel: Any, inputs: list[Tensor], outputs: list[Tensor], drop: 
     rows, columns = matrices[0].shape
     chosen = configs.elementwise_config(columns)
     with guard(inputs[0]):
-        kernel[(ceil_div(rows, chosen.rows) * ceil_div(columns, chosen.columns),)](
+        launch(
+            kernel,
+            (ceil_div(rows, chosen.rows) * ceil_div(columns, chosen.columns),),
             *matrices,
             *outputs,
             drop.rng_state,

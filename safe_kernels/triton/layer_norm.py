@@ -7,6 +7,7 @@ from torch import Tensor
 from safe_kernels import reference
 from safe_kernels.triton.launch import served_by
 from safe_kernels.triton.norms import LONGEST, Affine, norm_backward, norm_forward
+from safe_kernels.triton.plans import empty
 
 
 @served_by(reference.layer_norm, longest=LONGEST)
@@ -36,6 +37,6 @@ def layer_norm_backward(
     )
     return (
         grad_x,
-        like_weight.new_empty(0) if weights is None else weights.to(like_weight.dtype),
-        like_bias.new_empty(0) if biases is None else biases.to(like_bias.dtype),
+        empty(like_weight, 0) if weights is None else weights.to(like_weight.dtype),
+        empty(like_bias, 0) if biases is None else biases.to(like_bias.dtype),
     )

@@ -29,6 +29,7 @@ from safe_kernels.triton.launch import (
     served_by,
     tuned,
 )
+from safe_kernels.triton.plans import empty, launch
 from safe_kernels.triton.sweep import _load_narrow, _load_parts, joined, sweep
 
 
@@ -107,16 +108,18 @@ def lora(
         apply = partial(_apply, base, lora_B, factor, scaling, arithmetic)
         out = tuned("lora_apply", apply, (*base_rows.shape, lora_B.shape[1]), arithmetic, base)
         if block_starts is None:
-            return out, x.new_empty(0, dtype=torch.float64)
+            return out, empty(x, 0, dtype=torch.float64)
         return out, block_sums(base_rows, h, lora_B, scaling, block_starts, block_rows, row_weight)
 
 
 def _apply(base: Tensor, lora_B: Tensor, h: Tensor, scaling: float, arithmetic: Product, chosen: Config) -> Tensor:
-    out, matrix = base.new_empty(base.shape), flat(base)
+    out, matrix = empty(base, base.shape), flat(base)
     (rows, columns), rank = matrix.shape, lora_B.shape[1]
     tile, tiles = rank_tile(rank, arithmetic.operand, True), ceil_div(rows, chosen.rows)
     parts, split_columns = splits(tiles, columns, chosen.columns, enough=1024, most=32)
-    _lora_apply_kernel[(tiles, parts)](
+    launch(
+        _lora_apply_kernel,
+        (tiles, parts),
         matrix,
         lora_B,
         h,

@@ -35,6 +35,7 @@ from safe_kernels.triton.launch import (
     tuned,
 )
 from safe_kernels.triton.philox import _keep
+from safe_kernels.triton.plans import empty, launch
 from safe_kernels.triton.sweep import _load_narrow, _load_parts, sweep
 
 
@@ -135,7 +136,7 @@ def lora_linear(
         h, _ = sweep(rows, lora_A, product(x.dtype, lora_A.dtype), drop, scale=drop.scale)
         out = _multiply(x, weight.t(), bias, h, lora_B.t(), dropout(0.0, None), scaling)
         if block_starts is None:
-            return out, x.new_empty(0, dtype=torch.float64)
+            return out, empty(x, 0, dtype=torch.float64)
         # The features without the adapter are nowhere: those with it are scored, with the roles swapped.
         return out, block_sums(flat(out), h, lora_B, scaling, block_starts, block_rows, row_weight, swapped=True)
 
@@ -157,7 +158,7 @@ def lora_linear_backward(
     drop, rows = dropout(dropout_p, rng_state), flat(grad)
     require_shape("grad", rows, (rows.shape[0], lora_B.shape[0]))
     require_shape("weight", weight, (lora_B.shape[0], lora_A.shape[1]))
-    grad_x, grad_weight, grad_bias = weight.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    grad_x, grad_weight, grad_bias = empty(weight, 0), empty(weight, 0), empty(weight, 0)
     with guard(grad):
         wanted = (False, wants_A, wants_B)
         grad_h, _, grad_A, grad_B = adapter_gradients(grad, x, lora_A, lora_B, scaling, drop, wanted, wants_x)
@@ -199,10 +200,12 @@ def _multiply_by(
     arithmetic: Product,
     chosen: Config,
 ) -> Tensor:
-    out, matrix = right.new_empty((*left.shape[:-1], right.shape[1])), flat(left)
+    out, matrix = empty(right, (*left.shape[:-1], right.shape[1])), flat(left)
     (rows, inner), columns, rank = matrix.shape, right.shape[1], narrow_right.shape[0]
     tile = rank_tile(rank, arithmetic.operand)
-    _lora_linear_kernel[(ceil_div(rows, chosen.rows) * ceil_div(columns, chosen.columns),)](
+    launch(
+        _lora_linear_kernel,
+        (ceil_div(rows, chosen.rows) * ceil_div(columns, chosen.columns),),
         matrix,
         right,
         None if bias is None else bias.contiguous(),

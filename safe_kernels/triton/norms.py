@@ -15,6 +15,7 @@ from torch import Tensor
 
 from safe_kernels.triton.configs import row_config
 from safe_kernels.triton.launch import ceil_div, flat, guard, require_shape
+from safe_kernels.triton.plans import empty, launch
 
 LONGEST = 8192
 """Elements of the longest row that registers hold."""
@@ -169,11 +170,13 @@ def norm_forward(x: Tensor, affine: Affine, eps: float, centred: bool) -> tuple[
     """
     _check(x, affine)
     rows = flat(x)
-    out = x.new_empty(x.shape)
-    mean, rstd = (x.new_empty(x.shape[:-1] if wanted else 0, dtype=torch.float32) for wanted in (centred, True))
+    out = empty(x, x.shape)
+    mean, rstd = (empty(x, x.shape[:-1] if wanted else 0, dtype=torch.float32) for wanted in (centred, True))
     chosen = row_config(rows.shape[1])
     with guard(x):
-        _norm_forward_kernel[(ceil_div(rows.shape[0], chosen.rows),)](
+        launch(
+            _norm_forward_kernel,
+            (ceil_div(rows.shape[0], chosen.rows),),
             rows,
             _contiguous(affine.weight),
             _contiguous(affine.bias),
@@ -226,12 +229,14 @@ def norm_backward(
     # Sums over rows want few programs; without them a program a tile of rows is simplest.
     rows_each = max(chosen.rows, ceil_div(ceil_div(count, 512), chosen.rows) * chosen.rows) if sums else chosen.rows
     programs = ceil_div(count, rows_each)
-    grad_x = retained.new_empty(retained.shape if wants_x else 0)
-    partial = retained.new_empty((2, programs, columns) if sums else 0, dtype=torch.float32)
+    grad_x = empty(retained, retained.shape if wants_x else 0)
+    partial = empty(retained, (2, programs, columns) if sums else 0, dtype=torch.float32)
     mean, rstd = statistics
     flags: dict[str, Any] = {"COMPUTE_X": wants_x, "COMPUTE_WEIGHT": wants_weight, "COMPUTE_BIAS": wants_bias}
     with guard(grad):
-        _norm_backward_kernel[(programs,)](
+        launch(
+            _norm_backward_kernel,
+            (programs,),
             grads,
             rows,
             _contiguous(affine.weight),

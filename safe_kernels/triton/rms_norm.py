@@ -7,6 +7,7 @@ from torch import Tensor
 from safe_kernels import reference
 from safe_kernels.triton.launch import served_by
 from safe_kernels.triton.norms import LONGEST, Affine, norm_backward, norm_forward
+from safe_kernels.triton.plans import empty
 
 
 @served_by(reference.rms_norm, longest=LONGEST)
@@ -31,4 +32,4 @@ def rms_norm_backward(
     """See `safe_kernels.reference.rms_norm_backward`."""
     affine, wanted = Affine(weight, None, weight_offset), (output_mask[0], output_mask[1], False)
     grad_x, weights, _ = norm_backward(grad, retained, affine, (None, rstd), False, from_output, wanted)
-    return grad_x, weight.new_empty(0) if weights is None else weights.to(weight.dtype)
+    return grad_x, empty(weight, 0) if weights is None else weights.to(weight.dtype)

@@ -22,6 +22,7 @@ from torch import Tensor
 from safe_kernels.triton.configs import Config, config, rank_tile, splits
 from safe_kernels.triton.launch import TYPES, Dropout, Product, ceil_div, tuned
 from safe_kernels.triton.philox import _keep
+from safe_kernels.triton.plans import empty, launch
 
 
 @triton.jit
@@ -173,9 +174,11 @@ def _sweep(
     (rows, columns), rank = matrix.shape, narrow.shape[0]
     tiles, tile, width = ceil_div(rows, chosen.rows), rank_tile(rank, arithmetic.operand, True), padded(rank)
     parts, split_columns = splits(tiles, columns, chosen.columns)
-    result = matrix.new_empty((parts, rows, width), dtype=torch.float32)
-    outer = matrix.new_empty(0 if other is None else (tiles, columns, width), dtype=torch.float32)
-    _lora_sweep_kernel[(tiles, parts, ceil_div(rank, tile))](
+    result = empty(matrix, (parts, rows, width), dtype=torch.float32)
+    outer = empty(matrix, 0 if other is None else (tiles, columns, width), dtype=torch.float32)
+    launch(
+        _lora_sweep_kernel,
+        (tiles, parts, ceil_div(rank, tile)),
         matrix,
         narrow,
         other,
@@ -244,10 +247,12 @@ def reduce(parts: Tensor, rank: int, scale: float, dtype: torch.dtype, transpose
         A new contiguous matrix.
     """
     count, columns, width = parts.shape
-    out = parts.new_empty((rank, columns) if transpose else (columns, rank), dtype=dtype)
+    out = empty(parts, (rank, columns) if transpose else (columns, rank), dtype=dtype)
     chosen, tile = config("reduce", dtype), rank_tile(rank, torch.float32)
     out_column, out_rank = reversed(out.stride()) if transpose else out.stride()
-    _reduce_kernel[(ceil_div(columns, chosen.columns), ceil_div(rank, tile))](
+    launch(
+        _reduce_kernel,
+        (ceil_div(columns, chosen.columns), ceil_div(rank, tile)),
         parts,
         out,
         count,

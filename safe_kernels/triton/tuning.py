@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
+from safe_kernels.triton.plans import forget
 from safe_kernels.triton.store import Store
 
 Run = Callable[[], Any]
@@ -59,7 +60,7 @@ class autotune:
         if not isinstance(enabled, bool):
             raise TypeError(f"enabled must be True or False, got {enabled!r}; a folder goes into cache=")
         self._before = _STATE.tuner
-        _STATE.tuner = _tuner(folder(cache)) if enabled else None
+        _switch(_tuner(folder(cache)) if enabled else None)
 
     def __enter__(self) -> None:
         return None
@@ -67,7 +68,7 @@ class autotune:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        _STATE.tuner = self._before
+        _switch(self._before)
 
 
 class Tuner:
@@ -130,6 +131,11 @@ class _State:
 
 
 _STATE = _State()
+
+
+def _switch(tuner: Tuner | None) -> None:
+    _STATE.tuner = tuner
+    forget()  # plans have tiles in them
 
 
 def active() -> Tuner | None:

@@ -1,14 +1,13 @@
 """Runs the Triton kernels in Triton's interpreter, on CPU tensors, in place of the CPU kernels.
 
-The ops are called as everywhere, through autograd; below it the host functions of safe_kernels/triton stand on the CPU
-key, with tiles so small that a little matrix has many of them and ragged ends on all sides.
+The ops are called as everywhere, through autograd; below it the host functions of safe_kernels/triton serve the CPU
+(which PyTorch warns of, since they take the place of C++), with tiles so small that a little matrix has many of them
+and ragged ends on all sides.
 """
 
 from __future__ import annotations
 
 import os
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -28,16 +27,8 @@ def small(kernel: str, entry: configs.Config) -> configs.Config:
     return replace(entry, rows=16, columns=16, inner=16 if entry.inner else 0)
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _triton_serves_the_cpu() -> Iterator[None]:
-    library = torch.library.Library("safe_kernels", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that the C++ kernel is overridden is what this is for
-        for ops in triton.STEMS.values():
-            for op in ops:
-                library.impl(op, triton.host_function(op), "CPU")
-    yield
-    library._destroy()
+for _op in (op for ops in triton.STEMS.values() for op in ops):
+    triton.serve(_op, "CPU")
 
 
 @pytest.fixture(autouse=True)

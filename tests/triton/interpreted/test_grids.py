@@ -27,12 +27,12 @@ class Recorder:
         assert all(programs <= MOST_ACROSS for _, *rest in self.grids for programs in rest)
 
 
-@pytest.mark.parametrize(("blocks", "rows", "launches"), [(1, 8192, 5), (70000, 1, 10)])
+@pytest.mark.parametrize(("blocks", "rows", "launches"), [(1, 8192, 6), (70000, 1, 12)])
 def test_blocks_of_as_many_rows_as_are_allowed_and_many_blocks(
     monkeypatch: pytest.MonkeyPatch, blocks: int, rows: int, launches: int
 ) -> None:
     kernel = Recorder()
-    for name in ("means", "grams", "products", "sums"):
+    for name in ("means", "grams", "products", "sums", "total"):
         monkeypatch.setattr(cka, f"_block_{name}_kernel", kernel)
     base, h, lora_B = torch.zeros(8192, 1), torch.zeros(1, 8192, 16), torch.zeros(1, 1)
     cka.block_sums(base, h, lora_B, 1.0, torch.zeros(blocks, dtype=torch.int64), rows, None)

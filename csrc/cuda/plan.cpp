@@ -1,0 +1,56 @@
+#include "cuda/plan.h"
+
+#include <ATen/ops/empty.h>
+#include <c10/core/DeviceGuard.h>
+#include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/SmallVector.h>
+
+namespace safe_kernels::cuda {
+
+namespace {
+
+// A CPU has no streams, and runs plans in tests alone.
+void* current_stream(c10::Device device) {
+  if (device.is_cpu()) return nullptr;
+  return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
+}
+
+void launch(const Plan::Launch& launch, const std::vector<Tensor>& tensors, void* stream) {
+  c10::SmallVector<uint64_t, 32> values;
+  for (const auto& argument : launch.arguments) {
+    const bool is_number = argument.tensor < 0;
+    values.push_back(is_number ? argument.value
+                               : reinterpret_cast<uint64_t>(tensors[argument.tensor].data_ptr()) + argument.value);
+  }
+  c10::SmallVector<void*, 32> parameters;
+  for (auto& value : values) parameters.push_back(&value);
+  cuda::launch(reinterpret_cast<void*>(launch.function), launch.grid, stream, parameters.data());
+}
+
+}  // namespace
+
+std::vector<Tensor> replay(const Plan& plan, std::vector<Tensor> tensors) {
+  const auto device = tensors.front().device();
+  const size_t given = tensors.size();
+  const c10::DeviceGuard guard(device);
+  void* const stream = current_stream(device);
+  tensors.resize(given + plan.allocations.size());
+  const auto allocate = [&](size_t launch) {
+    for (size_t i = 0; i < plan.allocations.size(); ++i)
+      if (plan.allocations[i].first == launch)
+        tensors[given + i] =
+            at::empty(plan.allocations[i].sizes, at::TensorOptions().dtype(plan.allocations[i].dtype).device(device));
+  };
+  for (size_t i = 0; i < plan.launches.size(); ++i) {
+    allocate(i);
+    launch(plan.launches[i], tensors, stream);
+    for (size_t j = 0; j < plan.allocations.size(); ++j)
+      if (plan.allocations[j].last == i) tensors[given + j].reset();
+  }
+  allocate(plan.launches.size());
+  std::vector<Tensor> results;
+  for (const int64_t index : plan.results) results.push_back(tensors[given + index]);
+  return results;
+}
+
+}  // namespace safe_kernels::cuda

@@ -1,0 +1,170 @@
+#include "cuda/served.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/Exceptions.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/library.h>
+
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include "cuda/signature.h"
+
+namespace py = pybind11;
+
+namespace safe_kernels::cuda {
+
+namespace {
+
+// More kinds of calls than that are no training's; what is forgotten is made again.
+constexpr size_t kMostPlans = 4096;
+
+// Plans of one op by signature. Null: a call that has none, since not all of what it does are launches.
+class Plans {
+ public:
+  bool find(const std::string& key, std::shared_ptr<const Plan>& plan) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = plans_.find(key);
+    if (found == plans_.end()) return false;
+    plan = found->second;
+    return true;
+  }
+
+  void add(std::string key, std::shared_ptr<const Plan> plan) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (plans_.size() >= kMostPlans) plans_.clear();
+    plans_[std::move(key)] = std::move(plan);
+  }
+
+  void forget() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    plans_.clear();
+  }
+
+  size_t count() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return plans_.size();
+  }
+
+ private:
+  mutable std::mutex mutex_;
+  std::unordered_map<std::string, std::shared_ptr<const Plan>> plans_;
+};
+
+// By op. Never destroyed: the dispatcher may call an op for as long as the process lives.
+std::unordered_map<std::string, std::shared_ptr<Plans>>& all_plans() {
+  static auto* plans = new std::unordered_map<std::string, std::shared_ptr<Plans>>();
+  return *plans;
+}
+
+py::object to_python(const c10::IValue& value) {
+  if (value.isNone() || (value.isTensor() && !value.toTensor().defined())) return py::none();
+  if (value.isTensor()) return py::cast(value.toTensor());
+  if (value.isDouble()) return py::float_(value.toDouble());
+  if (value.isInt()) return py::int_(value.toInt());
+  if (value.isBool()) return py::bool_(value.toBool());
+  if (value.isString()) return py::str(value.toStringRef());
+  TORCH_INTERNAL_ASSERT(value.isBoolList(), "no op of safe_kernels takes ", value.tagKind());
+  py::list flags;
+  for (const bool flag : value.toBoolList()) flags.append(flag);
+  return flags;
+}
+
+class Served final : public c10::OperatorKernel {
+ public:
+  Served(py::object host, py::object recorded, std::shared_ptr<Plans> plans)
+      : host_(host.release().ptr()), recorded_(recorded.release().ptr()), plans_(std::move(plans)) {}
+
+  void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) const {
+    const size_t count = op.schema().arguments().size();
+    const auto arguments = torch::jit::last(*stack, count);
+    auto signature = signature_of(arguments);
+    std::shared_ptr<const Plan> plan;
+    const bool is_known = signature.has_value() && plans_->find(signature->key, plan);
+    std::vector<Tensor> results;
+    if (plan != nullptr && can_launch()) {
+      results = replay(*plan, std::move(signature->tensors));
+    } else if (is_known || !signature.has_value()) {
+      results = ask(host_, arguments, nullptr);
+    } else {
+      results = ask(recorded_, arguments, &*signature);
+    }
+    torch::jit::drop(*stack, count);
+    for (auto& result : results) stack->emplace_back(std::move(result));
+  }
+
+ private:
+  // Calls a function in Python. `recorded` returns more: what `host` does, the call's plan or None, and whether that
+  // holds for every call like it.
+  std::vector<Tensor> ask(PyObject* function, c10::ArrayRef<c10::IValue> arguments, Signature* signature) const {
+    const py::gil_scoped_acquire gil;
+    py::tuple given(arguments.size());
+    for (size_t i = 0; i < arguments.size(); ++i) given[i] = to_python(arguments[i]);
+    auto found = py::reinterpret_steal<py::object>(PyObject_CallObject(function, given.ptr()));
+    if (!found) throw python_error();
+    if (signature != nullptr) {
+      auto [result, plan, holds] = found.cast<std::tuple<py::object, std::shared_ptr<Plan>, bool>>();
+      if (holds) plans_->add(std::move(signature->key), std::move(plan));
+      found = std::move(result);
+    }
+    if (!py::isinstance<py::tuple>(found)) return {found.cast<Tensor>()};
+    return found.cast<std::vector<Tensor>>();
+  }
+
+  // Kept for ever, for the same reason as the plans.
+  PyObject* host_;
+  PyObject* recorded_;
+  std::shared_ptr<Plans> plans_;
+};
+
+// A registration lives as long as the library it was made through.
+void serve(const std::string& op, py::object host, py::object recorded, const std::string& key) {
+  static auto* libraries = new std::vector<std::unique_ptr<torch::Library>>();
+  auto& plans = all_plans()[op];
+  if (plans == nullptr) plans = std::make_shared<Plans>();
+  libraries->push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "safe_kernels",
+                                                        c10::parseDispatchKey(key), __FILE__, __LINE__));
+  libraries->back()->impl(op.c_str(), torch::CppFunction::makeFromBoxedFunctor(
+                                          std::make_unique<Served>(std::move(host), std::move(recorded), plans)));
+}
+
+std::shared_ptr<Plan> make_plan(
+    const std::vector<std::tuple<std::vector<int64_t>, at::ScalarType, int64_t, int64_t>>& allocations,
+    const std::vector<std::tuple<uint64_t, std::array<unsigned, 3>, unsigned, unsigned,
+                                 std::vector<std::pair<int64_t, uint64_t>>>>& launches,
+    std::vector<int64_t> results) {
+  auto plan = std::make_shared<Plan>();
+  for (const auto& [sizes, dtype, first, last] : allocations)
+    plan->allocations.push_back({sizes, dtype, static_cast<size_t>(first), static_cast<size_t>(last)});
+  for (const auto& [function, programs, threads, shared, arguments] : launches) {
+    Plan::Launch launch{function, {programs, threads, shared}, {}};
+    for (const auto& [tensor, value] : arguments) launch.arguments.push_back({tensor, value});
+    plan->launches.push_back(std::move(launch));
+  }
+  plan->results = std::move(results);
+  return plan;
+}
+
+void forget_plans() {
+  for (auto& [op, plans] : all_plans()) plans->forget();
+}
+
+std::unordered_map<std::string, size_t> plan_counts() {
+  std::unordered_map<std::string, size_t> counts;
+  for (const auto& [op, plans] : all_plans()) counts[op] = plans->count();
+  return counts;
+}
+
+}  // namespace
+
+void bind(py::module_& m) {
+  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan").def(py::init(&make_plan), py::arg("allocations"),
+                                                         py::arg("launches"), py::arg("results"));
+  m.def("serve", &serve, py::arg("op"), py::arg("host"), py::arg("recorded"), py::arg("key"));
+  m.def("forget_plans", &forget_plans);
+  m.def("plan_counts", &plan_counts);
+}
+
+}  // namespace safe_kernels::cuda

@@ -1,0 +1,12 @@
+// An op whose host function is in Python: asked for each kind of call once, and after that its plan is replayed.
+
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace safe_kernels::cuda {
+
+// Adds `serve`, `forget_plans`, `plan_counts` and `Plan` to the module.
+void bind(pybind11::module_& m);
+
+}  // namespace safe_kernels::cuda

@@ -1,0 +1,23 @@
+// What a call's plan depends on: everything about its arguments but their contents and addresses.
+
+#pragma once
+
+#include <ATen/core/ivalue.h>
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cuda/plan.h"
+
+namespace safe_kernels::cuda {
+
+struct Signature {
+  std::string key;
+  std::vector<Tensor> tensors;  // of the arguments, in their order
+};
+
+// Nothing if an argument is of a kind that no op here takes, or no tensor is given.
+std::optional<Signature> signature_of(c10::ArrayRef<c10::IValue> arguments);
+
+}  // namespace safe_kernels::cuda

@@ -1,0 +1,249 @@
+"""Notes what a call allocates and launches while its host function does it, so that C++ can do it again alone.
+
+Launching through Python costs tens of microseconds a kernel, more than most of an adapter's kernels run for. What a
+host function does follows from its arguments' shapes, strides, dtypes, alignments and numbers; so the first call of
+each kind is noted as a plan, and csrc/cuda/ carries that out for every call like it, with the new addresses.
+
+Host functions allocate through `empty` and launch through `launch`. A call that does anything else with what reaches
+its kernels or results (a copy of a tensor, a product left to cuBLAS) has no plan, and is left to its host function.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import struct
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from safe_kernels import _C
+
+SWITCH = "SAFE_KERNELS_REPLAY"
+"""Environment variable; 0 leaves every call to its host function."""
+NEVER = 2**63 - 1
+BYTES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8, "u64": 8}
+"""Of a kernel's parameters, by Triton's name for their types; addresses take 8."""
+PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[busf](8|16|32|64)\b")
+
+Argument = tuple[int, int]
+Launch = tuple[int, tuple[int, int, int], int, int, list[Argument]]
+
+
+class Unplannable(Exception):
+    """Something that a plan cannot say."""
+
+
+class Allocation(NamedTuple):
+    """A tensor that a call has made, and the number of launches before it."""
+
+    tensor: Tensor
+    first: int
+
+
+class Recorder:
+    """Takes notes of one call.
+
+    Args:
+        inputs: the call's own tensors, in their order.
+    """
+
+    def __init__(self, inputs: list[Tensor]) -> None:
+        self.inputs = inputs
+        self.allocations: list[Allocation] = []  # kept alive, so that no address comes twice
+        self.launches: list[Launch] = []
+        self.is_complete = True
+        self.holds = True
+
+    def allocated(self, tensor: Tensor) -> None:
+        """Notes an allocation."""
+        self.allocations.append(Allocation(tensor, len(self.launches)))
+
+    def launched(self, kernel: Any, compiled: Any, grid: Sequence[int], values: Sequence[Any]) -> None:
+        """Notes a launch."""
+        if 0 in grid:
+            return  # nothing runs
+        try:
+            if compiled is None:
+                raise Unplannable("it was interpreted")
+            self.launches.append(self._launch(kernel, compiled, grid, values))
+        except Unplannable:
+            self.is_complete = False
+
+    def plan(self, result: Tensor | tuple[Tensor, ...]) -> _C.Plan | None:
+        """The call's plan, or None.
+
+        Args:
+            result: what the call returns.
+        """
+        try:
+            results = [self._result(tensor) for tensor in (result if isinstance(result, tuple) else (result,))]
+        except Unplannable:
+            return None
+        return _C.Plan(list(self._lives(results)), self.launches, results) if self.is_complete else None
+
+    def _lives(self, results: list[int]) -> Iterator[tuple[list[int], torch.dtype, int, int]]:
+        """Of each allocation shape, dtype, the launch before which it is made, and the one after which it goes."""
+        for index, (tensor, first) in enumerate(self.allocations, start=len(self.inputs)):
+            uses = [number for number, launch in enumerate(self.launches) if index in dict(launch[-1])]
+            is_result = index - len(self.inputs) in results
+            if uses or is_result:
+                yield list(tensor.shape), tensor.dtype, first, NEVER if is_result else uses[-1]
+            else:
+                yield [], tensor.dtype, NEVER, NEVER
+
+    def _launch(self, kernel: Any, compiled: Any, grid: Sequence[int], values: Sequence[Any]) -> Launch:
+        metadata, types = compiled.metadata, compiled.src.signature
+        _require_plain(metadata)
+        given = dict(zip(kernel.arg_names, values, strict=False))
+        kinds = [(name, kind) for name, kind in types.items() if kind != "constexpr"]
+        arguments = [self._argument(kind, given[name]) for name, kind in kinds]
+        # Behind a kernel's own parameters come Triton's: memory that none here asks for.
+        expected, found = [BYTES.get(kind, 8) for _, kind in kinds], parameter_bytes(compiled.asm["ptx"])
+        rest = found[len(expected) :]
+        if found[: len(expected)] != expected or any(size != 8 for size in rest):
+            raise Unplannable("the kernel's parameters are others than its signature says")
+        x, y, z = (*grid, 1, 1)[:3]
+        threads = metadata.num_warps * metadata.target.warp_size
+        return int(compiled.function), (x, y, z), threads, metadata.shared, [*arguments, *[(-1, 0)] * len(rest)]
+
+    def _argument(self, kind: str, value: Any) -> Argument:
+        if kind.startswith("*"):
+            return self._address(value)
+        if kind not in BYTES:
+            raise Unplannable(f"a parameter of type {kind}")
+        if kind == "fp32":
+            return -1, int.from_bytes(struct.pack("<f", value), "little")
+        return -1, int(value) % 2 ** (8 * BYTES[kind])
+
+    def _address(self, tensor: Tensor) -> Argument:
+        """Where a tensor begins: at one of the inputs, or in a storage that only one input or allocation has."""
+        address = tensor.data_ptr()
+        if address == 0:
+            return -1, 0
+        for index, known in enumerate(self.inputs):
+            if known.data_ptr() == address:
+                return index, 0
+        tensors = [*self.inputs, *(made for made, _ in self.allocations)]
+        storage = tensor.untyped_storage().data_ptr()
+        owners = [index for index, known in enumerate(tensors) if known.untyped_storage().data_ptr() == storage]
+        if len(owners) != 1 or address < tensors[owners[0]].data_ptr():
+            raise Unplannable("a tensor from elsewhere")
+        return owners[0], address - tensors[owners[0]].data_ptr()
+
+    def _result(self, tensor: Tensor) -> int:
+        for index, (made, _) in enumerate(self.allocations):
+            if made is tensor:
+                return index
+        raise Unplannable("a result from elsewhere")
+
+
+def _require_plain(metadata: Any) -> None:
+    """A launch that says nothing but how many programs, threads and bytes."""
+    from triton import knobs
+
+    special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
+    if metadata.target.backend != "cuda" or metadata.num_ctas != 1 or any(getattr(metadata, s, 0) for s in special):
+        raise Unplannable("a launch of a special kind")
+    hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
+    if any(getattr(hook, "calls", hook) for hook in hooks):
+        raise Unplannable("somebody watches launches")
+
+
+def parameter_bytes(ptx: str) -> list[int]:
+    """Sizes of a kernel's parameters, from its code.
+
+    Args:
+        ptx: with one entry.
+
+    Example:
+        >>> parameter_bytes(".entry k(.param .u64 .ptr .global .align 1 k_0, .param .u32 k_1, .param .f32 k_2)")
+        [8, 4, 4]
+    """
+    entry = re.search(r"\.entry\s+\w+\s*\((.*?)\)", ptx, re.DOTALL)
+    return [int(bits) // 8 for bits in PARAMETER.findall(entry[1])] if entry else []
+
+
+class _State(threading.local):
+    recorder: Recorder | None = None
+
+
+_STATE = _State()
+
+
+def recorded(host: Callable[..., Any]) -> Callable[..., tuple[Any, Any, bool]]:
+    """Makes a host function tell what it has done.
+
+    Args:
+        host: a host function.
+
+    Returns:
+        A function that returns what `host` does, the call's plan or None, and whether that holds for all calls like it.
+    """
+
+    def record(*args: Any) -> tuple[Any, Any, bool]:
+        if os.environ.get(SWITCH) == "0":
+            return host(*args), None, True
+        recorder = Recorder([value for value in args if isinstance(value, Tensor)])
+        with _recording(recorder):
+            result = host(*args)
+        return result, recorder.plan(result), recorder.holds
+
+    return record
+
+
+@contextmanager
+def _recording(recorder: Recorder | None) -> Iterator[None]:
+    before, _STATE.recorder = _STATE.recorder, recorder
+    try:
+        yield
+    finally:
+        _STATE.recorder = before
+
+
+def unrecorded() -> Any:
+    """What runs in this context belongs to no call."""
+    return _recording(None)
+
+
+def may_change() -> None:
+    """The call that runs may do otherwise next time: it leaves no plan."""
+    if _STATE.recorder is not None:
+        _STATE.recorder.is_complete = _STATE.recorder.holds = False
+
+
+def forget() -> None:
+    """Forgets all plans: what calls do depends on something that has changed."""
+    _C.forget_plans()
+
+
+def empty(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
+    """Allocates a contiguous tensor.
+
+    Args:
+        like: gives the device, and the dtype where there is none.
+        shape: of the tensor; a number is one dimension.
+        dtype: of the tensor.
+    """
+    tensor = like.new_empty(shape, dtype=dtype)
+    if _STATE.recorder is not None:
+        _STATE.recorder.allocated(tensor)
+    return tensor
+
+
+def launch(kernel: Any, grid: Sequence[int], *values: Any, **constants: Any) -> None:
+    """Launches a kernel.
+
+    Args:
+        kernel: made by `triton.jit`.
+        grid: how many programs, along one to three axes.
+        values: what it takes; tensors and numbers.
+        constants: constexprs, and options of the compiler.
+    """
+    compiled = kernel[grid](*values, **constants)
+    if _STATE.recorder is not None:
+        _STATE.recorder.launched(kernel, compiled, grid, values)

@@ -1,0 +1,342 @@
+"""A plan launches what the host function launches, to the bit of every argument; only addresses are its own."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from stub_driver import Stub, Watch, stub, traces
+from torch import Tensor
+
+import safe_kernels
+from safe_kernels import _C, reference
+from safe_kernels.triton import plans
+
+N, D_IN, D_OUT = 40, 64, 96
+Arguments = list[Any]
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+@pytest.fixture(autouse=True)
+def driver() -> Iterator[Stub]:
+    _C.forget_plans()
+    yield stub()
+    _C.forget_plans()
+
+
+def normal(*shape: int, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.randn(*shape).to(dtype)
+
+
+def random_state() -> Tensor:
+    return torch.randint(2**40, (2,))
+
+
+def lora(dtype: torch.dtype = BF16, adapter: torch.dtype = BF16, r: int = 8, p: float = 0.1) -> Arguments:
+    x, base = normal(2, N // 2, D_IN, dtype=dtype), normal(2, N // 2, D_OUT, dtype=dtype)
+    return [x, base, normal(r, D_IN, dtype=adapter), normal(D_OUT, r, dtype=adapter), 2.0, p, random_state()]
+
+
+def scored(weighted: bool) -> Arguments:
+    blocks = torch.tensor([0, 16]), 16, torch.ones(N, dtype=torch.int64) if weighted else None
+    return [*lora(p=0.0)[:-1], None, *blocks]
+
+
+def lora_backward(r: int, *mask: bool) -> Arguments:
+    x, base, A, B, *rest = lora(r=r)
+    return [base, x if mask[1] or mask[2] else None, A, B, *rest, list(mask)]
+
+
+def linear(bias: bool) -> Arguments:
+    x, _, A, B, *rest = lora()
+    return [x, normal(D_OUT, D_IN), normal(D_OUT) if bias else None, A, B, *rest]
+
+
+def linear_backward(*mask: bool) -> Arguments:
+    x, base, A, B, *rest = lora()
+    return [base, x, normal(D_OUT, D_IN), A, B, *rest, list(mask)]
+
+
+def halves() -> Arguments:
+    both = normal(N, 2 * D_IN)
+    return [both[:, :D_IN], both[:, D_IN:], "silu", 0.0, None]
+
+
+def twice() -> Arguments:
+    x = normal(N, D_IN)
+    return [x, x, "silu", 0.1, random_state()]
+
+
+def unaligned() -> Arguments:
+    return [torch.randn(N * D_IN + 1).to(BF16)[1:].view(N, D_IN), 0.1, random_state()]
+
+
+def transposed() -> Arguments:
+    return [normal(D_IN, N).t(), 0.1, random_state()]
+
+
+Case = tuple[str, Callable[[], Arguments]]
+CASES: dict[str, Case] = {
+    "lora": ("lora", lora),
+    "lora without dropout": ("lora", lambda: lora(p=0.0)[:-1]),
+    "lora, rank in several tiles": ("lora", lambda: lora(r=144, p=0.0)[:-1]),
+    "lora, float32 adapter": ("lora", lambda: lora(adapter=F32)),
+    "lora, scored": ("lora", lambda: scored(False)),
+    "lora, scored with weights": ("lora", lambda: scored(True)),
+    "lora, no rows": ("lora", lambda: [value[:, :0] if i < 2 else value for i, value in enumerate(lora())]),
+    "lora_backward": ("lora_backward", lambda: lora_backward(8, True, True, True)),
+    "lora_backward of x": ("lora_backward", lambda: lora_backward(8, True, False, False)),
+    "lora_backward of A": ("lora_backward", lambda: lora_backward(8, False, True, False)),
+    "lora_backward of B": ("lora_backward", lambda: lora_backward(8, False, False, True)),
+    "lora_backward, wide": ("lora_backward", lambda: lora_backward(40, True, True, True)),
+    "lora_linear": ("lora_linear", lambda: linear(False)),
+    "lora_linear with bias": ("lora_linear", lambda: linear(True)),
+    "lora_linear_backward": ("lora_linear_backward", lambda: linear_backward(True, False, False, True, True)),
+    "rms_norm": ("rms_norm", lambda: [normal(N, D_IN), normal(D_IN), 1e-6, 0.0, True]),
+    "rms_norm_backward": (
+        "rms_norm_backward",
+        lambda: [normal(N, D_IN), normal(N, D_IN), normal(D_IN), torch.rand(N), 0.0, True, [True, False]],
+    ),
+    "layer_norm": ("layer_norm", lambda: [normal(N, D_IN), normal(D_IN), None, 1e-6, True]),
+    "activation": ("activation", lambda: [normal(N, D_IN), "gelu", 0.1, random_state()]),
+    "activation_backward": ("activation_backward", lambda: [normal(N, D_IN), normal(N, D_IN), "relu", 0.0, None]),
+    "gated_activation of halves": ("gated_activation", halves),
+    "gated_activation of one": ("gated_activation", twice),
+    "gated_activation_backward": (
+        "gated_activation_backward",
+        lambda: [normal(N, D_IN), *halves()[:3], 0.1, random_state(), [True, True]],
+    ),
+    "dropout": ("dropout", lambda: [normal(N, D_IN), 0.1, random_state()]),
+    "dropout, unaligned": ("dropout", unaligned),
+    "dropout, transposed": ("dropout", transposed),
+}
+
+
+def tensors(arguments: Arguments) -> list[Tensor]:
+    return [value for value in arguments if isinstance(value, Tensor)]
+
+
+def outputs(result: Any, watch: Watch) -> list[tuple[Any, ...]]:
+    found = result if isinstance(result, tuple) else (result,)
+    return [(tuple(t.shape), t.stride(), t.dtype, t.device) for t in found]
+
+
+def forbid(*args: Any) -> Any:
+    raise AssertionError("Python was asked")
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_plan_does_what_its_host_function_does(name: str, driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    op, make = CASES[name]
+    first, second = make(), make()
+    driver.served(op, *first)
+    counts = {op: count for op, count in _C.plan_counts().items() if count}
+    assert counts == {op: 1}
+    expected, by_host = driver.watched(lambda: driver.hosted(op, *second))
+    monkeypatch.setattr(plans.Recorder, "plan", forbid)
+    monkeypatch.setattr(plans, "launch", forbid)
+    found, by_plan = driver.watched(lambda: driver.served(op, *second))
+    assert traces(by_plan, tensors(second)) == traces(by_host, tensors(second))
+    assert outputs(found, by_plan) == outputs(expected, by_host)
+    assert not any(made.tensor.requires_grad for made in by_plan.made)
+    # Where a launch's tensors are made: not before the host function makes them.
+    assert len(by_plan.made) <= len(by_host.made)
+    results = found if isinstance(found, tuple) else (found,)
+    assert all(
+        any(made.tensor is t or made.tensor.data_ptr() == t.data_ptr() for made in by_plan.made) for t in results
+    )
+
+
+def test_what_a_call_needs_in_between_goes_as_soon_as_it_is_done(driver: Stub) -> None:
+    """No later than the host function lets it go: a tensor's memory is the next one's."""
+    op, make = CASES["lora_backward"]
+    driver.served(op, *make())
+    alive: dict[str, list[int]] = {}
+    for name, call in (("host", driver.hosted), ("plan", driver.served)):
+        arguments, kept, counts = make(), [], []
+
+        class Counting(Watch):
+            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+                result = func(*args, **(kwargs or {}))
+                if func in (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default) and result.numel():
+                    kept.append(weakref.ref(result.untyped_storage()))  # noqa: B023
+                counts.append(sum(bytes_of(reference) for reference in kept))  # noqa: B023
+                return result
+
+        with Counting():
+            result = call(op, *arguments)
+        gc.collect()
+        alive[name] = counts
+        del result
+    assert max(alive["plan"]) <= max(alive["host"])
+
+
+def bytes_of(reference: Any) -> int:
+    storage = reference()
+    return 0 if storage is None else storage.nbytes()
+
+
+def kinds(driver: Stub, op: str, *calls: Arguments) -> int:
+    for arguments in calls:
+        driver.served(op, *arguments)
+    return _C.plan_counts()[op]
+
+
+def test_what_makes_another_kind_of_call(driver: Stub) -> None:
+    x, state = normal(N, D_IN), random_state()
+    assert kinds(driver, "dropout", [x, 0.1, state], [x.clone(), 0.1, state.clone()]) == 1
+    assert kinds(driver, "dropout", [x, 0.2, state]) == 2
+    assert kinds(driver, "dropout", [normal(N, D_IN + 16), 0.1, state]) == 3
+    assert kinds(driver, "dropout", [x.float(), 0.1, state]) == 4
+    assert kinds(driver, "dropout", transposed()) == 5
+    assert kinds(driver, "dropout", unaligned()) == 6
+    assert kinds(driver, "dropout", [x.view(2, N // 2, D_IN), 0.1, state]) == 7
+    assert kinds(driver, "gated_activation", halves(), twice(), [*halves()[:2], "gelu", 0.0, None]) == 3
+
+
+def test_one_tensor_twice_is_another_kind_of_call(driver: Stub) -> None:
+    one, other = normal(N, D_IN), normal(N, D_IN)
+    driver.served("gated_activation", one, one, "silu", 0.0, None)
+    call = "gated_activation", one, other, "silu", 0.0, None
+    _, by_plan = driver.watched(lambda: driver.served(*call))
+    driver.served(*call)
+    _, again = driver.watched(lambda: driver.served(*call))
+    assert {other.data_ptr()} <= set(by_plan.launches[0].values) & set(again.launches[0].values)
+    assert _C.plan_counts()["gated_activation"] == 2
+
+
+def test_tf32_makes_another_kind_of_call(driver: Stub) -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    arguments = lora(F32, F32)
+    driver.served("lora", *arguments)
+    try:
+        torch.backends.cuda.matmul.fp32_precision = "tf32"
+        _, by_plan = driver.watched(lambda: driver.served("lora", *arguments))
+        _, by_host = driver.watched(lambda: driver.hosted("lora", *arguments))
+        assert traces(by_plan, tensors(arguments)) == traces(by_host, tensors(arguments))
+        assert _C.plan_counts()["lora"] == 2
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
+def test_a_call_that_does_more_than_launch_is_left_to_its_host_function(driver: Stub) -> None:
+    """The reference serves float64; its values are right the first time and the second."""
+    for _ in range(2):
+        arguments = [
+            value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in lora()
+        ]
+        torch.testing.assert_close(driver.served("lora", *arguments), reference.lora(*arguments), rtol=0, atol=0)
+    assert _C.plan_counts()["lora"] == 1  # that it has none is known
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments"),
+    [
+        ("rms_norm_backward", [normal(N, 8), normal(N, 8), normal(8), torch.rand(N), 0.0, True, [True, True]]),
+        ("lora_linear_backward", linear_backward(True, True, True, True, True)),
+        ("dropout", [normal(N, D_IN), 0.1, torch.zeros(4, dtype=torch.int64)[::2]]),
+    ],
+)
+def test_a_copy_or_a_sum_by_pytorch_has_no_plan(op: str, arguments: Arguments, driver: Stub) -> None:
+    for _ in range(2):
+        _, watch = driver.watched(lambda: driver.served(op, *arguments))
+        assert watch.launches
+    monkey = plans.recorded(lambda *args: driver.hosted(op, *args))
+    assert monkey(*arguments)[1:] == (None, True)
+
+
+def test_errors_come_through(driver: Stub) -> None:
+    for _ in range(2):
+        with pytest.raises(ValueError, match="base must have shape"):
+            x, base, *rest = lora()
+            driver.served("lora", x, base[:, 1:], *rest)
+    assert _C.plan_counts()["lora"] == 0
+
+
+def test_a_launch_that_fails_says_so(driver: Stub) -> None:
+    arguments = CASES["dropout"][1]()
+    driver.served("dropout", *arguments)
+    error = ctypes.c_int.in_dll(driver.library, "stub_error")
+    error.value = 700
+    try:
+        with pytest.raises(RuntimeError, match=r"cannot launch a kernel: CUDA error 700 \(as the test wanted\)"):
+            driver.served("dropout", *arguments)
+    finally:
+        error.value = 0
+
+
+def test_a_thread_without_a_context_asks_python(driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = CASES["dropout"][1]()
+    driver.served("dropout", *arguments)
+    context, asked = ctypes.c_void_p.in_dll(driver.library, "stub_context"), []
+    launch = plans.launch
+    monkeypatch.setattr(safe_kernels.triton.launch, "launch", lambda *a, **b: (asked.append(1), launch(*a, **b)))
+    driver.served("dropout", *arguments)
+    assert asked == []
+    context.value = None
+    try:
+        driver.served("dropout", *arguments)
+    finally:
+        context.value = 1
+    assert asked == [1]
+
+
+def test_the_switch(driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(plans.SWITCH, "0")
+    arguments = CASES["dropout"][1]()
+    assert plans.recorded(lambda *args: driver.hosted("dropout", *args))(*arguments)[1:] == (None, True)
+
+
+def test_tuning_forgets_plans(driver: Stub, tmp_path: Any) -> None:
+    driver.served("dropout", *CASES["dropout"][1]())
+    assert _C.plan_counts()["dropout"] == 1
+    with safe_kernels.autotune(cache=tmp_path):
+        assert _C.plan_counts()["dropout"] == 0
+        driver.served("dropout", *CASES["dropout"][1]())
+        assert _C.plan_counts()["dropout"] == 1
+    assert _C.plan_counts()["dropout"] == 0
+
+
+def test_a_watched_launch_has_no_plan(driver: Stub) -> None:
+    from triton import knobs
+
+    def hook(metadata: Any) -> None:
+        seen.append(metadata)
+
+    seen: list[Any] = []
+    arguments = CASES["dropout"][1]()
+    knobs.runtime.launch_enter_hook.add(hook)
+    try:
+        for _ in range(2):
+            driver.served("dropout", *arguments)
+    finally:
+        knobs.runtime.launch_enter_hook.remove(hook)
+    assert len(seen) == 2
+
+
+def test_many_threads_make_and_take_plans(driver: Stub) -> None:
+    errors: list[Exception] = []
+
+    def work(seed: int) -> None:
+        try:
+            for step in range(40):
+                width = 16 * (1 + (seed + step) % 5)
+                out = driver.served("dropout", torch.zeros(4, width), 0.1, torch.zeros(2, dtype=torch.int64))
+                assert out.shape == (4, width)
+                if step % 10 == 0:
+                    _C.forget_plans()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []

@@ -1,0 +1,183 @@
+"""Triton's own launcher over a driver that runs nothing: what is launched, and with which arguments, can be seen.
+
+Kernels are compiled for sm_90 and "loaded"; tensors lie on the CPU, whose addresses are as good as any.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import tempfile
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+
+from safe_kernels.triton import STEMS, host_function, serve
+from safe_kernels.triton.plans import parameter_bytes
+
+KEY = "XPU"
+"""The ops are served where no tensor of these tests would look for them, and called there by name."""
+WATCHER = ctypes.CFUNCTYPE(
+    None,
+    ctypes.c_uint64,
+    ctypes.POINTER(ctypes.c_uint),
+    ctypes.c_uint,
+    ctypes.c_uint,
+    ctypes.c_uint64,
+    ctypes.POINTER(ctypes.c_void_p),
+)
+
+
+class Launch(NamedTuple):
+    """What the driver was asked for."""
+
+    function: int
+    grid: tuple[int, ...]
+    threads: int
+    shared: int
+    stream: int
+    values: tuple[int, ...]
+
+
+class Made(NamedTuple):
+    """A tensor that was allocated during a call."""
+
+    tensor: Tensor
+    launches: int
+
+
+class Watch(TorchDispatchMode):
+    """Sees a call's allocations, all of which it keeps alive, and its launches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made: list[Made] = []
+        self.launches: list[Launch] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default):
+            self.made.append(Made(result, len(self.launches)))
+        return result
+
+
+class Stub:
+    """The driver, and the ops served over it."""
+
+    def __init__(self) -> None:
+        folder = Path(tempfile.mkdtemp(prefix="stub-driver-"))
+        source = Path(__file__).with_name("libcuda.c")
+        command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
+        soname = ["-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1")]
+        subprocess.run([*command, str(source), *soname], check=True)
+        (folder / "libcuda.so").symlink_to("libcuda.so.1")
+        self.library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+        os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
+        self.watch: Watch | None = None
+        self._watcher = WATCHER(self._launched)
+        self.library.watch(self._watcher)
+        self.driver = self._driver()
+        for op in (op for ops in STEMS.values() for op in ops):
+            serve(op, KEY)
+
+    @staticmethod
+    def _driver() -> Any:
+        from triton.backends.nvidia.driver import CudaDriver, CudaLauncher, CudaUtils
+
+        class Driver(CudaDriver):
+            def __init__(self) -> None:
+                self.utils, self.launcher_cls = CudaUtils(), CudaLauncher
+
+            def get_current_target(self) -> GPUTarget:
+                return GPUTarget("cuda", 90, 32)
+
+            def get_current_device(self) -> int:
+                return 0
+
+            def get_current_stream(self, device: Any = None) -> int:
+                return 0
+
+            def get_device_capability(self, device: Any = 0) -> tuple[int, int]:
+                return (9, 0)
+
+        return Driver()
+
+    def _launched(self, function: int, grid: Any, threads: int, shared: int, stream: int, parameters: Any) -> None:
+        if self.watch is None:
+            return
+        sizes = _sizes(function)
+        values = tuple(int.from_bytes(ctypes.string_at(parameters[i], size), "little") for i, size in enumerate(sizes))
+        self.watch.launches.append(Launch(function, tuple(grid[:3]), threads, shared, stream or 0, values))
+
+    def watched(self, call: Callable[[], Any]) -> tuple[Any, Watch]:
+        """Result and traces of a call."""
+        triton.runtime.driver.set_active(self.driver)
+        self.watch = Watch()
+        try:
+            with self.watch:
+                result = call()
+            return result, self.watch
+        finally:
+            self.watch = None
+
+    def served(self, op: str, *args: Any) -> Any:
+        """Calls an op as the dispatcher would."""
+        triton.runtime.driver.set_active(self.driver)
+        keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))
+        return getattr(torch.ops.safe_kernels, op).default.redispatch(keys, *args)
+
+    def hosted(self, op: str, *args: Any) -> Any:
+        """Calls an op's host function."""
+        triton.runtime.driver.set_active(self.driver)
+        return host_function(op)(*args)
+
+
+@cache
+def stub() -> Stub:
+    """The one of this process."""
+    return Stub()
+
+
+def _sizes(function: int) -> list[int]:
+    """Of the parameters of a kernel that has been loaded."""
+    for kernel in _kernels():
+        for compiled in kernel.device_caches[0][0].values():
+            if compiled.function == function:
+                return parameter_bytes(compiled.asm["ptx"])
+    raise AssertionError("a kernel that Triton has not loaded")
+
+
+@cache
+def _kernels() -> list[Any]:
+    import importlib
+
+    names = (path.stem for path in Path(host_function.__code__.co_filename).parent.glob("*.py"))
+    modules = [importlib.import_module(f"safe_kernels.triton.{name}") for name in names if name != "__init__"]
+    found = {id(value): value for module in modules for value in vars(module).values()}
+    return [value for value in found.values() if isinstance(value, triton.JITFunction)]
+
+
+def traces(watch: Watch, inputs: list[Tensor]) -> list[tuple[Any, ...]]:
+    """Launches with addresses as places in inputs and in tensors made, the latter in the order they are met."""
+    met: list[int] = []
+
+    def place(value: int) -> Any:
+        for index, tensor in enumerate(inputs):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() <= value < storage.data_ptr() + storage.nbytes():
+                return "input", index, value - storage.data_ptr()
+        for index, (tensor, _) in enumerate(watch.made):
+            if tensor.data_ptr() <= value < tensor.data_ptr() + tensor.nbytes:
+                met.extend([index] if index not in met else [])
+                return "made", met.index(index), tuple(tensor.shape), tensor.dtype, value - tensor.data_ptr()
+        return value
+
+    return [(*launch[:-1], tuple(place(value) for value in launch.values)) for launch in watch.launches]
