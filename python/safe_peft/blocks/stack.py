@@ -121,11 +121,23 @@ def _is_float(value: Any) -> bool:
 
 def trains(block: nn.Module) -> bool:
     """Whether anything in a block trains: requires_grad, less what the ledger has frozen and PEFT has thawed since."""
-    live = [parameter for parameter in block.parameters() if parameter.requires_grad]
-    if not live:
-        return False
-    frozen = {id(parameter) for parameter in _frozen(block)}
+    live: list[nn.Parameter] = []
+    frozen: set[int] = set()
+    for module in _parts(block):
+        live += (p for p in module._parameters.values() if p is not None and p.requires_grad)
+        state = module.__dict__.get(STATE)
+        for key in state.frozen if isinstance(state, LayerState) else ():
+            frozen.update(map(id, adapter_parameters(module, key)))
     return any(id(parameter) not in frozen for parameter in live)
+
+
+def _parts(block: nn.Module) -> Iterator[nn.Module]:
+    """A block's modules, some perhaps twice: asked for in every call, where `modules()` takes several times as long."""
+    rest = [block]
+    while rest:
+        module = rest.pop()
+        yield module
+        rest += (child for child in module._modules.values() if child is not None)
 
 
 def graph_states(model: nn.Module) -> dict[str, str]:
@@ -160,13 +172,6 @@ def _trains_before_blocks(model: nn.Module) -> bool:
         if parameter.requires_grad:
             return True
     return False
-
-
-def _frozen(block: nn.Module) -> Iterator[nn.Parameter]:
-    for layer in block.modules():
-        state = layer.__dict__.get(STATE)
-        for key in state.frozen if isinstance(state, LayerState) else ():
-            yield from adapter_parameters(layer, key)
 
 
 def _checkpoints(block: nn.Module) -> bool:
