@@ -6,11 +6,15 @@ import torch
 torch_version: str  # that it was compiled against
 compiler: str  # its version
 
+_Launch = tuple[int, tuple[int, int, int], int, int, list[tuple[int, int]]]
+_View = tuple[int, list[int], list[int], int]
+_Product = tuple[_View, _View, _View]
+
 class Plan:  # csrc/cuda/plan.h
     def __init__(
         self,
         allocations: list[tuple[list[int], torch.dtype, int, int]],
-        launches: list[tuple[int, tuple[int, int, int], int, int, list[tuple[int, int]]]],
+        steps: list[_Launch | _Product],
         results: list[int],
     ) -> None: ...
 

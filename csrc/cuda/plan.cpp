@@ -1,5 +1,6 @@
 #include "cuda/plan.h"
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
@@ -15,7 +16,7 @@ void* current_stream(c10::Device device) {
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
-void launch(const Plan::Launch& launch, const std::vector<Tensor>& tensors, void* stream) {
+void carry_out(const Plan::Launch& launch, const std::vector<Tensor>& tensors, void* stream) {
   c10::SmallVector<uint64_t, 32> values;
   for (const auto& argument : launch.arguments) {
     const bool is_number = argument.tensor < 0;
@@ -27,27 +28,37 @@ void launch(const Plan::Launch& launch, const std::vector<Tensor>& tensors, void
   cuda::launch(reinterpret_cast<void*>(launch.function), launch.grid, stream, parameters.data());
 }
 
+Tensor view(const Plan::View& view, const std::vector<Tensor>& tensors) {
+  const auto& tensor = tensors[view.tensor];
+  return tensor.as_strided(view.sizes, view.strides, tensor.storage_offset() + view.offset);
+}
+
+void carry_out(const Plan::Product& product, const std::vector<Tensor>& tensors, void* /*stream*/) {
+  view(product.out, tensors).addmm_(view(product.left, tensors), view(product.right, tensors));
+}
+
 }  // namespace
 
 std::vector<Tensor> replay(const Plan& plan, std::vector<Tensor> tensors) {
+  const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto device = tensors.front().device();
   const size_t given = tensors.size();
   const c10::DeviceGuard guard(device);
   void* const stream = current_stream(device);
   tensors.resize(given + plan.allocations.size());
-  const auto allocate = [&](size_t launch) {
+  const auto allocate = [&](size_t step) {
     for (size_t i = 0; i < plan.allocations.size(); ++i)
-      if (plan.allocations[i].first == launch)
+      if (plan.allocations[i].first == step)
         tensors[given + i] =
             at::empty(plan.allocations[i].sizes, at::TensorOptions().dtype(plan.allocations[i].dtype).device(device));
   };
-  for (size_t i = 0; i < plan.launches.size(); ++i) {
+  for (size_t i = 0; i < plan.steps.size(); ++i) {
     allocate(i);
-    launch(plan.launches[i], tensors, stream);
+    std::visit([&](const auto& step) { carry_out(step, tensors, stream); }, plan.steps[i]);
     for (size_t j = 0; j < plan.allocations.size(); ++j)
       if (plan.allocations[j].last == i) tensors[given + j].reset();
   }
-  allocate(plan.launches.size());
+  allocate(plan.steps.size());
   std::vector<Tensor> results;
   for (const int64_t index : plan.results) results.push_back(tensors[given + index]);
   return results;

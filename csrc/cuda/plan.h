@@ -6,6 +6,7 @@
 #include <ATen/core/Tensor.h>
 
 #include <cstdint>
+#include <variant>
 #include <vector>
 
 #include "cuda/driver.h"
@@ -18,8 +19,8 @@ struct Plan {
   struct Allocation {
     std::vector<int64_t> sizes;
     at::ScalarType dtype;
-    size_t first;  // launch before which it is made
-    size_t last;   // launch after which it goes; of a result, and of what is never used, one that never comes
+    size_t first;  // step before which it is made
+    size_t last;   // step after which it goes; of a result, and of what is never used, one that never comes
   };
 
   // A kernel's argument: an address in one of the call's tensors, or a number.
@@ -34,8 +35,19 @@ struct Plan {
     std::vector<Argument> arguments;
   };
 
+  struct View {
+    int64_t tensor;
+    std::vector<int64_t> sizes, strides;
+    int64_t offset;  // elements behind the tensor's first one
+  };
+
+  // out += left right, by PyTorch.
+  struct Product {
+    View out, left, right;
+  };
+
   std::vector<Allocation> allocations;
-  std::vector<Launch> launches;
+  std::vector<std::variant<Launch, Product>> steps;
   std::vector<int64_t> results;  // among the allocations
 };
 

@@ -130,18 +130,37 @@ void serve(const std::string& op, py::object host, py::object recorded, const st
                                           std::make_unique<Served>(std::move(host), std::move(recorded), plans)));
 }
 
-std::shared_ptr<Plan> make_plan(
-    const std::vector<std::tuple<std::vector<int64_t>, at::ScalarType, int64_t, int64_t>>& allocations,
-    const std::vector<std::tuple<uint64_t, std::array<unsigned, 3>, unsigned, unsigned,
-                                 std::vector<std::pair<int64_t, uint64_t>>>>& launches,
-    std::vector<int64_t> results) {
+using PyView = std::tuple<int64_t, std::vector<int64_t>, std::vector<int64_t>, int64_t>;
+using PyProduct = std::tuple<PyView, PyView, PyView>;
+using PyLaunch =
+    std::tuple<uint64_t, std::array<unsigned, 3>, unsigned, unsigned, std::vector<std::pair<int64_t, uint64_t>>>;
+using PyAllocation = std::tuple<std::vector<int64_t>, at::ScalarType, int64_t, int64_t>;
+
+Plan::View to_view(const PyView& view) {
+  const auto& [tensor, sizes, strides, offset] = view;
+  return {tensor, sizes, strides, offset};
+}
+
+Plan::Launch to_launch(const PyLaunch& launch) {
+  const auto& [function, programs, threads, shared, arguments] = launch;
+  Plan::Launch found{function, {programs, threads, shared}, {}};
+  for (const auto& [tensor, value] : arguments) found.arguments.push_back({tensor, value});
+  return found;
+}
+
+std::shared_ptr<Plan> make_plan(const std::vector<PyAllocation>& allocations,
+                                const std::vector<std::variant<PyLaunch, PyProduct>>& steps,
+                                std::vector<int64_t> results) {
   auto plan = std::make_shared<Plan>();
   for (const auto& [sizes, dtype, first, last] : allocations)
     plan->allocations.push_back({sizes, dtype, static_cast<size_t>(first), static_cast<size_t>(last)});
-  for (const auto& [function, programs, threads, shared, arguments] : launches) {
-    Plan::Launch launch{function, {programs, threads, shared}, {}};
-    for (const auto& [tensor, value] : arguments) launch.arguments.push_back({tensor, value});
-    plan->launches.push_back(std::move(launch));
+  for (const auto& step : steps) {
+    if (const auto* launch = std::get_if<PyLaunch>(&step)) {
+      plan->steps.emplace_back(to_launch(*launch));
+    } else {
+      const auto& [out, left, right] = std::get<PyProduct>(step);
+      plan->steps.emplace_back(Plan::Product{to_view(out), to_view(left), to_view(right)});
+    }
   }
   plan->results = std::move(results);
   return plan;
@@ -160,8 +179,8 @@ std::unordered_map<std::string, size_t> plan_counts() {
 }  // namespace
 
 void bind(py::module_& m) {
-  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan").def(py::init(&make_plan), py::arg("allocations"),
-                                                         py::arg("launches"), py::arg("results"));
+  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan").def(py::init(&make_plan), py::arg("allocations"), py::arg("steps"),
+                                                         py::arg("results"));
   m.def("serve", &serve, py::arg("op"), py::arg("host"), py::arg("recorded"), py::arg("key"));
   m.def("forget_plans", &forget_plans);
   m.def("plan_counts", &plan_counts);

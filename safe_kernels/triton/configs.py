@@ -45,9 +45,14 @@ class Config:
 
     def __str__(self) -> str:
         """What tuning's file calls it."""
+        if self == LIBRARY:
+            return "library"
         tiles = "x".join(str(size) for size in (self.rows, self.columns, self.inner) if size)
         return f"{tiles} warps {self.warps} stages {self.stages}"
 
+
+LIBRARY = Config(0, 0, rank=2**31)
+"""No tiles: the product is PyTorch's, and that is the vendor's library's."""
 
 TABLE: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (
@@ -80,12 +85,7 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, 64, stages=1, rank=16),
         Config(16, 64, stages=1),
     ),
-    # 128 x 256 would read less, but triton 3.6 waits for each wgmma there.
-    "lora_linear": (
-        Config(128, 128, inner=64, warps=8, stages=3, shared=160, half=True),
-        Config(64, 64, inner=32, stages=2, half=True),
-        Config(32, 32, inner=32, stages=1),
-    ),
+    "lora_linear": (LIBRARY,),
     "reduce": (Config(16, 64, stages=1),),
     # Loads in flight would spill registers, and these read little.
     "block_means": (Config(32, 32, stages=1),),
@@ -115,10 +115,14 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
         Config(32, 64, stages=1, shared=90, half=True),
         Config(16, 32, stages=1),
     ),
+    # 128 x 256 would read less, but triton 3.6 waits for each wgmma there.
     "lora_linear": (
+        Config(128, 128, inner=64, warps=8, stages=3, shared=160, half=True),
         Config(128, 128, inner=64, warps=8, stages=4, shared=160, half=True),
         Config(128, 128, inner=32, warps=8, stages=4, shared=90, half=True),
         Config(128, 64, inner=64, shared=60, half=True),
+        Config(64, 64, inner=32, stages=2, half=True, rank=32),
+        Config(32, 32, inner=32, stages=1),
     ),
 }
 """What tuning tries beside the table's choice; held to the same limits by the same tests."""

@@ -136,7 +136,7 @@ def adapter_gradients(
     if not (wants_x or wants_A):
         like = grad if x is None else x
         return grad_h, empty(like, 0), empty(lora_A, 0), grad_B
-    return grad_h, *_at_the_input(grad, x, lora_A, grad_h, drop, wants_x, wants_A), grad_B
+    return grad_h, *at_the_input(grad, x, lora_A, grad_h, drop, wants_x, wants_A), grad_B
 
 
 def _h(x: Tensor, lora_A: Tensor, drop: Dropout) -> Tensor:
@@ -178,10 +178,23 @@ def _summed_over_rows(grad: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -
     return reduce(parts, rank, scaling, lora_B.dtype)
 
 
-def _at_the_input(
+def at_the_input(
     grad: Tensor, x: Tensor | None, lora_A: Tensor, grad_h: Tensor, drop: Dropout, wants_x: bool, wants_A: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and lora_A."""
+    """The gradients of x and lora_A.
+
+    Args:
+        grad: [..., d_out].
+        x: [..., d_in]; needed for the gradient of lora_A.
+        lora_A: [r, d_in].
+        grad_h: [parts, N, padded r], the gradient of h.
+        drop: dropout's numbers.
+        wants_x: whether that of x is wanted.
+        wants_A: whether that of lora_A is.
+
+    Returns:
+        The two; what is not wanted is empty.
+    """
     (rank, columns), like = lora_A.shape, grad if x is None else x
     arithmetic = product(like.dtype, lora_A.dtype)
     grad_h = joined(grad_h, arithmetic.operand)

@@ -99,9 +99,21 @@ def tuned(
     Returns:
         What `run` returns.
     """
+    return run(chosen(kernel, run, size, arithmetic, matrix, *flags))
+
+
+def chosen(
+    kernel: str,
+    run: Callable[[configs.Config], Any],
+    size: Sequence[int],
+    arithmetic: Product,
+    matrix: Tensor,
+    *flags: str | bool,
+) -> configs.Config:
+    """What `tuned` runs a kernel with; the same arguments."""
     tuner = tuning.active()
     if tuner is None:
-        return run(configs.config(kernel, arithmetic.operand, size[-1]))
+        return configs.config(kernel, arithmetic.operand, size[-1])
 
     def offer() -> tuple[str, dict[configs.Config, tuning.Run]]:
         offered = configs.candidates(kernel, arithmetic.operand, size[-1])
@@ -112,7 +124,7 @@ def tuned(
         choice = tuner.choose(call, offer, matrix)
     if choice is None:
         may_change()
-    return run(choice or configs.config(kernel, arithmetic.operand, size[-1]))
+    return choice or configs.config(kernel, arithmetic.operand, size[-1])
 
 
 def flat(tensor: Tensor) -> Tensor:

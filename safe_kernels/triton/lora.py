@@ -36,6 +36,7 @@ from safe_kernels.triton.sweep import _load_narrow, _load_parts, joined, sweep
 @triton.jit
 def _lora_apply_kernel(
     base,  # [rows, columns]
+    bias,  # [columns]
     lora_B,  # [columns, rank]
     h,  # [SPLITS, rows, width]
     out,  # [rows, columns], contiguous
@@ -56,6 +57,8 @@ def _lora_apply_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     ONE_TILE: tl.constexpr,  # of the rank: then h's parts are added once, and not for every tile of columns
+    HAS_BASE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_inside, long_row = (row < rows)[:, None], row.to(tl.int64)[:, None]
@@ -78,8 +81,12 @@ def _lora_apply_kernel(
                 right = _load_narrow(lora_B, s, long_column, rank, b_rank, b_column, column_inside).to(OPERAND)
                 delta = tl.dot(some, right, delta, input_precision=PRECISION)
         inside = row_inside & column_inside
-        before = tl.load(base + long_row * base_row + long_column * base_column, mask=inside, other=0.0)
-        after = before.to(tl.float32) + delta * scale
+        after = delta * scale
+        if HAS_BASE:
+            before = tl.load(base + long_row * base_row + long_column * base_column, mask=inside, other=0.0)
+            after += before.to(tl.float32)
+        if HAS_BIAS:
+            after += tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
         tl.store(out + long_row * columns + long_column, after.to(out.dtype.element_ty), mask=inside)
 
 
@@ -100,27 +107,65 @@ def lora(
     drop, arithmetic = dropout(dropout_p, rng_state), product(x.dtype, lora_A.dtype)
     require_shape("lora_A", lora_A, (lora_B.shape[1], x.shape[-1]))
     require_shape("base", base, (*x.shape[:-1], lora_B.shape[0]))
-    base_rows = flat(base)
     with guard(x):
         h, _ = sweep(flat(x), lora_A, arithmetic, drop, scale=drop.scale)
-        is_one_tile = lora_B.shape[1] <= rank_tile(lora_B.shape[1], arithmetic.operand, True)
-        factor = h if is_one_tile else joined(h, arithmetic.operand)[None]
-        apply = partial(_apply, base, lora_B, factor, scaling, arithmetic)
-        out = tuned("lora_apply", apply, (*base_rows.shape, lora_B.shape[1]), arithmetic, base)
+        out = apply(base, None, base, lora_B, h, scaling, arithmetic)
         if block_starts is None:
             return out, empty(x, 0, dtype=torch.float64)
-        return out, block_sums(base_rows, h, lora_B, scaling, block_starts, block_rows, row_weight)
+        return out, block_sums(flat(base), h, lora_B, scaling, block_starts, block_rows, row_weight)
 
 
-def _apply(base: Tensor, lora_B: Tensor, h: Tensor, scaling: float, arithmetic: Product, chosen: Config) -> Tensor:
-    out, matrix = empty(base, base.shape), flat(base)
-    (rows, columns), rank = matrix.shape, lora_B.shape[1]
+def apply(
+    base: Tensor | None,
+    bias: Tensor | None,
+    like: Tensor,
+    lora_B: Tensor,
+    h: Tensor,
+    scaling: float,
+    arithmetic: Product,
+) -> Tensor:
+    """``base + bias + scaling * h B'``.
+
+    Args:
+        base: [..., d_out], or None.
+        bias: [d_out], or None.
+        like: [..., any]; has the leading dimensions and the dtype of the result.
+        lora_B: [d_out, r].
+        h: [parts, N, padded r].
+        scaling: as in `lora`.
+        arithmetic: how to multiply.
+
+    Returns:
+        [..., d_out].
+    """
+    columns, rank = lora_B.shape
+    is_one_tile = rank <= rank_tile(rank, arithmetic.operand, True)
+    factor = h if is_one_tile else joined(h, arithmetic.operand)[None]
+    run = partial(_apply, base, bias, like, lora_B, factor, scaling, arithmetic)
+    flags = (base is None and "alone", bias is not None and "bias")
+    return tuned("lora_apply", run, (h.shape[1], columns, rank), arithmetic, like, *flags)
+
+
+def _apply(
+    base: Tensor | None,
+    bias: Tensor | None,
+    like: Tensor,
+    lora_B: Tensor,
+    h: Tensor,
+    scaling: float,
+    arithmetic: Product,
+    chosen: Config,
+) -> Tensor:
+    (columns, rank), rows = lora_B.shape, h.shape[1]
+    out = empty(like, (*like.shape[:-1], columns))
+    matrix = None if base is None else flat(base)
     tile, tiles = rank_tile(rank, arithmetic.operand, True), ceil_div(rows, chosen.rows)
     parts, split_columns = splits(tiles, columns, chosen.columns, enough=1024, most=32)
     launch(
         _lora_apply_kernel,
         (tiles, parts),
         matrix,
+        None if bias is None else bias.contiguous(),
         lora_B,
         h,
         out,
@@ -128,7 +173,7 @@ def _apply(base: Tensor, lora_B: Tensor, h: Tensor, scaling: float, arithmetic: 
         columns,
         rank,
         h.shape[2],
-        *matrix.stride(),
+        *((1, 1) if matrix is None else matrix.stride()),
         *lora_B.stride(),
         split_columns,
         scaling,
@@ -139,6 +184,8 @@ def _apply(base: Tensor, lora_B: Tensor, h: Tensor, scaling: float, arithmetic: 
         OPERAND=TYPES[arithmetic.operand],
         PRECISION=arithmetic.precision,
         ONE_TILE=rank <= tile,
+        HAS_BASE=matrix is not None,
+        HAS_BIAS=bias is not None,
         **chosen.options,
     )
     return out

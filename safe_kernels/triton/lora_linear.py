@@ -1,16 +1,20 @@
-"""A linear layer and its LoRA adapter in one product of matrices on a GPU.
+"""A linear layer and its LoRA adapter in one on a GPU: the layer's output without the adapter never exists.
 
-A tile of the output begins as the rank-r product, is multiplied by dropout's mask where that belongs to it (backward),
-and then sums up the large product, so that no second tile has to be held and the layer's output without the adapter
-never exists. Forward and backward are one kernel::
+The result begins as the rank-r product, multiplied by dropout's mask where that belongs to it (backward), and the large
+product is added to it::
 
-    forward     out    = (h) B' + x W' + bias                      h = scaling * dropout(x) A'
+    forward     out    = (h) B' + bias + x W'                      h = scaling * dropout(x) A'
     backward    grad_x = mask * (grad_h) A / (1 - p) + grad W      grad_h = scaling * grad B
+
+Either the small product is written by the adapter's own kernels, and the vendor's library adds the large one as it
+stores its tiles: beside `lora` over a layer that saves a reading of the output, a second output, and autograd's
+addition of two gradients. Or one kernel here makes a tile of both, and nothing is written twice; its product of
+matrices is not the library's (on an H200 at d 8192 it took half as long again), so tuning has to find it faster.
 """
 
 from __future__ import annotations
 
-from functools import partial
+import math
 
 import torch
 import triton
@@ -19,13 +23,13 @@ from torch import Tensor
 
 from safe_kernels import reference
 from safe_kernels.triton.cka import block_sums
-from safe_kernels.triton.configs import Config, rank_tile
-from safe_kernels.triton.gradients import adapter_gradients
+from safe_kernels.triton.configs import LIBRARY, Config, rank_tile
+from safe_kernels.triton.gradients import adapter_gradients, at_the_input
 from safe_kernels.triton.launch import (
     TYPES,
     Dropout,
-    Product,
     ceil_div,
+    chosen,
     dropout,
     flat,
     guard,
@@ -34,9 +38,10 @@ from safe_kernels.triton.launch import (
     served_by,
     tuned,
 )
+from safe_kernels.triton.lora import apply
 from safe_kernels.triton.philox import _keep
-from safe_kernels.triton.plans import empty, launch
-from safe_kernels.triton.sweep import _load_narrow, _load_parts, sweep
+from safe_kernels.triton.plans import empty, launch, multiply_add
+from safe_kernels.triton.sweep import _load_narrow, _load_parts, padded, sweep
 
 
 @triton.jit
@@ -134,7 +139,7 @@ def lora_linear(
         require_shape("bias", bias, lora_B.shape[:1])
     with guard(x):
         h, _ = sweep(rows, lora_A, product(x.dtype, lora_A.dtype), drop, scale=drop.scale)
-        out = _multiply(x, weight.t(), bias, h, lora_B.t(), dropout(0.0, None), scaling)
+        out = _forward(x, weight, bias, lora_B, h, scaling)
         if block_starts is None:
             return out, empty(x, 0, dtype=torch.float64)
         # The features without the adapter are nowhere: those with it are scored, with the roles swapped.
@@ -155,20 +160,58 @@ def lora_linear_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See `safe_kernels.reference.lora_linear_backward`."""
     wants_x, wants_weight, wants_bias, wants_A, wants_B = output_mask
+    grad = grad.to(weight.dtype)
     drop, rows = dropout(dropout_p, rng_state), flat(grad)
     require_shape("grad", rows, (rows.shape[0], lora_B.shape[0]))
     require_shape("weight", weight, (lora_B.shape[0], lora_A.shape[1]))
     grad_x, grad_weight, grad_bias = empty(weight, 0), empty(weight, 0), empty(weight, 0)
     with guard(grad):
-        wanted = (False, wants_A, wants_B)
-        grad_h, _, grad_A, grad_B = adapter_gradients(grad, x, lora_A, lora_B, scaling, drop, wanted, wants_x)
-        if wants_x:
-            grad_x = _multiply(grad, weight, None, grad_h, lora_A, drop, 1.0)
+        form = _backward_form(grad, weight, lora_A, drop) if wants_x else LIBRARY
+        wanted = (wants_x and form == LIBRARY, wants_A, wants_B)
+        grad_h, part, grad_A, grad_B = adapter_gradients(grad, x, lora_A, lora_B, scaling, drop, wanted, wants_x)
+        if wants_x and form == LIBRARY:
+            grad_x = part
+            multiply_add(flat(grad_x), rows, weight)
+        elif wants_x:
+            grad_x = _multiply(grad, weight, None, grad_h, lora_A, drop, 1.0, form)
         if wants_weight and x is not None:
             grad_weight = rows.t().to(weight.dtype) @ flat(x)
         if wants_bias:
             grad_bias = rows.sum(0, dtype=torch.float32).to(weight.dtype)
     return grad_x, grad_weight, grad_bias, grad_A, grad_B
+
+
+def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor, h: Tensor, scaling: float) -> Tensor:
+    def run(form: Config) -> Tensor:
+        if form == LIBRARY:
+            out = apply(None, bias, x, lora_B, h, scaling, product(x.dtype, lora_B.dtype))
+            multiply_add(flat(out), flat(x), weight.t())
+            return out
+        return _multiply(x, weight.t(), bias, h, lora_B.t(), dropout(0.0, None), scaling, form)
+
+    flags = (bias is not None and "bias", weight.stride(1) == 1 and "column")
+    return tuned("lora_linear", run, _size(x, weight.t(), lora_B.shape[1]), product(x.dtype, weight.dtype), x, *flags)
+
+
+def _backward_form(grad: Tensor, weight: Tensor, lora_A: Tensor, drop: Dropout) -> Config:
+    """How grad_x is made; it is decided before grad_h is there, for which zeros stand."""
+
+    def run(form: Config) -> None:
+        grad_h = grad.new_zeros((1, grad.numel() // grad.shape[-1], padded(lora_A.shape[0])), dtype=torch.float32)
+        if form == LIBRARY:
+            grad_x, _ = at_the_input(grad, None, lora_A, grad_h, drop, True, False)
+            multiply_add(flat(grad_x), flat(grad), weight)
+        else:
+            _multiply(grad, weight, None, grad_h, lora_A, drop, 1.0, form)
+
+    flags = (drop.rng_state is not None and "dropout", weight.stride(0) == 1 and "column", "backward")
+    size, arithmetic = _size(grad, weight, lora_A.shape[0]), product(grad.dtype, weight.dtype)
+    return chosen("lora_linear", run, size, arithmetic, grad, *flags)
+
+
+def _size(left: Tensor, right: Tensor, rank: int) -> tuple[int, int, int, int]:
+    rows = math.prod(left.shape[:-1])
+    return rows, right.shape[1], right.shape[0], rank
 
 
 def _multiply(
@@ -179,33 +222,17 @@ def _multiply(
     narrow_right: Tensor,
     drop: Dropout,
     scale: float,
+    tiles: Config,
 ) -> Tensor:
     """``left right + bias + mask * scale * narrow_left narrow_right``; left [..., inner], right [inner, columns]."""
     # A float32 adapter over a half-precision layer is rounded here: the result has no more digits.
     arithmetic = product(left.dtype, right.dtype)
-    run = partial(_multiply_by, left, right, bias, narrow_left, narrow_right, drop, scale, arithmetic)
-    size = (narrow_left.shape[1], right.shape[1], right.shape[0], narrow_right.shape[0])
-    flags = (bias is not None and "bias", drop.rng_state is not None and "dropout", right.stride(0) == 1 and "column")
-    return tuned("lora_linear", run, size, arithmetic, left, *flags)
-
-
-def _multiply_by(
-    left: Tensor,
-    right: Tensor,
-    bias: Tensor | None,
-    narrow_left: Tensor,
-    narrow_right: Tensor,
-    drop: Dropout,
-    scale: float,
-    arithmetic: Product,
-    chosen: Config,
-) -> Tensor:
     out, matrix = empty(right, (*left.shape[:-1], right.shape[1])), flat(left)
     (rows, inner), columns, rank = matrix.shape, right.shape[1], narrow_right.shape[0]
     tile = rank_tile(rank, arithmetic.operand)
     launch(
         _lora_linear_kernel,
-        (ceil_div(rows, chosen.rows) * ceil_div(columns, chosen.columns),),
+        (ceil_div(rows, tiles.rows) * ceil_div(columns, tiles.columns),),
         matrix,
         right,
         None if bias is None else bias.contiguous(),
@@ -224,9 +251,9 @@ def _multiply_by(
         scale,
         drop.scale,
         drop.threshold,
-        ROWS=chosen.rows,
-        COLUMNS=chosen.columns,
-        INNER=chosen.inner,
+        ROWS=tiles.rows,
+        COLUMNS=tiles.columns,
+        INNER=tiles.inner,
         RANK=tile,
         ONE_TILE=rank <= tile,
         GROUP=8,
@@ -235,6 +262,6 @@ def _multiply_by(
         PRECISION=arithmetic.precision,
         HAS_BIAS=bias is not None,
         HAS_DROPOUT=drop.rng_state is not None,
-        **chosen.options,
+        **tiles.options,
     )
     return out

@@ -4,8 +4,9 @@ Launching through Python costs tens of microseconds a kernel, more than most of 
 host function does follows from its arguments' shapes, strides, dtypes, alignments and numbers; so the first call of
 each kind is noted as a plan, and csrc/cuda/ carries that out for every call like it, with the new addresses.
 
-Host functions allocate through `empty` and launch through `launch`. A call that does anything else with what reaches
-its kernels or results (a copy of a tensor, a product left to cuBLAS) has no plan, and is left to its host function.
+Host functions allocate through `empty`, launch through `launch`, and have PyTorch multiply through `multiply_add`. A
+call that does anything else to what reaches its kernels or results (a copy of a tensor, a sum by PyTorch) has no plan,
+and is left to its host function.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[busf](8|16|32|64)\b")
 
 Argument = tuple[int, int]
 Launch = tuple[int, tuple[int, int, int], int, int, list[Argument]]
+View = tuple[int, list[int], list[int], int]
+Product = tuple[View, View, View]
 
 
 class Unplannable(Exception):
@@ -39,7 +42,7 @@ class Unplannable(Exception):
 
 
 class Allocation(NamedTuple):
-    """A tensor that a call has made, and the number of launches before it."""
+    """A tensor that a call has made, and the number of steps before it."""
 
     tensor: Tensor
     first: int
@@ -55,13 +58,13 @@ class Recorder:
     def __init__(self, inputs: list[Tensor]) -> None:
         self.inputs = inputs
         self.allocations: list[Allocation] = []  # kept alive, so that no address comes twice
-        self.launches: list[Launch] = []
+        self.steps: list[Launch | Product] = []
         self.is_complete = True
         self.holds = True
 
     def allocated(self, tensor: Tensor) -> None:
         """Notes an allocation."""
-        self.allocations.append(Allocation(tensor, len(self.launches)))
+        self.allocations.append(Allocation(tensor, len(self.steps)))
 
     def launched(self, kernel: Any, compiled: Any, grid: Sequence[int], values: Sequence[Any]) -> None:
         """Notes a launch."""
@@ -70,7 +73,15 @@ class Recorder:
         try:
             if compiled is None:
                 raise Unplannable("it was interpreted")
-            self.launches.append(self._launch(kernel, compiled, grid, values))
+            self.steps.append(self._launch(kernel, compiled, grid, values))
+        except Unplannable:
+            self.is_complete = False
+
+    def multiplied(self, *matrices: Tensor) -> None:
+        """Notes a product that PyTorch has added to the first matrix."""
+        try:
+            out, left, right = map(self._view, matrices)
+            self.steps.append((out, left, right))
         except Unplannable:
             self.is_complete = False
 
@@ -84,12 +95,13 @@ class Recorder:
             results = [self._result(tensor) for tensor in (result if isinstance(result, tuple) else (result,))]
         except Unplannable:
             return None
-        return _C.Plan(list(self._lives(results)), self.launches, results) if self.is_complete else None
+        return _C.Plan(list(self._lives(results)), self.steps, results) if self.is_complete else None
 
     def _lives(self, results: list[int]) -> Iterator[tuple[list[int], torch.dtype, int, int]]:
-        """Of each allocation shape, dtype, the launch before which it is made, and the one after which it goes."""
+        """Of each allocation shape, dtype, the step before which it is made, and the one after which it goes."""
+        used = [set(_tensors_of(step)) for step in self.steps]
         for index, (tensor, first) in enumerate(self.allocations, start=len(self.inputs)):
-            uses = [number for number, launch in enumerate(self.launches) if index in dict(launch[-1])]
+            uses = [number for number, tensors in enumerate(used) if index in tensors]
             is_result = index - len(self.inputs) in results
             if uses or is_result:
                 yield list(tensor.shape), tensor.dtype, first, NEVER if is_result else uses[-1]
@@ -135,11 +147,20 @@ class Recorder:
             raise Unplannable("a tensor from elsewhere")
         return owners[0], address - tensors[owners[0]].data_ptr()
 
+    def _view(self, matrix: Tensor) -> View:
+        index, offset = self._address(matrix)
+        return index, list(matrix.shape), list(matrix.stride()), offset // matrix.itemsize
+
     def _result(self, tensor: Tensor) -> int:
         for index, (made, _) in enumerate(self.allocations):
             if made is tensor:
                 return index
         raise Unplannable("a result from elsewhere")
+
+
+def _tensors_of(step: Launch | Product) -> Iterator[int]:
+    """The call's own tensors and allocations that a step reads or writes, by number; -1 where there is none."""
+    yield from (place[0] for place in (step[-1] if len(step) == 5 else step))
 
 
 def _require_plain(metadata: Any) -> None:
@@ -247,3 +268,16 @@ def launch(kernel: Any, grid: Sequence[int], *values: Any, **constants: Any) -> 
     compiled = kernel[grid](*values, **constants)
     if _STATE.recorder is not None:
         _STATE.recorder.launched(kernel, compiled, grid, values)
+
+
+def multiply_add(out: Tensor, left: Tensor, right: Tensor) -> None:
+    """``out += left right``, by PyTorch and the vendor's library.
+
+    Args:
+        out: [rows, columns].
+        left: [rows, inner], of its dtype.
+        right: [inner, columns], of its dtype.
+    """
+    out.addmm_(left, right)
+    if _STATE.recorder is not None:
+        _STATE.recorder.multiplied(out, left, right)

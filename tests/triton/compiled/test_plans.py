@@ -144,6 +144,8 @@ def test_a_plan_does_what_its_host_function_does(name: str, driver: Stub, monkey
     found, by_plan = driver.watched(lambda: driver.served(op, *second))
     assert traces(by_plan, tensors(second)) == traces(by_host, tensors(second))
     assert outputs(found, by_plan) == outputs(expected, by_host)
+    products = [launch for launch in by_plan.launches if launch.function == 0]
+    assert len(products) == op.startswith("lora_linear")
     assert not any(made.tensor.requires_grad for made in by_plan.made)
     # Where a launch's tensors are made: not before the host function makes them.
     assert len(by_plan.made) <= len(by_host.made)

@@ -11,11 +11,21 @@ from oracle import DTYPES, Dtypes, Shape, one_minus_cka, problem
 
 import safe_kernels
 from safe_kernels import AdapterStatistics, RowBlocks
+from safe_kernels.triton import configs
 
 MIDDLE = Shape(37, 90, 77, 5)
 TRAINED = [dtypes for dtypes in DTYPES if dtypes.x != torch.float64]
-FUSED, SWEEP = "_lora_linear_kernel", "_lora_sweep_kernel"
+FUSED, SWEEP, APPLY, INPUT = "_lora_linear_kernel", "_lora_sweep_kernel", "_lora_apply_kernel", "_lora_input_kernel"
 FACTOR = ["_reduce_kernel", "_lora_input_kernel", "_reduce_kernel"]  # the other's parts, the product, its parts
+
+
+@pytest.fixture(params=["library", "kernel"], autouse=True)
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _small_tiles: None) -> str:
+    """Who multiplies by the weight: PyTorch, or the kernel that only tuning takes."""
+    if request.param == "kernel":
+        tiles = configs.Config(16, 16, inner=16, warps=4, stages=1)
+        monkeypatch.setitem(configs.TABLE, "lora_linear", (tiles,))
+    return request.param
 
 
 def check(p: Linear) -> None:
@@ -47,15 +57,18 @@ NAMES = ("x", "weight", "bias", "A", "B")
 SUBSETS = [names for count in range(len(NAMES) + 1) for names in combinations(NAMES, count)]
 
 
-def backward_of(names: tuple[str, ...]) -> list[str]:
+def backward_of(names: tuple[str, ...], form: str) -> list[str]:
     """What is launched: PyTorch's own products make the gradients of weight and bias."""
     wants_x, wants_A, wants_B = (name in names for name in ("x", "A", "B"))
-    sweeps = (wants_x or wants_A) + wants_B
-    return [SWEEP] * sweeps + FACTOR * (wants_A + wants_B) + [FUSED] * wants_x
+    sweeps = [SWEEP] * ((wants_x or wants_A) + wants_B) + FACTOR * wants_B
+    if form == "kernel":
+        return sweeps + FACTOR * wants_A + [FUSED] * wants_x
+    at_x = [FACTOR[0], INPUT] * (wants_x or wants_A) + [FACTOR[2]] * wants_A  # one pass makes both
+    return sweeps + at_x
 
 
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
-def test_what_is_not_wanted_is_not_computed(names: tuple[str, ...], launches: list[str]) -> None:
+def test_what_is_not_wanted_is_not_computed(names: tuple[str, ...], launches: list[str], form: str) -> None:
     p = linear(MIDDLE, DTYPES[4], dropout_p=0.2).require(*names)
     out = p.call()
     if names:
@@ -63,7 +76,7 @@ def test_what_is_not_wanted_is_not_computed(names: tuple[str, ...], launches: li
     grads = {name: tensor.grad for name, tensor in p.inputs.items() if tensor.grad is not None}
     assert set(grads) == set(names)
     assert_results(p, {"out": out.detach(), **grads})
-    assert launches == [SWEEP, FUSED, *backward_of(names)]
+    assert launches == [SWEEP, FUSED if form == "kernel" else APPLY, *backward_of(names, form)]
 
 
 @pytest.mark.parametrize("magnitude", [1e-3, 1.0])

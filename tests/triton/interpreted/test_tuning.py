@@ -81,7 +81,7 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return recorded
 
-    places = ((sweep, "_sweep"), (lora, "_apply"), (gradients, "_input_gradients"), (lora_linear, "_multiply_by"))
+    places = ((sweep, "_sweep"), (lora, "_apply"), (gradients, "_input_gradients"), (lora_linear, "_multiply"))
     for module, name in places:
         monkeypatch.setattr(module, name, spy(getattr(module, name)))
     return found
