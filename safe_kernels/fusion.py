@@ -1,4 +1,4 @@
-"""Whether a linear layer and its adapter are faster in one: known from a table, or measured where tuning is on."""
+"""Whether a linear layer and its adapter are better in one: where a kernel does both, unless tuning finds otherwise."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from safe_kernels.functional.lora import lora
 from safe_kernels.functional.lora_linear import lora_linear
 from safe_kernels.triton import tuning
 
-FASTER: dict[str, frozenset[str]] = {}
-"""By backend and architecture ("cuda-90"), the calls for which `lora_linear` measured faster, by their `tuning.key`: it
-takes a measurement to enter one; the only run so far, on an H200, was bound by the host and decided none."""
-
 
 def prefers_fused(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, *, dropout_p: float = 0.0
 ) -> bool:
-    """Whether `lora_linear` is known to be faster for this call than `lora` over `torch.nn.functional.linear`.
+    """Whether `lora_linear` serves this call better than `lora` over `torch.nn.functional.linear`.
 
-    Where nothing is known it is not: cuBLAS multiplies better than most. With `autotune` on, the first call of each
-    size times both, forward and backward. A compiled graph keeps `lora`, beside which the compiler may fuse.
+    On a GPU it does the same products by the same library and moves fewer bytes: the layer's output is not read again,
+    and the two gradients of x are not added by autograd. So it is preferred there; with `autotune` on, the first call
+    of each size times both, forward and backward. On a CPU it is composed of the two; a compiled graph keeps `lora`,
+    beside which the compiler may fuse, and so does a layer whose weight trains, as autograd does that best.
 
     Args:
         x: [..., d_in], as for `lora_linear`.
@@ -38,7 +36,7 @@ def prefers_fused(
         dropout_p: as for `lora_linear`.
 
     Returns:
-        True where the fused op is faster.
+        True where the fused op is to be taken.
 
     Example:
         >>> import torch, safe_kernels
@@ -46,14 +44,14 @@ def prefers_fused(
         >>> safe_kernels.prefers_fused(x, weight, None, A, B)
         False
     """
-    tuner = tuning.active()
-    if tuner is None and not FASTER:
-        return False
     if torch.compiler.is_compiling() or isinstance(x, FakeTensor) or not _has_kernel(x.device) or x.numel() == 0:
         return False
-    call = _call(x, weight, lora_A, dropout_p)
+    if weight.requires_grad or (bias is not None and bias.requires_grad):
+        return False
+    tuner = tuning.active()
     if tuner is None:
-        return tuning.key(*call[1:]) in FASTER.get(_architecture(x), ())
+        return True
+    call = _call(x, weight, lora_A, dropout_p)
     offer = partial(_offer, x, weight, bias, lora_A, lora_B, dropout_p)
     if torch.is_inference_mode_enabled() or x.is_inference():
         return tuner.choose(call, offer, None) == "lora_linear"
@@ -72,14 +70,6 @@ def _call(x: Tensor, weight: Tensor, lora_A: Tensor, dropout_p: float) -> tuning
     (d_out, d_in), rank = weight.shape, lora_A.shape[0]
     size = tuning.bucket((x.numel() // d_in, d_in, d_out, rank))
     return x.get_device(), "layer", size, x.dtype, lora_A.dtype, dropout_p > 0.0 and "dropout"
-
-
-def _architecture(x: Tensor) -> str:
-    from safe_kernels.triton import configs
-
-    with torch.cuda.device_of(x):
-        target = configs.target()
-    return f"{target.backend}-{target.arch}"
 
 
 def _offer(
