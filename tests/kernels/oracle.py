@@ -123,7 +123,7 @@ def rng_state(seed: int) -> Tensor:
     return torch.from_numpy(words)
 
 
-# ---------------------------------------------------------------- Philox4x32-10 (Salmon et al. 2011), by numpy
+# ---------------------------------------------------------------- Philox4x32-7 (Salmon et al. 2011), by numpy
 
 
 def philox(counter: list[np.ndarray], key: list[int]) -> list[np.ndarray]:
@@ -131,7 +131,7 @@ def philox(counter: list[np.ndarray], key: list[int]) -> list[np.ndarray]:
     c = [np.asarray(word, dtype=np.uint64) for word in counter]
     k = [np.uint64(word) for word in key]
     mask, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    for _ in range(10):
+    for _ in range(7):
         p0, p1 = c[0] * np.uint64(0xD2511F53), c[2] * np.uint64(0xCD9E8D57)
         c = [(p1 >> shift) ^ c[1] ^ k[0], p1 & mask, (p0 >> shift) ^ c[3] ^ k[1], p0 & mask]
         k = [(k[0] + np.uint64(0x9E3779B9)) & mask, (k[1] + np.uint64(0xBB67AE85)) & mask]
