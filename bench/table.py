@@ -124,6 +124,16 @@ def peak_table(results: dict[str, Any]) -> list[str]:
     return table(["loss", "dropout", "blocks frozen", "PEFT MiB, nothing frozen", "ours", "**change**"], rows)
 
 
+def launch_table(results: dict[str, Any]) -> list[str]:
+    """What a call of a GPU's op costs the processor."""
+    rows = []
+    for row in rows_of(results, "test_launches"):
+        facts = row["extra_info"]
+        python, ours = (1e6 * time / facts["calls"] for time in (facts["competitor_median"], row["stats"]["p50"]))
+        rows.append([row["params"]["case"], str(facts["launches"]), f"{python:.0f}", f"{ours:.1f}", ratio(row)])
+    return table(["", "kernels", "launched by Python, us", "replayed, us", "**ratio**"], rows)
+
+
 SECTIONS = (
     (
         "One technique after the other, on a Llama-shaped model (8 blocks, d 512, 1,024 tokens, LoRA r 16 on every "
@@ -156,6 +166,12 @@ SECTIONS = (
     ),
     ("Scoring, with the default options:", "test_scoring", scoring_table),
     ("`lora` alone, forward and backward:", "test_lora", op_table),
+    (
+        "What a call of a GPU's op costs the processor, over a driver that runs nothing (no GPU is needed); the same "
+        "launches, made by Triton's launcher from Python and by `csrc/cuda`:",
+        "test_launches",
+        launch_table,
+    ),
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,8 @@ import torch
 from torch import Tensor
 
 import safe_kernels
-from safe_kernels import AdapterStatistics, RowBlocks
+from safe_kernels import _C, AdapterStatistics, RowBlocks
+from safe_kernels.triton import sweep
 
 from .check_cases import HALF, SINGLE, SMALL, Case, fused, lora, normal, state
 
@@ -27,12 +29,51 @@ def whole_checks(device: torch.device) -> Iterator[tuple[str, Check]]:
     for dtype, p, is_fused in product((SINGLE, HALF), (0.0, 0.1), (False, True)):
         kind = "lora_linear" if is_fused else "lora"
         yield f"score of {kind} {dtype} p{p}", partial(check_score, device, dtype, p, is_fused)
+    if device.type == "cuda":
+        over = lora(SMALL, HALF, HALF, 0.1)
+        for case in (over, replace(fused(over), trained=(0, 2, 3))):
+            yield f"replay of {case.name}", partial(check_replay, device, case)
     # A capture cannot allocate where the sanitizer has torch's cache switched off.
     if device.type == "cuda" and "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:
         over = lora(SMALL, HALF, HALF, 0.1)
         # Not the weight: cuBLAS sums its gradient, and need not do so alike in a graph.
         for case in (over, replace(fused(over), trained=(0, 2, 3))):
             yield f"CUDA graph of {case.name}", partial(check_graph, device, case)
+
+
+def check_replay(device: torch.device, case: Case) -> list[str]:
+    """The second call does without Python, in a thread and on a stream of its own, and to the same bits."""
+    call, leaves = case.place(device)
+
+    def results() -> list[Tensor]:
+        out = call()
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+    first, later = results(), []
+    torch.cuda.synchronize(device)
+    launch, sweep.launch = sweep.launch, forbidden
+    try:
+        again, stream = results(), torch.cuda.Stream(device)
+
+        def work() -> None:
+            with torch.cuda.device(device), torch.cuda.stream(stream):
+                later.extend(results())
+
+        if _C.plan_counts()["lora"] + _C.plan_counts()["lora_linear"] == 0:
+            return ["no plan was made"]
+        sweep.launch = launch  # a thread without a context asks Python once
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+        torch.cuda.synchronize(device)
+    finally:
+        sweep.launch = launch
+    same = all(torch.equal(a, b) for other in (again, later) for a, b in zip(first, other, strict=True))
+    return [] if same else ["a replayed call has other bits"]
+
+
+def forbidden(*args: object, **options: object) -> None:
+    raise AssertionError("a call that has a plan asked Python")
 
 
 def check_mask(device: torch.device) -> list[str]:

@@ -14,7 +14,7 @@ import torch
 import safe_kernels
 from safe_kernels.triton import tuning
 
-from .machine import arguments, ceilings, device_of, median_ms, under_load
+from .machine import arguments, ceilings, device_ms, device_of, median_ms, under_load
 from .op_cases import Case, Shapes, linear_case, lora_cases, score_case
 from .results import go_on_after, reason, recording, seconds_left, so_far, update
 from .rowwise_cases import rowwise_cases
@@ -94,10 +94,17 @@ def row_of(case: Case, limits: dict[str, float]) -> dict[str, Any]:
 def measure_one(case: Case, provider: str, device: torch.device) -> dict[str, Any]:
     if provider == "compile":
         torch._dynamo.reset()  # else a graph for any size takes the place of one for this size
+    run, before = case.runs[provider], partial(case.prepare, provider)
     try:
-        return median_ms(case.runs[provider], device, partial(case.prepare, provider))
+        found: dict[str, Any] = median_ms(run, device, before)
     except Exception as error:
         return {"error": reason(error)}
+    if device.type == "cuda" and provider != "compile":
+        try:
+            found["device_p50"] = device_ms(run, device, before)
+        except Exception as error:
+            found["device_error"] = reason(error)
+    return found
 
 
 def chosen_tiles() -> dict[str, Any]:

@@ -21,7 +21,7 @@ void carry_out(const Plan::Launch& launch, const std::vector<Tensor>& tensors, v
   for (const auto& argument : launch.arguments) {
     const bool is_number = argument.tensor < 0;
     values.push_back(is_number ? argument.value
-                               : reinterpret_cast<uint64_t>(tensors[argument.tensor].data_ptr()) + argument.value);
+                               : reinterpret_cast<uint64_t>(tensors.at(argument.tensor).data_ptr()) + argument.value);
   }
   c10::SmallVector<void*, 32> parameters;
   for (auto& value : values) parameters.push_back(&value);
@@ -29,7 +29,7 @@ void carry_out(const Plan::Launch& launch, const std::vector<Tensor>& tensors, v
 }
 
 Tensor view(const Plan::View& view, const std::vector<Tensor>& tensors) {
-  const auto& tensor = tensors[view.tensor];
+  const auto& tensor = tensors.at(view.tensor);
   return tensor.as_strided(view.sizes, view.strides, tensor.storage_offset() + view.offset);
 }
 
@@ -60,7 +60,7 @@ std::vector<Tensor> replay(const Plan& plan, std::vector<Tensor> tensors) {
   }
   allocate(plan.steps.size());
   std::vector<Tensor> results;
-  for (const int64_t index : plan.results) results.push_back(tensors[given + index]);
+  for (const int64_t index : plan.results) results.push_back(tensors.at(given + index));
   return results;
 }
 

@@ -18,11 +18,26 @@ if TYPE_CHECKING:
     from safe_kernels import AdapterStatistics
 
 
+class Later:
+    """A field of `Evidence` that is made when it is first read: a score reads one or two, of hundreds of adapters."""
+
+    def __init__(self, make: Callable[[], Any]) -> None:
+        self._make: Callable[[], Any] | None = make
+        self._value: Any = None
+
+    def value(self) -> Any:
+        """The field."""
+        if self._make is not None:
+            self._value, self._make = self._make(), None
+        return self._value
+
+
 @dataclass(frozen=True)
 class Evidence:
     """What is known about one adapter when it is scored; a score reads what it needs, the rest may be None.
 
-    A tensor that FSDP2 has spread over processes is put together when it is read, in all of them, and not before.
+    A tensor that FSDP2 has spread over processes is put together when it is read, in all of them, and not before. A
+    field may be given as `Later`.
 
     Args:
         statistics: sums over this step's rows, gathered during its forwards.
@@ -50,6 +65,8 @@ class Evidence:
     def __getattribute__(self, name: str) -> Any:
         """A field's value; torch's own functions would take a shard's sum for the whole tensor's."""
         value = super().__getattribute__(name)
+        if type(value) is Later:
+            value = value.value()
         return whole(value) if isinstance(value, Tensor) else value
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from torch import nn
 
 from .adapters import Adapter
-from .adapters.base import adapter_keys
 from .errors import BindingError
 
 
@@ -44,7 +43,7 @@ class Presence:
                 f"{_some(unloaded)}: no longer in the model, which was unloaded, merged and unloaded, or given other "
                 "layers; detach() this freezer, whose report() stays."
             )
-        deleted = [a.name for a, _, _ in self._places if a.key not in adapter_keys(a.layer)]
+        deleted = [a.name for a, _, _ in self._places if not a.is_present()]
         if deleted:
             raise BindingError(
                 f"{_some(deleted)}: its adapter was deleted from the layer; detach() this freezer, and make a new one "

@@ -16,7 +16,7 @@ from .adapters import Adapter
 from .compiling import EagerForwards
 from .config import SafeConfig
 from .errors import ConfigError, ScoreError
-from .importance import Evidence, find_score
+from .importance import Evidence, Later, find_score
 from .nonfinite import broken_parts
 from .observation import Observation
 from .parallel import Engine
@@ -170,15 +170,17 @@ class Scorer:
 
     @torch.no_grad()
     def _judge_all(self, sums: Tensor | None, grad_scale: float = 1.0) -> dict[str, float]:
-        rows = [None if sums is None else sums[index] for index in self._live]
+        rows = [None] * len(self._live) if sums is None else sums[self._live].unbind()
         named = zip(self._live, rows, strict=True)
         return {self._adapters[index].name: self._judge(index, row, grad_scale) for index, row in named}
 
     def _judge(self, index: int, sums: Tensor | None, grad_scale: float) -> float:
-        evidence = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
-        grads = {name: _divided(getattr(evidence, name), grad_scale) for name in ("grad_A", "grad_B")}
-        generator = random.Random(f"{self._seed}/{index}")
-        evidence = Evidence(**vars(evidence) | {"generator": generator} | grads)
+        found = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
+        further: Any = {"generator": Later(lambda: random.Random(f"{self._seed}/{index}"))}
+        if grad_scale != 1.0:
+            further["grad_A"] = Later(lambda: _divided(found.grad_A, grad_scale))
+            further["grad_B"] = Later(lambda: _divided(found.grad_B, grad_scale))
+        evidence = Evidence(**vars(found) | further)
         made = self._score.function(evidence)
         try:
             value = float(made)
@@ -193,4 +195,4 @@ class Scorer:
 
 
 def _divided(grad: Tensor | None, scale: float) -> Tensor | None:
-    return grad if grad is None or scale == 1.0 else grad.float() / scale
+    return None if grad is None else grad.float() / scale

@@ -89,7 +89,7 @@ def one_minus_cka(sums: Tensor) -> float:
         A number in [0, 1]; exactly 0.0 for an adapter that changes nothing; nan when the features are constant, when no
         row was scored, or when a sum is not finite.
     """
-    a, b, c = (float(value) for value in sums[:3])
+    a, b, c = sums[:3].tolist()
     if not all(math.isfinite(value) for value in (a, b, c)) or a <= 0.0:
         return math.nan
     if c == 0.0:

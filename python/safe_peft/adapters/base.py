@@ -106,6 +106,10 @@ class Adapter(ABC):
     def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
         """What is known about the adapter now."""
 
+    def is_present(self) -> bool:
+        """Whether PEFT still has it: it may have been deleted. Asked of all in every step."""
+        return self.key in adapter_keys(self.layer)
+
     def parameters(self) -> list[nn.Parameter]:
         """The adapter's own parameters."""
         return adapter_parameters(self.layer, self.key)

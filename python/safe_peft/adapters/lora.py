@@ -5,7 +5,7 @@ Over a plain nn.Linear the whole layer may be one op, `safe_kernels.lora_linear`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +17,7 @@ from torch._subclasses import FakeTensor
 import safe_kernels
 from safe_kernels import AdapterStatistics
 
-from ..importance import Evidence
+from ..importance import Evidence, Later
 from ..swap import STATE, is_hooked, is_transformed, own_forward
 from .base import Adapter, LayerState, active_keys, register_adapter
 from .observed import Observed
@@ -165,16 +165,21 @@ class LoraAdapter(Adapter):
 
     def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
         """What is known about the adapter now."""
-        A, B = self.pair()
+        later: Any = Later
         return Evidence(
             statistics=statistics,
-            lora_A=self.matrix_A(A.detach()),
-            lora_B=self.matrix_B(B.detach()),
+            lora_A=later(lambda: self.matrix_A(self.pair()[0].detach())),
+            lora_B=later(lambda: self.matrix_B(self.pair()[1].detach())),
             scaling=float(self.layer.scaling[self.key]),
-            base_weight=self.base_weight(),
-            grad_A=None if A.grad is None else self.matrix_A(A.grad),
-            grad_B=None if B.grad is None else self.matrix_B(B.grad),
+            base_weight=later(self.base_weight),
+            grad_A=later(lambda: _changed(self.pair()[0].grad, self.matrix_A)),
+            grad_B=later(lambda: _changed(self.pair()[1].grad, self.matrix_B)),
         )
+
+    def is_present(self) -> bool:
+        """Whether PEFT still has it."""
+        lora_A = self.layer._modules.get("lora_A")
+        return (lora_A is not None and self.key in lora_A._modules) or super().is_present()
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """The adapter's two parameters."""
@@ -192,3 +197,7 @@ class LoraAdapter(Adapter):
         """The weight that the adapter stands beside, if it can be read."""
         weight = getattr(self.layer.get_base_layer(), "weight", None)
         return weight.detach() if isinstance(weight, Tensor) and weight.dtype in _FLOATS else None
+
+
+def _changed(grad: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:
+    return None if grad is None else change(grad)
