@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 SHAPES: dict[str, dict[str, Any]] = {
     "1B": {
@@ -55,8 +57,10 @@ LAYOUTS: dict[str, Callable[[int, int], bool]] = {
     "three of four": lambda layer, layers: layer % 4 != 3,
 }
 """Which blocks' adapters are frozen."""
+CHUNK = 1024
 LOSS = {
     "liger, and Liger's loss": "Liger's linear layer and cross entropy in one, without whole logits",
+    "chunked loss": f"the same cross entropy of {CHUNK} tokens at a time, each chunk run again in backward",
     "all others": "transformers' cross entropy of whole logits, in float32",
 }
 """By provider; with such a vocabulary whole logits are a large part of the peak."""
@@ -103,11 +107,30 @@ def liger(model: nn.Module, loss_alone: bool) -> Iterator[None]:
         vars(modeling_llama).update(before)
 
 
+def whole_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The model's own."""
+    return model(input_ids=tokens, labels=tokens).loss
+
+
+def chunked_loss(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The same number, by PyTorch alone, without the logits of all tokens at once."""
+    inner: Any = model.get_submodule("base_model.model")
+    hidden = inner.model(input_ids=tokens).last_hidden_state[:, :-1].flatten(0, 1)
+    targets = tokens[:, 1:].flatten()
+
+    def part(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(inner.lm_head(hidden).float(), targets, reduction="sum")
+
+    chunks = zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)
+    return sum(checkpoint(part, *chunk, use_reentrant=False) for chunk in chunks) / len(targets)
+
+
 class Step:
     """Forward, backward, optimizer; scored, if there is a freezer."""
 
-    def __init__(self, model: nn.Module, tokens: torch.Tensor, scored: bool = False) -> None:
+    def __init__(self, model: nn.Module, tokens: Tensor, scored: bool = False, chunked: bool = False) -> None:
         self.model, self.tokens, self.freezer = model, tokens, None
+        self.loss = chunked_loss if chunked else whole_loss
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-4)
         if scored:
@@ -117,7 +140,7 @@ class Step:
             self.freezer = safe_peft.AdapterFreezer(model, self.optimizer, always, total_steps=10**6)
 
     def __call__(self) -> None:
-        self.model(input_ids=self.tokens, labels=self.tokens).loss.backward()
+        self.loss(self.model, self.tokens).backward()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.freezer is not None:

@@ -42,6 +42,8 @@ def cases(sizes: tuple[str, ...]) -> Iterator[Case]:
     for size in sizes:
         yield from (Case(size, provider, "nothing") for provider in ("peft", "safe", "safe, scored"))
         yield from (Case(size, provider, "lower half") for provider in ("peft", "safe"))
+        yield Case(size, "peft, chunked loss", "nothing")
+        yield from (Case(size, "safe, chunked loss", frozen) for frozen in ("nothing", "lower half"))
         if size == first:
             yield from (Case(size, provider, "nothing") for provider in FURTHER)
     for size, layout, provider in product(sizes, tuple(LAYOUTS)[2:], ("peft", "safe")):
@@ -83,7 +85,7 @@ def prepare(case: Case, device: torch.device, undo: ExitStack) -> Step:
     if provider == "compile":
         model = torch.compile(model, backend=backend, dynamic=False)
     tokens = torch.randint(shape["vocab_size"], TOKENS[case.size], device=device)
-    return Step(model, tokens, scored=further == "scored")
+    return Step(model, tokens, scored=further == "scored", chunked=further == "chunked loss")
 
 
 def measure(case: Case, device: torch.device) -> dict[str, Any]:

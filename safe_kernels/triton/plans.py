@@ -114,14 +114,13 @@ class Recorder:
         given = dict(zip(kernel.arg_names, values, strict=False))
         kinds = [(name, kind) for name, kind in types.items() if kind != "constexpr"]
         arguments = [self._argument(kind, given[name]) for name, kind in kinds]
-        # Behind a kernel's own parameters come Triton's: memory that none here asks for.
+        # Behind a kernel's own parameters come Triton's: two addresses of memory that none here asks for.
         expected, found = [BYTES.get(kind, 8) for _, kind in kinds], parameter_bytes(compiled.asm["ptx"])
-        rest = found[len(expected) :]
-        if found[: len(expected)] != expected or any(size != 8 for size in rest):
+        if found != [*expected, 8, 8]:
             raise Unplannable("the kernel's parameters are others than its signature says")
         x, y, z = (*grid, 1, 1)[:3]
         threads = metadata.num_warps * metadata.target.warp_size
-        return int(compiled.function), (x, y, z), threads, metadata.shared, [*arguments, *[(-1, 0)] * len(rest)]
+        return int(compiled.function), (x, y, z), threads, metadata.shared, [*arguments, (-1, 0), (-1, 0)]
 
     def _argument(self, kind: str, value: Any) -> Argument:
         if kind.startswith("*"):
@@ -278,6 +277,8 @@ def multiply_add(out: Tensor, left: Tensor, right: Tensor) -> None:
         left: [rows, inner], of its dtype.
         right: [inner, columns], of its dtype.
     """
+    if 0 in (*out.shape, left.shape[1]):
+        return  # nothing is added
     out.addmm_(left, right)
     if _STATE.recorder is not None:
         _STATE.recorder.multiplied(out, left, right)
