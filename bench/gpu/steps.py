@@ -20,6 +20,7 @@ from .results import go_on_after, reason, recording, seconds_left, so_far, updat
 FURTHER = (
     "liger",
     "compile blocks",
+    "safe, compile blocks",
     "safe, tuned",
     "peft, Liger's loss",
     "safe, Liger's loss",
@@ -79,7 +80,7 @@ def prepare(case: Case, device: torch.device, undo: ExitStack) -> Step:
     if provider == "safe" and further != "scored":
         safe_peft.bind(model)
     backend = "aot_eager" if device.type == "cpu" else "inductor"
-    if provider == "compile blocks":
+    if "compile blocks" in (provider, further):
         for block in model.get_submodule("base_model.model.model.layers"):
             block.compile(backend=backend, dynamic=False)
     if provider == "compile":
