@@ -19,17 +19,21 @@ from torch import Tensor
 from safe_kernels.reference.importance import check_blocks
 from safe_kernels.triton.cka_kernels import (
     _block_grams_kernel,
+    _block_h_kernel,
     _block_means_kernel,
+    _block_parts_kernel,
     _block_products_kernel,
     _block_sums_kernel,
     _block_total_kernel,
 )
-from safe_kernels.triton.configs import config, float32_precision, rank_tile, splits
+from safe_kernels.triton.configs import Config, config, float32_precision, rank_tile, splits
 from safe_kernels.triton.launch import ceil_div
 from safe_kernels.triton.plans import empty, launch
 
 MOST_BLOCKS = 65535
 """Programs that CUDA takes along a grid's second axis."""
+MOST_AT_ONCE = 64
+"""Blocks up to which one program a block is worth K's 64 KiB for each part of it."""
 
 
 def block_sums(
@@ -72,13 +76,14 @@ def block_sums(
         starts=block_starts.contiguous(),
         weight=None if row_weight is None else row_weight.contiguous(),
         block_rows=min(block_rows, base.shape[0]),
+        base_rows=base.shape[0],
         scale=-scaling if swapped else scaling,
         precision="ieee" if exact else float32_precision("tf32x3"),
     )
-    base_means, h_means = _means(base[None], blocks), _means(h, blocks)
-    grams = _grams(base, base_means, blocks)
-    products = _products(base, h, lora_B, base_means, h_means, blocks)
-    return _total(_sums(grams, products, h, h_means, blocks, swapped))
+    chosen = config("block_parts", base.dtype, lora_B.shape[1])
+    at_once = blocks.block_rows <= chosen.rows and blocks.count <= MOST_AT_ONCE
+    made = _at_once(base, h, lora_B, blocks, chosen) if at_once else _by_tiles(base, h, lora_B, blocks)
+    return _total(_sums(*made, blocks, swapped))
 
 
 @dataclass(frozen=True)
@@ -89,6 +94,7 @@ class Blocks:
         starts: int64 [n], contiguous.
         weight: [N] of any dtype, contiguous, zero where a row must not count, or None.
         block_rows: rows in a block, at most N.
+        base_rows: N.
         scale: what h is multiplied by.
         precision: of products.
     """
@@ -96,6 +102,7 @@ class Blocks:
     starts: Tensor
     weight: Tensor | None
     block_rows: int
+    base_rows: int
     scale: float
     precision: str
 
@@ -105,23 +112,69 @@ class Blocks:
         return self.starts.shape[0]
 
 
-def _means(features: Tensor, blocks: Blocks) -> Tensor:
-    """Column means [n, d] of each block of features [parts, N, d], the sum of whose parts counts."""
-    parts, rows, columns = features.shape
-    chosen = config("block_means", torch.float32)
-    means = empty(features, (blocks.count, columns), dtype=torch.float32)
+Parts = tuple[Tensor, Tensor, Tensor]
+"""K in parts [n, splits, L, L], V in parts [n, splits, L, width], and H [n, L, width]; L is at least `block_rows`."""
+
+
+def _at_once(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks, chosen: Config) -> Parts:
+    """Blocks that one program holds."""
+    (rows, columns), rank, width = base.shape, lora_B.shape[1], h.shape[2]
+    parts, split_columns = splits(blocks.count, columns, chosen.columns, most=16)
+    grams = empty(h, (blocks.count, parts, chosen.rows, chosen.rows))
+    products = empty(h, (blocks.count, parts, chosen.rows, width))
+    centred = empty(h, (blocks.count, chosen.rows, width))
+    launch(
+        _block_parts_kernel,
+        (blocks.count, parts),
+        base,
+        h,
+        lora_B,
+        blocks.starts,
+        blocks.weight,
+        grams,
+        products,
+        centred,
+        rows,
+        columns,
+        rank,
+        width,
+        blocks.block_rows,
+        *base.stride(),
+        *lora_B.stride(),
+        split_columns,
+        blocks.scale,
+        SPLITS=h.shape[0],
+        HAS_WEIGHT=blocks.weight is not None,
+        ROWS=chosen.rows,
+        COLUMNS=chosen.columns,
+        RANK=rank_tile(width, torch.float32),
+        PRECISION=blocks.precision,
+        **chosen.options,
+    )
+    return grams, products, centred
+
+
+def _by_tiles(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks) -> Parts:
+    """Blocks of any size."""
+    means, centred = _means(base, blocks), _centred_h(h, blocks)
+    return _grams(base, means, blocks), _products(base, lora_B, means, centred, blocks), centred
+
+
+def _means(base: Tensor, blocks: Blocks) -> Tensor:
+    """Column means [n, d] of each block of base [N, d]."""
+    (rows, columns), chosen = base.shape, config("block_means", torch.float32)
+    means = empty(base, (blocks.count, columns), dtype=torch.float32)
     launch(
         _block_means_kernel,
         (blocks.count, ceil_div(columns, chosen.columns)),
-        features,
+        base,
         blocks.starts,
         blocks.weight,
         means,
         rows,
         columns,
         blocks.block_rows,
-        *features.stride(),
-        PARTS=parts,
+        *base.stride(),
         HAS_WEIGHT=blocks.weight is not None,
         ROWS=chosen.rows,
         COLUMNS=chosen.columns,
@@ -130,12 +183,37 @@ def _means(features: Tensor, blocks: Blocks) -> Tensor:
     return means
 
 
+def _centred_h(h: Tensor, blocks: Blocks) -> Tensor:
+    (parts, rows, width), chosen = h.shape, config("block_means", torch.float32)
+    length = ceil_div(blocks.block_rows, chosen.rows) * chosen.rows
+    centred = empty(h, (blocks.count, length, width))
+    launch(
+        _block_h_kernel,
+        (blocks.count, ceil_div(width, chosen.columns)),
+        h,
+        blocks.starts,
+        blocks.weight,
+        centred,
+        rows,
+        width,
+        blocks.block_rows,
+        length,
+        blocks.scale,
+        SPLITS=parts,
+        HAS_WEIGHT=blocks.weight is not None,
+        ROWS=chosen.rows,
+        COLUMNS=chosen.columns,
+        **chosen.options,
+    )
+    return centred
+
+
 def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
     rows, columns = base.shape
     chosen = config("block_grams", torch.float32)
     tiles = ceil_div(blocks.block_rows, chosen.rows)
     parts, split_columns = splits(blocks.count * tiles * tiles, columns, chosen.columns)
-    grams = empty(means, (blocks.count, tiles * tiles, parts, chosen.rows, chosen.rows))
+    grams = empty(means, (blocks.count, parts, tiles * chosen.rows, tiles * chosen.rows))
     launch(
         _block_grams_kernel,
         (blocks.count * tiles * tiles, parts),
@@ -159,71 +237,65 @@ def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
     return grams
 
 
-def _products(base: Tensor, h: Tensor, lora_B: Tensor, base_means: Tensor, h_means: Tensor, blocks: Blocks) -> Tensor:
-    (rows, columns), rank, width = base.shape, lora_B.shape[1], rank_tile(lora_B.shape[1], torch.float32)
-    chosen = config("block_products", torch.float32, rank)
-    tiles = ceil_div(blocks.block_rows, chosen.rows) * ceil_div(rank, width)
+def _products(base: Tensor, lora_B: Tensor, means: Tensor, centred: Tensor, blocks: Blocks) -> Tensor:
+    (rows, columns), rank, tile = base.shape, lora_B.shape[1], rank_tile(lora_B.shape[1], torch.float32)
+    chosen, (_, length, width) = config("block_products", torch.float32, rank), centred.shape
+    tiles = ceil_div(blocks.block_rows, chosen.rows) * ceil_div(rank, tile)
     parts, split_columns = splits(blocks.count * tiles, columns, chosen.columns)
-    length = ceil_div(blocks.block_rows, chosen.rows) * chosen.rows
-    products = empty(h, (blocks.count, parts, length, h.shape[2]))
+    products = empty(centred, (blocks.count, parts, length, width))
     launch(
         _block_products_kernel,
         (blocks.count * tiles, parts),
         base,
-        h,
         lora_B,
+        centred,
         blocks.starts,
         blocks.weight,
-        base_means,
-        h_means,
+        means,
         products,
         rows,
         columns,
         rank,
-        h.shape[2],
+        width,
         blocks.block_rows,
         *base.stride(),
         *lora_B.stride(),
         split_columns,
-        blocks.scale,
-        SPLITS=h.shape[0],
         HAS_WEIGHT=blocks.weight is not None,
         ROWS=chosen.rows,
         COLUMNS=chosen.columns,
-        RANK=width,
+        RANK=tile,
         PRECISION=blocks.precision,
         **chosen.options,
     )
     return products
 
 
-def _sums(grams: Tensor, products: Tensor, h: Tensor, h_means: Tensor, blocks: Blocks, swapped: bool) -> Tensor:
+def _sums(grams: Tensor, products: Tensor, centred: Tensor, blocks: Blocks, swapped: bool) -> Tensor:
     """(a, b, c, rows) of each block and tile."""
-    (splits_of_h, rows, width), (_, tiles, gram_parts, tile_rows, _) = h.shape, grams.shape
-    sums = empty(h, (blocks.count, tiles, 4), dtype=torch.float64)
+    (_, length, width), chosen = centred.shape, config("block_sums", torch.float32)
+    tiles = length // chosen.rows
+    sums = empty(centred, (blocks.count, tiles * tiles, 4), dtype=torch.float64)
     launch(
         _block_sums_kernel,
-        (tiles, blocks.count),
+        (tiles * tiles, blocks.count),
         grams,
         products,
-        h,
-        h_means,
+        centred,
         blocks.starts,
         blocks.weight,
         sums,
-        rows,
+        blocks.base_rows,
         width,
         blocks.block_rows,
-        blocks.scale,
-        gram_parts,
+        grams.shape[1],
         products.shape[1],
-        TILES=ceil_div(blocks.block_rows, tile_rows),
-        SPLITS=splits_of_h,
+        TILES=tiles,
         HAS_WEIGHT=blocks.weight is not None,
         SWAPPED=swapped,
-        ROWS=tile_rows,
+        ROWS=chosen.rows,
         RANK=rank_tile(width, torch.float32),
-        **config("block_sums", torch.float32).options,
+        **chosen.options,
     )
     return sums
 

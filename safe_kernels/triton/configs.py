@@ -45,14 +45,14 @@ class Config:
 
     def __str__(self) -> str:
         """What tuning's file calls it."""
-        if self == LIBRARY:
-            return "library"
+        if self == NO_TILES:
+            return "no tiles"
         tiles = "x".join(str(size) for size in (self.rows, self.columns, self.inner) if size)
         return f"{tiles} warps {self.warps} stages {self.stages}"
 
 
-LIBRARY = Config(0, 0, rank=2**31)
-"""No tiles: the product is PyTorch's, and that is the vendor's library's."""
+NO_TILES = Config(0, 0, rank=2**31)
+"""The kernel is not launched: what it does is done otherwise."""
 
 TABLE: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (
@@ -68,7 +68,7 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, 64, shared=90, half=True, rank=128),
         Config(32, 64, stages=2, half=True, rank=128),
         Config(32, 64, stages=1, rank=32),
-        Config(32, 32, stages=1),
+        Config(32, 32, warps=8, stages=1),
     ),
     # The fewer the rows, the larger the parts of what is summed over them.
     "lora_sweep_both": (Config(256, 64, warps=8, stages=2, half=True, rank=16),),
@@ -85,9 +85,11 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, 64, stages=1, rank=16),
         Config(16, 64, stages=1),
     ),
-    "lora_linear": (LIBRARY,),
+    "lora_linear": (NO_TILES,),  # but the vendor's library
     "reduce": (Config(16, 64, stages=1),),
     # Loads in flight would spill registers, and these read little.
+    # A whole block takes the registers of sm_90, or sm_100's tensor memory; elsewhere four kernels take it by tiles.
+    "block_parts": (Config(128, 16, warps=8, stages=1, shared=200, half=True, rank=16), NO_TILES),
     "block_means": (Config(32, 32, stages=1),),
     "block_grams": (Config(32, 32, stages=1),),
     "block_products": (Config(32, 32, stages=1),),

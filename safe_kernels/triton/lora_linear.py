@@ -23,7 +23,7 @@ from torch import Tensor
 
 from safe_kernels import reference
 from safe_kernels.triton.cka import block_sums
-from safe_kernels.triton.configs import LIBRARY, Config, rank_tile
+from safe_kernels.triton.configs import NO_TILES, Config, rank_tile
 from safe_kernels.triton.gradients import adapter_gradients, at_the_input
 from safe_kernels.triton.launch import (
     TYPES,
@@ -166,10 +166,10 @@ def lora_linear_backward(
     require_shape("weight", weight, (lora_B.shape[0], lora_A.shape[1]))
     grad_x, grad_weight, grad_bias = empty(weight, 0), empty(weight, 0), empty(weight, 0)
     with guard(grad):
-        form = _backward_form(grad, weight, lora_A, drop) if wants_x else LIBRARY
-        wanted = (wants_x and form == LIBRARY, wants_A, wants_B)
+        form = _backward_form(grad, weight, lora_A, drop) if wants_x else NO_TILES
+        wanted = (wants_x and form == NO_TILES, wants_A, wants_B)
         grad_h, part, grad_A, grad_B = adapter_gradients(grad, x, lora_A, lora_B, scaling, drop, wanted, wants_x)
-        if wants_x and form == LIBRARY:
+        if wants_x and form == NO_TILES:
             grad_x = part
             multiply_add(flat(grad_x), rows, weight)
         elif wants_x:
@@ -183,7 +183,7 @@ def lora_linear_backward(
 
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor, h: Tensor, scaling: float) -> Tensor:
     def run(form: Config) -> Tensor:
-        if form == LIBRARY:
+        if form == NO_TILES:
             out = apply(None, bias, x, lora_B, h, scaling, product(x.dtype, lora_B.dtype))
             multiply_add(flat(out), flat(x), weight.t())
             return out
@@ -198,7 +198,7 @@ def _backward_form(grad: Tensor, weight: Tensor, lora_A: Tensor, drop: Dropout) 
 
     def run(form: Config) -> None:
         grad_h = grad.new_zeros((1, grad.numel() // grad.shape[-1], padded(lora_A.shape[0])), dtype=torch.float32)
-        if form == LIBRARY:
+        if form == NO_TILES:
             grad_x, _ = at_the_input(grad, None, lora_A, grad_h, drop, True, False)
             multiply_add(flat(grad_x), flat(grad), weight)
         else:

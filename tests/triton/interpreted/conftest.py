@@ -24,7 +24,7 @@ shim_memory.install()
 
 
 def small(kernel: str, entry: configs.Config) -> configs.Config:
-    if entry == configs.LIBRARY:
+    if entry == configs.NO_TILES:
         return entry
     return replace(entry, rows=16, columns=16, inner=16 if entry.inner else 0)
 

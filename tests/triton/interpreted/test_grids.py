@@ -32,7 +32,7 @@ def test_blocks_of_as_many_rows_as_are_allowed_and_many_blocks(
     monkeypatch: pytest.MonkeyPatch, blocks: int, rows: int, launches: int
 ) -> None:
     kernel = Recorder()
-    for name in ("means", "grams", "products", "sums", "total"):
+    for name in ("parts", "means", "h", "grams", "products", "sums", "total"):
         monkeypatch.setattr(cka, f"_block_{name}_kernel", kernel)
     base, h, lora_B = torch.zeros(8192, 1), torch.zeros(1, 8192, 16), torch.zeros(1, 1)
     cka.block_sums(base, h, lora_B, 1.0, torch.zeros(blocks, dtype=torch.int64), rows, None)

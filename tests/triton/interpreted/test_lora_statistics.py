@@ -9,10 +9,18 @@ from oracle import DTYPES, Dtypes, Problem, Shape, one_minus_cka, problem
 
 import safe_kernels
 from safe_kernels import AdapterStatistics, RowBlocks, reference
+from safe_kernels.triton import configs
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 SHAPE = Shape(96, 40, 56, 5)
 TRAINED = [dtypes for dtypes in DTYPES if dtypes.x != torch.float64]
+
+
+@pytest.fixture(params=[16, 128], ids=["by tiles", "at once"], autouse=True)
+def most_rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _small_tiles: None) -> int:
+    """Rows of the largest block that one program takes."""
+    monkeypatch.setitem(configs.TABLE, "block_parts", (configs.Config(request.param, 16, rank=16), configs.NO_TILES))
+    return request.param
 
 
 def score(p: Problem, blocks: RowBlocks) -> AdapterStatistics:
@@ -82,6 +90,14 @@ def test_few_rows_as_in_the_reference(rows: int) -> None:
     _, got = torch.ops.safe_kernels.lora(*p.inputs, 2.0, 0.0, None, starts, 128, None)
     _, expected = reference.lora(*p.inputs, 2.0, 0.0, None, starts, 128, None)
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize(("rank", "kernels"), [(5, {16: 6, 128: 3}), (40, {16: 6, 128: 6})])
+def test_how_many_kernels_score(
+    rank: int, kernels: dict[int, int], most_rows_at_once: int, launches: list[str]
+) -> None:
+    score(realistic(DTYPES[2], 0.1, Shape(96, 40, 56, rank)), RowBlocks.spread(96, block_rows=48))
+    assert len([name for name in launches if "block" in name]) == kernels[most_rows_at_once]
 
 
 def test_nothing_is_launched_when_not_asked_for(launches: list[str]) -> None:
