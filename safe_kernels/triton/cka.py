@@ -162,7 +162,7 @@ def _by_tiles(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks) -> Parts:
 
 def _means(base: Tensor, blocks: Blocks) -> Tensor:
     """Column means [n, d] of each block of base [N, d]."""
-    (rows, columns), chosen = base.shape, config("block_means", torch.float32)
+    (rows, columns), chosen = base.shape, config("block_tiles", torch.float32)
     means = empty(base, (blocks.count, columns), dtype=torch.float32)
     launch(
         _block_means_kernel,
@@ -184,7 +184,7 @@ def _means(base: Tensor, blocks: Blocks) -> Tensor:
 
 
 def _centred_h(h: Tensor, blocks: Blocks) -> Tensor:
-    (parts, rows, width), chosen = h.shape, config("block_means", torch.float32)
+    (parts, rows, width), chosen = h.shape, config("block_tiles", torch.float32)
     length = ceil_div(blocks.block_rows, chosen.rows) * chosen.rows
     centred = empty(h, (blocks.count, length, width))
     launch(
@@ -210,7 +210,7 @@ def _centred_h(h: Tensor, blocks: Blocks) -> Tensor:
 
 def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
     rows, columns = base.shape
-    chosen = config("block_grams", torch.float32)
+    chosen = config("block_tiles", torch.float32)
     tiles = ceil_div(blocks.block_rows, chosen.rows)
     parts, split_columns = splits(blocks.count * tiles * tiles, columns, chosen.columns)
     grams = empty(means, (blocks.count, parts, tiles * chosen.rows, tiles * chosen.rows))
@@ -239,7 +239,7 @@ def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
 
 def _products(base: Tensor, lora_B: Tensor, means: Tensor, centred: Tensor, blocks: Blocks) -> Tensor:
     (rows, columns), rank, tile = base.shape, lora_B.shape[1], rank_tile(lora_B.shape[1], torch.float32)
-    chosen, (_, length, width) = config("block_products", torch.float32, rank), centred.shape
+    chosen, (_, length, width) = config("block_tiles", torch.float32), centred.shape
     tiles = ceil_div(blocks.block_rows, chosen.rows) * ceil_div(rank, tile)
     parts, split_columns = splits(blocks.count * tiles, columns, chosen.columns)
     products = empty(centred, (blocks.count, parts, length, width))
@@ -273,7 +273,7 @@ def _products(base: Tensor, lora_B: Tensor, means: Tensor, centred: Tensor, bloc
 
 def _sums(grams: Tensor, products: Tensor, centred: Tensor, blocks: Blocks, swapped: bool) -> Tensor:
     """(a, b, c, rows) of each block and tile."""
-    (_, length, width), chosen = centred.shape, config("block_sums", torch.float32)
+    (_, length, width), chosen = centred.shape, config("block_tiles", torch.float32)
     tiles = length // chosen.rows
     sums = empty(centred, (blocks.count, tiles * tiles, 4), dtype=torch.float64)
     launch(
@@ -302,5 +302,5 @@ def _sums(grams: Tensor, products: Tensor, centred: Tensor, blocks: Blocks, swap
 
 def _total(sums: Tensor) -> Tensor:
     total = empty(sums, 4)
-    launch(_block_total_kernel, (1,), sums, total, sums.numel() // 4, ROWS=config("block_sums", torch.float32).rows)
+    launch(_block_total_kernel, (1,), sums, total, sums.numel() // 4, ROWS=config("block_tiles", torch.float32).rows)
     return total

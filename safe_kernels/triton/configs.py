@@ -87,13 +87,10 @@ TABLE: dict[str, tuple[Config, ...]] = {
     ),
     "lora_linear": (NO_TILES,),  # but the vendor's library
     "reduce": (Config(16, 64, stages=1),),
-    # Loads in flight would spill registers, and these read little.
     # A whole block takes the registers of sm_90, or sm_100's tensor memory; elsewhere four kernels take it by tiles.
     "block_parts": (Config(128, 16, warps=8, stages=1, shared=200, half=True, rank=16), NO_TILES),
-    "block_means": (Config(32, 32, stages=1),),
-    "block_grams": (Config(32, 32, stages=1),),
-    "block_products": (Config(32, 32, stages=1),),
-    "block_sums": (Config(32, 32, stages=1),),
+    # Of all kernels that score by tiles, since they share what they make. Loads in flight would spill registers.
+    "block_tiles": (Config(32, 32, stages=1),),
 }
 NEIGHBOURS: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (Config(64, 128, warps=8, shared=90, half=True), Config(16, 64, stages=2)),

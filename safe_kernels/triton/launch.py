@@ -99,10 +99,10 @@ def tuned(
     Returns:
         What `run` returns.
     """
-    return run(chosen(kernel, run, size, arithmetic, matrix, *flags))
+    return run(choose(kernel, run, size, arithmetic, matrix, *flags))
 
 
-def chosen(
+def choose(
     kernel: str,
     run: Callable[[configs.Config], Any],
     size: Sequence[int],

@@ -24,12 +24,12 @@ from torch import Tensor
 from safe_kernels import reference
 from safe_kernels.triton.cka import block_sums
 from safe_kernels.triton.configs import NO_TILES, Config, rank_tile
-from safe_kernels.triton.gradients import adapter_gradients, at_the_input
+from safe_kernels.triton.gradients import NOTHING_DROPPED, adapter_gradients, at_the_input
 from safe_kernels.triton.launch import (
     TYPES,
     Dropout,
     ceil_div,
-    chosen,
+    choose,
     dropout,
     flat,
     guard,
@@ -187,7 +187,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor, h: 
             out = apply(None, bias, x, lora_B, h, scaling, product(x.dtype, lora_B.dtype))
             multiply_add(flat(out), flat(x), weight.t())
             return out
-        return _multiply(x, weight.t(), bias, h, lora_B.t(), dropout(0.0, None), scaling, form)
+        return _multiply(x, weight.t(), bias, h, lora_B.t(), NOTHING_DROPPED, scaling, form)
 
     flags = (bias is not None and "bias", weight.stride(1) == 1 and "column")
     return tuned("lora_linear", run, _size(x, weight.t(), lora_B.shape[1]), product(x.dtype, weight.dtype), x, *flags)
@@ -206,7 +206,7 @@ def _backward_form(grad: Tensor, weight: Tensor, lora_A: Tensor, drop: Dropout) 
 
     flags = (drop.rng_state is not None and "dropout", weight.stride(0) == 1 and "column", "backward")
     size, arithmetic = _size(grad, weight, lora_A.shape[0]), product(grad.dtype, weight.dtype)
-    return chosen("lora_linear", run, size, arithmetic, grad, *flags)
+    return choose("lora_linear", run, size, arithmetic, grad, *flags)
 
 
 def _size(left: Tensor, right: Tensor, rank: int) -> tuple[int, int, int, int]:

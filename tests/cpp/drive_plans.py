@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from driving import ROWS, WIDTHS, count, exactly, run, views, with_one_and_two_threads
+from stub_library import WATCHER, load
 from torch import Tensor
 
 from safe_kernels import _C
@@ -18,33 +15,15 @@ from safe_kernels import _C
 NEVER = 2**63 - 1
 ADDRESS, FLOATS = -1, 4
 COPY = 1
-KERNEL = ctypes.CFUNCTYPE(
-    None,
-    ctypes.c_uint64,
-    ctypes.POINTER(ctypes.c_uint),
-    ctypes.c_uint,
-    ctypes.c_uint,
-    ctypes.c_uint64,
-    ctypes.POINTER(ctypes.c_void_p),
-)
 
 
-@KERNEL
+@WATCHER
 def kernel(function: int, grid: Any, threads: int, shared: int, stream: int, parameters: Any) -> None:
     """Copies: source, target, number of floats."""
     source, target = (ctypes.c_uint64.from_address(parameters[i]).value for i in range(2))
     floats = ctypes.c_int32.from_address(parameters[2]).value
     assert (function, list(grid[:3]), threads) == (COPY, [floats, 1, 1], 32)
     ctypes.memmove(target, source, FLOATS * floats)
-
-
-def driver() -> ctypes.CDLL:
-    folder = tempfile.mkdtemp()
-    source, library = Path(__file__).parents[1] / "triton/libcuda.c", str(Path(folder, "libcuda.so.1"))
-    command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-Wl,-soname,libcuda.so.1", str(source), "-o", library]
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    subprocess.run(command, check=True, env=environment)
-    return ctypes.CDLL(library, mode=ctypes.RTLD_GLOBAL)
 
 
 def copy(source: int, target: int, floats: int) -> tuple[int, tuple[int, int, int], int, int, list[tuple[int, int]]]:
@@ -153,7 +132,7 @@ def threads() -> None:
 
 
 if __name__ == "__main__":
-    DRIVER = driver()
+    DRIVER, _ = load()
     DRIVER.watch(kernel)
     _C.serve("dropout", host, recorded, "XPU")
     run(

@@ -6,9 +6,8 @@ Kernels are compiled for sm_90 and "loaded"; tensors lie on the CPU, whose addre
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
-import subprocess
-import tempfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from stub_library import WATCHER, load
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
@@ -25,15 +25,6 @@ from safe_kernels.triton.plans import parameter_bytes
 
 KEY = "XPU"
 """The ops are served where no tensor of these tests would look for them, and called there by name."""
-WATCHER = ctypes.CFUNCTYPE(
-    None,
-    ctypes.c_uint64,
-    ctypes.POINTER(ctypes.c_uint),
-    ctypes.c_uint,
-    ctypes.c_uint,
-    ctypes.c_uint64,
-    ctypes.POINTER(ctypes.c_void_p),
-)
 
 
 class Launch(NamedTuple):
@@ -76,13 +67,7 @@ class Stub:
     """The driver, and the ops served over it."""
 
     def __init__(self) -> None:
-        folder = Path(tempfile.mkdtemp(prefix="stub-driver-"))
-        source = Path(__file__).with_name("libcuda.c")
-        command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]
-        soname = ["-Wl,-soname,libcuda.so.1", "-o", str(folder / "libcuda.so.1")]
-        subprocess.run([*command, str(source), *soname], check=True)
-        (folder / "libcuda.so").symlink_to("libcuda.so.1")
-        self.library = ctypes.CDLL(str(folder / "libcuda.so.1"), mode=ctypes.RTLD_GLOBAL)
+        self.library, folder = load()
         os.environ["TRITON_LIBCUDA_PATH"] = str(folder)
         self.watch: Watch | None = None
         self._watcher = WATCHER(self._launched)
@@ -160,8 +145,6 @@ def _sizes(function: int) -> list[int]:
 
 @cache
 def _kernels() -> list[Any]:
-    import importlib
-
     names = (path.stem for path in Path(host_function.__code__.co_filename).parent.glob("*.py"))
     modules = [importlib.import_module(f"safe_kernels.triton.{name}") for name in names if name != "__init__"]
     found = {id(value): value for module in modules for value in vars(module).values()}
