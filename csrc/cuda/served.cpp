@@ -32,8 +32,10 @@ class Plans {
     return true;
   }
 
-  void add(std::string key, std::shared_ptr<const Plan> plan) {
+  // Unless plans have been forgotten since the call began: this one may rest on what has changed.
+  void add(std::string key, std::shared_ptr<const Plan> plan, size_t age) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (age != age_) return;
     if (plans_.size() >= kMostPlans) plans_.clear();
     plans_[std::move(key)] = std::move(plan);
   }
@@ -41,6 +43,13 @@ class Plans {
   void forget() {
     const std::lock_guard<std::mutex> lock(mutex_);
     plans_.clear();
+    ++age_;
+  }
+
+  // How often plans have been forgotten.
+  size_t age() const {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return age_;
   }
 
   size_t count() const {
@@ -50,6 +59,7 @@ class Plans {
 
  private:
   mutable std::mutex mutex_;
+  size_t age_ = 0;
   std::unordered_map<std::string, std::shared_ptr<const Plan>> plans_;
 };
 
@@ -100,13 +110,18 @@ class Served final : public c10::OperatorKernel {
   // holds for every call like it.
   std::vector<Tensor> ask(PyObject* function, c10::ArrayRef<c10::IValue> arguments, Signature* signature) const {
     const py::gil_scoped_acquire gil;
+    const size_t age = plans_->age();
     py::tuple given(arguments.size());
     for (size_t i = 0; i < arguments.size(); ++i) given[i] = to_python(arguments[i]);
     auto found = py::reinterpret_steal<py::object>(PyObject_CallObject(function, given.ptr()));
-    if (!found) throw python_error();
+    if (!found) {
+      python_error error;
+      error.persist();  // this thread's Python may be gone when it is caught
+      throw error;
+    }
     if (signature != nullptr) {
       auto [result, plan, holds] = found.cast<std::tuple<py::object, std::shared_ptr<Plan>, bool>>();
-      if (holds) plans_->add(std::move(signature->key), std::move(plan));
+      if (holds) plans_->add(std::move(signature->key), std::move(plan), age);
       found = std::move(result);
     }
     if (!py::isinstance<py::tuple>(found)) return {found.cast<Tensor>()};

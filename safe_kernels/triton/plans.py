@@ -11,9 +11,9 @@ and is left to its host function.
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
-import struct
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from safe_kernels import _C
 
@@ -42,10 +43,21 @@ class Unplannable(Exception):
 
 
 class Allocation(NamedTuple):
-    """A tensor that a call has made, and the number of steps before it."""
+    """A tensor that a call has made, not kept alive, and the number of steps before it."""
 
-    tensor: Tensor
+    storage: StorageWeakRef
+    address: int
+    shape: list[int]
+    dtype: torch.dtype
     first: int
+
+    def holds(self, tensor: Tensor) -> bool:
+        """Whether a tensor lies in what was allocated; once that is gone, others may have its address."""
+        return not self.storage.expired() and self.storage.cdata == tensor.untyped_storage()._cdata
+
+
+_LOADED: dict[int, Any] = {}
+"""Compiled kernels by function: what plans launch must not be unloaded."""
 
 
 class Recorder:
@@ -57,32 +69,41 @@ class Recorder:
 
     def __init__(self, inputs: list[Tensor]) -> None:
         self.inputs = inputs
-        self.allocations: list[Allocation] = []  # kept alive, so that no address comes twice
+        self.allocations: list[Allocation] = []
         self.steps: list[Launch | Product] = []
         self.is_complete = True
         self.holds = True
 
     def allocated(self, tensor: Tensor) -> None:
         """Notes an allocation."""
-        self.allocations.append(Allocation(tensor, len(self.steps)))
+        storage = StorageWeakRef(tensor.untyped_storage())
+        shape, dtype, first = list(tensor.shape), tensor.dtype, len(self.steps)
+        self.allocations.append(Allocation(storage, tensor.data_ptr(), shape, dtype, first))
 
     def launched(self, kernel: Any, compiled: Any, grid: Sequence[int], values: Sequence[Any]) -> None:
         """Notes a launch."""
         if 0 in grid:
             return  # nothing runs
-        try:
+        with self._noting():
             if compiled is None:
                 raise Unplannable("it was interpreted")
+            if _is_watched():
+                self.holds = False
+                raise Unplannable("somebody wants to see it, and may not want to see the next one")
             self.steps.append(self._launch(kernel, compiled, grid, values))
-        except Unplannable:
-            self.is_complete = False
 
     def multiplied(self, *matrices: Tensor) -> None:
         """Notes a product that PyTorch has added to the first matrix."""
-        try:
+        with self._noting():
             out, left, right = map(self._view, matrices)
             self.steps.append((out, left, right))
-        except Unplannable:
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """What is noted has been done already, and must not fail for the notes, whatever a newer Triton tells of it."""
+        try:
+            yield
+        except Exception:
             self.is_complete = False
 
     def plan(self, result: Tensor | tuple[Tensor, ...]) -> _C.Plan | None:
@@ -91,22 +112,23 @@ class Recorder:
         Args:
             result: what the call returns.
         """
-        try:
+        plan = None
+        with self._noting():
             results = [self._result(tensor) for tensor in (result if isinstance(result, tuple) else (result,))]
-        except Unplannable:
-            return None
-        return _C.Plan(list(self._lives(results)), self.steps, results) if self.is_complete else None
+            if self.is_complete and len({tensor.device for tensor in self.inputs}) == 1:
+                plan = _C.Plan(list(self._lives(results)), self.steps, results)
+        return plan
 
     def _lives(self, results: list[int]) -> Iterator[tuple[list[int], torch.dtype, int, int]]:
         """Of each allocation shape, dtype, the step before which it is made, and the one after which it goes."""
         used = [set(_tensors_of(step)) for step in self.steps]
-        for index, (tensor, first) in enumerate(self.allocations, start=len(self.inputs)):
+        for index, made in enumerate(self.allocations, start=len(self.inputs)):
             uses = [number for number, tensors in enumerate(used) if index in tensors]
             is_result = index - len(self.inputs) in results
             if uses or is_result:
-                yield list(tensor.shape), tensor.dtype, first, NEVER if is_result else uses[-1]
+                yield made.shape, made.dtype, made.first, NEVER if is_result else uses[-1]
             else:
-                yield [], tensor.dtype, NEVER, NEVER
+                yield [], made.dtype, NEVER, NEVER
 
     def _launch(self, kernel: Any, compiled: Any, grid: Sequence[int], values: Sequence[Any]) -> Launch:
         metadata, types = compiled.metadata, compiled.src.signature
@@ -115,12 +137,14 @@ class Recorder:
         kinds = [(name, kind) for name, kind in types.items() if kind != "constexpr"]
         arguments = [self._argument(kind, given[name]) for name, kind in kinds]
         # Behind a kernel's own parameters come Triton's: two addresses of memory that none here asks for.
-        expected, found = [BYTES.get(kind, 8) for _, kind in kinds], parameter_bytes(compiled.asm["ptx"])
+        expected, found = [BYTES.get(kind, 8) for _, kind in kinds], parameter_bytes(compiled.asm.get("ptx", ""))
         if found != [*expected, 8, 8]:
             raise Unplannable("the kernel's parameters are others than its signature says")
         x, y, z = (*grid, 1, 1)[:3]
         threads = metadata.num_warps * metadata.target.warp_size
-        return int(compiled.function), (x, y, z), threads, metadata.shared, [*arguments, (-1, 0), (-1, 0)]
+        function = int(compiled.function)
+        _LOADED[function] = compiled
+        return function, (x, y, z), threads, metadata.shared, [*arguments, (-1, 0), (-1, 0)]
 
     def _argument(self, kind: str, value: Any) -> Argument:
         if kind.startswith("*"):
@@ -128,7 +152,7 @@ class Recorder:
         if kind not in BYTES:
             raise Unplannable(f"a parameter of type {kind}")
         if kind == "fp32":
-            return -1, int.from_bytes(struct.pack("<f", value), "little")
+            return -1, int.from_bytes(bytes(ctypes.c_float(value)), "little")  # as C casts it: too large is infinite
         return -1, int(value) % 2 ** (8 * BYTES[kind])
 
     def _address(self, tensor: Tensor) -> Argument:
@@ -139,20 +163,29 @@ class Recorder:
         for index, known in enumerate(self.inputs):
             if known.data_ptr() == address:
                 return index, 0
-        tensors = [*self.inputs, *(made for made, _ in self.allocations)]
         storage = tensor.untyped_storage().data_ptr()
-        owners = [index for index, known in enumerate(tensors) if known.untyped_storage().data_ptr() == storage]
-        if len(owners) != 1 or address < tensors[owners[0]].data_ptr():
+        owners = [
+            (index, known.data_ptr())
+            for index, known in enumerate(self.inputs)
+            if known.untyped_storage().data_ptr() == storage
+        ]
+        owners += [
+            (index, made.address)
+            for index, made in enumerate(self.allocations, start=len(self.inputs))
+            if made.holds(tensor)
+        ]
+        if len(owners) != 1 or address < owners[0][1]:
             raise Unplannable("a tensor from elsewhere")
-        return owners[0], address - tensors[owners[0]].data_ptr()
+        index, start = owners[0]
+        return index, address - start
 
     def _view(self, matrix: Tensor) -> View:
         index, offset = self._address(matrix)
         return index, list(matrix.shape), list(matrix.stride()), offset // matrix.itemsize
 
     def _result(self, tensor: Tensor) -> int:
-        for index, (made, _) in enumerate(self.allocations):
-            if made is tensor:
+        for index, made in enumerate(self.allocations):
+            if made.holds(tensor) and (made.shape, made.dtype) == (list(tensor.shape), tensor.dtype):
                 return index
         raise Unplannable("a result from elsewhere")
 
@@ -164,14 +197,17 @@ def _tensors_of(step: Launch | Product) -> Iterator[int]:
 
 def _require_plain(metadata: Any) -> None:
     """A launch that says nothing but how many programs, threads and bytes."""
-    from triton import knobs
-
     special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
     if metadata.target.backend != "cuda" or metadata.num_ctas != 1 or any(getattr(metadata, s, 0) for s in special):
         raise Unplannable("a launch of a special kind")
+
+
+def _is_watched() -> bool:
+    """Whether somebody, such as a profiler, has Triton tell of launches."""
+    from triton import knobs
+
     hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
-    if any(getattr(hook, "calls", hook) for hook in hooks):
-        raise Unplannable("somebody watches launches")
+    return any(bool(getattr(hook, "calls", hook)) for hook in hooks)
 
 
 def parameter_bytes(ptx: str) -> list[int]:

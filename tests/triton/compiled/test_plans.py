@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import gc
 import threading
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,6 +31,7 @@ from torch import Tensor
 import safe_kernels
 from safe_kernels import _C, reference
 from safe_kernels.triton import plans
+from safe_peft.planning.live import LiveBytes
 
 
 @pytest.fixture(autouse=True)
@@ -82,29 +82,14 @@ def test_what_a_call_needs_in_between_goes_as_soon_as_it_is_done(driver: Stub) -
     """No later than the host function lets it go: a tensor's memory is the next one's."""
     op, make = CASES["lora_backward"]
     driver.served(op, *make())
-    alive: dict[str, list[int]] = {}
-    for name, call in (("host", driver.hosted), ("plan", driver.served)):
-        arguments, kept, counts = make(), [], []
-
-        class Counting(Watch):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                result = func(*args, **(kwargs or {}))
-                if func in (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default) and result.numel():
-                    kept.append(weakref.ref(result.untyped_storage()))  # noqa: B023
-                counts.append(sum(bytes_of(reference) for reference in kept))  # noqa: B023
-                return result
-
-        with Counting():
-            result = call(op, *arguments)
-        gc.collect()
-        alive[name] = counts
-        del result
-    assert max(alive["plan"]) <= max(alive["host"])
+    host, plan = (peak_of(lambda call=call: call(op, *make())) for call in (driver.hosted, driver.served))
+    assert plan <= host
 
 
-def bytes_of(reference: Any) -> int:
-    storage = reference()
-    return 0 if storage is None else storage.nbytes()
+def peak_of(call: Callable[[], Any]) -> int:
+    with LiveBytes() as live:
+        call()
+    return live.peak
 
 
 def kinds(driver: Stub, op: str, *calls: Arguments) -> int:
@@ -242,7 +227,83 @@ def test_a_watched_launch_has_no_plan(driver: Stub) -> None:
             driver.served("dropout", *arguments)
     finally:
         knobs.runtime.launch_enter_hook.remove(hook)
-    assert len(seen) == 2
+    assert len(seen) == 2 and _C.plan_counts()["dropout"] == 0
+    driver.served("dropout", *arguments)
+    assert _C.plan_counts()["dropout"] == 1, "once nobody watches"
+
+
+@pytest.mark.parametrize("lost", ["ptx", "metadata", "function"])
+def test_notes_that_cannot_be_taken_fail_no_call(lost: str, driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels may be stored without their PTX, and a newer Triton may tell other things of them."""
+
+    def note(self: Any, kernel: Any, compiled: Any, *args: Any) -> None:
+        facts = {name: getattr(compiled, name) for name in ("asm", "metadata", "src", "function")}
+        facts |= {"asm": {}} if lost == "ptx" else {}
+        facts.pop(lost, None)
+        launched(self, kernel, SimpleNamespace(**facts), *args)
+
+    launched = plans.Recorder.launched
+    monkeypatch.setattr(plans.Recorder, "launched", note)
+    arguments = CASES["dropout"][1]()
+    for _ in range(2):
+        _, watch = driver.watched(lambda: driver.served("dropout", *arguments))
+        assert len(watch.launches) == 1
+    assert plans.recorded(lambda *args: driver.hosted("dropout", *args))(*arguments)[1:] == (None, True)
+
+
+def test_a_number_too_large_for_a_kernel_is_infinite(driver: Stub) -> None:
+    arguments = lora()
+    (place,) = [index for index, value in enumerate(arguments) if isinstance(value, float) and value > 0.5]
+    arguments[place] = 1e39
+    for _ in range(2):
+        _, by_plan = driver.watched(lambda: driver.served("lora", *arguments))
+        _, by_host = driver.watched(lambda: driver.hosted("lora", *arguments))
+        assert traces(by_plan, tensors(arguments)) == traces(by_host, tensors(arguments))
+
+
+def test_what_plans_launch_is_not_unloaded(driver: Stub) -> None:
+    arguments = CASES["dropout"][1]()
+    driver.served("dropout", *arguments)
+    _, watch = driver.watched(lambda: driver.served("dropout", *arguments))
+    assert watch.launches and all(launch.function in plans._LOADED for launch in watch.launches)
+
+
+def test_the_first_call_needs_no_more_memory_than_the_host_function(driver: Stub) -> None:
+    """Batches of many lengths are many first calls."""
+    op, make = CASES["lora_backward"]
+    host, first = (peak_of(lambda call=call: call(op, *make())) for call in (driver.hosted, driver.served))
+    assert _C.plan_counts()[op] == 1 and first <= host
+
+
+def test_tensors_on_several_devices_have_no_plan() -> None:
+    recorder = plans.Recorder([torch.zeros(1), torch.zeros(1, device="meta")])
+    made = torch.zeros(1)
+    recorder.allocated(made)
+    assert recorder.plan(made) is None
+    recorder.inputs.pop()
+    assert recorder.plan(made) is not None
+
+
+def test_what_is_gone_owns_nothing(driver: Stub) -> None:
+    """A tensor of somebody else's at the address of one that was allocated and let go."""
+    recorder = plans.Recorder([])
+    address = (made := torch.zeros(1024)).data_ptr()
+    recorder.allocated(made)
+    assert recorder._address(made) == (0, 0) and recorder._address(made[3:]) == (0, 12)
+    made.untyped_storage().resize_(0)
+    del made
+    others = [torch.zeros(1024) for _ in range(8)]
+    for other in others:
+        assert not recorder.allocations[0].holds(other), "even one at the same address" * (other.data_ptr() == address)
+        with pytest.raises(plans.Unplannable):
+            recorder._address(other)
+
+
+def test_what_is_forgotten_while_it_is_noted_leaves_no_plan(driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plans.Recorder.plan
+    monkeypatch.setattr(plans.Recorder, "plan", lambda self, result: (plans.forget(), plan(self, result))[1])
+    driver.served("dropout", *CASES["dropout"][1]())
+    assert _C.plan_counts()["dropout"] == 0
 
 
 def test_many_threads_make_and_take_plans(driver: Stub) -> None:
