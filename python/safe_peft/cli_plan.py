@@ -22,6 +22,9 @@ Length = Annotated[int, typer.Option(help="Tokens a row.")]
 Padded = Annotated[bool, typer.Option("--padded", help="Rows are of different length, so that attention takes a mask.")]
 Classes = Annotated[int, typer.Option(help="Classes, for seq-cls.")]
 Dtype = Annotated[str, typer.Option(help=f"Of the model's parameters: {', '.join(DTYPES)}.")]
+Where = Annotated[
+    str, typer.Option(help="Where it will train: cpu, cuda, or auto for what this machine has; a plan needs neither.")
+]
 Frozen = Annotated[list[str] | None, typer.Option(help="Shell pattern of adapters that are frozen; may be repeated.")]
 Share = Annotated[float | None, typer.Option(help="Share of the adapters that are frozen, lowest first.")]
 Again = Annotated[list[str] | None, typer.Option(help="Shell pattern of frozen blocks that run again in backward.")]
@@ -38,6 +41,7 @@ def plan(
     padded: Padded = False,
     classes: Classes = 2,
     dtype: Dtype = "float32",
+    device: Where = "auto",
     r: Rank = 8,
     lora_dropout: Dropout = 0.0,
     target_modules: Targets = "all-linear",
@@ -75,6 +79,7 @@ def plan(
         frozen=frozen_fraction if frozen_fraction is not None else frozen or (),
         recompute=recompute or (),
         padded=padded,
+        device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
     )
     result = replace(result, model=model)
     typer.echo(result)

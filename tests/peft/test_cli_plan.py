@@ -48,6 +48,12 @@ def test_patterns(shell: Path, tmp_path: Path) -> None:
     assert plan.ours.by_block["bert.encoder.layer.1"] == mask < plan.ours.by_block["bert.encoder.layer.0"] / 10
 
 
+def test_a_plan_for_a_gpu_needs_none(shell: Path, tmp_path: Path) -> None:
+    status, out, err = call("plan", "--model", shell, *SIZE, "--device", "cuda", "--json", tmp_path / "plan.json")
+    assert status == 0 and "labels 4, cuda: 0 of" in out, err
+    assert MemoryPlan.from_dict(json.loads((tmp_path / "plan.json").read_text())).device == "cuda"
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [
@@ -58,6 +64,7 @@ def test_patterns(shell: Path, tmp_path: Path) -> None:
         (("--lora-dropout", "nan"), "lora_dropout must lie in [0, 1], got nan"),
         (("--lora-dropout", -0.1), "lora_dropout must lie in [0, 1], got -0.1"),
         (("--dtype", "int8"), "dtype must be one of float32"),
+        (("--device", "tpu"), "device: expected cpu or cuda"),
         (("--sequence-length", 33), "sequence_length: the model has 32 positions, got 33"),
         (("--target-modules", "nothing"), "LoRA options: "),
     ],

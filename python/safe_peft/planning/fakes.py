@@ -37,6 +37,7 @@ class FakeModel:
 
     Args:
         model: any module.
+        kind: of the device that the plan is for; what lies on one of another kind is copied to the CPU.
 
     Raises:
         PlanError: It cannot be copied.
@@ -48,9 +49,9 @@ class FakeModel:
         torch.Size([5, 3])
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, kind: str = "") -> None:
         check_sharding(model)
-        self.mode = FakeTensorMode()
+        self.mode, self._kind = FakeTensorMode(), kind
         memo: dict[int, Any] = {}
         self._shapes: dict[int, Tensor] = {}
         self._whole = whole_dtypes(model)
@@ -88,21 +89,24 @@ class FakeModel:
 
     def _fake(self, tensor: Tensor) -> Tensor:
         if id(tensor) in self._whole:
-            empty = torch.empty(tensor.shape, dtype=self._whole[id(tensor)], device=tensor.device)
+            empty = torch.empty(tensor.shape, dtype=self._whole[id(tensor)], device=self._device(tensor))
             return nn.Parameter(empty, requires_grad=tensor.requires_grad)
         if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
             return self.mode.from_tensor(tensor, static_shapes=True)
-        device = torch.device("cpu") if tensor.device.type == "meta" else tensor.device
         storage = tensor.untyped_storage()
         if storage._cdata not in self._shapes:  # tensors that share memory go on sharing it
             count = storage.nbytes() // tensor.element_size()
-            self._shapes[storage._cdata] = torch.empty(count, dtype=tensor.dtype, device=device)
+            self._shapes[storage._cdata] = torch.empty(count, dtype=tensor.dtype, device=self._device(tensor))
         base = self._shapes[storage._cdata]
         base = base if base.dtype == tensor.dtype else base.view(tensor.dtype)
         fake = base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
         if isinstance(tensor, nn.Parameter):
             return nn.Parameter(fake, requires_grad=tensor.requires_grad)
         return fake
+
+    def _device(self, tensor: Tensor) -> torch.device:
+        there = tensor.device.type != "meta" and tensor.device.type == (self._kind or tensor.device.type)
+        return tensor.device if there else torch.device("cpu")
 
 
 class _Copying(FakeCopyMode):

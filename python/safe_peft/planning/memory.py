@@ -5,19 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from ..blocks import transformer_blocks
 from ..errors import ConfigError, PlanError
 from ..paths import unwrap
+from .device import device_kind
 from .fakes import FakeModel
 from .inputs import Inputs, inputs_for
 from .plan import GroupRow, MemoryPlan, Side
 from .retained import RetainedTable
-from .tracing import Trace, live_adapters, trace
+from .tracing import Loss, Trace, live_adapters, trace
 
 __all__ = ["MemoryPlan", "plan_memory", "plan_of"]
 
@@ -33,6 +36,8 @@ def plan_memory(
     padded: bool = False,
     keep_dropout: bool = False,
     optimizer_states: int = 2,
+    device: str | torch.device | None = None,
+    loss: Loss | None = None,
 ) -> MemoryPlan:
     """Plan the memory of one training step, for stock PEFT and for ours, without values and without running the model.
 
@@ -50,12 +55,16 @@ def plan_memory(
         padded: rows are of different length, so that attention takes a mask.
         keep_dropout: leave the dropout of frozen adapters on, as stock PEFT does.
         optimizer_states: numbers the optimizer keeps for one that trains: 2 for AdamW.
+        device: where the model will train, "cpu" or "cuda", with or without one here; None: where it is, and the CPU if
+            that is the meta device.
+        loss: how the training computes its loss, such as `lambda model, batch: model(**batch).loss`. It is given a copy
+            of the model, and the batch as a dict, and must take all of the model from there. None: the model's own.
 
     Returns:
         The plan; print it for tables.
 
     Raises:
-        PlanError: The model does not run without values, or nothing says what its batch looks like.
+        PlanError: The model or the loss does not run without values, or nothing says what the batch looks like.
         ConfigError: A pattern matches nothing, or a share is none.
         BindingError: The model has no layer that can be bound.
 
@@ -71,7 +80,10 @@ def plan_memory(
         raise PlanError("batch_size: needed beside the model, or else batch=..., a batch whose shapes count.")
     else:
         inputs = inputs_for(model, batch_size, sequence_length, padded=padded)
-    fake = FakeModel(model).module
+    kind = device_kind(device)
+    if loss is not None and not callable(loss):
+        raise ConfigError(f"loss: expected a function of a model and a batch, got {loss!r}.")
+    fake = FakeModel(model, kind).module
     adapters = live_adapters(fake)
     names = chosen([adapter.name for adapter in adapters], frozen, "frozen", "adapter")
     blocks = chosen(list(transformer_blocks(fake)), recompute, "recompute", "block")
@@ -83,6 +95,8 @@ def plan_memory(
         keep_dropout=keep_dropout,
         optimizer_states=optimizer_states,
         title=_title(model),
+        device=kind,
+        loss=loss,
     )
 
 
@@ -95,6 +109,8 @@ def plan_of(
     keep_dropout: bool = False,
     optimizer_states: int = 2,
     title: str = "",
+    device: str = "",
+    loss: Loss | None = None,
 ) -> MemoryPlan:
     """Plan for exact names and shapes; see `plan_memory`.
 
@@ -106,11 +122,14 @@ def plan_of(
         keep_dropout: as in `plan_memory`.
         optimizer_states: likewise.
         title: what is planned for.
+        device: the kind of device, "" for the model's.
+        loss: as in `plan_memory`.
     """
-    stock = trace(model, inputs, frozen=frozen, fast=False)
-    ours = trace(model, inputs, frozen=frozen, recompute=recompute, keep_dropout=keep_dropout)
+    step = partial(trace, model, inputs, frozen=frozen, device=device, loss=loss)
+    stock = step(fast=False)
+    ours = step(recompute=recompute, keep_dropout=keep_dropout)
     # What more freezing would free is asked of a trace that recomputes nothing: a block that does shows no inside.
-    table = ours.table if not recompute else trace(model, inputs, frozen=frozen, keep_dropout=keep_dropout).table
+    table = ours.table if not recompute else step(keep_dropout=keep_dropout).table
     adapters = live_adapters(model)
     optimizer = optimizer_states * ours.gradients
     return MemoryPlan(
@@ -127,7 +146,13 @@ def plan_of(
         optimizer=optimizer,
         groups=tuple(_groups(table, stock.table, recompute)),
         blocks=tuple(_blocks(table, recompute)),
+        device=device or _kind(model),
     )
+
+
+def _kind(model: nn.Module) -> str:
+    kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    return "cpu" if kind == "meta" else kind
 
 
 def _side(traced: Trace, optimizer: int) -> Side:

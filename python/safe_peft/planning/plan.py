@@ -72,6 +72,7 @@ class MemoryPlan:
         optimizer: bytes of the optimizer's state.
         groups: what freezing would free, group by group, the model's order.
         blocks: bytes that freezing all of a block's adapters would free.
+        device: the kind of device that it is for, "" for any.
 
     Example:
         >>> print(plan_memory(model, batch_size=8, sequence_length=512, frozen=0.5))  # doctest: +SKIP
@@ -90,6 +91,7 @@ class MemoryPlan:
     optimizer: int
     groups: tuple[GroupRow, ...] = ()
     blocks: tuple[tuple[str, int], ...] = ()
+    device: str = ""
 
     @property
     def ratio(self) -> float:
@@ -104,7 +106,8 @@ class MemoryPlan:
         )
         frozen = f"{len(self.frozen)} of {self.adapters} adapters frozen"
         again = f", {len(self.recompute)} blocks recomputed" if self.recompute else ""
-        head = f"{self.model}, {self.batch}: {frozen}{again}; MiB of one training step"
+        where = f", {self.device}" if self.device else ""
+        head = f"{self.model}, {self.batch}{where}: {frozen}{again}; MiB of one training step"
         return "\n\n".join([head, parts, blocks, self._peaks()])
 
     def _peaks(self) -> str:

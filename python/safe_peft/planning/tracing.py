@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ from ..binding import Binding, bind
 from ..blocks import transformer_blocks
 from ..errors import PlanError
 from ..paths import short_name
+from .device import as_on
 from .fakes import FakeModel, MaskAnswers, first_line, ordinary_positions
 from .graph import Reach, latest_node
 from .inputs import Inputs
@@ -33,6 +34,8 @@ from .live import LiveBytes
 from .parts import Places
 from .retained import BlockFacts, RetainedTable, Saver, Storage
 
+Loss = Callable[[nn.Module, dict[str, Any]], Tensor | None]
+"""Of a model and its arguments by name."""
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
@@ -68,6 +71,8 @@ def trace(
     recompute: Collection[str] = (),
     fast: bool = True,
     keep_dropout: bool = False,
+    device: str = "",
+    loss: Loss | None = None,
 ) -> Trace:
     """Trace a step of a model that is neither run nor changed.
 
@@ -78,6 +83,8 @@ def trace(
         recompute: names of blocks that run again in backward once they are frozen.
         fast: bind the copy; otherwise it is stock PEFT.
         keep_dropout: leave the dropout of frozen adapters on; stock PEFT always does.
+        device: the kind of device the model will train on, "cpu" or "cuda"; "" for the one it is on.
+        loss: computes the loss of the model and a batch; None: the model's own.
 
     Raises:
         PlanError: The model does not run without values.
@@ -87,7 +94,7 @@ def trace(
         >>> trace(model, inputs_for(model, 8, 128)).retained  # doctest: +SKIP
         23068672
     """
-    fake = FakeModel(model)
+    fake = FakeModel(model, device)
     if not fake.module.training:
         fake.module.train()
     adapters = live_adapters(fake.module)
@@ -98,7 +105,9 @@ def trace(
             adapter.freeze(keep_dropout=keep_dropout or not fast)
     step = _Step(fake, [adapter for adapter in adapters if adapter.name not in frozen], recompute if fast else ())
     try:
-        return step.run(inputs)
+        return step.run(inputs, device, loss or _own_loss)
+    except PlanError:
+        raise
     except Exception as error:
         raise PlanError(
             f"{type(model).__name__} does not run without values ({type(error).__name__}: {first_line(error)}); a plan "
@@ -156,29 +165,41 @@ class _Step:
         self.random: dict[str, bool] = {}
         self.thread = threading.get_ident()
 
-    def run(self, inputs: Inputs) -> Trace:
+    def run(self, inputs: Inputs, kind: str, compute: Loss) -> Trace:
         """Forward, account, backward."""
         module = self.fake.module
         device = next(module.parameters()).device
         positions = nullcontext() if "position_ids" in inputs.tensors else ordinary_positions()
         random = torch.random.fork_rng(devices=[])
         answers = MaskAnswers(inputs.rows, inputs.padded)
-        with self.fake.mode, answers, torch.enable_grad(), random, positions, _autocast(device, inputs):
+        with (
+            self.fake.mode,
+            answers,
+            torch.enable_grad(),
+            random,
+            positions,
+            _autocast(device, inputs),
+            as_on(kind, device),
+        ):
             arguments = inputs.make(device)
             batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
             existing = self.fake.tensors
             with LiveBytes([*existing, *batch], self._note_draw, fake=True) as live:
-                loss, table = self._forward(arguments, {key for t in [*existing, *batch] for key, _ in storages(t)})
+                known = {key for t in [*existing, *batch] for key, _ in storages(t)}
+                loss, table = self._forward(lambda: compute(self.fake.module, arguments), known)
                 if loss is not None:
                     loss.backward()
                 peak = live.peak
         trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
         return Trace(table, peak, _size(existing), _size(batch), trained)
 
-    def _forward(self, arguments: dict[str, Any], known: set[int]) -> tuple[Tensor | None, RetainedTable]:
+    def _forward(self, compute: Callable[[], Any], known: set[int]) -> tuple[Tensor | None, RetainedTable]:
         with self._watching():
-            loss, saves = record(lambda: _loss(self.fake.module(**arguments)), self._note)
-        if not isinstance(loss, Tensor) or not loss.requires_grad:
+            loss, saves = record(compute, self._note)
+        if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
+            got = f"one of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise PlanError(f"loss: expected a tensor of one element, got {got}; return what backward is called on.")
+        if loss is None or not loss.requires_grad:
             return None, self._table([], Reach([], self._bit), known)
         return loss, self._table(saves, Reach([loss.grad_fn], self._bit), known)
 
@@ -290,8 +311,9 @@ def _autocast(device: torch.device, inputs: Inputs) -> AbstractContextManager[An
     return torch.autocast(device.type, dtype=getattr(torch, inputs.autocast))
 
 
-def _loss(output: Any) -> Tensor | None:
+def _own_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
     """What a training differentiates, and nothing else, so that the rest of the output is gone as it is there."""
+    output = model(**batch)
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor):
         return loss

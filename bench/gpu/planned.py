@@ -1,0 +1,81 @@
+"""Peak memory of the training steps, planned without a GPU, beside what one measured of the same step.
+
+python -m bench.gpu.planned [--sizes 1B 8B] [--measured bench/results/gpu.json]
+
+What a plan cannot know are workspaces of CUDA's libraries: cuBLAS's alone is 64 MiB on an H200.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from safe_peft.planning.inputs import inputs_for
+from safe_peft.planning.tracing import Trace, trace
+
+from .llama import LAYOUTS, SHAPES, TOKENS, chunked_loss, freeze, make_model
+from .results import read
+
+PROVIDERS = ("peft", "safe", "peft, chunked loss", "safe, chunked loss", "peft, float32", "safe, float32")
+"""Who can be planned: what Liger and Inductor keep depends on kernels that run on a GPU alone."""
+MEASURED = Path(__file__).parents[1] / "results/gpu.json"
+OPTIMIZER_STATES = 2
+
+
+class Row(NamedTuple):
+    """Bytes of one step; `measured` is 0 where nobody has."""
+
+    size: str
+    provider: str
+    frozen: str
+    planned: int
+    measured: int
+
+
+def plan(size: str, provider: str, frozen: str) -> int:
+    """The peak of a step as `steps` takes it, in bytes: parameters, optimizer state, and all that the step makes."""
+    who, _, further = provider.partition(", ")
+    model = make_model(SHAPES[size], torch.device("meta"), single=further == "float32")
+    freeze(model, frozen)
+    loss = (lambda model, batch: chunked_loss(model, batch["input_ids"])) if further == "chunked loss" else None
+    inputs = inputs_for(model, *TOKENS[size])
+    found: Trace = trace(model, inputs, fast=who == "safe", device="cuda", loss=loss)
+    return found.parameters + found.inputs + OPTIMIZER_STATES * found.gradients + found.peak
+
+
+def rows(sizes: Iterable[str], measured: dict[str, Any]) -> Iterator[Row]:
+    """Each step, nothing frozen first."""
+    peaks = {
+        (row["size"], row["provider"], row["frozen"]): row["peak_bytes"]
+        for row in measured["parts"].get("steps", {}).get("rows", ())
+        if "peak_bytes" in row
+    }
+    for case in product(sizes, PROVIDERS, LAYOUTS):
+        yield Row(*case, plan(*case), peaks.get(case, 0))
+
+
+def line(row: Row, stock: int) -> str:
+    """Its bytes, and how they compare with PEFT's of the same loss and with nothing frozen."""
+    share = f"{row.planned / stock - 1:+7.1%}"
+    measured = f"{row.measured / 2**20:9,.0f} measured ({row.planned / row.measured - 1:+.1%})" if row.measured else ""
+    return f"{row.size:<5} {row.provider:<20} {row.frozen:<21} {row.planned / 2**20:9,.0f} MiB {share}  {measured}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", choices=sorted(SHAPES), default=["1B", "8B"])
+    parser.add_argument("--measured", type=Path, default=MEASURED, help="what bench/gpu.sh wrote")
+    options = parser.parse_args()
+    stock: dict[tuple[str, str], int] = {}
+    for row in rows(options.sizes, read(options.measured)):
+        alike = row.size, row.provider.partition(", ")[2]
+        print(line(row, stock.setdefault(alike, row.planned)).rstrip(), flush=True)
+
+
+if __name__ == "__main__":
+    main()
