@@ -75,6 +75,10 @@ def call(program: str, args: list[str], monkeypatch: pytest.MonkeyPatch) -> None
             get_args_parser().parse_args(args)
         script = next(index for index, word in enumerate(args) if word.endswith(".py"))
         call("python", args[script:], monkeypatch)
+    elif program == "python" and args[0] == "-m":
+        monkeypatch.setattr(sys, "argv", args[1:])
+        monkeypatch.syspath_prepend(str(ROOT))
+        runpy.run_module(args[1], run_name="__main__", alter_sys=True)
     elif program == "python":
         monkeypatch.setattr(sys, "argv", args)
         runpy.run_path(str(ROOT / args[0]), run_name="__main__")
@@ -100,6 +104,7 @@ def test_a_command_parses(words: list[str], monkeypatch: pytest.MonkeyPatch) -> 
         "torchrun --nproc-per-node 2 examples/torchrun.py --stepz 1",
         "torchrun --processes 2 examples/torchrun.py",
         "python examples/causal_lm.py --tokens 5",
+        "python -m bench.gpu.planned --sizes 70B",
     ],
 )
 def test_a_wrong_one_does_not(line: str, monkeypatch: pytest.MonkeyPatch) -> None:
