@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -18,6 +17,7 @@ from transformers import AutoModelForCausalLM
 
 import safe_peft
 from safe_peft import assets
+from safe_peft.loss import BY_NAME
 from safe_peft.probe import peak_rss
 
 LAYERS = 30
@@ -57,23 +57,11 @@ def make_batch(rows: int = ROWS, length: int = LENGTH) -> dict[str, Tensor]:
     return {"input_ids": ids, "labels": ids}
 
 
-def chunked_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
-    """The same loss without the logits of all tokens at once: torch's own linear_cross_entropy (torch >= 2.13)."""
-    inner: Any = model.base_model.model
-    hidden = inner.model(input_ids=batch["input_ids"]).last_hidden_state[:, :-1].flatten(0, 1)
-    targets = batch["labels"][:, 1:].flatten()
-    options = torch.nn.LinearCrossEntropyOptions()
-    return nn.functional.linear_cross_entropy(hidden, inner.lm_head.weight, targets, options=options)
-
-
-LOSSES = {"model": lambda model, batch: model(**batch).loss, "chunked": chunked_loss}
-
-
 class Step:
     """One training step: forward, backward, AdamW."""
 
     def __init__(self, model: nn.Module, batch: dict[str, Tensor], loss: str = "model") -> None:
-        self.model, self.batch, self.loss = model, batch, LOSSES[loss]
+        self.model, self.batch, self.loss = model, batch, BY_NAME[loss]
         self.optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=1e-4)
 
     def forward(self) -> Tensor:
@@ -94,7 +82,7 @@ def main() -> None:
     parser.add_argument("--provider", choices=["peft", "safe"], required=True)
     parser.add_argument("--p", type=float, default=0.0, help="dropout of the adapters")
     parser.add_argument("--frozen", choices=list(FROZEN), default="none", help="blocks")
-    parser.add_argument("--loss", choices=list(LOSSES), default="model")
+    parser.add_argument("--loss", choices=list(BY_NAME), default="model")
     parser.add_argument("--rows", type=int, default=ROWS)
     parser.add_argument("--steps", type=int, default=2)
     arguments = parser.parse_args()

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .checkpoints import last_checkpoint
     from .config import SafeConfig
     from .freezer import AdapterFreezer
+    from .loss import chunked_loss
     from .planning.memory import MemoryPlan, plan_memory
     from .report import FreezeReport
 
@@ -34,6 +35,7 @@ __all__ = [
     "ScoreError",
     "StateError",
     "bind",
+    "chunked_loss",
     "explain",
     "last_checkpoint",
     "plan_memory",
@@ -48,6 +50,7 @@ _LAZY = {
     "SafeCallback": "callback",
     "SafeConfig": "config",
     "bind": "binding",
+    "chunked_loss": "loss",
     "last_checkpoint": "checkpoints",
     "plan_memory": "planning.memory",
 }

@@ -54,6 +54,7 @@ MaxSteps = Annotated[int | None, _option(TRAINING, "Optimizer steps, instead of 
 BatchSize = Annotated[int, _option(TRAINING, "Rows a batch.")]
 Rate = Annotated[float, _option(TRAINING, "Peak learning rate of AdamW; it rises, then falls linearly to zero.")]
 Decay = Annotated[float, _option(TRAINING, "Weight decay of AdamW.")]
+LossName = Annotated[str, _option(TRAINING, "model, or chunked: causal-lm without whole logits in memory.")]
 MaxLength = Annotated[int, _option(TRAINING, "Tokens after which a text is cut.")]
 Seed = Annotated[int, _option(TRAINING, "Of the first values, the batches' order and dropout.")]
 Device = Annotated[str, _option(TRAINING, "auto, cpu, cuda, ...")]
@@ -102,6 +103,7 @@ def finetune(
     batch_size: BatchSize = FinetuneConfig.batch_size,
     learning_rate: Rate = FinetuneConfig.learning_rate,
     weight_decay: Decay = FinetuneConfig.weight_decay,
+    loss: LossName = FinetuneConfig.loss,
     max_length: MaxLength = FinetuneConfig.max_length,
     seed: Seed = 0,
     device: Device = FinetuneConfig.device,

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from .cli_finetune import Dropout, Rank, Saved, Targets, Task, _names
+from .cli_finetune import Dropout, LossName, Rank, Saved, Targets, Task, _names
 from .errors import ConfigError
-from .options import check_dropout
+from .options import LOSSES, FinetuneConfig, check_dropout
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -42,6 +42,7 @@ def plan(
     classes: Classes = 2,
     dtype: Dtype = "float32",
     device: Where = "auto",
+    loss: LossName = FinetuneConfig.loss,
     r: Rank = 8,
     lora_dropout: Dropout = 0.0,
     target_modules: Targets = "all-linear",
@@ -63,10 +64,13 @@ def plan(
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if task not in ("seq-cls", "causal-lm"):
         raise ConfigError(f"task must be one of seq-cls, causal-lm, got {task!r}.")
+    if loss not in LOSSES or (loss == "chunked" and task != "causal-lm"):
+        raise ConfigError(f"loss must be one of {', '.join(LOSSES)}, chunked for causal-lm alone, got {loss!r}.")
     check_dropout(lora_dropout)
     import torch
 
     from . import modeling
+    from .loss import BY_NAME
     from .planning.memory import plan_memory
 
     with torch.device("meta"):
@@ -80,6 +84,7 @@ def plan(
         recompute=recompute or (),
         padded=padded,
         device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
+        loss=BY_NAME[loss],
     )
     result = replace(result, model=model)
     typer.echo(result)

@@ -11,6 +11,7 @@ from .errors import ConfigError
 
 TASKS = ("seq-cls", "causal-lm")
 METHODS = ("stock", "bind", "safe")
+LOSSES = ("model", "chunked")
 
 
 def check_dropout(p: Any) -> None:
@@ -48,6 +49,7 @@ class FinetuneConfig:
         weight_decay: of AdamW.
         warmup_ratio: share of the steps over which the learning rate rises.
         max_grad_norm: gradients are clipped to this norm.
+        loss: "model" for the model's own, or "chunked" for the same without whole logits in memory, for "causal-lm".
         max_length: tokens after which a text is cut.
         seed: of the head's and the adapters' first values, the batches' order and dropout.
         device: "auto" takes a GPU if there is one.
@@ -78,15 +80,18 @@ class FinetuneConfig:
     weight_decay: float = 0.01
     warmup_ratio: float = 0.06
     max_grad_norm: float = 1.0
+    loss: str = "model"
     max_length: int = 128
     seed: int = 0
     device: str = "auto"
     title: str = ""
 
     def __post_init__(self) -> None:
-        for name, known in (("task", TASKS), ("method", METHODS)):
+        for name, known in (("task", TASKS), ("method", METHODS), ("loss", LOSSES)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
+        if self.loss == "chunked" and self.task != "causal-lm":
+            raise ConfigError(f"loss: chunked is for task causal-lm, whose logits are large; got {self.task}.")
         for name, least in (("epochs", 1), ("batch_size", 1), ("max_length", 2), ("max_steps", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from safe_kernels import retention
 
 from .batches import Batch
+from .loss import Loss, flop_formulas, own_loss
 
 
 @contextmanager
@@ -30,36 +31,38 @@ def _unseen(model: nn.Module, batch: Batch) -> Iterator[None]:
         model.zero_grad(set_to_none=True)
 
 
-def retained_bytes(model: nn.Module, batch: Batch) -> int:
+def retained_bytes(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
     """Return the bytes autograd retains for backward from one training forward, parameters aside.
 
     Args:
         model: in whatever mode; measured in training mode.
         batch: with labels.
+        loss: how the training computes its loss.
 
     Example:
         >>> retained_bytes(model, batch)  # doctest: +SKIP
         241172480
     """
     with _unseen(model, batch):
-        return retention.measure(lambda: model(**batch).loss, exclude=[*model.buffers(), *batch.values()]).bytes
+        return retention.measure(lambda: loss(model, batch), exclude=[*model.buffers(), *batch.values()]).bytes
 
 
-def step_flops(model: nn.Module, batch: Batch) -> int:
+def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
     """Return the FLOPs of one forward and backward, as torch counts them: matrix products and attention.
 
     Args:
         model: in whatever mode; measured in training mode. Its gradients are dropped.
         batch: with labels.
+        loss: how the training computes its loss.
 
     Example:
         >>> step_flops(model, batch)  # doctest: +SKIP
         152471109632
     """
-    with _unseen(model, batch), FlopCounterMode(display=False) as counter:
-        loss = model(**batch).loss
-        if loss.requires_grad:
-            loss.backward()
+    with _unseen(model, batch), FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        value = loss(model, batch)
+        if value.requires_grad:
+            value.backward()
     return int(counter.get_total_flops())
 
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from . import probe
 from .batches import IGNORED, Batch, Examples
 from .config import SafeConfig
 from .errors import PlanError, SafeError
+from .loss import BY_NAME, Loss, check
 from .options import FinetuneConfig
 from .progress import Tick, progress
 from .report import AdapterRecord, FreezeReport, RunRecord
@@ -43,7 +45,7 @@ class Training:
 
     def __init__(self, config: FinetuneConfig, prepared: Prepared, console: Console) -> None:
         self.config, self.prepared, self.console = config, prepared, console
-        self.model = prepared.model
+        self.model, self.loss = prepared.model, BY_NAME[config.loss]
         self.steps = config.max_steps or config.epochs * math.ceil(len(prepared.train) / config.batch_size)
         self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         self.adapters = _adapters(self.model)
@@ -51,6 +53,8 @@ class Training:
         self.schedule = _linear_schedule(self.optimizer, round(config.warmup_ratio * self.steps), self.steps)
         self.freezer, self.binding = self._bind()
         self.probe = prepared.place(next(prepared.train.shuffled(config.batch_size, config.seed)))
+        if config.loss == "chunked":
+            check(self.model, self.probe)
         self.retained: list[tuple[int, int]] = []
         self.seconds = 0.0
 
@@ -103,7 +107,7 @@ class Training:
     def _step(self, step: int, batch: Batch, tick: Tick) -> None:
         frozen = self._frozen()
         start = time.perf_counter()
-        loss = self.model(**self.prepared.place(batch)).loss
+        loss = self.loss(self.model, self.prepared.place(batch))
         if loss.requires_grad:  # it does not once everything that trained is frozen
             loss.backward()
         nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
@@ -123,7 +127,7 @@ class Training:
 
     def _measure(self, measure: Any) -> int:
         with self._suspended():
-            return measure(self.model, self.probe)
+            return measure(self.model, self.probe, self.loss)
 
     def _note_retained(self, step: int) -> None:
         self.retained.append((step, self._measure(probe.retained_bytes)))
@@ -153,7 +157,7 @@ class Training:
     def _evaluate(self) -> tuple[str, float]:
         examples, size = self.prepared.eval, 2 * self.config.batch_size
         total = math.ceil(len(examples) / size)
-        score = _accuracy if self.config.task == "seq-cls" else _loss_sum
+        score = _accuracy if self.config.task == "seq-cls" else partial(_loss_sum, self.loss)
         gained, units = 0.0, 0
         shown = progress(f"evaluate ({self.config.label})", total, self.console, lines=1)
         with self._suspended(), _evaluating(self.model), shown as tick:
@@ -178,10 +182,10 @@ def _accuracy(model: nn.Module, batch: Batch) -> tuple[float, int]:
     return float((model(**batch).logits.argmax(-1) == labels).sum()), len(labels)
 
 
-def _loss_sum(model: nn.Module, batch: Batch) -> tuple[float, int]:
+def _loss_sum(loss: Loss, model: nn.Module, batch: Batch) -> tuple[float, int]:
     """Return the summed loss and the number of predicted tokens: all but each row's first."""
     count = int((batch["labels"][:, 1:] != IGNORED).sum())
-    return float(model(**batch).loss) * count, count
+    return float(loss(model, batch)) * count, count
 
 
 def _linear_schedule(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> torch.optim.lr_scheduler.LRScheduler:

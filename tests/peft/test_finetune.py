@@ -178,6 +178,15 @@ def test_language_modelling_learns_and_reports_perplexity(config: FinetuneConfig
     assert run.frozen == round(0.75 * run.adapters) == len(report.freezings)
 
 
+@pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="PyTorch has no such loss before 2.13")
+def test_a_loss_in_chunks_trains_the_same(config: FinetuneConfig, folder: Path) -> None:
+    config = replace(config, model=str(folder / "gpt2"), task="causal-lm")
+    own, chunked = (finetune(replace(config, loss=loss), QUIET).runs[0] for loss in ("model", "chunked"))
+    assert chunked.value == pytest.approx(own.value, rel=1e-4)
+    assert chunked.retained[0][1] < own.retained[0][1] and chunked.frozen == own.frozen
+    assert chunked.flops_start == pytest.approx(own.flops_start, rel=0.05)
+
+
 def test_progress_is_told_in_lines_where_there_is_no_terminal(config: FinetuneConfig) -> None:
     stream = io.StringIO()
     finetune(replace(config, max_steps=5), Console(file=stream))
@@ -217,6 +226,8 @@ def test_minilm_learns_film_reviews(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"task": "regression"}, "task must be one of seq-cls, causal-lm"),
+        ({"loss": "focal"}, "loss must be one of model, chunked, got 'focal'"),
+        ({"loss": "chunked"}, "loss: chunked is for task causal-lm, whose logits are large; got seq-cls"),
         ({"method": "magic"}, "method must be one of"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_steps": 0}, "max_steps must be at least 1"),

@@ -14,13 +14,14 @@ from torch import nn
 
 from ..blocks import transformer_blocks
 from ..errors import ConfigError, PlanError
+from ..loss import Loss
 from ..paths import unwrap
 from .device import device_kind
 from .fakes import FakeModel
 from .inputs import Inputs, inputs_for
 from .plan import GroupRow, MemoryPlan, Side
 from .retained import RetainedTable
-from .tracing import Loss, Trace, live_adapters, trace
+from .tracing import Trace, live_adapters, trace
 
 __all__ = ["MemoryPlan", "plan_memory", "plan_of"]
 

@@ -25,6 +25,7 @@ from ..adapters import Adapter, adapter_of
 from ..binding import Binding, bind
 from ..blocks import transformer_blocks
 from ..errors import PlanError
+from ..loss import Loss
 from ..paths import short_name
 from .device import as_on
 from .fakes import FakeModel, MaskAnswers, first_line, ordinary_positions
@@ -34,8 +35,6 @@ from .live import LiveBytes
 from .parts import Places
 from .retained import BlockFacts, RetainedTable, Saver, Storage
 
-Loss = Callable[[nn.Module, dict[str, Any]], Tensor | None]
-"""Of a model and its arguments by name."""
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 

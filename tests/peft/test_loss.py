@@ -1,0 +1,188 @@
+"""A loss in chunks is the model's own, for whatever trains on it; a model that it is not the loss of is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from families import VOCABULARY, family
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+
+import safe_peft
+from safe_kernels import retention
+from safe_peft import AdapterFreezer, ConfigError, SafeConfig, bind, chunked_loss, plan_memory, probe
+from safe_peft.loss import CHECKED_TOKENS, own_loss
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="PyTorch has no such loss before 2.13"
+)
+CAUSAL = ("llama", "gpt2", "gemma")
+ROWS, LENGTH = 3, CHECKED_TOKENS + 8
+
+
+def batch(padded: bool = False) -> dict[str, Tensor]:
+    ids = torch.randint(3, VOCABULARY, (ROWS, LENGTH), generator=torch.Generator().manual_seed(4))
+    mask, labels = torch.ones_like(ids), ids.clone()
+    if padded:
+        mask[0, 30:], labels[0, 30:], labels[1, :33] = 0, -100, -100
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def made(name: str, **options: Any) -> Any:
+    return family(name).model(**options)
+
+
+def results(model: nn.Module, loss: Callable[..., Any], given: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
+    torch.manual_seed(5)
+    value = loss(model, given)
+    return value.detach(), list(torch.autograd.grad(value, [p for p in model.parameters() if p.requires_grad]))
+
+
+@pytest.mark.parametrize("bound", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", CAUSAL)
+def test_it_is_the_models_own(name: str, padded: bool, bound: bool) -> None:
+    model, given = made(name, p=0.1 if name == "gpt2" else 0.0, lora_dropout=0.1), batch(padded)
+    if bound:
+        bind(model)
+    chunked_loss(model, given)  # the first call looks, and draws what it draws from a generator of its own
+    expected, found = results(model, own_loss, given), results(model, chunked_loss, given)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        torch.testing.assert_close(chunked_loss(model.eval(), given), own_loss(model, given), rtol=1e-6, atol=0)
+
+
+def test_in_half_precision_gradients_err_no_more_than_the_models_own() -> None:
+    exact = results(made("llama", dtype=torch.float64), own_loss, batch())[1]
+    model = made("llama", dtype=torch.bfloat16)
+
+    def error(loss: Callable[..., Any]) -> float:
+        pairs = zip(results(model, loss, batch())[1], exact, strict=True)
+        return float(sum(((a.double() - b) ** 2).sum() for a, b in pairs)) ** 0.5
+
+    assert error(chunked_loss) <= 1.1 * error(own_loss)
+    with torch.no_grad():
+        value = chunked_loss(model, batch())
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, own_loss(model, batch()), rtol=1e-3, atol=0)
+
+
+def test_mixed_precision() -> None:
+    model = made("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        expected, found = results(model, own_loss, batch()), results(model, chunked_loss, batch())
+    torch.testing.assert_close(found[0].float(), expected[0], rtol=1e-2, atol=0)
+    for a, b in zip(found[1], expected[1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0.1, atol=2e-2 * float(b.abs().max()))
+
+
+def test_whole_logits_are_neither_retained_nor_planned() -> None:
+    model, given = made("llama"), batch()
+    chunked_loss(model, given)
+
+    def kept(loss: Callable[..., Any]) -> int:
+        return retention.measure(lambda: loss(model, given), exclude=[*model.buffers(), *given.values()]).bytes
+
+    logits = ROWS * LENGTH * VOCABULARY * 4
+    assert kept(own_loss) - kept(chunked_loss) > 0.4 * logits
+    without_mask = {name: value for name, value in given.items() if name != "attention_mask"}
+    plan = plan_memory(model, batch=without_mask, loss=chunked_loss)
+    assert plan.stock.retained == kept(chunked_loss)
+    assert plan_memory(model, batch=without_mask, loss=own_loss).stock.peak > plan.stock.peak
+
+
+def test_products_are_counted() -> None:
+    model, given = made("llama"), batch()
+    chunked_loss(model, given)
+    own, chunked = (probe.step_flops(model, given, loss) for loss in (own_loss, chunked_loss))
+    head = 2 * VOCABULARY * 32
+    assert chunked == own - 2 * ROWS * head + ROWS * head, "no last token twice, but its logits by the way"
+
+
+def test_a_freezer_takes_the_first_look_for_no_batch() -> None:
+    scores = []
+    for loss in (own_loss, chunked_loss):
+        model = made("llama", lora_dropout=0.1)
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)
+        freezer = AdapterFreezer(model, optimizer, SafeConfig(target_fraction=0.5, score_interval=1), total_steps=8)
+        torch.manual_seed(1)
+        for _ in range(2):
+            loss(model, batch(padded=True)).backward()
+            freezer.step()
+        scores.append(freezer.ledger.scorings)
+    assert scores[0] and [scoring.step for scoring in scores[0]] == [scoring.step for scoring in scores[1]]
+    for one, other in zip(*scores, strict=True):
+        assert one.importance == pytest.approx(other.importance, rel=1e-5)
+
+
+def test_nothing_is_left_behind() -> None:
+    model, given = made("llama"), batch()
+    head = model.get_output_embeddings()
+    modes = [module.training for module in model.modules()]
+    state = torch.get_rng_state()
+    safe_peft.loss.check(model, given)
+    assert torch.equal(torch.get_rng_state(), state) and [module.training for module in model.modules()] == modes
+    with pytest.raises(RuntimeError, match="Expected tensor for argument #1 'indices'"):
+        chunked_loss(model, {**given, "input_ids": given["input_ids"].float()})
+    assert not head._forward_pre_hooks
+    assert model(**given).logits.shape == (ROWS, LENGTH, VOCABULARY)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+def small(config: type, model: type, **extra: Any) -> nn.Module:
+    options = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1}
+    options |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "pad_token_id": 0}
+    torch.manual_seed(0)
+    return model(config(**options, **extra))
+
+
+class AddsToItsLoss(hf.LlamaForCausalLM):
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        out = super().forward(*args, **kwargs)
+        if out.loss is not None:
+            out.loss = out.loss + 0.01  # as an auxiliary loss would
+        return out
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (lambda: small(hf.Gemma2Config, hf.Gemma2ForCausalLM, final_logit_softcapping=1.0), "logits are not those"),
+        (lambda: small(hf.GraniteConfig, hf.GraniteForCausalLM, logits_scaling=2.0), "logits are not those"),
+        (lambda: small(hf.LlamaConfig, AddsToItsLoss), "losses are not those"),
+        (lambda: made("t5"), "T5ForConditionalGeneration has an encoder"),
+        (lambda: made("bert"), "got NoneType in BertForSequenceClassification"),
+        (
+            lambda: get_peft_model(
+                small(hf.LlamaConfig, hf.LlamaForCausalLM), LoraConfig(target_modules=["q_proj", "lm_head"])
+            ),
+            "a plain torch.nn.Linear, got Linear in LlamaForCausalLM",
+        ),
+        (lambda: nn.Linear(2, 2), "got NoneType in Linear"),
+    ],
+)
+def test_a_model_with_another_loss_is_refused(model: Callable[[], nn.Module], named: str) -> None:
+    for _ in range(2):  # not the first time alone
+        with pytest.raises(ConfigError, match=f"loss: chunked .*{named}.*take the model's own loss"):
+            chunked_loss(model(), batch())
+
+
+@pytest.mark.parametrize(
+    ("labels", "got"), [(None, "NoneType"), (torch.ones(3, dtype=torch.long), r"of shape \[3\]"), ([[1, 2]], "list")]
+)
+def test_a_batch_without_labels_is_refused(labels: Any, got: str) -> None:
+    with pytest.raises(ConfigError, match=rf"batch: expected labels \[rows, tokens\] in it, got {got}"):
+        chunked_loss(made("llama"), {**batch(), "labels": labels})
+
+
+def test_an_older_pytorch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions")
+    assert safe_peft.loss.flop_formulas() == {}
+    with pytest.raises(ConfigError, match=r"needs torch >= 2\.13, got"):
+        chunked_loss(made("llama"), batch())
