@@ -154,16 +154,13 @@ def _loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
 def _compare(base: nn.Module, head: nn.Linear, arguments: dict[str, Any], labels: Tensor) -> None:
     """Whether the model's own logits and loss are what this file takes them for, on a few tokens of a batch.
 
-    In inference mode, so that whoever watches a training takes it for none of its batches.
+    On the whole batch if something in it, such as a picture, cannot be cut. In inference mode, so that whoever watches
+    a training takes it for none of its batches.
     """
-    rows, length = labels.shape
-
-    def few(value: Any) -> Any:
-        is_by_token = isinstance(value, Tensor) and value.dim() >= 2 and value.shape[:2] == (rows, length)
-        return value[:1, :CHECKED_TOKENS] if is_by_token else value
-
-    small = {name: few(value) for name, value in arguments.items()}
-    targets = few(labels).clamp(min=0)
+    tensors = [value for value in arguments.values() if isinstance(value, Tensor)]
+    few = (slice(1), slice(CHECKED_TOKENS)) if all(t.shape[:2] == labels.shape for t in tensors) else ...
+    small = {name: value[few] if isinstance(value, Tensor) else value for name, value in arguments.items()}
+    targets = labels[few].clamp(min=0)
     devices = [labels.device] if labels.device.type == "cuda" else []
     with torch.inference_mode(), _evaluating(base), torch.random.fork_rng(devices=devices):
         own = base(**small, labels=targets)

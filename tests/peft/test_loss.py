@@ -56,6 +56,12 @@ def test_it_is_the_models_own(name: str, padded: bool, bound: bool) -> None:
         torch.testing.assert_close(chunked_loss(model.eval(), given), own_loss(model, given), rtol=1e-6, atol=0)
 
 
+def test_a_batch_that_cannot_be_cut_is_looked_at_whole() -> None:
+    model, given = made("llama"), batch()
+    causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril().expand(ROWS, 1, LENGTH, LENGTH)
+    torch.testing.assert_close(chunked_loss(model, {**given, "attention_mask": causal}), own_loss(model, given))
+
+
 def test_in_half_precision_gradients_err_no_more_than_the_models_own() -> None:
     exact = results(made("llama", dtype=torch.float64), own_loss, batch())[1]
     model = made("llama", dtype=torch.bfloat16)
