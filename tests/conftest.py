@@ -1,9 +1,17 @@
-"""How hard property tests try: `--hypothesis-profile=thorough` for thousands of cases each."""
+"""For all tests: how hard property tests try (`--hypothesis-profile=thorough`: thousands of cases), and speed."""
 
 from __future__ import annotations
+
+import gc
 
 from hypothesis import settings
 
 settings.register_profile("quick", max_examples=50, deadline=None)
 settings.register_profile("thorough", max_examples=5000, deadline=None)
 settings.load_profile("quick")
+
+
+def pytest_collection_finish() -> None:
+    """The tests themselves are a million objects: whoever goes through those that live need not see them."""
+    gc.collect()
+    gc.freeze()

@@ -23,10 +23,13 @@ MEASURED = read(planned.MEASURED)
 WORKSPACES = 96 * 2**20
 """What CUDA's libraries allocate for themselves, at most; 64 MiB of it were there."""
 ON_A_GPU = [
-    ("1B", provider, frozen)
-    for provider in ("peft", "safe")
-    for frozen in ("nothing", "lower half", "every other")
-] + [("1B", "peft, float32", "nothing"), ("1B", "safe, float32", "nothing"), ("8B", "safe", "nothing")]  # fmt: skip
+    ("1B", "peft", "nothing"),
+    ("1B", "safe", "nothing"),
+    ("1B", "peft", "lower half"),
+    ("1B", "safe", "every other"),
+    ("1B", "safe, float32", "nothing"),
+]
+"""Some of what was measured; `python -m bench.gpu.planned` goes through all of it."""
 
 
 @pytest.mark.parametrize(("size", "provider", "frozen"), ON_A_GPU)
@@ -38,6 +41,7 @@ def test_the_peak_is_the_one_that_a_gpu_measured(size: str, provider: str, froze
 
 def test_the_table_of_plans(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["planned", "--sizes", "tiny"])
+    monkeypatch.setattr(planned, "LAYOUTS", ("nothing", "lower half"))
     planned.main()
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(planned.PROVIDERS) * len(planned.LAYOUTS)
