@@ -4,10 +4,12 @@
 #include <torch/version.h>
 
 #include "cuda/served.h"
+#include "living.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the ops of safe_kernels with PyTorch's dispatcher.";
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
+  safe_kernels::bind_living(m);
   safe_kernels::cuda::bind(m);
 }

@@ -6,6 +6,8 @@ import torch
 torch_version: str  # that it was compiled against
 compiler: str  # its version
 
+def living_tensors() -> list[torch.Tensor]: ...
+
 _Launch = tuple[int, tuple[int, int, int], int, int, list[tuple[int, int]]]
 _View = tuple[int, list[int], list[int], int]
 _Product = tuple[_View, _View, _View]

@@ -6,11 +6,9 @@ hook, and what the graph still holds when the measured function returns is count
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from safe_kernels import _C
 
 __all__ = ["RetainedTensor", "Retention", "Save", "measure", "record", "storages"]
 
@@ -204,15 +204,7 @@ def _tensors(exclude: Any) -> Iterator[Tensor]:
 
 def _living_parameters() -> list[Tensor]:
     """All parameters of this process: a saved alias (``weight.detach()``) does not say whose storage it shares."""
-    objects, kinds = gc.get_objects(), _and_below(Tensor)
-    tensors = compress(objects, map(kinds.__contains__, map(type, objects)))  # a million objects: in C, no loop of ours
-    return [tensor for tensor in tensors if isinstance(tensor, nn.Parameter) and not is_lazy(tensor)]
-
-
-def _and_below(kind: type[Any]) -> set[type[Any]]:
-    """A class and all that are derived from it."""
-    children: list[type[Any]] = type.__subclasses__(kind)
-    return {kind}.union(*map(_and_below, children))
+    return [t for t in _C.living_tensors() if isinstance(t, nn.Parameter) and not is_lazy(t)]
 
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:

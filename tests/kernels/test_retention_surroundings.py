@@ -106,6 +106,30 @@ def test_threads_do_not_see_each_other() -> None:
     assert results == {size: 30 * size * size * 4 for size in (3, 5, 7, 9)}
 
 
+def test_other_threads_can_build_tuples_meanwhile() -> None:
+    """Who holds a tuple that another thread is just building breaks it."""
+    stop, broken = threading.Event(), []
+    ballast = [[] for _ in range(10**6)]  # going through them takes long enough for others to get a turn
+
+    def build() -> None:
+        try:
+            while not stop.is_set():
+                tuple(sum(range(2000)) for _ in range(37))
+        except SystemError as error:
+            broken.append(error)
+
+    threads = [threading.Thread(target=build) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    x = leaf(N, D)
+    for _ in range(30):
+        measure(lambda: x.exp())
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert broken == [] and ballast
+
+
 def test_meta_and_fake_tensors() -> None:
     x = torch.randn(N, D, device="meta", requires_grad=True)
     assert measure(lambda: (x * 2).exp()).bytes == BYTES
