@@ -110,11 +110,13 @@ def _head(model: nn.Module) -> nn.Linear:
 
 
 def _hidden(model: nn.Module, head: nn.Linear, arguments: dict[str, Any]) -> Tensor:
-    """What the head is given; of that it computes the last token's logits alone, which nobody uses."""
+    """What the head is given, in the dtype it would compute in; of that it computes the last token's logits alone."""
     found: list[Tensor] = []
 
     def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        found.append(args[0])
+        kind = args[0].device.type  # accelerate has autocast on within the model alone
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else args[0].dtype
+        found.append(args[0].to(dtype))
         return (args[0][:, -1:].detach(), *args[1:])
 
     with _hooked(head, take):
@@ -133,21 +135,18 @@ def _hooked(head: nn.Linear, hook: Any) -> Iterator[None]:
         handle.remove()
 
 
+def _parameters(head: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+
+
 def _loss(hidden: Tensor, head: nn.Linear, labels: Tensor) -> Tensor:
-    parts = hidden[:, :-1].flatten(0, 1), head.weight, head.bias
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        parts = tuple(part if part is None else part.to(dtype) for part in parts)  # type: ignore[assignment]
-    inputs, weight, bias = parts
-    targets = labels[:, 1:].flatten().to(hidden.device)
+    rows, targets = hidden[:, :-1].flatten(0, 1), labels[:, 1:].flatten().to(hidden.device)
+    weight, bias = _parameters(head, hidden.dtype)
     options = torch.nn.LinearCrossEntropyOptions()
-    compute = partial(F.linear_cross_entropy, inputs, weight, targets, linear_bias=bias, options=options)
+    compute = partial(F.linear_cross_entropy, rows, weight, targets, linear_bias=bias, options=options)
     if torch.is_grad_enabled():
         return compute()
-    losses = compute(
-        reduction="none"
-    )  # in bf16 the mean is rounded to bf16; where no gradient is wanted, these cost no more
+    losses = compute(reduction="none")  # a mean in bf16 is rounded; without gradients these cost no more
     return losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)) / (targets != IGNORED).sum()
 
 
@@ -165,8 +164,8 @@ def _compare(base: nn.Module, head: nn.Linear, arguments: dict[str, Any], labels
     with torch.inference_mode(), _evaluating(base), torch.random.fork_rng(devices=devices):
         own = base(**small, labels=targets)
         hidden = _hidden(base, head, small)
-        logits, loss = head(hidden), _loss(hidden, head, targets)
-    close = 1e-4 if own.logits.dtype == torch.float32 and not torch.is_autocast_enabled(hidden.device.type) else 2e-2
+        logits, loss = F.linear(hidden, *_parameters(head, hidden.dtype)), _loss(hidden, head, targets)
+    close = 1e-4 if hidden.dtype in (torch.float32, torch.float64) else 2e-2
     bound = close * float(own.logits.float().abs().max())
     same_logits = own.logits.shape == logits.shape and float((own.logits.float() - logits.float()).abs().max()) <= bound
     if not (same_logits and abs(float(own.loss) - float(loss)) <= close * max(1.0, abs(float(own.loss)))):

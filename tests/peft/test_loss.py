@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -77,9 +78,15 @@ def test_in_half_precision_gradients_err_no_more_than_the_models_own() -> None:
         torch.testing.assert_close(value, own_loss(model, batch()), rtol=1e-3, atol=0)
 
 
-def test_mixed_precision() -> None:
+@pytest.mark.parametrize("within", [False, True])
+def test_mixed_precision(within: bool) -> None:
+    """Around a step, or as accelerate does it, around the model's forward alone."""
     model = made("llama")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    mixed = torch.autocast("cpu", dtype=torch.bfloat16)
+    if within:
+        inner = model.get_base_model()
+        inner.forward = mixed(inner.forward)
+    with nullcontext() if within else mixed:
         expected, found = results(model, own_loss, batch()), results(model, chunked_loss, batch())
     torch.testing.assert_close(found[0].float(), expected[0], rtol=1e-2, atol=0)
     for a, b in zip(found[1], expected[1], strict=True):
