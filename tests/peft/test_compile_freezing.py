@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -45,9 +47,8 @@ def _fresh_compiler() -> Iterator[None]:
     gc.collect()  # freezers that earlier tests have left in the middle of a scoring
     torch._dynamo.reset()
     config = torch._dynamo.config
-    with config.patch(
-        recompile_limit=config.recompile_limit, accumulated_recompile_limit=config.accumulated_recompile_limit
-    ):
+    limits = {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
+    with config.patch(**limits), patch.dict(os.environ):  # transformers leaves word there to compile all that follows
         yield
     assert torch._dynamo.eval_frame._stance.stance == "default"
 
