@@ -1,4 +1,4 @@
-// Tensors that live in this process, for those who have to know whose memory a tensor shares.
+// Objects that live in this process, for those who have to find what nobody hands them.
 
 #pragma once
 
@@ -6,7 +6,7 @@
 
 namespace safe_kernels {
 
-// Adds `living_tensors` to the module.
+// Adds `living` to the module.
 void bind_living(pybind11::module_& m);
 
 }  // namespace safe_kernels

@@ -1,12 +1,14 @@
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 torch_version: str  # that it was compiled against
 compiler: str  # its version
 
-def living_tensors() -> list[torch.Tensor]: ...
+_T = TypeVar("_T")
+
+def living(kind: type[_T]) -> list[_T]: ...
 
 _Launch = tuple[int, tuple[int, int, int], int, int, list[tuple[int, int]]]
 _View = tuple[int, list[int], list[int], int]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safe_kernels import _C
 
-__all__ = ["RetainedTensor", "Retention", "Save", "measure", "record", "storages"]
+__all__ = ["RetainedTensor", "Retention", "Save", "living", "measure", "record", "storages"]
+
+T = TypeVar("T")
 
 
 class RetainedTensor(NamedTuple):
@@ -165,6 +167,23 @@ def storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
     yield from (_storage(leaf) for leaf in _leaves(tensor))
 
 
+def living(kind: type[T]) -> list[T]:
+    """Finds all objects of a class that live in this process and that Python's collector knows.
+
+    Their class is asked, not the objects: proxies and lazy modules act when they are looked at. No other thread runs
+    meanwhile, and none is disturbed: to go through `gc.get_objects()` breaks tuples that another thread is building.
+
+    Args:
+        kind: the class; objects of classes derived from it are found as well.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(2))
+        >>> any(tensor is weight for tensor in living(torch.Tensor))
+        True
+    """
+    return _C.living(kind)
+
+
 class _Saved:
     """What the graph holds instead of a tensor; it dies with the node that saved it, which is how we notice."""
 
@@ -204,7 +223,7 @@ def _tensors(exclude: Any) -> Iterator[Tensor]:
 
 def _living_parameters() -> list[Tensor]:
     """All parameters of this process: a saved alias (``weight.detach()``) does not say whose storage it shares."""
-    return [t for t in _C.living_tensors() if isinstance(t, nn.Parameter) and not is_lazy(t)]
+    return [tensor for tensor in living(Tensor) if isinstance(tensor, nn.Parameter) and not is_lazy(tensor)]
 
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from safe_peft.planning.inputs import inputs_for
-from safe_peft.planning.tracing import Trace, trace
+from safe_peft.planning.tracing import trace
 
 from .llama import LAYOUTS, SHAPES, TOKENS, chunked_loss, freeze, make_model
 from .results import read
@@ -44,8 +44,7 @@ def plan(size: str, provider: str, frozen: str) -> int:
     freeze(model, frozen)
     loss = (lambda model, batch: chunked_loss(model, batch["input_ids"])) if further == "chunked loss" else None
     inputs = inputs_for(model, *TOKENS[size])
-    found: Trace = trace(model, inputs, fast=who == "safe", device="cuda", loss=loss)
-    return found.parameters + found.inputs + OPTIMIZER_STATES * found.gradients + found.peak
+    return trace(model, inputs, fast=who == "safe", device="cuda", loss=loss).whole(OPTIMIZER_STATES)
 
 
 def rows(sizes: Iterable[str], measured: dict[str, Any]) -> Iterator[Row]:

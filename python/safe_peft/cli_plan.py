@@ -83,7 +83,7 @@ def plan(
         frozen=frozen_fraction if frozen_fraction is not None else frozen or (),
         recompute=recompute or (),
         padded=padded,
-        device=device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu",
+        device=modeling.device_name(device),
         loss=BY_NAME[loss],
     )
     result = replace(result, model=model)

@@ -71,8 +71,7 @@ def _read(config: FinetuneConfig) -> tuple[list[list[str]], list[list[int] | Non
 
 
 def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
+    name = modeling.device_name(name)
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three

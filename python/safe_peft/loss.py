@@ -58,14 +58,13 @@ def chunked_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
     Example:
         >>> chunked_loss(model, batch).backward()  # doctest: +SKIP
     """
-    check(model, batch)
-    head, arguments = _head(model), dict(batch)
+    head, arguments = check(model, batch), dict(batch)
     labels = arguments.pop("labels")
     return _loss(_hidden(model, head, arguments), head, labels)
 
 
-def check(model: nn.Module, batch: Mapping[str, Any]) -> None:
-    """See, once a model, that `chunked_loss` is its own loss.
+def check(model: nn.Module, batch: Mapping[str, Any]) -> nn.Linear:
+    """See, once a model, that `chunked_loss` is its own loss, and return its head.
 
     Args:
         model: as `chunked_loss` takes it.
@@ -77,24 +76,21 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> None:
     Example:
         >>> check(model, batch)  # doctest: +SKIP
     """
-    base, head, labels = _base(model), _head(model), batch.get("labels")
+    inner = unwrap(model)
+    base: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
+    head, labels = _head(base), batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         got = f"of shape {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
         raise ConfigError(f"batch: expected labels [rows, tokens] in it, got {got}.")
     if base not in _CHECKED and not isinstance(labels, FakeTensor):
         _compare(base, head, {name: value for name, value in batch.items() if name != "labels"}, labels)
         _CHECKED.add(base)
+    return head
 
 
-def _base(model: nn.Module) -> Any:
-    inner = unwrap(model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
-
-
-def _head(model: nn.Module) -> nn.Linear:
+def _head(base: Any) -> nn.Linear:
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         raise ConfigError(f"loss: chunked needs torch >= 2.13, got {torch.__version__}; take the model's own loss.")
-    base = _base(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         raise ConfigError(
             f"loss: chunked is for decoders, but {type(base).__name__} has an encoder; take the model's own loss."
@@ -119,20 +115,11 @@ def _hidden(model: nn.Module, head: nn.Linear, arguments: dict[str, Any]) -> Ten
         found.append(args[0].to(dtype))
         return (args[0][:, -1:].detach(), *args[1:])
 
-    with _hooked(head, take):
+    with head.register_forward_pre_hook(take):
         model(**arguments)
     if len(found) != 1:
         raise ConfigError(f"loss: chunked needs a model that calls its head once, got {len(found)} calls.")
     return found[0]
-
-
-@contextmanager
-def _hooked(head: nn.Linear, hook: Any) -> Iterator[None]:
-    handle = head.register_forward_pre_hook(hook)
-    try:
-        yield
-    finally:
-        handle.remove()
 
 
 def _parameters(head: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:

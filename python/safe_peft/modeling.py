@@ -152,6 +152,23 @@ def load_model(source: str, task: str, classes: Sequence[str] | None, pad_id: in
     return model
 
 
+def device_name(name: str) -> str:
+    """Return a device's name, and for "auto" that of a GPU if there is one.
+
+    Args:
+        name: as an option gave it.
+
+    Example:
+        >>> device_name("cpu")
+        'cpu'
+    """
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load_shell(source: str, task: str, classes: int = 2, dtype: str = "float32") -> PreTrainedModel:
     """Make a base model from its configuration alone, on the meta device: no weights are read, no memory is taken.
 

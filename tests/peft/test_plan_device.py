@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from safe_kernels import retention
 from safe_peft import ConfigError, PlanError, bind, plan_memory
+from safe_peft.loss import own_loss
 from safe_peft.planning.device import AsOnGpu, device_kind
 from safe_peft.planning.inputs import inputs_for
 from safe_peft.planning.tracing import trace
@@ -116,10 +117,6 @@ def test_other_devices_are_refused(device: Any) -> None:
 # ---------------------------------------------------------------- a loss of one's own
 
 
-def own(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    return model(**batch).loss
-
-
 def chunked(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     hidden = model.base_model.model.model(input_ids=batch["input_ids"]).last_hidden_state.flatten(0, 1)
     head = model.base_model.model.lm_head
@@ -134,7 +131,7 @@ def chunked(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 def test_a_loss_of_ones_own() -> None:
     model = family("llama").model()
     plain = plan_memory(model, ROWS, LENGTH)
-    assert plan_memory(model, ROWS, LENGTH, loss=own) == plain
+    assert plan_memory(model, ROWS, LENGTH, loss=own_loss) == plain
     in_chunks = plan_memory(model, ROWS, LENGTH, loss=chunked)
     for now, before in ((in_chunks.stock, plain.stock), (in_chunks.ours, plain.ours)):
         assert now.by_part.get("head and loss", 0) < before.by_part["head and loss"]

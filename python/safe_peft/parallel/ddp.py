@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+
+from safe_kernels.retention import living
 
 distributed: Any = torch.distributed
 """Its bindings to C++ have no declared names."""
@@ -19,9 +20,9 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
     Args:
         model: what the wrapper, or a module inside it, holds.
     """
-    # The class is asked, not the object: proxies and lazy modules act when they are looked at.
-    wrappers = (item for item in gc.get_objects() if issubclass(type(item), DistributedDataParallel))
-    return next((ddp for ddp in wrappers if any(module is model for module in ddp.modules())), None)
+    return next(
+        (ddp for ddp in living(DistributedDataParallel) if any(module is model for module in ddp.modules())), None
+    )
 
 
 def refusal(ddp: DistributedDataParallel) -> str | None:

@@ -132,19 +132,18 @@ def plan_of(
     # What more freezing would free is asked of a trace that recomputes nothing: a block that does shows no inside.
     table = ours.table if not recompute else step(keep_dropout=keep_dropout).table
     adapters = live_adapters(model)
-    optimizer = optimizer_states * ours.gradients
     return MemoryPlan(
         model=title or _title(model),
         batch=describe(inputs),
         adapters=len(adapters),
         frozen=tuple(name for name in (adapter.name for adapter in adapters) if name in set(frozen)),
         recompute=tuple(recompute),
-        stock=_side(stock, optimizer),
-        ours=_side(ours, optimizer),
+        stock=_side(stock, optimizer_states),
+        ours=_side(ours, optimizer_states),
         parameters=ours.parameters,
         inputs=ours.inputs,
         gradients=ours.gradients,
-        optimizer=optimizer,
+        optimizer=optimizer_states * ours.gradients,
         groups=tuple(_groups(table, stock.table, recompute)),
         blocks=tuple(_blocks(table, recompute)),
         device=device or _kind(model),
@@ -156,8 +155,8 @@ def _kind(model: nn.Module) -> str:
     return "cpu" if kind == "meta" else kind
 
 
-def _side(traced: Trace, optimizer: int) -> Side:
-    whole = traced.parameters + traced.inputs + optimizer + traced.peak
+def _side(traced: Trace, optimizer_states: int) -> Side:
+    whole = traced.whole(optimizer_states)
     return Side(traced.retained, traced.table.by_part(), traced.table.by_block(), traced.peak, whole)
 
 

@@ -61,6 +61,14 @@ class Trace:
         """Bytes retained between forward and backward."""
         return sum(storage.bytes for storage in self.table.storages if storage.savers)
 
+    def whole(self, optimizer_states: int) -> int:
+        """Bytes at the peak of a step: what lies there from step to step, and what the step makes.
+
+        Args:
+            optimizer_states: numbers the optimizer keeps for one that trains.
+        """
+        return self.parameters + self.inputs + optimizer_states * self.gradients + self.peak
+
 
 def trace(
     model: nn.Module,
@@ -104,7 +112,7 @@ def trace(
             adapter.freeze(keep_dropout=keep_dropout or not fast)
     step = _Step(fake, [adapter for adapter in adapters if adapter.name not in frozen], recompute if fast else ())
     try:
-        return step.run(inputs, device, loss or _own_loss)
+        return step.run(inputs, device, loss or _differentiated)
     except PlanError:
         raise
     except Exception as error:
@@ -310,7 +318,7 @@ def _autocast(device: torch.device, inputs: Inputs) -> AbstractContextManager[An
     return torch.autocast(device.type, dtype=getattr(torch, inputs.autocast))
 
 
-def _own_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
+def _differentiated(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
     """What a training differentiates, and nothing else, so that the rest of the output is gone as it is there."""
     output = model(**batch)
     loss = getattr(output, "loss", None)
