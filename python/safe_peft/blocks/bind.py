@@ -14,7 +14,7 @@ from .activations import KINDS, Activation
 from .attention import Attention
 from .base import Part
 from .dropouts import Dropout
-from .entry import Entry, SafeEmbedding, input_embeddings
+from .entry import Entry, SafeEmbedding, SafeOwner, before_blocks, input_embeddings
 from .mlps import Mlp
 from .norms import Norm
 from .stack import Block, stacks, transformer_blocks
@@ -107,12 +107,21 @@ def bind_blocks(model: nn.Module, parts: Collection[str] = PARTS) -> tuple[list[
     shared = next((state for state in states if isinstance(state, Block)), None)
     entry, names = (shared.entry, shared.recompute) if shared is not None else (Entry(), set())
     for stack in found:
-        for index, (name, block) in enumerate(stack.items()):
+        blocks = list(stack.values())
+        for name, block in stack.items():
             if not is_bound(block):
-                put_on(block, Block.mixin, Block(name, entry, index == 0, names))
+                put_on(block, Block.mixin, Block(name, entry, blocks, names))
                 own.append(block)
-    for embeddings in input_embeddings(model) if shared is None else ():
-        if not is_bound(embeddings):
-            put_on(embeddings, SafeEmbedding, entry)
-            own.append(embeddings)
+    if shared is None:
+        own += _bind_entry(model, entry, [block for stack in found for block in stack.values()])
     return own, names
+
+
+def _bind_entry(model: nn.Module, entry: Entry, blocks: list[nn.Module]) -> Iterator[nn.Module]:
+    """Bind the input embeddings and the models that call them; yields what was bound."""
+    entry.before = before_blocks(model, blocks)
+    for embeddings, owners in input_embeddings(model).items():
+        for module, mixin in [(embeddings, SafeEmbedding), *((owner, SafeOwner) for owner in owners)]:
+            if not is_bound(module):
+                put_on(module, mixin, entry)
+                yield module

@@ -1,33 +1,35 @@
-"""Runs a block whose adapters are all frozen without retaining anything but its inputs, and once more in backward."""
+"""Runs a block whose adapters are all frozen again in backward, so that it keeps nothing but its arguments.
+
+The semantics are those of `torch.utils.checkpoint(use_reentrant=False)`: forward builds the graph, so gradients reach
+whatever goes into the block or comes out of it, by argument, hook or cache; what its nodes saved is dropped, and made
+again when backward asks for it. It is not that function, for two reasons. Whether a block can run again exactly shows
+only after it has run: one that wrote into an argument keeps what it saved. And the second call is given what the first
+one was given: a cache as it was before it was filled, modules in the mode and with the hooks that they had.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+from .arguments import Given, TensorsUsed
+from .moment import Moment
+
+WROTE = "it writes into its arguments in place, as a static cache does"
+COUNTED = "it changes buffers of its own in each call, as a batch norm does"
 
 
 def recompute(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call a block that trains nothing, retaining its tensor arguments alone; what it retains now is gone at once.
-
-    Exact: dropout draws the same numbers the second time, and autocast is as it was. Where the block draws random
-    numbers their generator's state is retained too (5,056 bytes on a CPU).
-
-    Args:
-        call: the block. Nothing it reads beside its arguments may require grad.
-        args: its arguments, some of which require grad.
-        kwargs: likewise. A cache of keys and values is taken away, since the second call would add to it again.
-
-    Returns:
-        What it returns.
+    """Call something that trains nothing, keeping its arguments alone; see `Run`, which also says when it could not.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -35,96 +37,181 @@ def recompute(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str
         >>> torch.equal(x.grad, torch.cos(x.detach()))
         True
     """
-    clean = {name: None if name in _CACHES else False if name == "use_cache" else v for name, v in kwargs.items()}
-    leaves, spec = tree_flatten((tuple(args), clean))
-    run = _Run(call, spec, leaves)
-    outputs = _Recomputed.apply(run, *run.tensors(leaves))
-    return run.rebuild(outputs)
+    return Run(call).first(args, kwargs)
 
 
-class _Run:
-    """How to call the block: everything but the tensors."""
+class _Handle:
+    """What a node of the graph holds in the place of a tensor."""
 
-    def __init__(self, call: Callable[..., Any], spec: Any, leaves: list[Any]) -> None:
-        self.call, self.spec = call, spec
-        self.constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self.places = [index for index, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        self.device = next((leaf.device.type for leaf in leaves if isinstance(leaf, Tensor)), "cpu")
-        self.autocast = (torch.is_autocast_enabled(self.device), torch.get_autocast_dtype(self.device))
-        self.out_spec: Any = None
-        self.out_leaves: list[Any] = []
+    __slots__ = ("__weakref__", "index")
 
-    def tensors(self, leaves: list[Any]) -> list[Tensor]:
-        return [leaves[index] for index in self.places]
+    def __init__(self, index: int) -> None:
+        self.index = index
 
-    def __call__(self, tensors: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """The block's tensor results, in order."""
-        leaves = list(self.constants)
-        for index, tensor in zip(self.places, tensors, strict=True):
-            leaves[index] = tensor
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        self.out_leaves, self.out_spec = tree_flatten(self.call(*args, **kwargs))
-        results = tuple(leaf for leaf in self.out_leaves if isinstance(leaf, Tensor))
-        self.out_leaves = [None if isinstance(leaf, Tensor) else (leaf,) for leaf in self.out_leaves]
-        return results
 
-    def rebuild(self, outputs: Sequence[Tensor]) -> Any:
-        """The block's own kind of result from its tensors."""
-        tensors = iter(outputs)
-        return tree_unflatten([next(tensors) if leaf is None else leaf[0] for leaf in self.out_leaves], self.out_spec)
+class Run:
+    """One call of a block, which can be repeated.
+
+    Exact: dropout draws the same numbers, autocast and modules are as they were. Where the block draws random numbers
+    their generators' states are kept too (5,056 bytes on a CPU).
+
+    Args:
+        call: what to call.
+        block: the module that it belongs to.
+        name: what error messages call it.
+
+    Attributes:
+        reason: why the call keeps what it saved, and does not run again; "" if it does.
+    """
+
+    def __init__(self, call: Callable[..., Any], block: nn.Module | None = None, name: str = "the block") -> None:
+        self._call, self._name = call, name
+        self._moment = Moment([] if block is None else list(block.modules()))
+        self._handles: list[weakref.ref[_Handle]] = []
+        self._shapes: list[tuple[torch.Size, torch.dtype]] = []
+        self._saved: dict[int, Tensor] = {}
+        self._kept: Any = None
+        self._states = 0
+        self._lock = threading.RLock()
+        self.reason = ""
+
+    # ---------------------------------------------------------------- forward
+
+    def first(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        """Make the call, and drop what its graph saved."""
+        self._given = given = Given((tuple(args), dict(kwargs)))
+        self._device = next((tensor.device.type for tensor in given.tensors), "cpu")
+        self._autocast = autocast_now(self._device)
+        before, (self._devices, states) = torch.get_rng_state(), get_device_states(*given.tensors)
+        objects = given.in_objects
+        with saved_tensors_hooks(self._pack, self._unpack), TensorsUsed() if objects else nullcontext() as used:
+            output = self._call(*args, **kwargs)
+        drew = bool(self._devices) or not torch.equal(before, torch.get_rng_state())
+        self._settle([before, *states] if drew else [], {id(t) for t in objects if used and not used.has(t)})
+        return output
+
+    def _pack(self, tensor: Tensor) -> _Handle:
+        handle = _Handle(len(self._handles))
+        self._handles.append(weakref.ref(handle))
+        self._shapes.append((tensor.shape, tensor.dtype))
+        self._saved[handle.index] = tensor
+        return handle
+
+    def _settle(self, states: list[Tensor], unread: set[int]) -> None:
+        """Drop what was saved if the call can run again, and keep what that takes."""
+        saved = {index: tensor for index, tensor in self._saved.items() if self._handles[index]() is not None}
+        self._saved = {}
+        if not saved:
+            return
+        self.reason = WROTE if self._given.was_written() else COUNTED if self._moment.buffers_changed() else ""
+        if self.reason:
+            # Detached: what a node has made itself would keep that node alive in a cycle.
+            self._places = list(saved)
+            self._kept = _keep([tensor.detach() for tensor in saved.values()])
+            return
+        # Of a cache only what the block has read: all of it would keep what other blocks have put there.
+        given = self._given.tensors
+        self._unread = {place: _without_values(t) for place, t in enumerate(given) if id(t) in unread}
+        self._states = len(states)
+        self._kept = _keep([*(t for t in given if id(t) not in unread), *states])
+        self._given.tensors = []
+
+    # ---------------------------------------------------------------- backward
+
+    def _unpack(self, handle: _Handle) -> Tensor:
+        with self._lock:
+            if self._kept is None:  # asked for in forward itself
+                return self._saved[handle.index]
+            if self.reason:
+                return self._kept.saved_tensors[self._places.index(handle.index)]
+            if handle.index not in self._saved:
+                self._saved = self._again()
+            return self._saved.pop(handle.index)
+
+    def _again(self) -> dict[int, Tensor]:
+        """What the call saves, once more."""
+        self._moment.check_parameters(self._name)
+        kept = self._arguments()
+        tensors, states = list(kept[: len(kept) - self._states]), kept[len(kept) - self._states :]
+        for place, stand_in in self._unread.items():
+            tensors.insert(place, stand_in)
+        found: dict[int, Tensor] = {}
+        shapes: list[tuple[torch.Size, torch.dtype]] = []
+
+        def pack(tensor: Tensor) -> Tensor:
+            index = len(shapes)
+            shapes.append((tensor.shape, tensor.dtype))
+            tensor = tensor.detach()
+            if index < len(self._handles) and self._handles[index]() is not None:
+                found[index] = tensor
+            return tensor
+
+        # Leaves of their own: a hook that the block puts on an argument is not to be put on the real one again.
+        args, kwargs = self._given.rebuild([t.detach().requires_grad_(t.requires_grad) for t in tensors])
+        with self._as_before(states), saved_tensors_hooks(pack, lambda tensor: tensor):
+            self._call(*args, **kwargs)
+        if shapes != self._shapes:
+            raise RuntimeError(
+                f"{self._name} runs again in backward, and did not do the same as in forward: it saved "
+                f"{len(shapes)} tensors, then {len(self._shapes)}, or others; take it out of `binding.recompute`."
+            )
+        return found
+
+    def _arguments(self) -> tuple[Tensor, ...]:
+        try:
+            saved: tuple[Tensor, ...] = self._kept.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise RuntimeError(
+                f"an argument of {self._name} was written to in place after the call, and the block needs it to run "
+                "again in backward; clone it before the write, or take the block out of `binding.recompute`."
+            ) from error
+        return saved
 
     @contextmanager
-    def as_before(self, states: Sequence[Tensor], devices: Sequence[int]) -> Any:
-        """The random state and the autocast of the first call."""
-        enabled, dtype = self.autocast
+    def _as_before(self, states: Sequence[Tensor]) -> Iterator[None]:
+        """The modules, the random state and the autocast of the first call."""
+        device = self._device
         with ExitStack() as stack:
+            stack.enter_context(self._moment.back())
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(torch.autocast(self.device, dtype=dtype, enabled=enabled))
+            stack.enter_context(self._autocast())
             if states:
-                stack.enter_context(torch.random.fork_rng(devices=list(devices), device_type=_fork_device(self.device)))
+                # fork_rng saves the CPU's state in any case, and wants an accelerator's name besides.
+                kind = "cuda" if device == "cpu" else device
+                stack.enter_context(torch.random.fork_rng(devices=list(self._devices), device_type=kind))
                 torch.set_rng_state(states[0])
-                if devices:
-                    set_device_states(list(devices), list(states[1:]), device_type=self.device)
+                if self._devices:
+                    set_device_states(list(self._devices), list(states[1:]), device_type=device)
             yield
 
 
-def _fork_device(device: str) -> str:
-    """`fork_rng` saves the CPU's state in any case, and wants an accelerator's name beside it."""
-    return "cuda" if device == "cpu" else device
-
-
-class _Recomputed(torch.autograd.Function):
-    """Saves the arguments, and the generators' states if the block has drawn from them."""
+class _Keep(torch.autograd.Function):
+    """A node that holds tensors: hooks around the block see them, and writes in place to them are noticed."""
 
     @staticmethod
-    def forward(ctx: Any, run: _Run, *tensors: Tensor) -> tuple[Tensor, ...]:
-        before = torch.get_rng_state()
-        devices, states = get_device_states(*tensors)
-        outputs = run(tensors)
-        drew = not torch.equal(before, torch.get_rng_state()) or bool(devices)
-        ctx.run, ctx.devices = run, devices if drew else []
-        kept = [before, *states] if drew else []
-        ctx.count = len(tensors)
-        ctx.save_for_backward(*tensors, *kept)
-        ctx.set_materialize_grads(False)
-        return outputs
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
-        tensors, states = saved[: ctx.count], saved[ctx.count :]
-        wanted = ctx.needs_input_grad[1:]
-        again = [t.detach().requires_grad_(want) for t, want in zip(tensors, wanted, strict=True)]
-        with ctx.run.as_before(states, ctx.devices):
-            outputs = ctx.run(again)
-        pairs = [
-            (out, grad) for out, grad in zip(outputs, grads, strict=True) if grad is not None and out.requires_grad
-        ]
-        inputs = [tensor for tensor, want in zip(again, wanted, strict=True) if want]
-        results = iter(
-            torch.autograd.grad([out for out, _ in pairs], inputs, [grad for _, grad in pairs], allow_unused=True)
-            if pairs
-            else [None] * len(inputs)
-        )
-        return (None, *(next(results) if want else None for want in wanted))
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("nothing depends on this node")
+
+
+def _keep(tensors: Sequence[Tensor]) -> Any:
+    with torch.enable_grad():
+        return _Keep.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+
+
+def _without_values(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def autocast_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
+    """Return what makes autocast as it is now; some kinds of device have none."""
+    if not torch.amp.is_autocast_available(device):
+        return nullcontext
+    dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
+    return partial(torch.autocast, device, dtype=dtype, enabled=enabled)

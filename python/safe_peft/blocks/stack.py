@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from ..adapters import LayerState, peft_kind
-from ..adapters.base import adapter_parameters
+from ..adapters import peft_kind
 from ..paths import short_name
-from ..swap import STATE, Swapped, is_bound, is_transformed
+from ..swap import STATE, Swapped, is_bound, is_transformed, original_type
+from .arguments import leaves, may_carry
+from .checkpointing import Checkpointing, checkpoints
 from .entry import Entry
-from .recompute import recompute
+from .recompute import Run
+from .trains import parts, trains, waits_for_gradient
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
     """Return a model's transformer blocks by their paths, lowest first; an encoder's before its decoder's.
 
     They are found by structure: the outermost `nn.ModuleList`s with an adapter layer in an element, or, in a model
-    without adapters, with two or more elements.
+    without adapters, with two or more elements; and an `nn.Sequential` of blocks of one class, with adapters in them.
 
     Args:
         model: with or without adapters, bound or not.
@@ -39,17 +39,29 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
 def stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
     """Return the same, stack by stack."""
     adapted = {name for name, module in model.named_modules() if peft_kind(module) is not None}
-    found: dict[str, nn.ModuleList] = {}
+    found: dict[str, nn.Module] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         inside = any(name.startswith(f"{other}.") for other in found)
-        if not isinstance(module, nn.ModuleList) or inside or not len(module):
+        if inside or not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
             continue
         has_adapter = any(path.startswith(f"{name}.") for path in adapted)
-        if has_adapter or (not adapted and len(module) > 1):
+        if isinstance(module, nn.Sequential):
+            is_stack = has_adapter and name not in adapted and _is_stack(module)
+        else:
+            is_stack = has_adapter or (not adapted and len(module) > 1)
+        if is_stack:
             found[name] = module
     return [
-        {f"{short_name(name)}.{index}": block for index, block in enumerate(blocks)} for name, blocks in found.items()
+        {f"{short_name(name)}.{key}": block for key, block in blocks._modules.items() if block is not None}
+        for name, blocks in found.items()
     ]
+
+
+def _is_stack(sequence: nn.Sequential) -> bool:
+    """Whether an nn.Sequential, timm's stacks for instance, is made of blocks of one kind, and is no small network."""
+    blocks = list(sequence)
+    same = len({original_type(block) for block in blocks}) == 1
+    return same and len(blocks) > 1 and all(block._modules and peft_kind(block) is None for block in blocks)
 
 
 class SafeBlock(Swapped):
@@ -72,34 +84,50 @@ class Block:
     Args:
         name: its path in the model.
         entry: where the model's gradient may enter for nothing.
-        is_lowest: it is the first of its stack.
+        stack: the blocks of its stack, lowest first.
         recompute: names of the blocks that are to run again in backward once they are frozen.
+
+    Attributes:
+        not_again: why its last call, which was to run again in backward, keeps what it saved; "" if it does not.
     """
 
     mixin = SafeBlock
     name: str
     entry: Entry
-    is_lowest: bool
+    stack: list[nn.Module] = field(repr=False)
     recompute: set[str] = field(repr=False)
+    not_again: str = ""
+    _checkpointing: Checkpointing = field(default_factory=Checkpointing, repr=False)
 
     def run(self, block: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the block with a graph, without one, or with one that is made in backward."""
-        if self.is_lowest:
+        """Call the block with a graph, without one, or with one whose tensors are made again in backward."""
+        if block is self.stack[0]:
             args, kwargs = _replace_hidden(args, kwargs, self._enter)
-        passes = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs)))
+        given = list(leaves((args, kwargs)))
+        passes = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in given)
+        may_pass = passes or any(map(may_carry, given))  # shared keys and values of a trained block, in a cache
         live = trains(block)
-        if not live and not passes:
-            with _without_checkpointing(block):
-                return call(*args, **kwargs)
-        if not live and self.name in self.recompute and not _checkpoints(block):
-            return recompute(call, args, kwargs)
-        if live and not passes and _checkpoints_reentrantly(block):
-            # Reentrant checkpointing trains nothing, without a word, unless an input requires grad.
-            args, kwargs = _replace_hidden(args, kwargs, lambda hidden: hidden.detach().requires_grad_())
-        return call(*args, **kwargs)
+        if not live and may_pass and self.name in self.recompute and not checkpoints(block):
+            run = Run(call, block, self.name)
+            output = run.first(args, kwargs)
+            self.not_again = run.reason
+            return output
+        with self._checkpointing.around(block, live=live, passes=may_pass):
+            return call(*args, **kwargs)
 
     def _enter(self, hidden: Tensor) -> Tensor:
-        return hidden.detach() if self.entry.is_artificial(hidden) else hidden
+        if not self.entry.is_artificial(hidden) or self._is_waited_for():
+            return hidden
+        return hidden.detach()
+
+    def _is_waited_for(self) -> bool:
+        """Whether a backward hook sits where no gradient would come: up to and in the lowest block that trains."""
+        for block in self.stack:
+            if waits_for_gradient(parts(block)):
+                return True
+            if trains(block):
+                return False
+        return False
 
 
 def _replace_hidden(
@@ -119,27 +147,6 @@ def _is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
-def trains(block: nn.Module) -> bool:
-    """Whether anything in a block trains: requires_grad, less what the ledger has frozen and PEFT has thawed since."""
-    live: list[nn.Parameter] = []
-    frozen: set[int] = set()
-    for module in _parts(block):
-        live += (p for p in module._parameters.values() if p is not None and p.requires_grad)
-        state = module.__dict__.get(STATE)
-        for key in state.frozen if isinstance(state, LayerState) else ():
-            frozen.update(map(id, adapter_parameters(module, key)))
-    return any(id(parameter) not in frozen for parameter in live)
-
-
-def _parts(block: nn.Module) -> Iterator[nn.Module]:
-    """A block's modules, some perhaps twice: asked for in every call, where `modules()` takes several times as long."""
-    rest = [block]
-    while rest:
-        module = rest.pop()
-        yield module
-        rest += (child for child in module._modules.values() if child is not None)
-
-
 def graph_states(model: nn.Module) -> dict[str, str]:
     """Say for every transformer block of a model what a training forward builds of a graph in it.
 
@@ -152,11 +159,16 @@ def graph_states(model: nn.Module) -> dict[str, str]:
     found, reached = {}, _trains_before_blocks(model)
     for name, block in transformer_blocks(model).items():
         state = block.__dict__.get(STATE)
-        again = isinstance(state, Block) and name in state.recompute
+        asked = isinstance(state, Block) and name in state.recompute
+        again = "frozen, runs again in backward"
+        if asked and checkpoints(block):
+            again = "frozen, does not run again by itself: activation checkpointing is on"
+        elif isinstance(state, Block) and state.not_again:
+            again = f"frozen, asked to run again in backward, which cannot be exact: {state.not_again}"
         if trains(block):
             found[name], reached = "trains", True
         elif reached:
-            found[name] = "frozen, runs again in backward" if again else "frozen, the gradient passes through"
+            found[name] = again if asked else "frozen, the gradient passes through"
         else:
             found[name] = "no graph: nothing in it or below it trains"
     return found
@@ -172,26 +184,3 @@ def _trains_before_blocks(model: nn.Module) -> bool:
         if parameter.requires_grad:
             return True
     return False
-
-
-def _checkpoints(block: nn.Module) -> bool:
-    return bool(getattr(block, "gradient_checkpointing", False)) and block.training
-
-
-def _checkpoints_reentrantly(block: nn.Module) -> bool:
-    function = getattr(block, "_gradient_checkpointing_func", None)
-    return _checkpoints(block) and getattr(function, "keywords", {}).get("use_reentrant", True) is not False
-
-
-@contextmanager
-def _without_checkpointing(block: nn.Module) -> Iterator[None]:
-    """Nothing is differentiated, so nothing needs to be computed again: the checkpointing function just calls."""
-    own, name = block.__dict__, "_gradient_checkpointing_func"
-    if not _checkpoints(block) or name not in own:
-        yield
-        return
-    before, own[name] = own[name], lambda function, *args, **_: function(*args)
-    try:
-        yield
-    finally:
-        own[name] = before

@@ -1,0 +1,145 @@
+"""What a call was given, to give it the same again: a KV cache is another one once the call has filled it."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+_SHAPES_ONLY = frozenset({"size", "dim", "numel", "ndimension", "stride", "__len__", "is_contiguous", "element_size"})
+
+
+class _Slot(NamedTuple):
+    """The place of a tensor."""
+
+    place: int
+
+
+class Given:
+    """The arguments of a call as they are before it: containers and objects are copied, tensors are only listed.
+
+    Args:
+        value: any structure of arguments.
+
+    Attributes:
+        tensors: the tensors in it, each once.
+
+    Example:
+        >>> cache = {"keys": []}
+        >>> given = Given((torch.ones(2), cache))
+        >>> cache["keys"].append(torch.zeros(3))
+        >>> given.rebuild(given.tensors)
+        (tensor([1., 1.]), {'keys': []})
+    """
+
+    def __init__(self, value: Any) -> None:
+        self.tensors: list[Tensor] = []
+        self._slots: dict[int, _Slot] = {}
+        self._direct = {id(leaf) for leaf in leaves(value) if isinstance(leaf, Tensor)}
+        self._value = _copied(value, self._take, {})
+        self._versions = [version(tensor) for tensor in self.tensors]
+
+    def _take(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return None
+        if id(value) not in self._slots:
+            self._slots[id(value)] = _Slot(len(self.tensors))
+            self.tensors.append(value)
+        return self._slots[id(value)]
+
+    @property
+    def in_objects(self) -> list[Tensor]:
+        """Tensors that only objects hold, such as the keys and values in a cache."""
+        return [tensor for tensor in self.tensors if id(tensor) not in self._direct]
+
+    def was_written(self) -> bool:
+        """Whether any of the tensors was written in place since."""
+        return [version(tensor) for tensor in self.tensors] != self._versions
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the arguments as they were, with other tensors in the places of `self.tensors`."""
+        return _copied(self._value, lambda value: tensors[value.place] if type(value) is _Slot else None, {})
+
+
+class TensorsUsed(TorchFunctionMode):
+    """Notes which tensors any operation reads; to ask for a shape alone is no reading.
+
+    Example:
+        >>> x, y = torch.ones(2), torch.ones(3)
+        >>> with TensorsUsed() as used:
+        ...     _ = x + y.shape[0]
+        >>> used.has(x), used.has(y)
+        (True, False)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[int] = set()
+
+    def has(self, tensor: Tensor) -> bool:
+        """Whether a tensor that was alive all the time was read."""
+        return id(tensor) in self._seen
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if name not in _SHAPES_ONLY and (name != "__get__" or isinstance(result, Tensor)):
+            self._seen.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+        return result
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written in place, as far as PyTorch counts it."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    """What a call was given, out of its tuples, lists and dicts; objects stay whole, whatever PyTorch knows of them."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from leaves(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from leaves(item)
+    else:
+        yield value
+
+
+def may_carry(value: Any) -> bool:
+    """Whether an argument is an object that may hold tensors: no tensor, number, function or module.
+
+    Example:
+        >>> may_carry(torch.float32), may_carry(print), may_carry(torch.ones(1))
+        (False, False, False)
+    """
+    plain = isinstance(value, Tensor | nn.Module | type) or callable(value)
+    return not plain and hasattr(value, "__dict__")
+
+
+def _copied(value: Any, leaf: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
+    """Copy containers and objects, all the way down, but for what `leaf` has something else for."""
+    replaced = leaf(value)
+    if replaced is not None:
+        return replaced
+    if id(value) in memo:
+        return memo[id(value)]
+    if isinstance(value, tuple) and not isinstance(value, torch.Size):
+        items = [_copied(item, leaf, memo) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+    if not isinstance(value, list | dict | set) and not may_carry(value):
+        return value
+    new = memo[id(value)] = copy.copy(value)
+    if isinstance(value, list):
+        list.__setitem__(new, slice(None), [_copied(item, leaf, memo) for item in value])
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            dict.__setitem__(new, key, _copied(item, leaf, memo))
+    if hasattr(new, "__dict__"):
+        for name, item in vars(value).items():
+            vars(new)[name] = _copied(item, leaf, memo)
+    return new

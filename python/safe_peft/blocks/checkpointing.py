@@ -1,0 +1,101 @@
+"""Activation checkpointing that transformers or a model's own code has switched on for a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .trains import trains
+
+_NAME = "_gradient_checkpointing_func"
+
+
+class Checkpointing:
+    """What is known of a block's checkpointing function; another function is looked at anew."""
+
+    def __init__(self) -> None:
+        self._function: Any = None
+        self._reentrant = False
+
+    def is_reentrant(self, block: nn.Module) -> bool:
+        """Whether the block's function runs things without a graph first, and again in backward.
+
+        The function is tried: it may be any. Reentrant ones call what they are given with grad mode off.
+        """
+        function = getattr(block, _NAME, None)
+        if not checkpoints(block) or function is None:
+            return False
+        if function is not self._function:
+            self._function, self._reentrant = function, _turns_grad_off(function)
+        return self._reentrant
+
+    def around(self, block: nn.Module, *, live: bool, passes: bool) -> Any:
+        """Return a context for a call of the block, in which reentrant checkpointing does what it is for.
+
+        Args:
+            block: the block.
+            live: something in it trains.
+            passes: a gradient may pass through it.
+        """
+        return self._replaced(block, _just_call if not live and not passes else _with_grad)
+
+    @contextmanager
+    def _replaced(self, block: nn.Module, change: Callable[..., Any]) -> Iterator[None]:
+        own = block.__dict__
+        if _NAME not in own or not self.is_reentrant(block):
+            yield
+            return
+        before = own[_NAME]
+        own[_NAME] = partial(change, before)
+        try:
+            yield
+        finally:
+            own[_NAME] = before
+
+
+def checkpoints(block: nn.Module) -> bool:
+    """Whether a block's calls are checkpointed now."""
+    return bool(getattr(block, "gradient_checkpointing", False)) and block.training
+
+
+def _turns_grad_off(function: Callable[..., Any]) -> bool:
+    seen: list[bool] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(torch.is_grad_enabled())
+        return x * 1
+
+    try:
+        with torch.enable_grad():
+            function(look, torch.zeros(1, requires_grad=True))
+    except Exception:
+        return getattr(function, "keywords", {}).get("use_reentrant", True) is not False
+    return bool(seen) and not seen[0]
+
+
+def _just_call(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **_: Any) -> Any:
+    """Nothing is differentiated, so nothing needs to be computed again."""
+    return function(*args)
+
+
+def _with_grad(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    """Reentrant checkpointing trains nothing, without a word, unless one of its inputs requires grad."""
+    floats = [index for index, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
+    if floats and not any(args[index].requires_grad for index in floats) and _trains(function):
+        first = floats[0]
+        args = (*args[:first], args[first].detach().requires_grad_(), *args[first + 1 :])
+    return checkpoint(function, *args, **options)
+
+
+def _trains(function: Any) -> bool:
+    """Whether what is checkpointed trains, as far as the function shows whose it is."""
+    while isinstance(function, partial):
+        owner = next((arg for arg in function.args if isinstance(arg, nn.Module)), None)
+        function = function.func if owner is None else owner
+    owner = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+    return trains(owner) if isinstance(owner, nn.Module) else True
