@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from ..adapters import peft_kind
@@ -162,9 +160,9 @@ def input_embeddings(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
     """
     found: dict[nn.Module, list[nn.Module]] = {}
     for module in model.modules():
-        get = getattr(module, "get_input_embeddings", None)
+        get: Any = getattr(type(module), "get_input_embeddings", None)  # PEFT's wrappers have no method of their own
         try:
-            embeddings = get() if callable(get) and not isinstance(module, PeftModel | BaseTuner) else None
+            embeddings = get(module) if callable(get) else None
         except (NotImplementedError, AttributeError):
             continue
         if isinstance(embeddings, nn.Module) and peft_kind(embeddings) is None:
