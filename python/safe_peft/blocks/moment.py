@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -30,7 +31,7 @@ class Moment:
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
-        self._then = [_attributes(module) for module in modules]
+        self._then = [_look(module) for module in modules]
         self._buffers = self._buffer_versions()
         self._parameters = {
             id(p): version(p) for module in modules for p in module._parameters.values() if p is not None
@@ -69,7 +70,11 @@ class Moment:
         """Inside the block modules are as they were, and no adapter is scored; afterwards they are as they are now."""
         states = [s for module in self._modules if isinstance(s := module.__dict__.get(STATE), LayerState)]
         observed = [state.observe for state in states]
-        now = [_attributes(module) for module in self._modules]
+        changed = [not _is_as(module, then) for module, then in zip(self._modules, self._then, strict=True)]
+        now = [
+            _look(module) if is_other else then
+            for module, then, is_other in zip(self._modules, self._then, changed, strict=True)
+        ]
         try:
             for state in states:
                 state.observe = {}
@@ -80,29 +85,59 @@ class Moment:
             for state, observe in zip(states, observed, strict=True):
                 state.observe = observe
 
-    def _put(self, attributes: Sequence[dict[str, Any]]) -> None:
-        for module, known in zip(self._modules, attributes, strict=True):
-            own, kind = module.__dict__, known[_CLASS]
-            for name in [name for name in own if name not in known and name not in _ENGINES]:
-                del own[name]
-            for name, value in known.items():
-                if name != _CLASS:
-                    own[name] = _copy(value)
-            if type(module) is not kind:  # bound then, and not now
-                module.__class__ = kind
+    def _put(self, looks: Sequence[_Look]) -> None:
+        for module, look in zip(self._modules, looks, strict=True):
+            if not _is_as(module, look):
+                _restore(module, look)
 
 
-_CLASS = "__class__"
+class _Look(NamedTuple):
+    """A module's class, its attributes, and what is in those that are containers and not empty."""
+
+    kind: type[nn.Module]
+    attributes: dict[str, Any]
+    contents: dict[str, Any]
+
+
 _CONTAINERS = frozenset({list, dict, set, OrderedDict})
 
 
-def _copy(value: Any) -> Any:
-    if type(value) not in _CONTAINERS:
-        return value
-    return value.copy() if value else type(value)()
+def _look(module: nn.Module) -> _Look:
+    return _Look(type(module), module.__dict__.copy(), _contents(module, copied=True))
 
 
-def _attributes(module: nn.Module) -> dict[str, Any]:
-    found = {name: _copy(value) for name, value in module.__dict__.items() if name not in _ENGINES}
-    found[_CLASS] = type(module)
-    return found
+def _contents(module: nn.Module, *, copied: bool) -> dict[str, Any]:
+    items = module.__dict__.items()
+    full = {name: v for name, v in items if type(v) in _CONTAINERS and v and name not in _ENGINES}
+    return {name: value.copy() for name, value in full.items()} if copied else full
+
+
+def _is_as(module: nn.Module, look: _Look) -> bool:
+    """Whether nothing has changed: by identity, since two tensors cannot be asked whether they are equal."""
+    own = module.__dict__
+    if type(module) is not look.kind or len(own) != len(look.attributes):
+        return False
+    if not all(map(is_, own.values(), look.attributes.values())):
+        return False
+    full = _contents(module, copied=False)
+    return full.keys() == look.contents.keys() and all(_same(full[name], look.contents[name]) for name in full)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if len(one) != len(other) or not all(map(is_, one, other)):
+        return False
+    return not isinstance(one, dict) or all(map(is_, one.values(), other.values()))
+
+
+def _restore(module: nn.Module, look: _Look) -> None:
+    own = module.__dict__
+    engines = {name: own[name] for name in _ENGINES}
+    own.clear()
+    for name, value in look.attributes.items():
+        if type(value) in _CONTAINERS:
+            own[name] = look.contents[name].copy() if name in look.contents else type(value)()
+        else:
+            own[name] = value
+    own.update(engines)
+    if type(module) is not look.kind:  # bound then, and not now
+        module.__class__ = look.kind
