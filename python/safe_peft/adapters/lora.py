@@ -17,14 +17,17 @@ from torch._subclasses import FakeTensor
 import safe_kernels
 from safe_kernels import AdapterStatistics
 
+from ..code import own_method, watched
 from ..importance import Evidence, Later
-from ..swap import STATE, is_hooked, is_transformed, own_forward
+from ..swap import STATE, is_hooked, is_transformed, original_type, own_forward
 from .base import Adapter, LayerState, active_keys, register_adapter
 from .observed import Observed
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _DROPOUTS = frozenset({nn.Dropout, nn.Identity})
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
+_CALLED = ("forward", "__call__", "_cast_input_dtype")
+_METHODS: dict[type, tuple[Any, ...]] = {}
 _ROUTING = ("adapter_names", *VARIANT_KWARG_KEYS)
 
 
@@ -55,7 +58,30 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
         return "several adapters are active" if keys else "no active adapter in this layer"
     if "forward" in layer.__dict__:
         return "forward is replaced on the layer itself (device hooks, for instance)"
-    return _refuse_adapter(layer, keys[0]) or _refuse_input(layer, keys[0], args)
+    return _refuse_code(layer) or _refuse_adapter(layer, keys[0]) or _refuse_input(layer, keys[0], args)
+
+
+def _refuse_code(layer: PeftLinear) -> str | None:
+    """The ops compute what PEFT's and PyTorch's classes do, as long as nothing takes the place of their methods."""
+    kind: Any = original_type(layer)
+    linear, dropout, identity = nn.Linear.forward, nn.Dropout.forward, nn.Identity.forward
+    called = (kind.forward, kind.__call__, kind._cast_input_dtype, linear, dropout, identity)
+    if called != _METHODS.get(kind) and (reason := _look_at(kind, called)) is not None:
+        return reason
+    return "hooks on the calls of all modules, lora_A and lora_B among them" if watched() else None
+
+
+def _look_at(kind: type, called: tuple[Any, ...]) -> str | None:
+    """What is called in a layer of a kind that is seen for the first time, or in which something was replaced."""
+    methods = [(kind, name) for name in _CALLED] + [
+        (child, "forward") for child in (nn.Linear, nn.Dropout, nn.Identity)
+    ]
+    known = _METHODS.get(kind) or tuple(own_method(owner, name) for owner, name in methods)
+    for (owner, name), method, now in zip(methods, known, called, strict=True):
+        if method is not now:
+            return f"{owner.__name__}.{name} is replaced"
+    _METHODS[kind] = known
+    return None
 
 
 def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
@@ -78,6 +104,8 @@ def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
         return "scaling is a tensor (prepared for compiled hotswapping), which the op would take as a constant"
     if type(dropout) not in _DROPOUTS:
         return f"dropout module {type(dropout).__name__} is not nn.Dropout"
+    if dropout.__dict__.get("inplace", False):
+        return "lora_dropout works in place"
     if is_hooked(lora_A) or is_hooked(lora_B) or is_hooked(dropout):
         return "hooks on lora_A, lora_B or lora_dropout, which the fast path would not run"
     return None

@@ -48,9 +48,10 @@ class SafeActivation(Swapped):
         """The module's own formula."""
         if not is_bound(self):
             return own_forward(self, x, *args, **kwargs)
-        if args or kwargs or not is_plain(x):
+        part: Activation = self.__dict__[STATE]
+        if args or kwargs or not is_plain(x) or part.refusal(self) is not None:
             return super().forward(x, *args, **kwargs)
-        return safe_kernels.activation(x, self.__dict__[STATE].kind)
+        return safe_kernels.activation(x, part.kind)
 
 
 @dataclass

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..swap import STATE, Swapped, is_bound, original_type, own_forward
-from .base import Part, agrees, hooked, is_linear, sample, small_linear, stand_in
+from .base import Part, agrees, is_dropout, is_linear, sample, small_linear, stand_in
 
 _SUM = "_mask_and_bias"
 _SIZES = ("num_attention_heads", "attention_head_size")
@@ -49,11 +49,16 @@ class Attention(Part):
     arguments: tuple[str, ...]
     op: str = "scaled_dot_product_attention"
 
+    @property
+    def passes_over(self) -> tuple[str, ...]:
+        """The dropout, which is called only where attention is written out, and is bound as a part of its own."""
+        return (self.dropout,)
+
     @classmethod
     def recognise(cls, module: nn.Module) -> Attention | None:
         """Four layers called q, k, v and o and a dropout, that compute such an attention."""
         children = module._modules
-        dropouts = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
+        dropouts = [name for name, child in children.items() if is_dropout(child)]
         names = ("q", "k", "v", "o")
         if set(children) != {*names, *dropouts} or len(dropouts) != 1 or not all(hasattr(module, n) for n in _SIZES):
             return None
@@ -101,10 +106,6 @@ class Attention(Part):
         """Whether SDPA would not help: with dropout it keeps probabilities too, and it gives a bias no gradient."""
         dropout: Any = module._modules[self.dropout]
         return (dropout.training and dropout.p > 0) or (bias is not None and bias.requires_grad)
-
-    def refusal(self, module: nn.Module) -> str | None:
-        """The dropout must have nobody watching."""
-        return super().refusal(module) or hooked(module, self.dropout)
 
     def note(self, module: nn.Module) -> str:
         """Where the module's own code serves it after all."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from ..swap import Swapped, is_hooked, is_transformed
+from ..code import Code, watched
+from ..swap import Swapped, is_hooked, is_transformed, original_type
 
 
 class Part(ABC):
@@ -29,16 +30,47 @@ class Part(ABC):
     """The op that serves it, such as "safe_kernels::rms_norm"."""
     covers: tuple[str, ...] = ()
     """Names of the module's children whose work the op does as well."""
+    codes: tuple[tuple[str, Code], ...] = ()
+    """What was recognised: the module's own code under "", and that of the children that are not called."""
 
     @classmethod
     @abstractmethod
     def recognise(cls, module: nn.Module) -> Part | None:
         """Return what is to be kept about a module of this kind; None if it is no such module."""
 
+    @property
+    def passes_over(self) -> tuple[str, ...]:
+        """Names of the children that the op does not call."""
+        return self.covers
+
+    def watch(self, module: nn.Module) -> Self:
+        """Remember what a module was recognised by, so that `refusal` notices what changes of it.
+
+        Args:
+            module: as `recognise` has just seen it.
+        """
+        children = [(name, module._modules[name]) for name in self.passes_over]
+        seen = [(name, child) for name, child in [("", module), *children] if child is not None]
+        self.codes = tuple((name, Code(child, _READ if is_dropout(child) else ())) for name, child in seen)
+        return self
+
     def refusal(self, module: nn.Module) -> str | None:
-        """Why the module's own code has to serve its calls, in a few words; None if the op can."""
+        """Why the module's own code has to serve its calls, in a few words; None if the op can.
+
+        It stands before every call, so it compares identities and asks for no attribute by nn.Module's lookup.
+        """
         if "forward" in module.__dict__:
             return "forward is replaced on the module itself"
+        children = module._modules
+        for name, code in self.codes:
+            part = children.get(name) if name else module
+            change = code.change(part)
+            if change is not None:
+                return f"{name}: {change}" if name else change
+            if name and is_hooked(part):  # type: ignore[arg-type]
+                return f"hooks on {name}"
+        if len(self.codes) > 1 and watched():
+            return f"hooks on the calls of all modules, {' and '.join(self.passes_over)} among them"
         return None
 
     def note(self, module: nn.Module) -> str:
@@ -46,6 +78,8 @@ class Part(ABC):
         return ""
 
 
+_READ = ("p", "inplace")
+"""What is read of a dropout in every call."""
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 
 
@@ -54,11 +88,6 @@ def is_plain(*values: Any) -> bool:
     return not is_transformed() and all(
         type(value) in _TENSORS and value.is_floating_point() and value.dim() > 0 for value in values
     )
-
-
-def hooked(module: nn.Module, *children: str) -> str | None:
-    """The first of a module's children that somebody has put hooks on, and which would be passed over."""
-    return next((f"hooks on {name}" for name in children if is_hooked(module._modules[name])), None)  # type: ignore[arg-type]
 
 
 def stand_in(
@@ -102,6 +131,11 @@ def small_linear(d_in: int, d_out: int, seed: int) -> nn.Linear:
     layer.weight = nn.Parameter(sample(d_out, d_in, seed=seed), requires_grad=False)
     layer.bias = nn.Parameter(sample(d_out, seed=seed + 10), requires_grad=False)
     return layer
+
+
+def is_dropout(module: nn.Module | None) -> bool:
+    """nn.Dropout itself, bound or not: a subclass may compute something else."""
+    return module is not None and original_type(module) is nn.Dropout
 
 
 def is_linear(module: nn.Module | None) -> bool:

@@ -41,7 +41,7 @@ def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:
         if not isinstance(part, Part):
             part = None if is_bound(module) else _recognise(module, id(module) in inside)
         if part is not None:
-            covered |= {id(module._modules[child]) for child in part.covers}
+            covered |= {id(module._modules.get(child)) for child in part.covers}
             yield name, module, part
 
 
@@ -53,7 +53,7 @@ def unrecognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     """
     parts = list(parts_of(model))
     known = {id(module) for _, module, _ in parts}
-    known |= {id(module._modules[child]) for _, module, part in parts for child in part.covers}
+    known |= {id(module._modules.get(child)) for _, module, part in parts for child in part.covers}
     inside = _inside_blocks(model)
     for name, module in _outside_adapters(model):
         if id(module) in known or module._modules:
@@ -68,7 +68,7 @@ def unrecognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 def _recognise(module: nn.Module, in_block: bool) -> Part | None:
     kinds = (*ANYWHERE, *IN_BLOCKS) if in_block else ANYWHERE
     with torch.device("cpu"), torch.autocast("cpu", enabled=False):  # whatever the caller has set for its own tensors
-        return next((part for kind in kinds if (part := kind.recognise(module)) is not None), None)
+        return next((part.watch(module) for kind in kinds if (part := kind.recognise(module)) is not None), None)
 
 
 def _inside_blocks(model: nn.Module) -> set[int]:

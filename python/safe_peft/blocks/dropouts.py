@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 import safe_kernels
 
-from ..swap import Swapped, is_bound, original_type, own_forward
-from .base import Part, is_plain
+from ..swap import STATE, Swapped, is_bound, own_forward
+from .base import Part, is_dropout, is_plain
 
 
 class SafeDropout(Swapped):
@@ -22,7 +22,7 @@ class SafeDropout(Swapped):
         """Zeroes elements at random while training."""
         if not is_bound(self):
             return own_forward(self, input)
-        if not self.training or self.p == 0.0 or self.inplace or not is_plain(input):
+        if not self.training or self.p == 0.0 or not is_plain(input) or self.__dict__[STATE].refusal(self):
             return super().forward(input)
         return safe_kernels.dropout(input, self.p)
 
@@ -38,7 +38,7 @@ class Dropout(Part):
     @classmethod
     def recognise(cls, module: nn.Module) -> Dropout | None:
         """nn.Dropout itself."""
-        return cls() if original_type(module) is nn.Dropout else None
+        return cls() if is_dropout(module) else None
 
     def refusal(self, module: nn.Module) -> str | None:
         """Dropout in place has no input left to give."""

@@ -15,7 +15,7 @@ from safe_kernels import reference
 
 from ..swap import STATE, Swapped, is_bound, original_type, own_forward
 from .activations import activation_kind
-from .base import Part, agrees, hooked, is_linear, is_plain, sample, small_linear, stand_in
+from .base import Part, agrees, is_dropout, is_linear, is_plain, sample, small_linear, stand_in
 
 
 class SafeMlp(Swapped):
@@ -32,7 +32,7 @@ class SafeMlp(Swapped):
         return part.rest(self, part.activate(self, hidden))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mlp(Part):
     """Which child plays which role.
 
@@ -79,7 +79,7 @@ class Mlp(Part):
         """A module of two or three linear layers, an activation and at most one dropout, that computes such an MLP."""
         children = module._modules
         linear = [name for name, child in children.items() if is_linear(child)]
-        dropouts = [name for name, child in children.items() if isinstance(child, nn.Dropout)]
+        dropouts = [name for name, child in children.items() if is_dropout(child)]
         others = [name for name in children if name not in linear and name not in dropouts]
         if len(linear) not in (2, 3) or len(dropouts) > 1 or len(others) != 1 or module._parameters or module._buffers:
             return None
@@ -144,10 +144,6 @@ class Mlp(Part):
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype == x.dtype:
             return False
         return not torch.is_autocast_enabled(x.device.type)
-
-    def refusal(self, module: nn.Module) -> str | None:
-        """Children that the op stands for must have nobody watching."""
-        return super().refusal(module) or hooked(module, *self.covers)
 
 
 class _Marker(nn.Module):

@@ -24,6 +24,7 @@ from safe_kernels.retention import Save, record, storages
 from ..adapters import Adapter, adapter_of
 from ..binding import Binding, bind
 from ..blocks import transformer_blocks
+from ..code import observes
 from ..errors import PlanError
 from ..loss import Loss
 from ..paths import short_name
@@ -231,6 +232,7 @@ class _Step:
         """Hooks on all modules see those of others as well, in whatever thread."""
         return self.places.paths.get(id(module)) if threading.get_ident() == self.thread else None
 
+    @observes
     def _enter(self, module: nn.Module, args: Any) -> None:
         if (path := self._path(module)) is None:
             return
@@ -239,6 +241,7 @@ class _Step:
         if path in self.blocks:
             self.entered, self.saves = True, 0
 
+    @observes
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if (path := self._path(module)) is None:
             return
