@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Self
 
@@ -80,6 +81,7 @@ class Part(ABC):
 
 _READ = ("p", "inplace")
 """What is read of a dropout in every call."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 
 
@@ -96,10 +98,11 @@ def stand_in(
     parameters: Mapping[str, Tensor] | None = None,
     children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """Return a shallow copy with other parameters and children, which may be called without touching the original."""
+    """Return a shallow copy with other parameters and children, and without hooks: called, it touches nothing else."""
     clone = copy.copy(module)
     own = {name: nn.Parameter(value, requires_grad=False) for name, value in (parameters or {}).items()}
     clone.__dict__ |= {"_parameters": own, "_buffers": dict(module._buffers), "_modules": dict(children or {})}
+    clone.__dict__ |= {name: OrderedDict() for name in _HOOKS}
     return clone
 
 

@@ -92,7 +92,7 @@ class Mlp(Part):
     def _computes(self, module: nn.Module) -> bool:
         """Whether a stand-in with small layers in its roles gives what these roles say it must."""
         x, layers = sample(5, 4), self._small_layers()
-        children: dict[str, nn.Module] = {**layers, self.activation: module._modules[self.activation]}  # type: ignore[dict-item]
+        children: dict[str, nn.Module] = {**layers, self.activation: stand_in(module._modules[self.activation])}  # type: ignore[arg-type]
         if self.dropout is not None:
             children[self.dropout] = _Marker()
         clone = stand_in(module, children=children)
