@@ -15,7 +15,7 @@ from .adapters.base import adapter_keys
 from .adapters.observed import mixin_for
 from .blocks import PARTS, bind_blocks, transformer_blocks
 from .errors import BindingError, ConfigError
-from .paths import short_name, unwrap
+from .paths import short_name, unwrap, walk
 from .swap import STATE, is_bound, put_on, take_off
 
 
@@ -139,7 +139,7 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
     """
     if not isinstance(parts, Collection) or isinstance(parts, str) or not set(parts) <= set(PARTS):
         raise ConfigError(f"parts: expected some of {', '.join(PARTS)}, got {parts!r}.")
-    modules = list(unwrap(model).named_modules())
+    modules = list(walk(unwrap(model)))
     layers = {short_name(name): module for name, module in modules if adapter_of(module) is not None}
     if not layers:
         raise BindingError(_nothing_to_bind(model, [module for _, module in modules]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -16,17 +17,23 @@ from safe_kernels import AdapterStatistics, RowBlocks
 from .adapters import Adapter
 from .errors import BindingError
 from .parallel.refusals import REPLICA
-from .watch import watch
+from .watch import Call, Watcher
+
+Sums = dict[torch.device, Tensor]
 
 
 class Observation:
     """The rows to look at, and one flat buffer of sums for all adapters.
 
+    Only forwards that train count. A layer is scored where gradients are enabled, so neither in generation nor in the
+    first of the two passes of reentrant checkpointing; and what a forward has gathered counts once it has ended, so
+    that one that dies, out of memory for instance, leaves nothing.
+
     Args:
-        model: the model whose forwards are observed; its `attention_mask` says which rows are padding.
+        model: the model whose forwards are observed; its attention masks say which rows are padding.
         adapters: whom to score.
-        blocks: row blocks a batch.
-        block_rows: rows in a block.
+        blocks: row blocks per batch.
+        block_rows: rows per block.
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter], blocks: int, block_rows: int) -> None:
@@ -35,10 +42,12 @@ class Observation:
         self._armed: list[int] = []
         self._suspended = 0
         self._shift = 0
-        self._sums: dict[torch.device, Tensor] = {}
-        self._mask: Tensor | None = None
-        self._row_blocks: dict[tuple[int, torch.device, bool], RowBlocks] = {}
-        self._hooks = watch(model, self._begin_forward)
+        self._sums: Sums = {}
+        self._lock = threading.Lock()
+        self._recent: list[Tensor] = []  # masks of the forwards since the latest backward: of what runs again in one
+        self._in_backward = False
+        self._row_blocks: dict[Any, RowBlocks] = {}
+        self._watcher = Watcher(model, self._begin_forward, self._end_forward)
 
     def arm(self, live: Sequence[int], shift: int) -> None:
         """Observe the coming forwards.
@@ -48,9 +57,7 @@ class Observation:
             shift: moves the row blocks, so that successive scorings see other rows.
         """
         self._armed, self._shift = list(live), shift
-        self._sums.clear()
-        self._row_blocks.clear()
-        self._mask = None
+        self._forget()
         for index in live:
             adapter = self._adapters[index]
             if adapter.state is not None:
@@ -63,7 +70,7 @@ class Observation:
             float64 [adapters, 4] on the adapters' device: the sums, over all micro-batches of this process.
         """
         device = next(iter(self._sums), None) or self.device
-        total = self._buffer(device).clone()
+        total = self._buffer(self._sums, device).clone()
         for other, sums in self._sums.items():
             if other != device:
                 total += sums.to(device)
@@ -82,15 +89,12 @@ class Observation:
             if adapter.state is not None:
                 adapter.state.observe.pop(adapter.key, None)
         self._armed = []
-        self._sums.clear()
-        self._row_blocks.clear()
-        self._mask = None
+        self._forget()
 
     def close(self) -> None:
         """Disarm, and take the hooks off the model."""
         self.disarm()
-        while self._hooks:
-            self._hooks.pop().remove()
+        self._watcher.close()
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -111,34 +115,80 @@ class Observation:
     def load_sums(self, sums: Sequence[Sequence[float]]) -> None:
         """Go on from what `sums` returned."""
         if sums:
-            self._buffer(self.device).copy_(torch.tensor(sums, dtype=torch.float64))
+            self._buffer(self._sums, self.device).copy_(torch.tensor(sums, dtype=torch.float64))
 
-    def _buffer(self, device: torch.device) -> Tensor:
-        if device not in self._sums:
-            self._sums[device] = torch.zeros(len(self._adapters), 4, dtype=torch.float64, device=device)
-        return self._sums[device]
-
-    def _begin_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A new batch: its rows and its padding are others."""
-        if getattr(module, "_is_replica", False):
-            raise BindingError(f"{REPLICA}.")
-        if torch.compiler.is_compiling() or not self._armed:
-            return
+    def _forget(self) -> None:
+        self._sums = {}
+        self._recent, self._in_backward = [], False
         self._row_blocks.clear()
-        mask = kwargs.get("attention_mask")
-        if mask is None and len(args) > 1:
-            names = list(inspect.signature(module.forward).parameters)[: len(args)]
-            mask = args[names.index("attention_mask")] if "attention_mask" in names else None
-        self._mask = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        self._watcher.reset()
+
+    def _buffer(self, sums: Sums, device: torch.device) -> Tensor:
+        if device not in sums:
+            sums[device] = torch.zeros(len(self._adapters), 4, dtype=torch.float64, device=device)
+        return sums[device]
+
+    # ---------------------------------------------------------------- forwards
+
+    def _begin_forward(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A new batch: its rows and its padding are others."""
+        if getattr(call.module, "_is_replica", False):
+            raise BindingError(f"{REPLICA}.")
+        if not self._armed:
+            return
+        found = list(_masks(call.module, args, kwargs))
+        if not found and call.outer is not None:
+            found = call.outer.notes.get("masks", [])
+        call.notes.update(masks=found, sums={}, row_blocks={})
+        if call.task == -1 and torch.is_grad_enabled():
+            if self._in_backward:
+                self._recent, self._in_backward = [], False
+            self._recent += [mask for mask in found if all(mask is not other for other in self._recent)]
+            self._row_blocks.clear()
+
+    def _end_forward(self, call: Call, output: Any, died: bool) -> None:
+        """What an inner forward has gathered belongs to the outer one, which may still die."""
+        found: Sums = call.notes.get("sums", {})
+        if died or not found or not self._armed:
+            return
+        with self._lock:
+            sums = self._sums if call.outer is None else call.outer.notes.setdefault("sums", {})
+            for device, gathered in found.items():
+                self._buffer(sums, device).add_(gathered)
 
     def _statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
         """Where one adapter's coming call is to add its sums."""
-        if self._suspended or x.numel() == 0 or torch.is_inference_mode_enabled():
+        if self._suspended or x.numel() == 0 or not torch.is_grad_enabled():
             return None
+        call, task = self._watcher.current, torch._C._current_graph_task_id()
+        if call is not None and call.task == task and "sums" in call.notes:
+            sums, masks, known = call.notes["sums"], call.notes["masks"], call.notes["row_blocks"]
+        else:  # run again in backward, or called by itself
+            sums, masks, known = self._sums, self._recent, self._row_blocks
+        self._in_backward |= task != -1
+        return AdapterStatistics(self._buffer(sums, x.device)[index], self._rows(x, masks, known))
+
+    def _rows(self, x: Tensor, masks: Sequence[Tensor], known: dict[Any, RowBlocks]) -> RowBlocks:
+        """The rows to score: those that no mask of their shape calls padding."""
         rows = x.numel() // x.shape[-1]
-        fits = self._mask is not None and self._mask.numel() == rows and x.shape[:-1] in (self._mask.shape, (rows,))
-        key = (rows, x.device, fits)
-        if key not in self._row_blocks:
-            weight = self._mask.reshape(-1).to(x.device) != 0 if fits and self._mask is not None else None
-            self._row_blocks[key] = self._spread(rows, row_weight=weight, shift=self._shift, device=x.device)
-        return AdapterStatistics(self._buffer(x.device)[index], self._row_blocks[key])
+        fit = [m for m in masks if m.numel() == rows and x.shape[:-1] in (m.shape, (rows,))]
+        key = (rows, x.device, tuple(map(id, fit)))
+        if key not in known:
+            weight: Tensor | None = None
+            for mask in fit:
+                real = mask.reshape(-1).to(x.device) != 0
+                weight = real if weight is None else weight & real
+            known[key] = self._spread(rows, row_weight=weight, shift=self._shift, device=x.device)
+        return known[key]
+
+
+def _masks(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The attention masks [rows, tokens] among a forward's arguments, those inside a dict of features included."""
+    named = dict(kwargs)
+    if args:
+        named |= zip(inspect.signature(module.forward).parameters, args, strict=False)
+    for held in [named, *(value for value in named.values() if isinstance(value, Mapping))]:
+        for name, mask in held.items():
+            named_so = isinstance(name, str) and name.endswith("attention_mask")
+            if named_so and isinstance(mask, Tensor) and mask.dim() == 2:
+                yield mask

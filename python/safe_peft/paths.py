@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -62,7 +62,53 @@ def trains_besides(model: nn.Module, own: Iterable[nn.Parameter]) -> bool:
         True
     """
     known = {id(parameter) for parameter in own}
-    return any(p.requires_grad and id(p) not in known for p in model.parameters())
+    return any(p.requires_grad and id(p) not in known for p in parameters_of(model))
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what `named_modules` does, without running any code of the modules.
+
+    Some do more than list themselves there: PEFT's `lora.MultiheadAttention` deletes its weights and registers new ones
+    at every walk, and loses them where new parameters cannot be made.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> [name for name, _ in walk(nn.Sequential(nn.Linear(2, 2)))]
+        ['', '0']
+    """
+    seen, waiting = set[int](), [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        children = [(key, child) for key, child in module._modules.items() if child is not None]
+        waiting += [(f"{name}.{key}" if name else key, child) for key, child in reversed(children)]
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return what `parameters` yields, without running any code of the modules.
+
+    Example:
+        >>> len(parameters_of(nn.Linear(2, 2)))
+        2
+    """
+    found = {id(p): p for _, module in walk(model) for p in module._parameters.values() if p is not None}
+    return list(found.values())
+
+
+def buffers_of(model: nn.Module) -> list[torch.Tensor]:
+    """Return what `buffers` yields, without running any code of the modules.
+
+    Example:
+        >>> len(buffers_of(nn.BatchNorm1d(2)))
+        3
+    """
+    found = {id(b): b for _, module in walk(model) for b in module._buffers.values() if b is not None}
+    return list(found.values())
 
 
 def short_name(path: str) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 
 from .adapters import Adapter
 from .errors import BindingError
+from .paths import walk
 
 
 class Presence:
@@ -22,8 +23,8 @@ class Presence:
         wanted = {id(adapter.layer) for adapter in adapters}
         parents = {
             id(child): (module, name)
-            for module in model.modules()
-            for name, child in module.named_children()
+            for _, module in walk(model)
+            for name, child in module._modules.items()
             if id(child) in wanted
         }
         self._places = [(adapter, *parents.get(id(adapter.layer), (None, ""))) for adapter in adapters]

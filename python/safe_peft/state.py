@@ -232,6 +232,8 @@ def _check_process(evidence: Gathered, owner: Owner) -> None:
 def _is_batch(inputs: Inputs | None) -> bool:
     if inputs is None:
         return True
+    if not all(map(_is_batch, inputs.further)):
+        return False
     shapes = [spec.shape for spec in inputs.tensors.values()]
     dtypes = [spec.dtype for spec in inputs.tensors.values()] + ([inputs.autocast] if inputs.autocast else [])
     return (

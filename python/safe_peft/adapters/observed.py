@@ -133,10 +133,9 @@ class Sample:
         self._statistics: AdapterStatistics | None = None
         self._base = torch.empty(0)
 
-    @torch.no_grad()
-    def begin(self, base: Any) -> None:
+    def begin(self, base: Any) -> None:  # where gradients are as in the forward: observers ask
         if isinstance(base, Tensor) and base.is_floating_point():
-            features = base.movedim(self._features_dim, -1)
+            features = base.detach().movedim(self._features_dim, -1)
             self._statistics = self._observe(features)
             if self._statistics is not None:
                 self._base = self._statistics.take(features)[0]

@@ -10,6 +10,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from safe_kernels.retention import living
 
+from ..paths import parameters_of, walk
+
 distributed: Any = torch.distributed
 """Its bindings to C++ have no declared names."""
 
@@ -21,7 +23,7 @@ def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
         model: what the wrapper, or a module inside it, holds.
     """
     return next(
-        (ddp for ddp in living(DistributedDataParallel) if any(module is model for module in ddp.modules())), None
+        (ddp for ddp in living(DistributedDataParallel) if any(module is model for _, module in walk(ddp))), None
     )
 
 
@@ -33,7 +35,7 @@ def refusal(ddp: DistributedDataParallel) -> str | None:
         return "delay_all_reduce_named_params takes parameters away from DDP's reducer; leave it out"
     if ddp._use_python_reducer:
         return 'torch._dynamo.config.optimize_ddp="python_reducer" puts hooks where no freezing reaches; leave it out'
-    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in ddp.parameters()):
+    if any(hasattr(parameter, "_in_backward_optimizers") for parameter in parameters_of(ddp)):
         return "an optimizer that steps within backward keeps its own state; use one that steps after it"
     return None
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..paths import parameters_of, walk
+
 
 def fsdp_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules that `fully_shard` was called for, the root first."""
@@ -15,7 +17,7 @@ def fsdp_modules(model: nn.Module) -> Iterator[nn.Module]:
         return
     from torch.distributed.fsdp import FSDPModule
 
-    yield from (module for module in model.modules() if isinstance(module, FSDPModule))
+    yield from (module for _, module in walk(model) if isinstance(module, FSDPModule))
 
 
 def fsdp_groups(model: nn.Module) -> tuple[torch.distributed.ProcessGroup, ...]:
@@ -33,7 +35,7 @@ def fsdp_groups(model: nn.Module) -> tuple[torch.distributed.ProcessGroup, ...]:
 
 def mesh_groups(model: nn.Module) -> tuple[torch.distributed.ProcessGroup, ...]:
     """Return the groups, one a dimension, of all meshes that parameters are spread over: FSDP2's, tensor parallel's."""
-    meshes = {id(mesh): mesh for p in model.parameters() if (mesh := getattr(p, "device_mesh", None)) is not None}
+    meshes = {id(mesh): mesh for p in parameters_of(model) if (mesh := getattr(p, "device_mesh", None)) is not None}
     return tuple(mesh.get_group(dim) for mesh in meshes.values() for dim in range(mesh.ndim))
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import nn
 from torch.nn.parallel import DataParallel
 
+from ..paths import parameters_of, walk
+
 
 def refusal(model: nn.Module, outer: nn.Module, optimizer: object) -> str | None:
     """Say why adapters cannot be frozen under a model's engine; None if they can.
@@ -21,7 +23,10 @@ def refusal(model: nn.Module, outer: nn.Module, optimizer: object) -> str | None
         )
     if isinstance(outer, DataParallel) and len(outer.device_ids) > 1:
         return REPLICA
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in (outer, *model.modules())):
+    if any(
+        type(module).__name__ == "FullyShardedDataParallel"
+        for module in (outer, *(module for _, module in walk(model)))
+    ):
         return (
             "FSDP1 wants all parameters of a unit to train, or none; use FSDP2: fully_shard, or accelerate's "
             "fsdp_version=2"
@@ -40,7 +45,7 @@ def _is_deepspeed(item: object) -> bool:
 
 
 def _is_zero3(model: nn.Module) -> bool:
-    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+    return any(hasattr(parameter, "ds_id") for parameter in parameters_of(model))
 
 
 def _chain(optimizer: object) -> list[object]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..blocks import parts_of
 from ..blocks.norms import INVERTS, Norm
 from ..errors import PlanError
 from ..parallel.fsdp import is_spread
+from ..paths import buffers_of, parameters_of, walk
 from .sharded import check_sharding, copy_units, whole_dtypes
 
 _ALL, _ANY = torch.ops.aten.all.default, torch.ops.aten.any.default
@@ -56,34 +57,35 @@ class FakeModel:
         self._shapes: dict[int, Tensor] = {}
         self._whole = whole_dtypes(model)
         self.tensors: list[Tensor] = []
-        tensors = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
+        parameters = parameters_of(model)
+        tensors = [*parameters, *buffers_of(model), *(p.grad for p in parameters if p.grad is not None)]
         try:
             with self.mode:
                 for tensor in tensors:
                     memo[id(tensor)] = self._fake(tensor)
-                for parameter in model.parameters():
+                for parameter in parameters:
                     memo[id(parameter)].grad = None
             with _Copying(self), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 copy_units(model, memo)
                 self.module: nn.Module = copy.deepcopy(model, memo)
-                for parameter in model.parameters():
+                for parameter in parameters:
                     _attach(parameter, memo)
         except Exception as error:
             raise PlanError(
                 f"{type(model).__name__} cannot be copied for a plan ({first_line(error)}); take off what was put on "
                 "its modules, or plan before that."
             ) from error
-        self.tensors += [*self.module.parameters(), *self.module.buffers()]
+        self.tensors += [*parameters_of(self.module), *buffers_of(self.module)]
         self._note_norms(model)
 
     def _note_norms(self, model: nn.Module) -> None:
         """Whether a norm can do without its input depends on its weights' values, which the copy does not have."""
-        parameters = list(model.parameters())
+        parameters = parameters_of(model)
         if any(isinstance(p.data, FakeTensor) or p.is_meta or is_spread(p) for p in parameters):
             return  # nothing to look at, at least not without other processes, or noted before
         norms = {id(module): part for _, module, part in parts_of(model) if isinstance(part, Norm)}
-        for original, module in zip(model.modules(), self.module.modules(), strict=True):
+        for (_, original), (_, module) in zip(walk(model), walk(self.module), strict=True):
             if id(original) in norms:
                 module.__dict__[INVERTS] = norms[id(original)].retains_output(original)
 
@@ -165,11 +167,11 @@ class MaskAnswers(TorchDispatchMode):
     Transformers 5 does not ask fake tensors. Every other question about values remains an error.
 
     Args:
-        rows: of the batch.
+        rows: of the batches that a step is called with.
         padded: the answer.
     """
 
-    def __init__(self, rows: int, padded: bool) -> None:
+    def __init__(self, rows: Collection[int], padded: bool) -> None:
         super().__init__()
         self.rows, self.padded = rows, padded
         self._asked: Any = WeakIdKeyDictionary()
@@ -178,7 +180,7 @@ class MaskAnswers(TorchDispatchMode):
         if func is torch.ops.aten._local_scalar_dense.default and args[0] in self._asked:
             return self._asked[args[0]]
         out = func(*args, **(kwargs or {}))
-        if func in (_ALL, _ANY) and args[0].dim() == 2 and args[0].shape[0] == self.rows:
+        if func in (_ALL, _ANY) and args[0].dim() == 2 and args[0].shape[0] in self.rows:
             self._asked[out] = self.padded == (func is _ANY)
         return out
 

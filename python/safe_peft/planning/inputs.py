@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import PlanError
+from ..paths import parameters_of
 
 _ROW_LABELS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification", "ForMultipleChoice")
 _TOKEN_LABELS = ("ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForTokenClassification")
@@ -39,6 +40,8 @@ class Inputs:
         constants: arguments that are numbers, strings, booleans or None.
         padded: some rows are padded. Attention masks of ones are then not looked through, as it is with real ones.
         autocast: torch's name of the dtype that the model is called under; "" for none but what holds around the plan.
+        source: path of the module that is called with it, "" for the model itself.
+        further: what else is called before backward: another tower, or the same one with another half of a pair.
 
     Example:
         >>> Inputs({"input_ids": InputSpec((4, 128), "int64")}).rows
@@ -49,6 +52,13 @@ class Inputs:
     constants: dict[str, Any] = field(default_factory=dict)
     padded: bool = False
     autocast: str = ""
+    source: str = ""
+    further: tuple[Inputs, ...] = ()
+
+    @property
+    def calls(self) -> tuple[Inputs, ...]:
+        """Every call of a step, this one first."""
+        return self, *self.further
 
     @property
     def rows(self) -> int:
@@ -57,8 +67,8 @@ class Inputs:
 
     @property
     def elements(self) -> int:
-        """Elements of the largest tensor: of two batches of one kind the larger retains more."""
-        return max((math.prod(spec.shape) for spec in self.tensors.values()), default=0)
+        """Elements of each call's largest tensor: of two batches of one kind the larger retains more."""
+        return sum(max((math.prod(spec.shape) for spec in call.tensors.values()), default=0) for call in self.calls)
 
     def make(self, device: torch.device) -> dict[str, Any]:
         """Return the model's arguments, inside a `FakeTensorMode`."""
@@ -69,13 +79,16 @@ class Inputs:
         return {**tensors, **self.constants}
 
     @classmethod
-    def of(cls, batch: Mapping[str, Any], *, padded: bool | None = None, autocast: bool = False) -> Inputs:
+    def of(
+        cls, batch: Mapping[str, Any], *, padded: bool | None = None, autocast: bool = False, source: str = ""
+    ) -> Inputs:
         """Describe a real batch. A mask without padding is left out: attention leaves it out as well.
 
         Args:
             batch: a model's arguments by name; what is neither tensor nor plain constant is passed over.
             padded: some rows of such batches are padded; None looks.
             autocast: note the autocast that holds now.
+            source: path of the module that is called with it.
 
         Example:
             >>> Inputs.of({"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3)}).tensors
@@ -92,7 +105,7 @@ class Inputs:
         plain = {n: v for n, v in batch.items() if isinstance(v, bool | int | float | str)}
         device = next((value.device.type for value in batch.values() if isinstance(value, Tensor)), "cpu")
         enabled = autocast and torch.is_autocast_enabled(device)
-        return cls(tensors, plain, padded, _name(torch.get_autocast_dtype(device)) if enabled else "")
+        return cls(tensors, plain, padded, _name(torch.get_autocast_dtype(device)) if enabled else "", source)
 
 
 def largest(batch: Mapping[str, Any]) -> int:
@@ -153,7 +166,7 @@ def _labels(base: nn.Module, rows: int, ids: InputSpec | None) -> dict[str, Inpu
 
 
 def _dtype(module: nn.Module) -> str:
-    return next((_name(p.dtype) for p in module.parameters() if p.is_floating_point()), "float32")
+    return next((_name(p.dtype) for p in parameters_of(module) if p.is_floating_point()), "float32")
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -15,7 +15,7 @@ from torch import nn
 from ..blocks import transformer_blocks
 from ..errors import ConfigError, PlanError
 from ..loss import Loss
-from ..paths import unwrap
+from ..paths import parameters_of, unwrap
 from .device import device_kind
 from .fakes import FakeModel
 from .inputs import Inputs, inputs_for
@@ -151,7 +151,7 @@ def plan_of(
 
 
 def _kind(model: nn.Module) -> str:
-    kind = next((parameter.device.type for parameter in model.parameters()), "cpu")
+    kind = next((parameter.device.type for parameter in parameters_of(model)), "cpu")
     return "cpu" if kind == "meta" else kind
 
 
@@ -224,7 +224,8 @@ def describe(inputs: Inputs) -> str:
         >>> describe(Inputs({"input_ids": InputSpec((8, 128), "int64")}))
         'input_ids 8 x 128'
     """
-    shapes = [f"{name} {' x '.join(map(str, spec.shape))}" for name, spec in inputs.tensors.items()]
+    named = [pair for call in inputs.calls for pair in call.tensors.items()]
+    shapes = [f"{name} {' x '.join(map(str, spec.shape))}" for name, spec in named]
     return ", ".join(shapes) + (", padded" if inputs.padded else "")
 
 

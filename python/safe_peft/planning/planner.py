@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import SafeConfig
 from ..errors import PlanError
 from ..state import Planned
-from ..watch import watch
 from .budget import Choice, bytes_limit, fit
 from .fakes import FakeModel
-from .inputs import Inputs, largest
+from .inputs import Inputs
 from .memory import plan_of
 from .plan import MemoryPlan
 from .retained import RetainedTable
+from .seen import Seen, order
 from .tracing import Trace, trace
 
 logger = logging.getLogger(__name__)
@@ -42,57 +39,38 @@ class Planner:
     def __init__(self, model: nn.Module, config: SafeConfig, others_train: bool, *, shared: bool = False) -> None:
         self.config, self.others_train = config, others_train
         self.planned = Planned()
-        self.seen: Inputs | None = None
         self._shared = shared
         self._model, self._refusal = _copy(model)
         if config.needs_plan and self._refusal is not None:
             raise self._refusal
         self._traces: dict[tuple[frozenset[str], frozenset[str]], Trace] = {}
-        self._source: nn.Module | None = None
-        self._suspended = 0
-        self._hooks = watch(model, self._see)
+        self.watched = Seen(model, exact=config.needs_plan, larger=self._larger)
 
     @property
     def ready(self) -> bool:
         """Whether a batch has been seen, and agreed on."""
         return self.planned.inputs is not None
 
+    @property
+    def seen(self) -> Inputs | None:
+        """The largest step that this process has seen."""
+        return self.watched.inputs
+
     def close(self) -> None:
         """Take the hooks off the model."""
-        while self._hooks:
-            self._hooks.pop().remove()
+        self.watched.close()
 
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
+    def suspended(self) -> AbstractContextManager[None]:
         """Look away while the block runs."""
-        self._suspended += 1
-        try:
-            yield
-        finally:
-            self._suspended -= 1
+        return self.watched.suspended()
 
     def load(self, planned: Planned) -> None:
         """Go on from what `planned` was, with what had been `seen`."""
-        self.planned, self.seen, self._traces = planned, planned.seen, {}
+        self.planned, self.watched.inputs, self._traces = planned, planned.seen, {}
 
-    def _see(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note a training batch if none as large has been there. The outer model is called first, and counts."""
-        if torch.compiler.is_compiling() or self._suspended or not torch.is_grad_enabled() or not module.training:
-            return
-        self._source = self._source or module
-        if module is not self._source:
-            return
-        names = list(inspect.signature(module.forward).parameters)
-        batch = dict(zip(names, args, strict=False)) | dict(kwargs)
-        known, elements = self.seen, largest(batch)
-        padding_may_be_new = self.config.needs_plan and known is not None and not known.padded
-        if known is not None and (elements, padding_may_be_new) <= (known.elements, False):
-            return
-        seen = Inputs.of(batch, padded=True if known is not None and known.padded else None, autocast=True)
-        if known is None or _order(seen)[:2] > _order(known)[:2]:
-            self.seen = seen
-            if not self._shared:
-                self._plan_for(seen)
+    def _larger(self, seen: Inputs) -> None:
+        if not self._shared:
+            self._plan_for(seen)
 
     @property
     def mark(self) -> str:
@@ -105,7 +83,7 @@ class Planner:
         Args:
             seen: what each of them has `seen`.
         """
-        self.seen = max((one for one in seen if one is not None), key=_order, default=None)
+        self.watched.inputs = max((one for one in seen if one is not None), key=order, default=None)
         self._plan_for(self.seen)
 
     def _plan_for(self, inputs: Inputs | None) -> None:
@@ -218,10 +196,6 @@ class Planner:
         if inputs is None:
             raise PlanError("no training batch has been seen yet; train a step before planning.")
         return self._model, inputs
-
-
-def _order(inputs: Inputs) -> tuple[int, bool, str]:
-    return inputs.elements, inputs.padded, repr(inputs)
 
 
 def _copy(model: nn.Module) -> tuple[nn.Module | None, PlanError | None]:

@@ -20,6 +20,7 @@ from ..parallel.fsdp import (
     mesh_groups,
     precision_policy,
 )
+from ..paths import parameters_of
 from ..swap import STATE, original_type
 
 _ENGINE = "torch.distributed."
@@ -48,7 +49,7 @@ def whole_dtypes(model: nn.Module) -> dict[int, torch.dtype]:
     found: dict[int, torch.dtype] = {}
     for unit in fsdp_modules(model):  # the root first, so that the innermost unit of a parameter has the last word
         policy = precision_policy(unit)
-        for parameter in unit.parameters():
+        for parameter in parameters_of(unit):
             if is_spread(parameter):
                 floating = parameter.is_floating_point() and policy.param_dtype is not None
                 found[id(parameter)] = policy.param_dtype if floating else parameter.dtype

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +28,7 @@ from ..blocks import transformer_blocks
 from ..code import observes
 from ..errors import PlanError
 from ..loss import Loss
-from ..paths import short_name
+from ..paths import parameters_of, short_name, walk
 from .device import as_on
 from .fakes import FakeModel, MaskAnswers, first_line, ordinary_positions
 from .graph import Reach, latest_node
@@ -113,7 +114,7 @@ def trace(
             adapter.freeze(keep_dropout=keep_dropout or not fast)
     step = _Step(fake, [adapter for adapter in adapters if adapter.name not in frozen], recompute if fast else ())
     try:
-        return step.run(inputs, device, loss or _differentiated)
+        return step.run(inputs, device, loss)
     except PlanError:
         raise
     except Exception as error:
@@ -129,7 +130,7 @@ def live_adapters(model: nn.Module) -> list[Adapter]:
     Args:
         model: a PEFT model.
     """
-    layers = {short_name(name): layer for name, layer in model.named_modules() if adapter_of(layer) is not None}
+    layers = {short_name(name): layer for name, layer in walk(model) if adapter_of(layer) is not None}
     return Binding(layers).live_adapters()
 
 
@@ -160,7 +161,7 @@ class _Step:
 
     def __init__(self, fake: FakeModel, adapters: list[Adapter], recompute: Collection[str]) -> None:
         self.fake, self.adapters, self.recompute = fake, adapters, recompute
-        modules = [(short_name(name), module) for name, module in fake.module.named_modules()]
+        modules = [(short_name(name), module) for name, module in walk(fake.module)]
         self.blocks = transformer_blocks(fake.module)
         self.places = Places(modules, list(self.blocks))
         self.always = 1 << len(adapters)
@@ -173,13 +174,13 @@ class _Step:
         self.random: dict[str, bool] = {}
         self.thread = threading.get_ident()
 
-    def run(self, inputs: Inputs, kind: str, compute: Loss) -> Trace:
+    def run(self, inputs: Inputs, kind: str, loss_of: Loss | None) -> Trace:
         """Forward, account, backward."""
         module = self.fake.module
-        device = next(module.parameters()).device
+        device = parameters_of(module)[0].device
         positions = nullcontext() if "position_ids" in inputs.tensors else ordinary_positions()
         random = torch.random.fork_rng(devices=[])
-        answers = MaskAnswers(inputs.rows, inputs.padded)
+        answers = MaskAnswers({call.rows for call in inputs.calls}, inputs.padded)
         with (
             self.fake.mode,
             answers,
@@ -189,16 +190,17 @@ class _Step:
             _autocast(device, inputs),
             as_on(kind, device),
         ):
-            arguments = inputs.make(device)
+            arguments = [call.make(device) for call in inputs.calls]
             batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+            called = [module.get_submodule(call.source) for call in inputs.calls]
             existing = self.fake.tensors
             with LiveBytes([*existing, *batch], self._note_draw, fake=True) as live:
                 known = {key for t in [*existing, *batch] for key, _ in storages(t)}
-                loss, table = self._forward(lambda: compute(self.fake.module, arguments), known)
+                loss, table = self._forward(partial(_loss, loss_of, called, arguments), known)
                 if loss is not None:
                     loss.backward()
                 peak = live.peak
-        trained = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+        trained = sum(p.numel() * p.element_size() for p in parameters_of(module) if p.requires_grad)
         return Trace(table, peak, _size(existing), _size(batch), trained)
 
     def _forward(self, compute: Callable[[], Any], known: set[int]) -> tuple[Tensor | None, RetainedTable]:
@@ -307,7 +309,7 @@ class _Step:
 
     def _facts(self, name: str, block: nn.Module, reach: Reach, inputs: list[int]) -> BlockFacts:
         holds = passes = 0
-        for parameter in block.parameters():
+        for parameter in parameters_of(block):
             holds |= self._bit(parameter) if parameter.requires_grad else 0
         for argument in self.arguments.get(name, ()):
             passes |= argument.leaf | reach.all.get(argument.node, 0)
@@ -319,6 +321,15 @@ def _autocast(device: torch.device, inputs: Inputs) -> AbstractContextManager[An
     if not inputs.autocast:
         return nullcontext()
     return torch.autocast(device.type, dtype=getattr(torch, inputs.autocast))
+
+
+def _loss(loss: Loss | None, called: list[nn.Module], arguments: list[dict[str, Any]]) -> Any:
+    """The loss of a step, or, of one that calls several models, the sum of what each would differentiate."""
+    if loss is not None:
+        return loss(called[0], arguments[0])
+    found = [_differentiated(module, batch) for module, batch in zip(called, arguments, strict=True)]
+    losses = [one for one in found if one is not None and one.requires_grad]
+    return sum(losses[1:], losses[0]) if losses else None
 
 
 def _differentiated(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:

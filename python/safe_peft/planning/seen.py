@@ -1,0 +1,117 @@
+"""Learns from a training what its largest step is called with."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from ..paths import walk
+from ..watch import Call, Watcher
+from .inputs import Inputs, largest
+
+
+class Seen:
+    """The shapes of the largest step that a training has shown so far.
+
+    A step is what is called between two backwards: most often the model once, but each tower of several, or one model
+    with either half of a pair. Of a model and those that it calls itself the outermost counts that takes tensors.
+
+    Args:
+        model: the model that trains.
+        exact: decisions depend on it: a step is more than a call, and whether any mask shows padding is looked for.
+        larger: called when a step was the largest.
+    """
+
+    def __init__(self, model: nn.Module, *, exact: bool, larger: Callable[[Inputs], None]) -> None:
+        self.inputs: Inputs | None = None
+        self._exact = exact
+        self._larger = larger
+        self._paths = {id(module): name for name, module in walk(model)}
+        self._step: list[Inputs] = []
+        self._suspended = 0
+        self._watcher = Watcher(model, self._begin, self._end)
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        self._watcher.close()
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Look away while the block runs."""
+        self._suspended += 1
+        try:
+            yield
+        finally:
+            self._suspended -= 1
+
+    def end_step(self) -> None:
+        """What was called so far has gone backward."""
+        self._step.clear()
+
+    def _begin(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Note a training batch if none as large has been there."""
+        inside = call.outer is not None and call.outer.notes.get("noted", False)
+        call.notes["noted"] = inside
+        if inside or self._suspended or call.task != -1 or not torch.is_grad_enabled() or not call.module.training:
+            return
+        names = list(inspect.signature(call.module.forward).parameters)
+        batch = dict(zip(names, args, strict=False)) | dict(kwargs)
+        if largest(batch) == 0:
+            return
+        call.notes["noted"] = call.notes["outermost"] = True
+        before, known = (self._step if self._exact else []), self.inputs
+        elements = largest(batch) + sum(one.elements for one in before)
+        padding_may_be_new = self._exact and known is not None and not known.padded
+        larger = known is None or (elements, padding_may_be_new) > (known.elements, False)
+        padded = None if larger and not (known is not None and known.padded) else known is not None and known.padded
+        one = Inputs.of(batch, padded=padded, autocast=True, source=self._paths.get(id(call.module), ""))
+        self._step = [*before, one]
+        if larger:
+            self._note(known)
+
+    def _note(self, known: Inputs | None) -> None:
+        first, *further = self._step
+        padded = any(one.padded for one in self._step)
+        seen = replace(first, padded=padded, further=tuple(further))
+        if known is None or order(seen)[:2] > order(known)[:2]:
+            self.inputs = seen
+            self._larger(seen)
+
+    def _end(self, call: Call, output: Any, died: bool) -> None:
+        """A call that died is none; the others are over with the backward that passes their output."""
+        if not self._exact or not call.notes.get("outermost") or not self._step:
+            return
+        if died:
+            self._step.pop()
+            return
+        tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad)
+        if (first := next(tensors, None)) is not None:
+            first.register_hook(_Backward(self))
+
+
+class _Backward:
+    """A gradient's hook, which keeps nothing alive."""
+
+    def __init__(self, seen: Seen) -> None:
+        self._seen = weakref.ref(seen)
+
+    def __call__(self, gradient: Tensor) -> None:
+        if (seen := self._seen()) is not None:
+            seen.end_step()
+
+
+def order(inputs: Inputs) -> tuple[int, bool, str]:
+    """Sort batches: of the largest, one with padding comes last.
+
+    Args:
+        inputs: a step's.
+    """
+    return inputs.elements, inputs.padded, repr(inputs)
