@@ -15,4 +15,9 @@ def boom(*_: Any) -> None:
 
 
 def interrupt(*_: Any) -> None:
-    signal.raise_signal(signal.SIGINT)
+    """Ctrl-C; also where the tests were started with SIGINT ignored: by nohup, or in a shell's background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        signal.raise_signal(signal.SIGINT)  # it calls Python's handler before it returns
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -6,6 +6,7 @@ import ast
 import errno
 import json
 import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -169,9 +170,10 @@ def test_another_version_is_refused_by_its_number(freezer: AdapterFreezer) -> No
 def test_an_edited_number_is_noticed(freezer: AdapterFreezer, tmp_path: Path) -> None:
     freezer.save(tmp_path / "safe.json")
     text = (tmp_path / "safe.json").read_text()
-    importance = repr(freezer.ledger.freezings[0].importance)
-    assert text.count(importance) >= 2  # where it was scored, and where it froze
-    (tmp_path / "safe.json").write_text(text.replace(importance, importance[:-1] + "1"))
+    importance = freezer.ledger.freezings[0].importance
+    assert text.count(repr(importance)) >= 2  # where it was scored, and where it froze
+    edited = repr(math.nextafter(importance, math.inf))
+    (tmp_path / "safe.json").write_text(text.replace(repr(importance), edited))
     with pytest.raises(StateError, match=r"safe\.json: state: its sha256 is not that of its content"):
         fresh().load(tmp_path / "safe.json")
 
