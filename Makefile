@@ -1,7 +1,7 @@
 # Every target does the set-up it needs; a second run finds it done. `make` alone lists the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test processes kernels matrix lint format sanitize bench bench-table clean
+.PHONY: help setup demo test fuzz processes kernels matrix lint format sanitize bench bench-table clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -19,6 +19,9 @@ demo: setup ## fine-tune MiniLM on film reviews, stock PEFT beside SAFE (ARGS="-
 
 test: lint ## lint, types and every test (ARGS= goes to pytest)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
+
+fuzz: setup ## random programs over stock PEFT and over bound models, for MINUTES=30 (ARGS="--seed 1" repeats a run)
+	@$(BIN)/python tests/fuzz/fuzz.py --minutes $(or $(MINUTES),30) $(ARGS)
 
 processes: setup ## DDP and FSDP2 on four processes, and a compiled model on two (ARGS= goes to pytest)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/peft/distributed/slow_processes.py $(ARGS)

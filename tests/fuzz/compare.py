@@ -1,0 +1,142 @@
+"""Runs a case over stock PEFT and over a bound model and says in what they differ."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from case import Case
+from program import Outcome, play
+from torch import Tensor
+
+TOLERANCE = {"fp32": 2e-5, "fp64": 1e-5}  # transformers' RMSNorms compute in fp32 whatever the weights are
+NOISE = {"fp32": 1e-6, "fp64": 1e-6, "bf16": 2e-2, "fp16": 3e-3, "autocast": 2e-2}
+"""Of a case's largest gradient: below it a gradient is made of rounding."""
+
+
+def run(case: Case) -> list[str]:
+    """Say all in which a bound model differs from stock PEFT; nothing if all is well.
+
+    Args:
+        case: which program.
+
+    Example:
+        >>> run(Case(family="llama", trains="top"))
+        []
+    """
+    stock, ours = play(case, bound=False), play(case, bound=True, recompute=case.recompute)
+    wrong = _errors(case, stock, ours)
+    if stock.error is None and ours.error is None:
+        if not case.draws:
+            wrong += _values(case, stock, ours)
+        if stock.bytes is not None and ours.bytes is not None and ours.bytes > stock.bytes:
+            wrong.append(f"bytes: stock retains {stock.bytes}, ours {ours.bytes}")
+    if case.recompute and not case.compiled:
+        wrong += _to_the_bit(play(case, bound=True), ours)
+    return wrong
+
+
+def _errors(case: Case, stock: Outcome, ours: Outcome) -> list[str]:
+    if ours.error is None:
+        said = str(stock.error)
+        fine = stock.error is None or "modified by an inplace operation" in said  # ours needs what was overwritten not
+        return [] if fine else [f"error: stock raises {_told(stock.error)}, ours nothing"]
+    if stock.error is None:
+        return [] if _helps(case, str(ours.error)) else [f"error: stock none, ours {_told(ours.error)}"]
+    if type(stock.error) is not type(ours.error):
+        return [f"error: stock raises {_told(stock.error)}, ours {_told(ours.error)}"]
+    return []
+
+
+def _helps(case: Case, said: str) -> bool:
+    """Whether an error of ours is one that is allowed: about a write in place, naming the part and the way out."""
+    writes = case.writes != "nothing" or case.hook in ("in place", "data", "input in place", "input data")
+    return writes and bool(re.search(r"in.?place|written|overw", said) and re.search(r"safe_peft|bind\(|parts", said))
+
+
+def _told(error: Exception | None) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+
+
+def _to_the_bit(plain: Outcome, again: Outcome) -> list[str]:
+    if plain.error is not None or again.error is not None:
+        same = type(plain.error) is type(again.error)
+        return [] if same else [f"recompute: {_told(again.error)} where without it is {_told(plain.error)}"]
+    pairs = [*zip(plain.losses, again.losses, strict=True)]
+    wrong = [f"recompute: loss {i} differs" for i, (a, b) in enumerate(pairs) if not _equal(a, b)]
+    if set(plain.gradients) != set(again.gradients):
+        return [*wrong, f"recompute: gradients of {sorted(set(plain.gradients) ^ set(again.gradients))[:3]}"]
+    off = [name for name, grad in plain.gradients.items() if not _equal(grad, again.gradients[name])]
+    return [*wrong, f"recompute: not to the bit: {len(off)} gradients, {off[0]}"] if off else wrong
+
+
+def _equal(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)))
+
+
+def _values(case: Case, stock: Outcome, ours: Outcome) -> list[str]:
+    """Losses, gradients and events."""
+    wrong = [] if stock.events == ours.events else [f"events: {_unlike(stock.events, ours.events)}"]
+    missing = sorted(set(stock.gradients) - set(ours.gradients))
+    more = sorted(set(ours.gradients) - set(stock.gradients))
+    if missing:
+        wrong.append(f"missing: no gradient of {len(missing)}, {missing[0]}")
+    if more:
+        wrong.append(f"more: gradient of {len(more)} that stock has not, {more[0]}")
+    exact = play(case, bound=False, dtype=torch.float64) if case.precision not in TOLERANCE else None
+    if exact is not None and (exact.error is not None or set(exact.gradients) != set(stock.gradients)):
+        return wrong  # nothing to compare with
+    wrong += _losses(case, stock, ours, exact)
+    return wrong + _gradients(case, stock, ours, exact)
+
+
+def _gradients(case: Case, stock: Outcome, ours: Outcome, exact: Outcome | None) -> list[str]:
+    """Those that both have."""
+    wrong, off = [], {}
+    largest = max((_peak(grad) for grad in stock.gradients.values()), default=0.0)
+    for name in sorted(stock.gradients.keys() & ours.gradients.keys()):
+        a, b = stock.gradients[name], ours.gradients[name]
+        reference = None if exact is None else exact.gradients[name]
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            wrong.append(f"kind: {name} is {a.dtype} {tuple(a.shape)}, ours {b.dtype} {tuple(b.shape)}")
+        elif (distance := _off(a, b, reference)) > _allowed(case, a, reference, largest):
+            off[name] = distance / max(_peak(a), 1e-30)
+    if off:
+        worst = max(off, key=lambda name: off[name])
+        wrong.append(f"gradient: {len(off)} of {len(stock.gradients)} are off, by {off[worst]:.1e} of {worst}")
+    return wrong
+
+
+def _unlike(stock: list[str], ours: list[str]) -> str:
+    for index, (a, b) in enumerate(zip(stock, ours, strict=False)):
+        if a != b:
+            return f"{index} is {a!r}, ours {b!r}"
+    return f"{len(stock)}, ours {len(ours)}: {(stock + ours)[min(len(stock), len(ours))]!r}"
+
+
+def _losses(case: Case, stock: Outcome, ours: Outcome, exact: Outcome | None) -> list[str]:
+    wrong = []
+    for index, (a, b) in enumerate(zip(stock.losses, ours.losses, strict=True)):
+        reference = None if exact is None else exact.losses[index]
+        if _off(a, b, reference) > _allowed(case, a, reference, _peak(a)):
+            wrong.append(f"loss: {index} is {a.item():.7g}, ours {b.item():.7g}")
+    return wrong
+
+
+def _off(a: Tensor, b: Tensor, exact: Tensor | None) -> float:
+    """How far ours is from stock, or from the exact value."""
+    if a.shape != b.shape:
+        return float("inf")
+    base = a.double() if exact is None else exact.double()
+    if bool((base.isnan() != b.isnan()).any()):
+        return float("nan") if exact is not None and bool(a.isnan().any()) else float("inf")
+    return _peak(torch.nan_to_num(base) - torch.nan_to_num(b.double()))
+
+
+def _allowed(case: Case, a: Tensor, exact: Tensor | None, largest: float) -> float:
+    noise = NOISE[case.precision] * largest
+    return noise + (TOLERANCE[case.precision] * _peak(a) if exact is None else 2.0 * _off(exact, a, None))
+
+
+def _peak(tensor: Tensor) -> float:
+    return float(torch.nan_to_num(tensor.detach().double()).abs().max()) if tensor.numel() else 0.0
