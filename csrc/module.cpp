@@ -1,15 +1,20 @@
 // Loading this module runs the registrations of every op in this folder; Python adds the host functions of its own.
 
 #include <pybind11/pybind11.h>
+#include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
+#include "autograd/norm_output.h"
 #include "cuda/served.h"
+#include "inversion.h"
 #include "living.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the ops of safe_kernels with PyTorch's dispatcher.";
   m.attr("torch_version") = TORCH_VERSION;
   m.attr("compiler") = __VERSION__;
+  m.def("announce_reader", &safe_kernels::announce_reader);
+  safe_kernels::bind_inversion(m);
   safe_kernels::bind_living(m);
   safe_kernels::cuda::bind(m);
 }

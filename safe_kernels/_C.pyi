@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 torch_version: str  # that it was compiled against
 compiler: str  # its version
@@ -9,6 +10,11 @@ compiler: str  # its version
 _T = TypeVar("_T")
 
 def living(kind: type[_T]) -> list[_T]: ...
+def announce_reader(x: Tensor) -> None: ...  # csrc/autograd/norm_output.h
+def invertible(  # csrc/inversion.cpp
+    weight: Tensor | None, bias: Tensor | None, offset: float, limit: float, smallest: float
+) -> bool | None: ...
+def marks(tensor: Tensor) -> tuple[int, ...] | None: ...
 
 _Launch = tuple[int, tuple[int, int, int], int, int, list[tuple[int, int]]]
 _View = tuple[int, list[int], list[int], int]

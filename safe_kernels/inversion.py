@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["LIMIT", "invertible"]
+from safe_kernels import _C
+
+__all__ = ["LIMIT", "invertible", "marks"]
 
 LIMIT = 3.0
 """Largest |bias| / |weight| that keeps the gradient as exact as PyTorch's own: measured, see `invertible`."""
@@ -38,7 +40,8 @@ def invertible(
     ======== ========= ========= ========= ========= ========= =========
 
     so that 3 keeps both below twice, and 4 does not. ``tests/kernels/test_norm_inversion.py`` holds it
-    there. This reads values, which waits for the device: call it once, when a layer is bound, not in every step.
+    there. This reads values. On a CPU that costs next to nothing. Elsewhere it waits for the device, so that a caller
+    asks again only when `marks` have changed.
 
     Args:
         weight: [d]; None for ones.
@@ -57,14 +60,41 @@ def invertible(
         >>> invertible(torch.ones(4), torch.full((4,), 0.5)), invertible(torch.tensor([1.0, 0.0]))
         (True, False)
     """
-    present = [tensor for tensor in (weight, bias) if tensor is not None]
-    if not present:
+    like = weight if weight is not None else bias
+    if like is None:
         return True
-    like = present[0]
-    scale = torch.ones_like(like) if weight is None else weight
-    size = (scale.detach().double() + weight_offset).abs()
-    shift = torch.zeros_like(size) if bias is None else bias.detach().double().abs()
     smallest = torch.finfo(like.dtype if dtype is None else dtype).smallest_normal
+    found = _C.invertible(weight, bias, weight_offset, limit, smallest)
+    return _look(like, weight, bias, weight_offset, limit, smallest) if found is None else found
+
+
+def _look(
+    like: Tensor, weight: Tensor | None, bias: Tensor | None, offset: float, limit: float, smallest: float
+) -> bool:
+    scale = torch.ones_like(like) if weight is None else weight
+    size = (scale.detach().double() + offset).abs()
+    shift = torch.zeros_like(size) if bias is None else bias.detach().double().abs()
     # A comparison with NaN is False, and so is the answer.
     usable = (size >= smallest) & torch.isfinite(size) & (shift <= limit * size)
     return bool(usable.all())
+
+
+def marks(tensor: Tensor) -> tuple[int, ...] | None:
+    """What a write to a tensor's values changes, without reading them, so without waiting for a device.
+
+    They are the tensor's identity, its count of versions, its address, its dtype, and how many aliases of it were made,
+    since a write through ``tensor.data`` counts no version. A kernel that is given the bare address is not noticed.
+
+    Args:
+        tensor: any; from now on its aliases are counted.
+
+    Returns:
+        Values to compare with those of an earlier call; None where an alias lives, through which anybody may write.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(4))
+        >>> before = marks(weight)
+        >>> before == marks(weight), weight.data.zero_().sum().item(), before == marks(weight)
+        (True, 0.0, False)
+    """
+    return _C.marks(tensor)

@@ -1,5 +1,6 @@
-// What `activation` retains for backward: x, the pre-activation, and 16 bytes of random state with dropout. When x does
-// not require grad there is no node.
+// What `activation` retains for backward: x, the pre-activation, and 16 bytes of random state with dropout. A ReLU
+// retains its output, as PyTorch's does: where that is zero no gradient passes, and a layer after it retains it anyway.
+// When x does not require grad there is no node.
 
 #include "ops/activation.h"
 
@@ -8,8 +9,10 @@
 #include <torch/library.h>
 
 #include "autograd/graph.h"
+#include "autograd/norm_output.h"
 #include "autograd/recipe.h"
 #include "autograd/refusals.h"
+#include "autograd/saved.h"
 
 namespace safe_kernels {
 
@@ -19,21 +22,25 @@ using torch::autograd::AutogradContext;
 using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
+bool retains_output(std::string_view kind) { return kind == "relu"; }
+
 struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
   static Variable forward(AutogradContext* ctx, const Tensor& x, std::string_view kind, double dropout_p,
                           const std::optional<Tensor>& rng_state) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     ctx->set_materialize_grads(false);
-    ctx->save_for_backward({x, dropout_p > 0.0 ? *rng_state : Tensor()});
+    Tensor out = activation(x, kind, dropout_p, rng_state);
+    if (!retains_output(kind)) announce_reader(x);
+    ctx->save_for_backward({retains_output(kind) ? out : x, dropout_p > 0.0 ? *rng_state : Tensor()});
     ctx->saved_data["kind"] = std::string(kind);
     ctx->saved_data["dropout_p"] = dropout_p;
-    return activation(x, kind, dropout_p, rng_state);
+    return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list result(4);
     if (!grads[0].defined() || !ctx->needs_input_grad(0)) return result;
-    const auto saved = ctx->get_saved_variables();
+    const auto saved = unpack_saved(ctx, PRE_ACTIVATION_WRITTEN_TO);
     const auto rng_state = saved[1].defined() ? std::optional(saved[1]) : std::nullopt;
     result[0] = activation_backward(grads[0], saved[0], ctx->saved_data["kind"].toStringRef(),
                                     ctx->saved_data["dropout_p"].toDouble(), rng_state);
@@ -65,7 +72,7 @@ Tensor activation_autograd(const Tensor& x, std::string_view kind, double dropou
   }
   refuse_transforms("activation");
   Tensor out = ActivationFunction::apply(x, kind, dropout_p, rng_state);
-  attach_recipe(out, x, Tensor(), kind, dropout_p, rng_state);
+  if (!retains_output(kind)) attach_recipe(out, x, Tensor(), kind, dropout_p, rng_state);
   return out;
 }
 

@@ -12,6 +12,7 @@
 #include "autograd/graph.h"
 #include "autograd/recipe.h"
 #include "autograd/refusals.h"
+#include "autograd/saved.h"
 
 namespace safe_kernels {
 
@@ -36,7 +37,7 @@ struct GatedActivationFunction : torch::autograd::Function<GatedActivationFuncti
     variable_list result(5);
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     if (!grads[0].defined() || (!wanted[0] && !wanted[1])) return result;
-    const auto saved = ctx->get_saved_variables();
+    const auto saved = unpack_saved(ctx, PRE_ACTIVATION_WRITTEN_TO);
     const Tensor& gate = saved[0];
     const Tensor& up = saved[1].defined() ? saved[1] : gate;  // not read when the gradient of gate is not wanted
     const auto rng_state = saved[2].defined() ? std::optional(saved[2]) : std::nullopt;

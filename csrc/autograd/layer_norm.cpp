@@ -1,14 +1,17 @@
 // What `layer_norm` retains for backward, decided while the graph is built:
-//   weight or bias trains, or retain_output is false   x, mean and rstd
-//   only x requires grad                               the output, which its readers retain anyway, and rstd
-//   none of them                                       no node at all
+//   x, weight or bias requires grad   x, mean and rstd
+//   none of them                      no node at all
+// Where only x does and retain_output is true, the output takes the place of x and mean once a reader retains it
+// anyway.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "autograd/graph.h"
+#include "autograd/norm_output.h"
 #include "autograd/refusals.h"
+#include "autograd/saved.h"
 #include "checks.h"
 #include "ops/layer_norm.h"
 
@@ -30,25 +33,25 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
     auto [out, mean, rstd] = layer_norm(x, weight, bias, eps, retain_output);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({mean, rstd});
-    const bool from_output = retain_output && !requires_grad(weight) && !requires_grad(bias);
-    ctx->save_for_backward(
-        {from_output ? out : x, or_undefined(weight), or_undefined(bias), from_output ? Tensor() : mean, rstd});
-    ctx->saved_data["from_output"] = from_output;
+    announce_reader(x);
+    ctx->save_for_backward({x, or_undefined(weight), or_undefined(bias), mean, rstd});
+    ctx->saved_data["from_output"] = false;
     return {out, mean, rstd};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
     variable_list result(5);
     if (!grads[0].defined()) return result;
-    const auto saved = ctx->get_saved_variables();
+    const auto saved = unpack_saved(ctx, NORM_WRITTEN_TO);
     const auto weight = or_none(saved[1]), bias = or_none(saved[2]);
     // Indices of needs_input_grad count the tensors that were given.
     const size_t bias_index = weight.has_value() ? 2 : 1;
     const std::array<bool, 3> wanted{ctx->needs_input_grad(0), weight.has_value() && ctx->needs_input_grad(1),
                                      bias.has_value() && ctx->needs_input_grad(bias_index)};
     if (!wanted[0] && !wanted[1] && !wanted[2]) return result;
+    const bool from_output = ctx->saved_data["from_output"].toBool();
     auto [grad_x, grad_weight, grad_bias] = layer_norm_backward(
-        grads[0], saved[0], weight, bias, or_none(saved[3]), saved[4], ctx->saved_data["from_output"].toBool(), wanted);
+        grads[0], saved[0], weight, bias, or_none(from_output ? Tensor() : saved[3]), saved[4], from_output, wanted);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[1] = grad_weight;
     if (wanted[2]) result[2] = grad_bias;
@@ -86,6 +89,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, const st
   }
   refuse_transforms("layer_norm");
   auto outputs = LayerNormFunction::apply(x, weight, bias, eps, retain_output);
+  if (!requires_grad(weight) && !requires_grad(bias)) {
+    constexpr size_t mean_at = 3, rstd_at = 4;
+    variable_list saved{x, or_undefined(weight), or_undefined(bias), outputs[1], outputs[2]};
+    attach_norm_output<LayerNormFunction>(outputs[0], std::move(saved), retain_output, mean_at, rstd_at);
+  }
   return {outputs[0], outputs[1], outputs[2]};
 }
 

@@ -1,6 +1,5 @@
 // What `lora` retains for backward, decided while the graph is built by which arguments require grad:
-//   lora_A or lora_B   x itself (shared with every other reader), 16 bytes of random state, A, B; of an x that an
-//                      activation has just made, the activation's inputs instead, which it retains anyway
+//   lora_A or lora_B   x, or what stands for it (adapter_input.h), 16 bytes of random state, A, B
 //   x                  A, B, and the random state
 //   base only          nothing
 //   none of them       no node at all
@@ -9,9 +8,10 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/adapter_input.h"
 #include "autograd/graph.h"
-#include "autograd/recipe.h"
 #include "autograd/refusals.h"
+#include "autograd/saved.h"
 #include "ops/lora.h"
 
 namespace safe_kernels {
@@ -34,15 +34,9 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     ctx->mark_non_differentiable({statistics});
     const bool adapter_trains = lora_A.requires_grad() || lora_B.requires_grad();
     const bool any = adapter_trains || x.requires_grad();
-    variable_list saved{adapter_trains ? x : Tensor(), any ? lora_A : Tensor(), any ? lora_B : Tensor(),
+    variable_list saved{Tensor(), any ? lora_A : Tensor(), any ? lora_B : Tensor(),
                         any && dropout_p > 0.0 ? *rng_state : Tensor()};
-    const Recipe* recipe = adapter_trains ? find_recipe(x) : nullptr;
-    if (recipe != nullptr) {
-      saved[0] = Tensor();
-      saved.insert(saved.end(), recipe->inputs.begin(), recipe->inputs.end());
-      ctx->saved_data["recipe_kind"] = recipe->kind;
-      ctx->saved_data["recipe_dropout_p"] = recipe->dropout_p;
-    }
+    if (adapter_trains) keep_adapter_input(ctx, saved, x, lora_A, !lora_A.requires_grad(), dropout_p, rng_state);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
@@ -55,17 +49,19 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     if (!grad.defined()) return result;
     result[1] = grad;
     // Indices of needs_input_grad count tensor arguments: x, base, lora_A, lora_B.
-    const std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(2), ctx->needs_input_grad(3)};
+    std::array<bool, 3> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(2), ctx->needs_input_grad(3)};
     if (!wanted[0] && !wanted[1] && !wanted[2]) return result;
-    const auto saved = ctx->get_saved_variables();
-    const Tensor x = saved.size() > 4
-                         ? follow_recipe(saved[4], saved[5], saved[6], ctx->saved_data["recipe_kind"].toStringRef(),
-                                         ctx->saved_data["recipe_dropout_p"].toDouble())
-                         : saved[0];
+    const auto saved = unpack_saved(ctx, ADAPTER_INPUT_WRITTEN_TO);
+    const Tensor x = adapter_input(ctx, saved, 4);
     const auto optional = [](const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
-    auto [grad_x, grad_A, grad_B] =
-        lora_backward(grad, optional(x), saved[1], saved[2], ctx->saved_data["scaling"].toDouble(),
-                      ctx->saved_data["dropout_p"].toDouble(), optional(saved[3]), wanted);
+    const double scaling = ctx->saved_data["scaling"].toDouble();
+    if (wanted[2] && keeps_hidden(ctx)) {
+      result[3] = grad_of_B(grad, saved[0], saved[1], saved[2], scaling);
+      wanted[2] = false;
+      if (!wanted[0]) return result;
+    }
+    auto [grad_x, grad_A, grad_B] = lora_backward(grad, optional(x), saved[1], saved[2], scaling,
+                                                  ctx->saved_data["dropout_p"].toDouble(), optional(saved[3]), wanted);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[2] = grad_A;
     if (wanted[2]) result[3] = grad_B;

@@ -1,6 +1,5 @@
 // What `lora_linear` retains for backward, decided while the graph is built by which arguments require grad:
-//   weight, lora_A or lora_B   x itself (shared with every other reader), 16 bytes of random state, weight, A, B; of an
-//                              x that an activation has just made, the activation's inputs instead
+//   weight, lora_A or lora_B   x, or what stands for it (adapter_input.h), 16 bytes of random state, weight, A, B
 //   x                          weight, A, B, and the random state
 //   bias only                  weight, A, B
 //   none of them               no node at all
@@ -10,9 +9,10 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
+#include "autograd/adapter_input.h"
 #include "autograd/graph.h"
-#include "autograd/recipe.h"
 #include "autograd/refusals.h"
+#include "autograd/saved.h"
 #include "ops/lora_linear.h"
 
 namespace safe_kernels {
@@ -35,14 +35,11 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     ctx->mark_non_differentiable({statistics});
     const bool reads_x = weight.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad();
     const bool drops = dropout_p > 0.0 && (x.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad());
-    variable_list saved{reads_x ? x : Tensor(), weight, lora_A, lora_B, drops ? *rng_state : Tensor()};
-    const Recipe* recipe = reads_x ? find_recipe(x) : nullptr;
-    if (recipe != nullptr) {
-      saved[0] = Tensor();
-      saved.insert(saved.end(), recipe->inputs.begin(), recipe->inputs.end());
-      ctx->saved_data["recipe_kind"] = recipe->kind;
-      ctx->saved_data["recipe_dropout_p"] = recipe->dropout_p;
-    }
+    const bool only_B = !weight.requires_grad() && !lora_A.requires_grad();
+    variable_list saved{Tensor(), weight, lora_A, lora_B, drops ? *rng_state : Tensor()};
+    // The base layer's weight reads x as it is: where that trains PyTorch keeps x too.
+    const double input_dropout_p = weight.requires_grad() ? 0.0 : dropout_p;
+    if (reads_x) keep_adapter_input(ctx, saved, x, lora_A, only_B, input_dropout_p, rng_state);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = drops ? dropout_p : 0.0;
@@ -57,17 +54,18 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     // Indices of needs_input_grad count tensor arguments, and a bias that is None is none: x, weight, bias, A, B.
     const bool has_bias = ctx->saved_data["has_bias"].toBool();
     const size_t A = has_bias ? 3 : 2;
-    const std::array<bool, 5> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1),
-                                     has_bias && ctx->needs_input_grad(2), ctx->needs_input_grad(A),
-                                     ctx->needs_input_grad(A + 1)};
-    const auto saved = ctx->get_saved_variables();
-    const Tensor x = saved.size() > 5
-                         ? follow_recipe(saved[5], saved[6], saved[7], ctx->saved_data["recipe_kind"].toStringRef(),
-                                         ctx->saved_data["recipe_dropout_p"].toDouble())
-                         : saved[0];
+    std::array<bool, 5> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), has_bias && ctx->needs_input_grad(2),
+                               ctx->needs_input_grad(A), ctx->needs_input_grad(A + 1)};
+    const auto saved = unpack_saved(ctx, ADAPTER_INPUT_WRITTEN_TO);
+    const Tensor x = adapter_input(ctx, saved, 5);
     const auto optional = [](const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
+    const double scaling = ctx->saved_data["scaling"].toDouble();
+    if (wanted[4] && keeps_hidden(ctx)) {
+      result[A + 1] = grad_of_B(grad, saved[0], saved[2], saved[3], scaling);
+      wanted[4] = false;
+    }
     auto [grad_x, grad_weight, grad_bias, grad_A, grad_B] =
-        lora_linear_backward(grad, optional(x), saved[1], saved[2], saved[3], ctx->saved_data["scaling"].toDouble(),
+        lora_linear_backward(grad, optional(x), saved[1], saved[2], saved[3], scaling,
                              ctx->saved_data["dropout_p"].toDouble(), optional(saved[4]), wanted);
     const std::array<Tensor, 5> made{grad_x, grad_weight, grad_bias, grad_A, grad_B};
     for (size_t i = 0; i < made.size(); ++i)

@@ -1,14 +1,16 @@
 // What `rms_norm` retains for backward, decided while the graph is built:
-//   weight trains, or retain_output is false   x and rstd
-//   only x requires grad                       the output, which its readers retain anyway, and rstd
-//   neither                                    no node at all
+//   x or weight requires grad   x and rstd
+//   neither                     no node at all
+// Where only x does and retain_output is true, the output takes the place of x once a reader retains it anyway.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include "autograd/graph.h"
+#include "autograd/norm_output.h"
 #include "autograd/refusals.h"
+#include "autograd/saved.h"
 #include "ops/rms_norm.h"
 
 namespace safe_kernels {
@@ -25,9 +27,9 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
     auto [out, rstd] = rms_norm(x, weight, eps, weight_offset, retain_output);
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({rstd});
-    const bool from_output = retain_output && !weight.requires_grad();
-    ctx->save_for_backward({from_output ? out : x, weight, rstd});
-    ctx->saved_data["from_output"] = from_output;
+    announce_reader(x);
+    ctx->save_for_backward({x, weight, rstd});
+    ctx->saved_data["from_output"] = false;
     ctx->saved_data["weight_offset"] = weight_offset;
     return {out, rstd};
   }
@@ -37,7 +39,7 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
     if (!grads[0].defined()) return result;
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     if (!wanted[0] && !wanted[1]) return result;
-    const auto saved = ctx->get_saved_variables();
+    const auto saved = unpack_saved(ctx, NORM_WRITTEN_TO);
     auto [grad_x, grad_weight] =
         rms_norm_backward(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["weight_offset"].toDouble(),
                           ctx->saved_data["from_output"].toBool(), wanted);
@@ -74,6 +76,10 @@ std::tuple<Tensor, Tensor> rms_norm_autograd(const Tensor& x, const Tensor& weig
   }
   refuse_transforms("rms_norm");
   auto outputs = RmsNormFunction::apply(x, weight, eps, weight_offset, retain_output);
+  if (!weight.requires_grad()) {
+    constexpr size_t rstd_at = 2;
+    attach_norm_output<RmsNormFunction>(outputs[0], {x, weight, outputs[1]}, retain_output, rstd_at, rstd_at);
+  }
   return {outputs[0], outputs[1]};
 }
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import get_device_states
 
 from safe_kernels import AdapterStatistics
+from safe_kernels.retention import announce_reader
 
 from ..swap import STATE, Swapped, is_bound, own_forward
 from .base import LayerState, active_keys, adapter_keys, adapter_parameters, peft_kind
@@ -41,6 +42,7 @@ class Observed(Swapped):
     def _watch(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         state: LayerState = self.__dict__[STATE]
         _hold_frozen(self, state)
+        _announce(self, args)
         scored = self.training and not torch.compiler.is_compiling()  # a scoring's forwards run uncompiled
         if scored and state.observe and (due := self._due(state, kwargs)):
             return self._observe(due, lambda: call(*args, **kwargs), args, kwargs)
@@ -153,6 +155,21 @@ def _hold_frozen(layer: nn.Module, state: LayerState) -> None:
         for parameter in adapter_parameters(layer, key):
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
+
+
+def _announce(layer: Any, args: tuple[Any, ...]) -> None:
+    """PEFT's lora_A keeps its input, so that a norm which made that input does better to keep it as well."""
+    if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    modules, x = layer._modules, args[0]
+    for key in active_keys(layer, adapter_keys(layer)):
+        lora_A = modules["lora_A"]._modules.get(key) if "lora_A" in modules else None
+        if type(lora_A) is not nn.Linear or layer.disable_adapters or layer.merged:
+            continue
+        dropout, weight = modules["lora_dropout"]._modules[key], lora_A._parameters.get("weight")
+        drops = dropout.training and getattr(dropout, "p", 0.0) > 0.0
+        if weight is not None and weight.requires_grad and weight.dtype == x.dtype and not drops:
+            announce_reader(x)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from .base import Part
 from .dropouts import Dropout
 from .entry import Entry, SafeEmbedding, SafeOwner, before_blocks, input_embeddings
 from .mlps import Mlp
-from .norms import Norm
+from .norms import Norm, reason
 from .stack import Block, stacks, transformer_blocks
 
 PARTS = ("norms", "mlps", "attention", "dropouts")
@@ -60,7 +60,7 @@ def unrecognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
             continue
         kind = original_type(module)
         if "norm" in kind.__name__.lower():
-            yield name, module, "computes neither rms_norm nor layer_norm over the last dimension"
+            yield name, module, reason(module)
         elif id(module) in inside and kind.__module__ in _ACTIVATIONS:
             yield name, module, f"computes none of {', '.join(KINDS)}"
 

@@ -1,8 +1,10 @@
-"""RMSNorm and LayerNorm that retain their output, which their readers retain anyway, instead of their input."""
+"""RMSNorm and LayerNorm that retain their output in place of their input, where a reader retains that anyway."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch._subclasses import FakeTensor
 
 import safe_kernels
 from safe_kernels import reference
-from safe_kernels.inversion import invertible
+from safe_kernels.inversion import invertible, marks
 
 from ..swap import STATE, Swapped, is_bound, original_type, own_forward
 from .base import Part, agrees, is_plain, sample, stand_in
@@ -19,8 +21,20 @@ from .base import Part, agrees, is_plain, sample, stand_in
 INVERTS = "_safe_inverts"
 """What a copy without values carries of its original's: whether x can be told from the output."""
 
+MOST_READS = 8
+"""How often a norm's weights are read on a device that has to be waited for."""
+
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 _OFFSETS = (0.0, 1.0)  # Gemma's weight counts from 1
+_SHAPED = (nn.LayerNorm, nn.RMSNorm)
+_TRIAL_EPS = 0.25
+_16_BIT = frozenset({torch.bfloat16, torch.float16})
+_OTHERWISE: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.GroupNorm, "normalises over groups of channels, and the ops over the last dimension"),
+    (nn.modules.batchnorm._BatchNorm, "normalises over the batch, and the ops over the last dimension"),
+    (nn.modules.instancenorm._InstanceNorm, "normalises each channel of an image, and the ops the last dimension"),
+    (nn.LocalResponseNorm, "normalises over neighbouring channels, and the ops over the last dimension"),
+)
 
 
 class SafeNorm(Swapped):
@@ -31,14 +45,16 @@ class SafeNorm(Swapped):
         if not is_bound(self):
             return own_forward(self, x, *args, **kwargs)
         part: Norm = self.__dict__[STATE]
-        weight: Any = self._parameters["weight"]  # of a LayerNorm it may be None
         if args or kwargs or not part.takes(self, x):
             return super().forward(x, *args, **kwargs)
         keep = part.retains_output(self)
         eps = getattr(self, part.eps)
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        weight: Any = self._parameters.get("weight")
         if part.formula == "rms_norm":
+            weight = part.ones(x) if weight is None else weight
             return safe_kernels.rms_norm(x, weight, eps, weight_offset=part.offset, retain_output=keep)
-        if x.dtype in (torch.bfloat16, torch.float16) and torch.is_autocast_enabled(x.device.type):
+        if x.dtype in _16_BIT and _autocasts(x):
             x = x.float()  # as autocast does for layer_norm
         return safe_kernels.layer_norm(x, weight, self._parameters.get("bias"), eps, retain_output=keep)
 
@@ -51,6 +67,10 @@ class Norm(Part):
         formula: "rms_norm" or "layer_norm".
         eps: name of the module's attribute that holds it.
         offset: what is added to the weight.
+        code: the forward that was recognised.
+        plain: the module's plain attributes at that time, which that forward may read.
+        names: of its parameters.
+        keeps_dtype: whether it returns 16 bits where it is given 16 bits.
     """
 
     mixin = SafeNorm
@@ -58,8 +78,14 @@ class Norm(Part):
     formula: str
     eps: str
     offset: float = 0.0
-    _seen: tuple[Any, ...] | None = field(default=None, repr=False)
+    code: Callable[..., Any] | None = field(default=None, repr=False)
+    plain: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    names: tuple[str, ...] = field(default=(), repr=False)
+    keeps_dtype: bool = field(default=True, repr=False)
+    _marks: tuple[Any, ...] = field(default=(), repr=False)
     _inverts: bool = field(default=True, repr=False)
+    _reads: int = field(default=0, repr=False)
+    _ones: Tensor | None = field(default=None, repr=False)
 
     @property
     def op(self) -> str:  # type: ignore[override]
@@ -68,66 +94,182 @@ class Norm(Part):
 
     @classmethod
     def recognise(cls, module: nn.Module) -> Norm | None:
-        """A LayerNorm of torch's own over one dimension, or whatever computes one of the two formulas."""
-        if isinstance(module, nn.LayerNorm) and original_type(module) is nn.LayerNorm:
-            return cls("layer_norm", "eps") if len(module.normalized_shape) == 1 else None
-        weight = module._parameters.get("weight")
-        eps = next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
-        if eps is None or weight is None or weight.dim() != 1 or module._modules or module._buffers:
+        """Whatever computes one of the two formulas over its last dimension."""
+        eps, width = _eps_name(module), _width(module)
+        if eps is None or width is None or _holds_more(module):
             return None
-        if not set(module._parameters) <= {"weight", "bias"}:
-            return None
-        return next((norm for norm in cls._candidates(eps) if norm._computes(module)), None)
+        candidates = [cls("layer_norm", eps), *(cls("rms_norm", eps, offset) for offset in _OFFSETS)]
+        if not isinstance(module, nn.LayerNorm):
+            candidates.sort(key=lambda norm: norm.formula, reverse=True)
+        found = next((norm for norm in candidates if norm._computes(module, width)), None)
+        if found is not None:
+            found.code, found.names = original_type(module).forward, tuple(module._parameters)
+            live = {"training", eps}
+            found.plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in live}
+            found.keeps_dtype = found._keeps_dtype(module, width)
+        return found
 
-    @classmethod
-    def _candidates(cls, eps: str) -> list[Norm]:
-        return [*(cls("rms_norm", eps, offset) for offset in _OFFSETS), cls("layer_norm", eps)]
+    def _trial(self, module: nn.Module, width: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A copy of the module with other weights and another eps than its own."""
+        own = [name for name, parameter in module._parameters.items() if parameter is not None]
+        clone = stand_in(module, parameters={name: sample(width, seed=1 + len(name)).to(dtype) for name in own})
+        clone._parameters.update((name, None) for name in module._parameters.keys() - own)
+        clone.__dict__[self.eps] = _TRIAL_EPS
+        return clone
 
-    def _computes(self, module: nn.Module) -> bool:
-        """Whether this formula is what the module computes, for other weights and another eps than its own."""
-        x, weight, bias = sample(5, 12), sample(12, seed=1), sample(12, seed=2)
-        has_bias = module._parameters.get("bias") is not None
-        clone = stand_in(module, parameters={"weight": weight, **({"bias": bias} if has_bias else {})})
-        if not has_bias and "bias" in module._parameters:
-            clone._parameters["bias"] = None
-        clone.__dict__[self.eps] = 0.25
-        if self.formula == "rms_norm":
-            expected = reference.rms_norm(x, weight, 0.25, self.offset)[0]
-            return not has_bias and agrees(lambda: original_type(module).forward(clone, x), expected)
-        expected = reference.layer_norm(x, weight, bias if has_bias else None, 0.25)[0]
-        return agrees(lambda: original_type(module).forward(clone, x), expected)
+    def _computes(self, module: nn.Module, width: int) -> bool:
+        """Whether this formula is what the module computes over the last dimension, of several numbers of them."""
+        clone = self._trial(module, width)
+        weight, bias = clone._parameters.get("weight"), clone._parameters.get("bias")
+        for shape in ((5, width), (2, 3 if width != 3 else 4, width)):
+            x = sample(*shape)
+            if self.formula == "layer_norm":
+                expected = reference.layer_norm(x, weight, bias, _TRIAL_EPS)[0]
+            elif bias is None:
+                expected = reference.rms_norm(
+                    x, torch.ones(width) if weight is None else weight, _TRIAL_EPS, self.offset
+                )[0]
+            else:
+                return False
+            if not agrees(partial(original_type(module).forward, clone, x), expected):
+                return False
+        return True
+
+    def _keeps_dtype(self, module: nn.Module, width: int) -> bool:
+        clone, x = self._trial(module, width, torch.bfloat16), sample(2, width).bfloat16()
+        return agrees(lambda: original_type(module).forward(clone, x).mul(0), torch.zeros_like(x))
+
+    def changed(self, module: nn.Module) -> str | None:
+        """How the module differs from what was recognised, in a few words; None if it does not."""
+        if original_type(module).forward is not self.code:
+            return "its class has got another forward since it was recognised"
+        if tuple(module._parameters) != self.names:
+            return "its parameters are not its own any more (prune, parametrize)"
+        own = module.__dict__
+        for name, value in self.plain.items():
+            if own.get(name, self) is not value:
+                return f"{name} was changed since it was recognised"
+        return None
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why the module's own code has to serve its calls, in a few words; None if the op can."""
+        return super().refusal(module) or self.changed(module)
 
     def takes(self, module: nn.Module, x: Any) -> bool:
         """Whether the op serves a call: dtypes that differ follow rules that every family makes for itself."""
-        weight, bias = module._parameters["weight"], module._parameters.get("bias")
-        shown = [p for p in (weight, bias) if p is not None]
-        if not is_plain(x, *shown) or not isinstance(getattr(module, self.eps), float):
+        shown = [p for p in module._parameters.values() if p is not None]
+        if not is_plain(x, *shown) or self.changed(module) is not None:
             return False
-        if weight is None or x.dtype == weight.dtype:
-            return True
-        return self.formula == "layer_norm" and torch.is_autocast_enabled(x.device.type)
+        eps = getattr(module, self.eps)
+        if not isinstance(eps, float) and (eps is not None or not isinstance(module, nn.RMSNorm)):
+            return False
+        if x.dtype in _16_BIT and not self.keeps_dtype:
+            return False
+        alike = all(x.dtype == p.dtype for p in shown)
+        if isinstance(module, _SHAPED) and original_type(module) is not nn.LayerNorm:
+            return alike and (x.dtype not in _16_BIT or not _autocasts(x))
+        return alike or (self.formula == "layer_norm" and _autocasts(x))
+
+    def ones(self, x: Tensor) -> Tensor:
+        """The weight of a norm that has none. Like a parameter it is there once, not once per call."""
+        if torch.compiler.is_compiling():
+            return x.new_ones(x.shape[-1])
+        own = self._ones
+        if own is None or (own.shape[0], own.dtype, own.device) != (x.shape[-1], x.dtype, x.device):
+            own = self._ones = nn.Parameter(x.new_ones(x.shape[-1]), requires_grad=False)
+        return own
 
     def retains_output(self, module: nn.Module) -> bool:
-        """Whether x can be told from the output: looked at once, and again whenever the weights have changed."""
-        if torch.compiler.is_compiling():
-            return self._inverts
-        weight, bias = module._parameters["weight"], module._parameters.get("bias")
-        seen = tuple((id(p), p._version) for p in (weight, bias) if p is not None)
-        if seen != self._seen:
-            self._inverts, self._seen = self._look(module, weight, bias), seen
-        return self._inverts
+        """Whether the output may be retained in place of the input: x can be told from it, by today's values.
 
-    def _look(self, module: nn.Module, weight: Tensor | None, bias: Tensor | None) -> bool:
+        A compiler would take the answer for a constant. A hook may keep an alias of the output, and write to it later.
+        """
+        if torch.compiler.is_compiling() or module._forward_hooks:
+            return False
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         shown = [p for p in (weight, bias) if p is not None]
+        if any(p.requires_grad for p in shown):
+            return False
         if any(isinstance(p, FakeTensor) or p.is_meta for p in shown):
             return bool(module.__dict__.get(INVERTS, True))  # no values to look at, in a plan
-        return invertible(weight, bias, self.offset)
+        if not any(reading_waits(p) for p in shown):
+            return invertible(weight, bias, self.offset)
+        return self._remembers(weight, bias, shown)
+
+    def _remembers(self, weight: Tensor | None, bias: Tensor | None, shown: list[Tensor]) -> bool:
+        """The same without reading the values in every call, which would wait for the device."""
+        now = tuple(map(marks, shown))
+        if None in now:
+            return False  # memory that others share: they may write to it unseen
+        if now != self._marks:
+            if self._reads == MOST_READS:
+                return False
+            self._reads += 1
+            self._inverts = invertible(weight, bias, self.offset)
+            self._marks = tuple(map(marks, shown))  # reading has made aliases
+        return self._inverts
 
     def note(self, module: nn.Module) -> str:
         """Why the input is retained, where it is."""
         trains = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
         if trains:
             return f"retains its input: {' and '.join(trains)} trains"
-        if not self.retains_output(module):
-            return "retains its input: a weight is zero, or too small beside its bias to be divided by"
-        return ""
+        if module._forward_hooks:
+            return "retains its input: a forward hook on it may write to its output"
+        if self.retains_output(module):
+            return ""
+        if self._reads == MOST_READS:
+            return f"retains its input: its weights were written to more than {MOST_READS} times"
+        shown = [p for p in module._parameters.values() if p is not None and not p.is_meta]
+        if any(reading_waits(p) and marks(p) is None for p in shown):
+            return "retains its input: other tensors share the memory of its weights, and may write to it"
+        return "retains its input: a weight is zero, or too small for its bias to be divided by"
+
+
+def reading_waits(tensor: Tensor) -> bool:
+    """Whether to read a tensor's values is to wait until its device has done all that it was given to do."""
+    return tensor.device.type != "cpu"
+
+
+def reason(module: nn.Module) -> str:
+    """Why a module that is called a norm is none that the ops serve, in a few words.
+
+    Args:
+        module: one that `Norm.recognise` returns None for.
+    """
+    for kind, words in _OTHERWISE:
+        if isinstance(module, kind):
+            return words
+    if isinstance(module, _SHAPED) and len(module.normalized_shape) != 1:
+        return f"normalises over {len(module.normalized_shape)} dimensions, and the ops over the last one"
+    if _holds_more(module):
+        return "holds other modules, buffers or parameters than a weight and a bias"
+    if _width(module) is None:
+        return "has no weight of one dimension"
+    if _eps_name(module) is None:
+        return f"has no number called {', '.join(_EPS_NAMES[:-1])} or {_EPS_NAMES[-1]}"
+    return "computes neither rms_norm nor layer_norm over the last dimension"
+
+
+def _eps_name(module: nn.Module) -> str | None:
+    if isinstance(module, nn.RMSNorm) and module.eps is None:
+        return "eps"  # torch takes that of x's dtype
+    return next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
+
+
+def _width(module: nn.Module) -> int | None:
+    """The size of the dimension that is normalised, as far as the module says."""
+    if isinstance(module, _SHAPED) and len(module.normalized_shape) != 1:
+        return None
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        return weight.numel() if weight.dim() == 1 else None
+    return int(module.normalized_shape[0]) if isinstance(module, _SHAPED) else None
+
+
+def _holds_more(module: nn.Module) -> bool:
+    return bool(module._modules or module._buffers or not set(module._parameters) <= {"weight", "bias"})
+
+
+def _autocasts(x: Tensor) -> bool:
+    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

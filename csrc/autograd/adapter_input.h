@@ -1,0 +1,82 @@
+// What an adapter keeps of its input for the gradients of lora_A and lora_B:
+//   of an x that an activation has just made, the activation's inputs, which it retains anyway
+//   only lora_B trains    h = dropout(x) A', r numbers a row
+//   x with dropout, cut from a larger tensor    a copy: PEFT keeps the dropped copy and its mask, and no more
+//   else                  x itself, shared with every other reader
+
+#pragma once
+
+#include <ATen/autocast_mode.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include "autograd/norm_output.h"
+#include "autograd/recipe.h"
+#include "ops/lora.h"
+
+namespace safe_kernels {
+
+// h, in the dtype in which PEFT's own lora_B would keep it.
+inline Tensor make_hidden(const Tensor& x, const Tensor& lora_A, double dropout_p,
+                          const std::optional<Tensor>& rng_state) {
+  auto dtype = lora_A.scalar_type();
+  if (at::autocast::is_autocast_enabled(x.device().type())) {
+    const auto cast = at::autocast::get_autocast_dtype(x.device().type());
+    if (c10::elementSize(cast) < c10::elementSize(dtype)) dtype = cast;
+  }
+  const auto rank = lora_A.sym_size(0);
+  c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
+  sizes.back() = rank;
+  const Tensor base = x.new_zeros_symint(sizes, x.options().dtype(dtype));
+  const Tensor identity = at::diag_embed(lora_A.new_ones_symint({rank}));
+  return std::get<0>(lora(x, base, lora_A, identity, 1.0, dropout_p, rng_state, std::nullopt, 0, std::nullopt));
+}
+
+// The gradient of lora_B from h: that of an adapter whose lora_A is the identity.
+inline Tensor grad_of_B(const Tensor& grad, const Tensor& h, const Tensor& lora_A, const Tensor& lora_B,
+                        double scaling) {
+  const Tensor identity = at::diag_embed(lora_A.new_ones_symint({lora_A.sym_size(0)}));
+  return std::get<2>(lora_backward(grad, h, identity, lora_B, scaling, 0.0, std::nullopt, {false, false, true}));
+}
+
+// Whether x keeps alive more than the dropped copy and the mask, one byte an element, that PEFT keeps.
+inline bool exceeds_dropped_copy(const Tensor& x) {
+  if (storage_of(x) == nullptr || x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return false;
+  const auto bytes = storage_of(x)->sym_nbytes().maybe_as_int();
+  const int64_t element = static_cast<int64_t>(x.element_size()) + (x.requires_grad() ? 1 : 0);
+  return bytes.has_value() && *bytes > x.numel() * element;
+}
+
+// Puts into saved[0], and at the end of `saved`, what stands for x.
+inline void keep_adapter_input(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list& saved,
+                               const Tensor& x, const Tensor& lora_A, bool only_B, double dropout_p,
+                               const std::optional<Tensor>& rng_state) {
+  if (const Recipe* recipe = find_recipe(x)) {
+    saved.insert(saved.end(), recipe->inputs.begin(), recipe->inputs.end());
+    ctx->saved_data["recipe_kind"] = recipe->kind;
+    ctx->saved_data["recipe_dropout_p"] = recipe->dropout_p;
+  } else if (only_B) {
+    saved[0] = make_hidden(x, lora_A, dropout_p, rng_state);
+    ctx->saved_data["is_hidden"] = true;
+  } else if (dropout_p > 0.0 && exceeds_dropped_copy(x)) {
+    saved[0] = x.clone(at::MemoryFormat::Contiguous);
+  } else {
+    announce_reader(x);
+    saved[0] = x;
+  }
+}
+
+inline bool keeps_hidden(const torch::autograd::AutogradContext* ctx) {
+  return ctx->saved_data.count("is_hidden") != 0;
+}
+
+// x from what was saved, which without a recipe has `count` tensors; undefined where it is not kept.
+inline Tensor adapter_input(const torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& saved,
+                            size_t count) {
+  if (keeps_hidden(ctx)) return {};
+  if (saved.size() == count) return saved[0];
+  return follow_recipe(saved[count], saved[count + 1], saved[count + 2],
+                       ctx->saved_data.at("recipe_kind").toStringRef(),
+                       ctx->saved_data.at("recipe_dropout_p").toDouble());
+}
+
+}  // namespace safe_kernels

@@ -1,0 +1,75 @@
+// A norm keeps its input, as PyTorch's does, until a reader of its output keeps that output anyway: then backward is
+// made from the output, and the norm lets go of its input. So it never keeps more than PyTorch's: several norms of one
+// tensor keep it once, and an output that only the user has may be written to in place.
+
+#pragma once
+
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <mutex>
+#include <utility>
+#include <vector>
+
+#include "autograd/note.h"
+
+namespace safe_kernels {
+
+struct NormOutput : OutputNote {
+  using OutputNote::OutputNote;
+
+  // `saved` is what the node has saved, the input first. Its mean, where it has one, is of no use beside the output.
+  template <class Function>
+  void set(torch::autograd::variable_list saved, bool is_invertible, size_t mean_at, size_t rstd_at) {
+    saved_ = std::move(saved);
+    for (const Tensor& tensor : saved_) versions_.push_back(tensor.defined() ? tensor._version() : 0);
+    is_invertible_ = is_invertible;
+    mean_at_ = mean_at;
+    rstd_at_ = rstd_at;
+    save_ = [](torch::autograd::Node& node, torch::autograd::variable_list&& again, bool from_output) {
+      auto& own = dynamic_cast<torch::autograd::CppNode<Function>&>(node);
+      own.ctx_.save_for_backward(std::move(again));
+      own.save_variables_to_ctx();
+      own.ctx_.saved_data["from_output"] = from_output;
+    };
+  }
+
+  // Called by a reader that is about to save `out`. Activation checkpointing counts the tensors that are saved, and
+  // they must be as many when it runs the forward again. So the first reader has the node save as many as before,
+  // whether they are made of the input or of the output.
+  void keep(const Tensor& out) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (saved_.empty() || out.grad_fn() == nullptr || out.grad_fn().get() != node) return;
+    for (size_t i = 0; i < saved_.size(); ++i)
+      if (saved_[i].defined() && saved_[i]._version() != versions_[i]) return;
+    const bool from_output = is_invertible_ && is_unchanged(out);
+    if (from_output) {
+      saved_[mean_at_] = saved_[rstd_at_];
+      saved_[0] = out;
+    }
+    save_(*out.grad_fn(), std::exchange(saved_, {}), from_output);
+  }
+
+ private:
+  std::mutex mutex_;
+  torch::autograd::variable_list saved_;  // empty once a reader has come
+  std::vector<int64_t> versions_;
+  bool is_invertible_ = false;
+  size_t mean_at_ = 0, rstd_at_ = 0;
+  void (*save_)(torch::autograd::Node&, torch::autograd::variable_list&&, bool) = nullptr;
+};
+
+// For a norm's output that has just got its node: see `NormOutput::set`.
+template <class Function>
+void attach_norm_output(const Tensor& out, torch::autograd::variable_list saved, bool is_invertible, size_t mean_at,
+                        size_t rstd_at) {
+  auto note = c10::make_intrusive<NormOutput>(out);
+  note->template set<Function>(std::move(saved), is_invertible, mean_at, rstd_at);
+  attach_note(out, std::move(note));
+}
+
+// To be called before x is saved for a backward: x may be the output of a norm.
+inline void announce_reader(const Tensor& x) {
+  if (auto* note = find_note<NormOutput>(x)) note->keep(x);
+}
+
+}  // namespace safe_kernels

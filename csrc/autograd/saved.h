@@ -1,0 +1,34 @@
+// What a node has saved, and what to do where it was written to in place.
+
+#pragma once
+
+#include <c10/util/Exception.h>
+#include <torch/csrc/autograd/custom_function.h>
+
+#include <string>
+
+namespace safe_kernels {
+
+inline constexpr char NORM_WRITTEN_TO[] =
+    "A bound norm (safe_kernels) keeps its input, or in its place its output once a layer that trains keeps that too. "
+    "Write to a clone of that tensor, or leave norms as they are: safe_peft.bind(model, parts=...) without \"norms\".";
+inline constexpr char ADAPTER_INPUT_WRITTEN_TO[] =
+    "A bound adapter layer (safe_kernels) keeps its input x, or what the activation before it made x from, and with "
+    "dropout makes the mask again in backward. Write to a clone of that tensor, or use the layer without the binding "
+    "(Binding.detach()).";
+inline constexpr char PRE_ACTIVATION_WRITTEN_TO[] =
+    "A bound activation (safe_kernels) keeps its input, and a ReLU its output. Write to a clone of that tensor, or "
+    "leave activations as they are: safe_peft.bind(model, parts=...) without \"mlps\".";
+
+// Unpacks them; where autograd finds a version changed, `words` says what is kept and how to go on.
+inline torch::autograd::variable_list unpack_saved(const torch::autograd::AutogradContext* ctx, const char* words) {
+  try {
+    return ctx->get_saved_variables();
+  } catch (const c10::Error& error) {
+    const std::string message = error.what_without_backtrace();
+    TORCH_CHECK(message.find("inplace operation") == std::string::npos, message, " ", words);
+    throw;
+  }
+}
+
+}  // namespace safe_kernels

@@ -1,0 +1,92 @@
+#include "inversion.h"
+
+#include <ATen/Dispatch.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <cmath>
+#include <mutex>
+#include <optional>
+#include <tuple>
+
+#include "autograd/note.h"
+
+namespace py = pybind11;
+
+namespace safe_kernels {
+
+namespace {
+
+struct Bounds {
+  double offset, limit, smallest;
+};
+
+template <typename T>
+bool all_usable(const T* weight, const T* bias, int64_t count, const Bounds& bounds) {
+  int bad = 0;
+  // NaN fails every comparison, and infinity the second.
+  for (int64_t i = 0; i < count; ++i) {
+    const double size = std::abs((weight == nullptr ? 1.0 : static_cast<double>(weight[i])) + bounds.offset);
+    const double shift = bias == nullptr ? 0.0 : std::abs(static_cast<double>(bias[i]));
+    bad |= !(size >= bounds.smallest) | !(size < HUGE_VAL) | !(shift <= bounds.limit * size);
+  }
+  return bad == 0;
+}
+
+bool is_readable(const std::optional<Tensor>& tensor, const Tensor& like) {
+  if (!tensor.has_value()) return true;
+  const auto keys = tensor->key_set();
+  return tensor->is_cpu() && tensor->layout() == at::kStrided && tensor->is_contiguous() && tensor->has_storage() &&
+         tensor->scalar_type() == like.scalar_type() && tensor->numel() == like.numel() &&
+         at::isFloatingType(tensor->scalar_type()) && !keys.has(c10::DispatchKey::Python) &&
+         !keys.has_any(c10::functorch_transforms_ks) && !keys.has(c10::DispatchKey::Functionalize);
+}
+
+// None where the values cannot be read from here at once: tensors elsewhere, or of an unusual kind.
+std::optional<bool> invertible(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double offset,
+                               double limit, double smallest) {
+  if (!weight.has_value() && !bias.has_value()) return true;
+  const Tensor& like = weight.has_value() ? *weight : *bias;
+  if (!is_readable(weight, like) || !is_readable(bias, like)) return std::nullopt;
+  const Bounds bounds{offset, limit, smallest};
+  return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, like.scalar_type(), "invertible", [&] {
+    const auto data = [](const std::optional<Tensor>& tensor) {
+      return tensor.has_value() ? tensor->const_data_ptr<scalar_t>() : nullptr;
+    };
+    return all_usable(data(weight), data(bias), like.numel(), bounds);
+  });
+}
+
+// Tells a tensor from every other one that lives or has lived.
+struct Mark : Note {
+  int64_t serial;
+  explicit Mark(int64_t serial) : serial(serial) {}
+};
+
+const Mark* mark_of(const Tensor& tensor) {
+  static std::mutex mutex;
+  static int64_t count = 0;
+  const std::lock_guard<std::mutex> lock(mutex);
+  if (find_note<Mark>(tensor) == nullptr) attach_note(tensor, c10::make_intrusive<Mark>(count + 1)) ? ++count : count;
+  return find_note<Mark>(tensor);
+}
+
+using Marks = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+// Equal marks: nobody can have written to the tensor in between, short of its bare address. None: somebody may, now.
+std::optional<Marks> marks(const Tensor& tensor) {
+  if (!tensor.has_storage() || tensor.is_inference()) return std::nullopt;
+  const Mark* mark = mark_of(tensor);
+  if (mark == nullptr || tensor.unsafeGetTensorImpl()->unsafe_storage().use_count() != 1) return std::nullopt;
+  const auto address = reinterpret_cast<int64_t>(tensor.const_data_ptr());
+  return Marks{mark->serial, mark->aliases.load(), tensor._version(), address,
+               static_cast<int64_t>(tensor.scalar_type())};
+}
+
+}  // namespace
+
+void bind_inversion(py::module_& m) {
+  m.def("invertible", &invertible);
+  m.def("marks", &marks);
+}
+
+}  // namespace safe_kernels
