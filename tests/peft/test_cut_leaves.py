@@ -88,7 +88,7 @@ def test_a_leaf_that_a_hook_of_the_user_made_is_the_users(one: Family, switched_
     close(ours, stock)
 
 
-@pytest.mark.parametrize("where", ["lowest block", "inside it", "first live block"])
+@pytest.mark.parametrize("where", ["lowest block", "inside it", "first live block", "embeddings", "all modules"])
 @pytest.mark.parametrize("one", [family(name) for name in ("llama", "gpt2", "vit")], ids=str)
 def test_backward_hooks_below_the_cut_fire_as_in_stock(one: Family, where: str) -> None:
     model, batch = frozen_prefix(one)
@@ -105,9 +105,9 @@ def test_backward_hooks_below_the_cut_fire_as_in_stock(one: Family, where: str) 
         handle = nn.modules.module.register_module_full_backward_hook(hook)
     else:
         inside = next(iter(blocks[0].children()))
-        handle = {"lowest block": blocks[0], "inside it": inside, "first live block": blocks[-1]}[
-            where
-        ].register_full_backward_hook(hook)
+        places = {"lowest block": blocks[0], "inside it": inside, "first live block": blocks[-1]}
+        places["embeddings"] = model.get_input_embeddings()
+        handle = places[where].register_full_backward_hook(hook)
     live = next(p for p in model.parameters() if p.requires_grad)
     other = live.register_post_accumulate_grad_hook(lambda p: order.append(["adapter"]))
 

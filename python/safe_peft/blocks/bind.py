@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..adapters import peft_kind
-from ..paths import short_name
+from ..paths import short_name, walk
 from ..swap import STATE, is_bound, original_type, put_on
 from .activations import KINDS, Activation
 from .attention import Attention
@@ -18,6 +18,7 @@ from .entry import Entry, SafeEmbedding, SafeOwner, before_blocks, input_embeddi
 from .mlps import Mlp
 from .norms import Norm, reason
 from .stack import Block, stacks, transformer_blocks
+from .trains import parts
 
 PARTS = ("norms", "mlps", "attention", "dropouts")
 """All that `bind(parts=...)` takes."""
@@ -72,13 +73,13 @@ def _recognise(module: nn.Module, in_block: bool) -> Part | None:
 
 
 def _inside_blocks(model: nn.Module) -> set[int]:
-    return {id(module) for block in transformer_blocks(model).values() for module in block.modules()}
+    return {id(module) for block in transformer_blocks(model).values() for module in parts(block)}
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """All modules but those that an adapter layer is made of, which its own binding serves."""
     adapters: list[str] = []
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         if any(name.startswith(f"{other}.") for other in adapters):
             continue
         if peft_kind(module) is not None:

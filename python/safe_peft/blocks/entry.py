@@ -7,6 +7,7 @@ be cut off, and only where the model itself called the embeddings: any other lea
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import peft_kind
+from ..paths import walk
 from ..swap import STATE, Swapped, is_bound
-from .trains import waits_for_gradient
+from .trains import parts, waits_for_gradient
 
 _LEAF_MAKERS = ("make_inputs_require_grads", "make_inputs_require_grad")
 _PACKAGES = ("transformers", "peft")
@@ -108,10 +110,15 @@ class Entry:
         """
         if not hidden.requires_grad or _is_watched(hidden):
             return False
-        if waits_for_gradient(self.before) or any(module._forward_hooks for module in self.before):
+        if waits_for_gradient(self.before) or any(map(_may_be_seen, self.before)):
             return False
         known = [leaf for ref in self._leaves if (leaf := ref()) is not None and not _is_watched(leaf)]
         return bool(known) and all(any(leaf is one for one in known) for leaf in _leaves(hidden))
+
+
+def _may_be_seen(module: nn.Module) -> bool:
+    """Whether a hook may keep what a module gives; those on the embeddings are looked at when these are called."""
+    return bool(module._forward_hooks) and not isinstance(module, SafeEmbedding)
 
 
 def _makes_leaves(hook: Any) -> bool:
@@ -142,15 +149,10 @@ def _leaves(tensor: Tensor) -> Iterator[Any]:
 
 
 def before_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules that a model registers before its first block, less its input embeddings and what holds the block."""
-    inside = {id(module) for block in blocks for module in block.modules()}
-    embeddings, found = input_embeddings(model), []
-    for module in model.modules():
-        if id(module) in inside:
-            break
-        if module not in embeddings and not any(id(child) in inside for child in module.modules()):
-            found.append(module)
-    return found
+    """The modules that a model registers before its first block, less what holds the block."""
+    inside = {id(module) for block in blocks for module in parts(block)}
+    before = itertools.takewhile(lambda module: id(module) not in inside, (module for _, module in walk(model)))
+    return [module for module in before if not any(id(child) in inside for child in parts(module))]
 
 
 def input_embeddings(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
@@ -159,7 +161,7 @@ def input_embeddings(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
     Those with an adapter train, and are none.
     """
     found: dict[nn.Module, list[nn.Module]] = {}
-    for module in model.modules():
+    for _, module in walk(model):
         get: Any = getattr(type(module), "get_input_embeddings", None)  # PEFT's wrappers have no method of their own
         try:
             embeddings = get(module) if callable(get) else None

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .arguments import Given, TensorsUsed
 from .moment import Moment
+from .trains import parts
 
 WROTE = "it writes into its arguments in place, as a static cache does"
 COUNTED = "it changes buffers of its own in each call, as a batch norm does"
@@ -66,7 +67,7 @@ class Run:
 
     def __init__(self, call: Callable[..., Any], block: nn.Module | None = None, name: str = "the block") -> None:
         self._call, self._name = call, name
-        self._moment = Moment([] if block is None else list(block.modules()))
+        self._moment = Moment([] if block is None else list(parts(block)))
         self._handles: list[weakref.ref[_Handle]] = []
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
         self._saved: dict[int, Tensor] = {}

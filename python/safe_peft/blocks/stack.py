@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapters import peft_kind
-from ..paths import short_name
+from ..paths import parameters_of, short_name, walk
 from ..swap import STATE, Swapped, is_bound, is_transformed, original_type
 from .arguments import leaves, may_carry
 from .checkpointing import Checkpointing, checkpoints
@@ -38,9 +38,10 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 def stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
     """Return the same, stack by stack."""
-    adapted = {name for name, module in model.named_modules() if peft_kind(module) is not None}
+    modules = list(walk(model))
+    adapted = {name for name, module in modules if peft_kind(module) is not None}
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in modules:
         inside = any(name.startswith(f"{other}.") for other in found)
         if inside or not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
             continue
@@ -177,8 +178,8 @@ def graph_states(model: nn.Module) -> dict[str, str]:
 def _trains_before_blocks(model: nn.Module) -> bool:
     """Whether anything that a model registers before its first block trains: embeddings and prompts do."""
     first = next(iter(transformer_blocks(model).values()), None)
-    inside = {id(parameter) for parameter in first.parameters()} if first is not None else set()
-    for parameter in model.parameters():
+    inside = {id(parameter) for parameter in parameters_of(first)} if first is not None else set()
+    for parameter in parameters_of(model):
         if id(parameter) in inside:
             return False
         if parameter.requires_grad:
