@@ -129,6 +129,19 @@ def test_backward_hooks_below_the_cut_fire_as_in_stock(one: Family, where: str) 
         )
 
 
+@pytest.mark.parametrize("one", FAMILIES[:3], ids=str)
+def test_hidden_states_that_the_caller_asked_for_have_their_gradient(one: Family) -> None:
+    model, batch = frozen_prefix(one)
+    model.enable_input_require_grads()
+
+    def compute() -> Tensor:
+        output = model(**batch, output_hidden_states=True)
+        return torch.autograd.grad(output.loss, output.hidden_states[0])[0]
+
+    stock, ours = both(model, compute)
+    close(ours, stock)
+
+
 @pytest.mark.parametrize("one", FAMILIES, ids=str)
 def test_noise_on_the_embeddings_keeps_the_cut(one: Family) -> None:
     """As NEFTune puts it there, by a hook."""

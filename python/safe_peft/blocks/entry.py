@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -49,7 +49,7 @@ class SafeOwner(Swapped):
         """The module's own call."""
         if not is_bound(self):
             return type(self).__call__(self, *args, **kwargs)
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self._gives_states_away(kwargs):
             return super().__call__(*args, **kwargs)
         entry: Entry = self.__dict__[STATE]
         entry.running += 1
@@ -57,6 +57,11 @@ class SafeOwner(Swapped):
             return super().__call__(*args, **kwargs)
         finally:
             entry.running -= 1
+
+    def _gives_states_away(self, kwargs: Mapping[str, Any]) -> bool:
+        """Whether the caller gets the embeddings' output as well, and may ask for its gradient."""
+        by_default = getattr(getattr(self, "config", None), "output_hidden_states", False)
+        return bool(kwargs.get("output_hidden_states", by_default))
 
 
 @dataclass
