@@ -1,7 +1,7 @@
 # Every target does the set-up it needs; a second run finds it done. `make` alone lists the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test fuzz processes kernels matrix lint format sanitize bench bench-table clean
+.PHONY: help setup demo test fuzz processes kernels matrix clients lint format sanitize bench bench-table clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -32,6 +32,9 @@ kernels: setup ## the kernels for GPUs, without one: run in Triton's interpreter
 
 matrix: ## the tests with older and newer torch, transformers and peft (CORNERS="oldest image middle newest")
 	@ARGS="$(ARGS)" bash .ci/matrix.sh $(CORNERS)
+
+clients: ## the recipes inside TRL, sentence-transformers, diffusers, Lightning, timm and accelerate (ARGS= goes to pytest)
+	@ARGS="$(ARGS)" bash .ci/clients.sh
 
 lint: setup ## ruff, clang-format and mypy
 	@$(BIN)/ruff check --quiet .

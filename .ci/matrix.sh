@@ -19,16 +19,9 @@ pythons() { # version: what may be the interpreter's name; setup.sh takes the fi
   echo "python$1" "$(compgen -G "$HOME/.pyenv/versions/$1.*/bin/python" | sort -V | tail -n 1 || true)"
 }
 
-copy_tree() { # folder: files that are gone here go there too, what was built there stays
-  mkdir -p "$1"
-  [[ ! -f $1/.copied ]] || (cd "$1" && xargs -0 rm -f <.copied)
-  git ls-files -z --cached --others --exclude-standard --deduplicate >"$1/.copied"
-  tar --create --null --files-from="$1/.copied" --ignore-failed-read 2>/dev/null | tar --extract --directory="$1"
-}
-
 run_corner() { # name, Python, torch, other releases
   local folder=build/matrix/$1
-  copy_tree "$folder"
+  bash .ci/copy_tree.sh "$folder"
   tr ' ' '\n' <<<"$3 $4" >"$folder/constraints.txt"
   (
     cd "$folder"

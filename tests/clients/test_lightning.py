@@ -52,10 +52,8 @@ def names(folder: Path) -> dict[str, Any]:
 
 
 def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: list[Compared]) -> None:
-    line, done = side_by_side("Lightning", "lightning", names, tmp_path, monkeypatch)
+    line, _ = side_by_side("Lightning", "lightning", names, tmp_path, monkeypatch)
     table.append(line)
-    callback = done["ours"].names["callback"]
-    assert callback.report().freezings
 
 
 def fit(module: Module, folder: Path, epochs: int, **options: Any) -> SafeLightningCallback:

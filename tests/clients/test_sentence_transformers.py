@@ -47,5 +47,6 @@ def names(folder: Path) -> dict[str, Any]:
 
 
 def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: list[Compared]) -> None:
-    line, _ = side_by_side("sentence-transformers", "sentence-transformers", names, tmp_path, monkeypatch)
+    line, done = side_by_side("sentence-transformers", "sentence-transformers", names, tmp_path, monkeypatch)
     table.append(line)
+    assert (done["ours"].folder / "adapter_model.safetensors").exists()

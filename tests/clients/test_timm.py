@@ -18,9 +18,7 @@ def names(folder: Path) -> dict[str, Any]:
     sizes = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": 3, "num_heads": 2, "num_classes": 4}
     vit = timm.create_model("vit_tiny_patch16_224", pretrained=False, **sizes).train()
     draw = torch.Generator().manual_seed(2)
-    loader = [
-        (torch.randn(2, 3, 32, 32, generator=draw), torch.randint(0, 4, (2,), generator=draw)) for _ in range(12)
-    ]
+    loader = [(torch.randn(2, 3, 32, 32, generator=draw), torch.randint(0, 4, (2,), generator=draw)) for _ in range(12)]
     targets = r".*blocks.*\.(qkv|proj|fc1|fc2)"
     config = lora(target_modules=targets, modules_to_save=["head"])
     return {"vit": vit, "loader": loader, "lora": config, "get_peft_model": get_peft_model}

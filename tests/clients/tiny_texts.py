@@ -12,7 +12,8 @@ from transformers import LlamaConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 CHAT = (
     "{% for m in messages %}{% if m['role'] == 'assistant' %}A: {% generation %}{{ m['content'] + ' .' }}"
-    "{% endgeneration %}{% else %}Q: {{ m['content'] }} {% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+    "{% endgeneration %}{% else %}Q: {{ m['content'] }} {% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}A: {% endif %}"
 )
 SENTENCES = ["the cat sat", "a dog ran far away", "one two three four", "red and blue", "so it goes", "up we went then"]
 
