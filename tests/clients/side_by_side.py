@@ -1,7 +1,7 @@
 """Runs a recipe of docs/recipes.md as it is printed, with stock PEFT and with ours, and compares what comes out.
 
-The recipe's text is the same every time. What changes is `AdapterFreezer`: it does nothing (stock PEFT), it binds and never
-freezes, it is ours, or it freezes by hand, in stock PEFT, what ours has frozen at the same steps.
+The recipe's text is the same every time. What changes is `AdapterFreezer`: it does nothing (stock PEFT), it binds and
+never freezes, it is ours, or it freezes by hand, in stock PEFT, what ours has frozen at the same steps.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class Saved:
 
 @contextmanager
 def watched(outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Notes each loss whose `backward` is called, and the bytes its graph retains, counted as `retention.measure` does."""
+    """Notes each loss whose `backward` is called, and what its graph retains, counted as `retention.measure` does."""
     refs: list[weakref.ref[Saved]] = []
     backward = torch.Tensor.backward
 
