@@ -100,6 +100,12 @@ def is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None
 
 
+def autocasts(x: torch.Tensor) -> bool:
+    """Whether autocast is on for a tensor's device; there are some, such as "meta", that know no autocast."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def is_hooked(module: nn.Module) -> bool:
     """Whether somebody wants to see its calls, so that it cannot be passed over."""
     own = module.__dict__

@@ -19,7 +19,8 @@ from . import probe
 from .batches import IGNORED, Batch, Examples
 from .config import SafeConfig
 from .errors import PlanError, SafeError
-from .loss import BY_NAME, Loss, check
+from .loss import BY_NAME, Loss
+from .loss_check import check
 from .options import FinetuneConfig
 from .progress import Tick, progress
 from .report import AdapterRecord, FreezeReport, RunRecord

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 import safe_peft
 from safe_kernels import retention
 from safe_peft import AdapterFreezer, ConfigError, SafeConfig, bind, chunked_loss, plan_memory, probe
-from safe_peft.loss import CHECKED_TOKENS, own_loss
+from safe_peft.loss import own_loss
+from safe_peft.loss_check import CHECKED_TOKENS
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="PyTorch has no such loss before 2.13"

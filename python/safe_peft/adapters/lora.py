@@ -19,7 +19,7 @@ from safe_kernels import AdapterStatistics
 
 from ..code import own_method, watched
 from ..importance import Evidence, Later
-from ..swap import STATE, is_hooked, is_transformed, original_type, own_forward
+from ..swap import STATE, autocasts, is_hooked, is_transformed, original_type, own_forward
 from .base import Adapter, LayerState, active_keys, register_adapter
 from .observed import Observed
 
@@ -129,7 +129,7 @@ def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | N
 
 def _plain(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     """Weight and bias of a base layer that computes ``x W' + bias`` alone, and whose call nobody would miss."""
-    if type(base) is not nn.Linear or is_hooked(base) or torch.is_autocast_enabled(x.device.type):
+    if type(base) is not nn.Linear or is_hooked(base) or autocasts(x):
         return None
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias", x)
     if type(weight) is not nn.Parameter or weight.dtype != x.dtype:

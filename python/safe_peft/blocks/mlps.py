@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import safe_kernels
 from safe_kernels import reference
 
-from ..swap import STATE, Swapped, is_bound, original_type, own_forward
+from ..swap import STATE, Swapped, autocasts, is_bound, original_type, own_forward
 from .activations import activation_kind
 from .base import Part, agrees, is_dropout, is_linear, is_plain, sample, small_linear, stand_in
 
@@ -143,7 +143,7 @@ class Mlp(Part):
         weight = getattr(module._modules[self.down], "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype == x.dtype:
             return False
-        return not torch.is_autocast_enabled(x.device.type)
+        return not autocasts(x)
 
 
 class _Marker(nn.Module):

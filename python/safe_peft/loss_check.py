@@ -1,0 +1,277 @@
+"""Whether a loss in chunks is a model's own in a call: its arguments, its logits, and its loss on a few tokens."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch.nn import functional as F
+
+from .batches import IGNORED
+from .errors import ConfigError
+from .parallel.fsdp import is_spread
+from .paths import unwrap
+from .swap import autocasts
+
+CHECKED_TOKENS = 32
+_PLAIN = (bool, int, float, str, type(None))
+_INPUTS = (
+    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "cache_position", "is_causal"),
+    *("past_key_values", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
+)
+"""Arguments that make hidden states, and that no loss reads."""
+_CONTEXT = ("past_key_values", "attention_mask", "position_ids", "cache_position")
+_NEUTRAL = {"ignore_index": IGNORED, "logits_to_keep": 0, "output_router_logits": False, "shift_labels": None}
+"""Arguments that change a loss, or what it is given, unless they have these values."""
+_MAKES_HIDDEN = ("pixel_", "image_", "video_", "input_", "mm_token")
+"""How names of tensors begin that hold pictures and sounds."""
+_INSTEAD = "take the model's own loss"
+_LARGE, _SHORT = 50.0, 4
+_AS_IF = 7
+"""What a loss is divided by where a call that gives `num_items_in_batch` is compared."""
+
+
+@dataclass
+class _Checked:
+    """The calls of a model that were compared, and what was true of it then."""
+
+    state: tuple[Any, ...]
+    calls: set[tuple[Any, ...]] = field(default_factory=set)
+
+
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, _Checked] = weakref.WeakKeyDictionary()
+
+
+def check(model: nn.Module, batch: Mapping[str, Any]) -> nn.Linear:
+    """See that `chunked_loss` is the model's own loss in a call, and return the model's head.
+
+    Args:
+        model: as `chunked_loss` takes it.
+        batch: likewise; a few tokens of it are tried if no such call was.
+
+    Raises:
+        ConfigError: It is not, or cannot be.
+
+    Example:
+        >>> check(model, batch)  # doctest: +SKIP
+    """
+    inner = unwrap(model)
+    base: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
+    head, labels = _head(base), batch.get("labels")
+    if not isinstance(labels, Tensor) or labels.dim() != 2:
+        got = f"of shape {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
+        raise ConfigError(f"batch: expected labels [rows, tokens] in it, got {got}.")
+    _refuse_arguments(inner, base, batch)
+    if isinstance(labels, FakeTensor):
+        return head
+    call, state = _call(base, batch), _state(inner, base, head)
+    known = _CHECKED.get(base)
+    if known is None or known.state != state:
+        known = _CHECKED[base] = _Checked(state)
+    if call not in known.calls:
+        _compare(inner, base, head, batch)
+        if call is not None:
+            known.calls.add(call)
+    return head
+
+
+def _refuse_arguments(inner: Any, base: Any, batch: Mapping[str, Any]) -> None:
+    """What a forward does not name goes to the loss function, among others; some of what it names changes the loss."""
+    named = {*inspect.signature(base.forward).parameters, *getattr(inner, "special_peft_forward_args", ()), *_INPUTS}
+    for name, value in batch.items():
+        if name in _NEUTRAL and not (value is None or (type(value) in _PLAIN and value == _NEUTRAL[name])):
+            wanted = f"expected {_NEUTRAL[name]!r}"
+        elif name not in {*named, *_NEUTRAL, "labels", "num_items_in_batch"} and value is not None:
+            wanted = f"it is no argument of {type(base).__name__}'s own, and may change its loss"
+        else:
+            continue
+        got = f"a {type(value).__name__}" if not isinstance(value, _PLAIN) else repr(value)
+        raise ConfigError(f"batch: {name} cannot be given to a chunked loss: {wanted}, got {got}; {_INSTEAD}.")
+    items = batch.get("num_items_in_batch")
+    if items is not None and (items.numel() != 1 if isinstance(items, Tensor) else type(items) not in (int, float)):
+        raise ConfigError(f"batch: expected a number of items in num_items_in_batch, got {items!r}.")
+    asked = batch.get("output_router_logits") is not None
+    if not asked and any(config.get("output_router_logits") for config in _configs(base)):
+        raise ConfigError(
+            f"loss: chunked does not add the routers' loss that {type(base).__name__}'s config asks for with "
+            f"output_router_logits; set that to False, or {_INSTEAD}."
+        )
+
+
+def _call(base: Any, batch: Mapping[str, Any]) -> tuple[Any, ...] | None:
+    """What a call is remembered by; None if its loss may depend on values that the next such call changes."""
+    if base._parameters or base._buffers:
+        return None  # it may scale its logits by them
+    found: list[Any] = [base.training]
+    for name, value in sorted(batch.items()):
+        if isinstance(value, _PLAIN) and name != "num_items_in_batch":
+            found.append((name, value))
+        elif name.startswith(_MAKES_HIDDEN) or name in (*_INPUTS, "labels", "num_items_in_batch"):
+            found.append((name, type(value), value.dim() if isinstance(value, Tensor) else 0))
+        else:
+            return None
+    return tuple(found)
+
+
+def _configs(base: Any) -> list[dict[str, Any]]:
+    """The values of a model's config and of those in it."""
+    own = getattr(getattr(base, "config", None), "__dict__", {})
+    return [dict(own), *(dict(value.__dict__) for value in own.values() if hasattr(value, "to_dict"))]
+
+
+def _state(inner: Any, base: Any, head: nn.Module) -> tuple[Any, ...]:
+    """What else decides about logits and loss: code, settings, and hooks where they come out."""
+    found: list[Any] = [*_configs(base), id(head), _reference(getattr(base, "loss_function", None))]
+    for module in dict.fromkeys((inner, base, head)):
+        own = module.__dict__
+        found += [_reference(type(module).forward), tuple(own["_forward_hooks"]), tuple(own["_forward_pre_hooks"])]
+        found += [(name, id(child), type(child)) for name, child in own["_modules"].items()]
+        settings = {name: value for name, value in own.items() if name != "training"}
+        found += [(name, value) for name, value in settings.items() if isinstance(value, _PLAIN)]
+        found += [(name, _reference(value)) for name, value in settings.items() if callable(value)]
+    return tuple(found)
+
+
+def _reference(function: Any) -> Any:
+    """A function to compare with, without keeping alive the model that it may hold."""
+    function = getattr(function, "__func__", function)
+    return function if function is None else weakref.ref(function)
+
+
+def _head(base: Any) -> nn.Linear:
+    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
+        raise ConfigError(f"loss: chunked needs torch >= 2.13, got {torch.__version__}; {_INSTEAD}.")
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
+        raise ConfigError(f"loss: chunked is for decoders, but {type(base).__name__} has an encoder; {_INSTEAD}.")
+    head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    if type(head) is not nn.Linear or is_spread(head.weight):
+        got = "one that is spread over processes" if type(head) is nn.Linear else type(head).__name__
+        raise ConfigError(
+            f"loss: chunked needs a model whose head is a plain torch.nn.Linear, got {got} in {type(base).__name__}; "
+            f"{_INSTEAD}."
+        )
+    return head
+
+
+def cast(hidden: Tensor) -> Tensor:
+    """Give what a head is given the dtype of the head's product: accelerate has autocast on within the model alone.
+
+    Args:
+        hidden: what the head is given, inside the model's forward.
+    """
+    return hidden.to(torch.get_autocast_dtype(hidden.device.type)) if autocasts(hidden) else hidden
+
+
+def see_one(found: list[Tensor], shape: torch.Size) -> None:
+    """See that the head was called once, for every token.
+
+    Args:
+        found: what it was given.
+        shape: the labels'.
+
+    Raises:
+        ConfigError: It was not.
+    """
+    if len(found) != 1:
+        raise ConfigError(f"loss: chunked needs a model that calls its head once, got {len(found)} calls.")
+    if found[0].shape[:2] != shape:
+        got = f"{list(found[0].shape[:2])} for labels {list(shape)}"
+        raise ConfigError(f"loss: chunked needs hidden states of every token for the head, got {got}; {_INSTEAD}.")
+
+
+def parameters(head: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Return a head's weight and bias in a dtype.
+
+    Args:
+        head: the layer.
+        dtype: the dtype that its product is computed in.
+    """
+    return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
+
+
+def _compare(inner: nn.Module, base: nn.Module, head: nn.Linear, batch: Mapping[str, Any]) -> None:
+    """Whether the model's logits are what its head gives, and its loss their cross entropy, on a few tokens.
+
+    On the whole batch if something in it, such as a picture, cannot be cut. In inference mode, so that whoever watches
+    a training takes it for none of its batches. The head's results are made large, which shows what caps them.
+    """
+    small, targets = _few(batch)
+    devices = [targets.device] if targets.device.type == "cuda" else []
+    given: list[Tensor] = []
+    made: list[tuple[Tensor, Tensor]] = []
+
+    def enlarge(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+        given.append(cast(args[0]))
+        made.append((out, out * (_LARGE / out.abs().max().clamp(min=1e-6))))
+        return made[-1][1]
+
+    with torch.inference_mode(), _evaluating(inner, base), torch.random.fork_rng(devices=devices):
+        with head.register_forward_hook(enlarge):
+            own = inner(**small, labels=targets)
+        see_one(given, targets.shape)
+        hidden, (out, logits) = given[0], made[0]
+        plain = F.linear(hidden, *parameters(head, hidden.dtype))
+        mean = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORED)
+    items = small.get("num_items_in_batch")
+    loss = float(mean) * (1.0 if items is None else int((targets[:, 1:] != IGNORED).sum()) / _AS_IF)
+    close = 1e-4 if hidden.dtype in (torch.float32, torch.float64) else 2e-2
+    same_logits = _agree(plain, out, close) and _agree(own.logits, logits, 1e-6)
+    close = 2e-6 if own.loss.dtype in (torch.float32, torch.float64) else 2e-2
+    if not (same_logits and abs(float(own.loss) - loss) <= close * max(1.0, abs(loss))):
+        what = "losses" if same_logits else "logits"
+        raise ConfigError(
+            f"loss: chunked would train another model than {type(base).__name__}, whose {what} are not those of its "
+            f"head and a cross entropy (on a few tokens its loss is {float(own.loss):.4f}, chunked {loss:.4f}); "
+            f"{_INSTEAD}."
+        )
+
+
+def _agree(one: Any, other: Tensor, close: float) -> bool:
+    if not isinstance(one, Tensor) or one.shape != other.shape:
+        return False
+    return float((one.float() - other.float()).abs().max()) <= close * float(other.float().abs().max())
+
+
+def _few(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
+    """A few tokens of two rows, of which one is not padded and the other's last few are, one of them with a target.
+
+    That tells a mean over tokens from one over rows, and a loss that leaves out what the attention mask does.
+    """
+    labels = batch["labels"]
+    rest = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
+    if rest.get("past_key_values") is not None:  # which a call would add to; what comes after the head asks for none
+        rest = {name: value for name, value in rest.items() if name not in _CONTEXT}
+    tensors = [value for value in rest.values() if isinstance(value, Tensor)]
+    few = (slice(2), slice(CHECKED_TOKENS)) if all(t.shape[:2] == labels.shape for t in tensors) else ...
+    small = {name: value[few] if isinstance(value, Tensor) else value for name, value in rest.items()}
+    targets = labels[few].clamp(min=0)
+    if targets.shape[1] > _SHORT:
+        targets[-1, 1] = IGNORED
+        mask = small.get("attention_mask")
+        if isinstance(mask, Tensor) and mask.shape == targets.shape:
+            small["attention_mask"] = mask.clone().index_fill_(1, mask.new_tensor([-1], dtype=torch.long), 0)
+    if (items := batch.get("num_items_in_batch")) is not None:
+        small["num_items_in_batch"] = torch.full_like(items, _AS_IF) if isinstance(items, Tensor) else _AS_IF
+    return small, targets
+
+
+@contextmanager
+def _evaluating(model: nn.Module, base: nn.Module) -> Iterator[None]:
+    """Every module inside as in evaluation, and afterwards as it was; what makes the loss sees whether it trains."""
+    modes = [(module, module.training) for module in model.modules()]
+    training = base.training
+    model.eval()
+    model.training = base.training = training
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
