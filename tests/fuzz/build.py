@@ -15,6 +15,7 @@ from tiny import randomise_adapters
 from torch import Tensor, nn
 
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
+AFTER = ("lm_head", "pooler.dense", "classifier.dense", "pre_classifier", "embed_out", "proj_out")
 HEADS = ("lm_head", "classifier", "embed_out", "proj_out")
 PREFIX = 6
 
@@ -51,7 +52,7 @@ def model_of(case: Case, dtype: torch.dtype | None = None) -> PeftModel:
 
 def _lora(case: Case, base: nn.Module, r: int = 4) -> LoraConfig:
     family = EVERY[case.family]
-    targets = _targets(case, list(family.targets))
+    targets = _targets(case, list(family.targets), base)
     options: dict[str, Any] = {"fan_in_fan_out": True} if case.family == "gpt2" else {}
     if case.adapter == "head":
         ends = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
@@ -65,10 +66,16 @@ def _lora(case: Case, base: nn.Module, r: int = 4) -> LoraConfig:
     return LoraConfig(r=r, lora_alpha=8, target_modules=targets, **options)
 
 
-def _targets(case: Case, names: list[str]) -> list[str]:
+def _targets(case: Case, names: list[str], base: nn.Module) -> list[str]:
     """The layers' names that the case adapts, all of them where the family has no other."""
     mlp = [name for name in names if re.search(r"up|down|gate|fc|wi|wo|4h|lin\d|intermediate|^output|mlp", name)]
-    chosen = {"attention": [name for name in names if name not in mlp], "mlp": mlp, "odd": names[1::2]}
+    after = [name for name in AFTER if any(path.endswith(name) for path, _ in base.named_modules())]
+    chosen = {
+        "attention": [name for name in names if name not in mlp],
+        "mlp": mlp,
+        "odd": names[1::2],
+        "head too": [*names, *after],
+    }
     return chosen.get(case.targets) or names
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from more_families import DECODERS, ENCODERS, EVERY, MOE, NO_TOKENS, TWO_STACKS
 
-SPOTS = ("block", "norm", "layer", "mlp", "embeddings", "last norm")
+SPOTS = ("block", "norm", "layer", "mlp", "act", "attention", "embeddings", "last norm")
 
 WORDS: dict[str, tuple[Any, ...]] = {
     "family": tuple(EVERY),
@@ -21,7 +21,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "recompute": (False, True),
     "compiled": (False, True),
     "trains": ("all", "top", "bottom", "alternate", "random", "one", "lora_B", "lora_A", "norms", "embeddings"),
-    "targets": ("all", "attention", "mlp", "odd"),
+    "targets": ("all", "attention", "mlp", "odd", "head too"),
     "parts": ("all", "none", "norms", "mlps", "attention", "dropouts"),
     "adapter": ("lora", "dora", "rslora", "dropout", "bias", "head", "two"),
     "dropout": (0.0, 0.3),
@@ -68,7 +68,8 @@ class Case:
         cache: `use_cache` False, as the configuration has it, True, or with a context that is cached before.
         input_grads: whether `enable_input_require_grads` was called.
         trains: which parameters train, by the depth of their block.
-        targets: which layers have an adapter; "odd" are some of the attention's and some of the MLP's.
+        targets: which layers have an adapter; "odd" are some of the attention's and some of the MLP's,
+            "head too" adds layers after the blocks.
         parts: what `bind` is asked to serve beside the adapters.
         dropout: of the model itself; "dropout" as `adapter` is LoRA's own.
         hook: what a hook does at the module `spot` of a low or `high` block.

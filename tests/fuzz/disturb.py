@@ -36,11 +36,17 @@ def spot_of(case: Case, model: nn.Module, spot: str | None = None) -> tuple[str,
         "norm": lambda name, module: depth(name + ".") >= 0 and _is_norm(module),
         "last norm": lambda name, module: depth(name + ".") < 0 and _is_norm(module),
         "layer": lambda name, module: isinstance(module, BaseTunerLayer),
+        "act": lambda name, module: depth(name + ".") >= 0 and not _holds_anything(module),
+        "attention": lambda name, module: name.lower().endswith(("attn", "attention", "selfattention")),
         "mlp": lambda name, module: type(module).__name__.lower().endswith(("mlp", "densereludense", "intermediate")),
     }
     found = [pair for pair in modules if named[spot](*pair)]
     found = found or [pair for pair in modules if _is_norm(pair[1])]
     return found[-1 if case.high else 0]
+
+
+def _holds_anything(module: nn.Module) -> bool:
+    return bool(list(module.children()) or list(module.parameters()) or list(module.buffers()))
 
 
 def _is_norm(module: nn.Module) -> bool:
