@@ -1,12 +1,21 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import adamw, batches, bert, gpt2, train
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import (
+    BertForSequenceClassification,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
 import safe_peft
 from safe_peft import AdapterFreezer, SafeConfig, bind, explain
@@ -34,6 +43,54 @@ def test_a_bound_model_takes_the_fast_path_and_needs_no_reason() -> None:
         assert {(row.path, row.reason) for row in explain(model)} == {("safe_kernels::lora", "")}
         assert "8 adapter layers: 8 by safe_kernels::lora" in str(explain(model))
     assert {row.path for row in explain(model)} == {"peft"}
+
+
+def test_a_summary_counts_and_details_list() -> None:
+    model = gpt2()
+    with bind(model):
+        model.base_model.model.transformer.h[0].attn.c_attn.lora_A["default"].register_forward_hook(lambda *_: None)
+        explanation = explain(model)
+        lines = str(explanation).splitlines()
+        assert lines[0] == "8 adapter layers: 7 by safe_kernels::lora, 1 by peft"
+        assert lines[1] == "     1  peft: hooks on lora_A, lora_B or lora_dropout, which the fast path would not run"
+        assert lines[2] == "     8  trainable"
+        assert "     2  trains" in lines and lines[-1] == "details() lists every layer, part and block"
+        assert len(lines) < 16 and not any("transformer.h.1" in line for line in lines)
+        for name in [*(row.name for row in explanation), *(part.name for part in explanation.parts)]:
+            assert name in explanation.details()
+        assert all(name in explanation.details() for name in explanation.blocks)
+
+
+def llava() -> nn.Module:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = CLIPVisionConfig(**sizes, image_size=8, patch_size=4)
+    config = LlavaConfig(vision_config=vision, text_config=LlamaConfig(**sizes, vocab_size=20), image_token_index=3)
+    config.text_config.use_cache = True
+    return get_peft_model(LlavaForConditionalGeneration(config), LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("make", "path"), [(gpt2, "model.config"), (llava, "model.config.text_config")], ids=["gpt2", "llava"]
+)
+def test_a_cache_that_is_kept_in_training_is_noted(make: Callable[[], Any], path: str) -> None:
+    model = make().train()
+    config = model.config if path == "model.config" else model.config.text_config
+    config.use_cache = True
+    (note,) = explain(model).notes
+    assert note.startswith("use_cache is on") and note.endswith(f"{path}.use_cache = False")
+    assert f"note: {note}" in str(explain(model)) and note in explain(model).details()
+    assert not explain(model.eval()).notes, "generation needs it"
+    config.use_cache = False
+    assert not explain(model.train()).notes
+    config.use_cache = True
+    model.gradient_checkpointing_enable()
+    assert not explain(model).notes, "transformers leaves it out where blocks are checkpointed"
+
+
+def test_an_encoder_has_no_cache() -> None:
+    model = bert()
+    model.config.use_cache = True
+    assert not explain(model).notes
 
 
 def test_kinds_without_a_kernel_are_named() -> None:

@@ -100,8 +100,11 @@ def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
         return "adapter has a bias (lora_bias)"
     if A.dtype not in _FLOATS or A.dtype != B.dtype:
         return f"adapter dtype {str(A.dtype).removeprefix('torch.')} and {str(B.dtype).removeprefix('torch.')}"
-    if isinstance(layer.scaling[key], Tensor):
+    scaling = layer.scaling[key]
+    if isinstance(scaling, Tensor):
         return "scaling is a tensor (prepared for compiled hotswapping), which the op would take as a constant"
+    if not isinstance(scaling, float | int):
+        return f"scaling is a {type(scaling).__name__}"
     if type(dropout) not in _DROPOUTS:
         return f"dropout module {type(dropout).__name__} is not nn.Dropout"
     if dropout.__dict__.get("inplace", False):
@@ -167,10 +170,26 @@ class SafeLoraLinear(Observed):
         if fused is not state.fused and not compiling:
             state.fused = fused
         options: Any = {"dropout_p": dropout_p, "statistics": statistics}
-        if plain is not None and fused:
-            return safe_kernels.lora_linear(x, *plain, A, B, self.scaling[key], **options)
-        base = self.base_layer(x, *args, **{name: value for name, value in kwargs.items() if name not in _ROUTING})
-        return safe_kernels.lora(x, base, A, B, self.scaling[key], **options)
+        base: Any = None
+        if not fused:
+            named = {name: value for name, value in kwargs.items() if name not in _ROUTING}
+            base = self.base_layer(x, *args, **named)
+        try:
+            if plain is not None and fused:
+                return safe_kernels.lora_linear(x, *plain, A, B, self.scaling[key], **options)
+            return safe_kernels.lora(x, base, A, B, self.scaling[key], **options)
+        except (TypeError, ValueError) as refused:
+            return _as_peft(super().forward, refused, x, *args, **kwargs)
+
+
+def _as_peft(forward: Callable[..., Tensor], refused: Exception, *args: Any, **kwargs: Any) -> Tensor:
+    """Let PEFT's own code say what is wrong with arguments that the op refuses, in a type that its users expect."""
+    try:
+        return forward(*args, **kwargs)
+    except Exception as error:
+        if len(error.args) == 1:
+            error.args = (f"{error}; {refused}",)
+        raise
 
 
 @register_adapter

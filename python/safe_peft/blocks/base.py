@@ -81,14 +81,20 @@ class Part(ABC):
 
 _READ = ("p", "inplace")
 """What is read of a dropout in every call."""
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 
 
 def is_plain(*values: Any) -> bool:
-    """Whether all of them are floating-point tensors, and nothing would change what an op does."""
+    """Whether all of them are floating-point tensors that an op takes, and nothing would change what it does."""
     return not is_transformed() and all(
-        type(value) in _TENSORS and value.is_floating_point() and value.dim() > 0 for value in values
+        type(value) in _TENSORS
+        and value.dtype in _FLOATS
+        and value.layout is torch.strided
+        and not value.is_nested
+        and value.dim() > 0
+        for value in values
     )
 
 
