@@ -66,20 +66,22 @@ const Mark* mark_of(const Tensor& tensor) {
   static std::mutex mutex;
   static int64_t count = 0;
   const std::lock_guard<std::mutex> lock(mutex);
-  if (find_note<Mark>(tensor) == nullptr) attach_note(tensor, c10::make_intrusive<Mark>(count + 1)) ? ++count : count;
+  if (find_note<Mark>(tensor) == nullptr) attach_note(tensor, c10::make_intrusive<Mark>(++count));
   return find_note<Mark>(tensor);
 }
 
-using Marks = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t>;
+using Marks = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
-// Equal marks: nobody can have written to the tensor in between, short of its bare address. None: somebody may, now.
+// First how many hold the tensor's memory. The others, while they are equal: nobody has written to it in between, short
+// of its bare address.
 std::optional<Marks> marks(const Tensor& tensor) {
   if (!tensor.has_storage() || tensor.is_inference()) return std::nullopt;
   const Mark* mark = mark_of(tensor);
-  if (mark == nullptr || tensor.unsafeGetTensorImpl()->unsafe_storage().use_count() != 1) return std::nullopt;
+  if (mark == nullptr) return std::nullopt;
+  const auto holders = static_cast<int64_t>(tensor.unsafeGetTensorImpl()->unsafe_storage().use_count());
   const auto address = reinterpret_cast<int64_t>(tensor.const_data_ptr());
-  return Marks{mark->serial, mark->aliases.load(), tensor._version(), address,
-               static_cast<int64_t>(tensor.scalar_type())};
+  return Marks{holders,           mark->serial, mark->aliases.load(),
+               tensor._version(), address,      static_cast<int64_t>(tensor.scalar_type())};
 }
 
 }  // namespace

@@ -97,4 +97,14 @@ def marks(tensor: Tensor) -> tuple[int, ...] | None:
         >>> before == marks(weight), weight.data.zero_().sum().item(), before == marks(weight)
         (True, 0.0, False)
     """
+    found = _held(tensor)
+    return None if found is None or found[0] != _ALONE else found[1:]
+
+
+def _held(tensor: Tensor) -> tuple[int, ...] | None:
+    tensor.untyped_storage()  # Python's handle of the memory counts as a holder once it was made, in new versions
     return _C.marks(tensor)
+
+
+_ALONE = (_held(torch.empty(1, device="cpu")) or (1,))[0]
+"""How many hold the memory of a tensor that has no alias."""

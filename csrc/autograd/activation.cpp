@@ -27,9 +27,8 @@ bool retains_output(std::string_view kind) { return kind == "relu"; }
 struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
   static Variable forward(AutogradContext* ctx, const Tensor& x, std::string_view kind, double dropout_p,
                           const std::optional<Tensor>& rng_state) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
     ctx->set_materialize_grads(false);
-    Tensor out = activation(x, kind, dropout_p, rng_state);
+    Tensor out = below_autograd([&] { return activation(x, kind, dropout_p, rng_state); });
     if (!retains_output(kind)) announce_reader(x);
     ctx->save_for_backward({retains_output(kind) ? out : x, dropout_p > 0.0 ? *rng_state : Tensor()});
     ctx->saved_data["kind"] = std::string(kind);

@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
 
@@ -22,6 +23,14 @@ inline bool builds_graph(std::initializer_list<std::optional<Tensor>> arguments)
   for (const auto& argument : arguments)
     if (requires_grad(argument)) return true;
   return false;
+}
+
+// Calls an op's kernel from a node's forward. Tensors are saved outside of this: hooks that take them make aliases,
+// which share no count of versions below autograd.
+template <class Call>
+auto below_autograd(Call call) {
+  at::AutoDispatchBelowADInplaceOrView guard;
+  return call();
 }
 
 }  // namespace safe_kernels

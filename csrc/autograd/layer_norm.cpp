@@ -29,13 +29,11 @@ std::optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? 
 struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& weight,
                                const std::optional<Tensor>& bias, double eps, bool retain_output) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [out, mean, rstd] = layer_norm(x, weight, bias, eps, retain_output);
+    auto [out, mean, rstd] = below_autograd([&] { return layer_norm(x, weight, bias, eps, retain_output); });
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({mean, rstd});
     announce_reader(x);
     ctx->save_for_backward({x, or_undefined(weight), or_undefined(bias), mean, rstd});
-    ctx->saved_data["from_output"] = false;
     return {out, mean, rstd};
   }
 
@@ -49,9 +47,10 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
     const std::array<bool, 3> wanted{ctx->needs_input_grad(0), weight.has_value() && ctx->needs_input_grad(1),
                                      bias.has_value() && ctx->needs_input_grad(bias_index)};
     if (!wanted[0] && !wanted[1] && !wanted[2]) return result;
-    const bool from_output = ctx->saved_data["from_output"].toBool();
-    auto [grad_x, grad_weight, grad_bias] = layer_norm_backward(
-        grads[0], saved[0], weight, bias, or_none(from_output ? Tensor() : saved[3]), saved[4], from_output, wanted);
+    const bool from_output = is_from_output(saved[0], saved[4]);
+    auto [grad_x, grad_weight, grad_bias] =
+        layer_norm_backward(grads[0], saved[0], weight, bias, or_none(from_output ? Tensor() : saved[3]),
+                            from_output ? saved[4].squeeze(0) : saved[4], from_output, wanted);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[1] = grad_weight;
     if (wanted[2]) result[2] = grad_bias;

@@ -27,16 +27,17 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
                                const Tensor& lora_B, double scaling, double dropout_p,
                                const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts,
                                int64_t block_rows, const std::optional<Tensor>& row_weight) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [out, statistics] =
-        lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
+    auto [out, statistics] = below_autograd([&] {
+      return lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
+    });
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({statistics});
     const bool adapter_trains = lora_A.requires_grad() || lora_B.requires_grad();
     const bool any = adapter_trains || x.requires_grad();
-    variable_list saved{Tensor(), any ? lora_A : Tensor(), any ? lora_B : Tensor(),
-                        any && dropout_p > 0.0 ? *rng_state : Tensor()};
+    variable_list saved{Tensor(), any ? lora_A : Tensor(), any ? lora_B : Tensor(), Tensor()};
     if (adapter_trains) keep_adapter_input(ctx, saved, x, lora_A, !lora_A.requires_grad(), dropout_p, rng_state);
+    const bool makes_mask = dropout_p > 0.0 && (x.requires_grad() || (adapter_trains && !keeps_hidden(ctx)));
+    if (makes_mask) saved[3] = *rng_state;
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;

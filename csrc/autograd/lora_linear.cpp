@@ -28,21 +28,24 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
                                double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
                                const std::optional<Tensor>& block_starts, int64_t block_rows,
                                const std::optional<Tensor>& row_weight) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [out, statistics] = lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts,
-                                         block_rows, row_weight);
+    auto [out, statistics] = below_autograd([&] {
+      return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows,
+                         row_weight);
+    });
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({statistics});
     const bool reads_x = weight.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad();
     const bool drops = dropout_p > 0.0 && (x.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad());
     const bool only_B = !weight.requires_grad() && !lora_A.requires_grad();
-    variable_list saved{Tensor(), weight, lora_A, lora_B, drops ? *rng_state : Tensor()};
+    variable_list saved{Tensor(), weight, lora_A, lora_B, Tensor()};
     // The base layer's weight reads x as it is: where that trains PyTorch keeps x too.
     const double input_dropout_p = weight.requires_grad() ? 0.0 : dropout_p;
     if (reads_x) keep_adapter_input(ctx, saved, x, lora_A, only_B, input_dropout_p, rng_state);
+    const bool makes_mask = drops && (x.requires_grad() || !keeps_hidden(ctx));
+    if (makes_mask) saved[4] = *rng_state;
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["scaling"] = scaling;
-    ctx->saved_data["dropout_p"] = drops ? dropout_p : 0.0;
+    ctx->saved_data["dropout_p"] = makes_mask ? dropout_p : 0.0;
     ctx->saved_data["has_bias"] = bias.has_value() && bias->defined();
     return {out, statistics};
   }
@@ -61,7 +64,7 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     const auto optional = [](const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
     const double scaling = ctx->saved_data["scaling"].toDouble();
     if (wanted[4] && keeps_hidden(ctx)) {
-      result[A + 1] = grad_of_B(grad, saved[0], saved[2], saved[3], scaling);
+      result[4] = grad_of_B(grad, saved[0], saved[2], saved[3], scaling);
       wanted[4] = false;
     }
     auto [grad_x, grad_weight, grad_bias, grad_A, grad_B] =

@@ -25,11 +25,10 @@ struct NormOutput : OutputNote {
     is_invertible_ = is_invertible;
     mean_at_ = mean_at;
     rstd_at_ = rstd_at;
-    save_ = [](torch::autograd::Node& node, torch::autograd::variable_list&& again, bool from_output) {
+    save_ = [](torch::autograd::Node& node, torch::autograd::variable_list&& again) {
       auto& own = dynamic_cast<torch::autograd::CppNode<Function>&>(node);
       own.ctx_.save_for_backward(std::move(again));
       own.save_variables_to_ctx();
-      own.ctx_.saved_data["from_output"] = from_output;
     };
   }
 
@@ -41,12 +40,11 @@ struct NormOutput : OutputNote {
     if (saved_.empty() || out.grad_fn() == nullptr || out.grad_fn().get() != node) return;
     for (size_t i = 0; i < saved_.size(); ++i)
       if (saved_[i].defined() && saved_[i]._version() != versions_[i]) return;
-    const bool from_output = is_invertible_ && is_unchanged(out);
-    if (from_output) {
-      saved_[mean_at_] = saved_[rstd_at_];
+    if (is_invertible_ && is_unchanged(out)) {
       saved_[0] = out;
+      saved_[mean_at_] = saved_[rstd_at_] = saved_[rstd_at_].unsqueeze(0);
     }
-    save_(*out.grad_fn(), std::exchange(saved_, {}), from_output);
+    save_(*out.grad_fn(), std::exchange(saved_, {}));
   }
 
  private:
@@ -55,7 +53,7 @@ struct NormOutput : OutputNote {
   std::vector<int64_t> versions_;
   bool is_invertible_ = false;
   size_t mean_at_ = 0, rstd_at_ = 0;
-  void (*save_)(torch::autograd::Node&, torch::autograd::variable_list&&, bool) = nullptr;
+  void (*save_)(torch::autograd::Node&, torch::autograd::variable_list&&) = nullptr;
 };
 
 // For a norm's output that has just got its node: see `NormOutput::set`.
@@ -66,6 +64,10 @@ void attach_norm_output(const Tensor& out, torch::autograd::variable_list saved,
   note->template set<Function>(std::move(saved), is_invertible, mean_at, rstd_at);
   attach_note(out, std::move(note));
 }
+
+// Whether a node's saved tensors begin with its output. They say so themselves, by the shape of rstd: where a forward
+// runs again, a second node saves what the first one's backward is made of.
+inline bool is_from_output(const Tensor& saved, const Tensor& rstd) { return rstd.dim() == saved.dim(); }
 
 // To be called before x is saved for a backward: x may be the output of a norm.
 inline void announce_reader(const Tensor& x) {

@@ -3,7 +3,9 @@
 
 #pragma once
 
+#include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/grad_mode.h>
 
 #include <atomic>
 #include <optional>
@@ -16,8 +18,15 @@ struct Note : c10::BackendMeta {
   mutable std::atomic<int64_t> aliases = 0;  // made since the note was attached
 
   c10::intrusive_ptr<c10::BackendMeta> clone(const c10::intrusive_ptr<c10::BackendMeta>& /*self*/) const override {
-    ++aliases;
+    if (!is_packing()) ++aliases;
     return {};
+  }
+
+  // Whether, for all that can be seen, a hook is being given a tensor to save, which PyTorch does without recording.
+  // Activation checkpointing's hooks make an alias when a forward runs again and not when it runs first, and both runs
+  // must be alike.
+  static bool is_packing() {
+    return !at::GradMode::is_enabled() && at::SavedTensorDefaultHooks::get_hooks().has_value();
   }
 };
 

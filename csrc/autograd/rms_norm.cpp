@@ -23,13 +23,11 @@ using torch::autograd::variable_list;
 struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps,
                                double weight_offset, bool retain_output) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [out, rstd] = rms_norm(x, weight, eps, weight_offset, retain_output);
+    auto [out, rstd] = below_autograd([&] { return rms_norm(x, weight, eps, weight_offset, retain_output); });
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({rstd});
     announce_reader(x);
     ctx->save_for_backward({x, weight, rstd});
-    ctx->saved_data["from_output"] = false;
     ctx->saved_data["weight_offset"] = weight_offset;
     return {out, rstd};
   }
@@ -40,9 +38,10 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     if (!wanted[0] && !wanted[1]) return result;
     const auto saved = unpack_saved(ctx, NORM_WRITTEN_TO);
+    const bool from_output = is_from_output(saved[0], saved[2]);
     auto [grad_x, grad_weight] =
-        rms_norm_backward(grads[0], saved[0], saved[1], saved[2], ctx->saved_data["weight_offset"].toDouble(),
-                          ctx->saved_data["from_output"].toBool(), wanted);
+        rms_norm_backward(grads[0], saved[0], saved[1], from_output ? saved[2].squeeze(0) : saved[2],
+                          ctx->saved_data["weight_offset"].toDouble(), from_output, wanted);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[1] = grad_weight;
     return result;

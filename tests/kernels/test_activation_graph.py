@@ -161,3 +161,32 @@ def test_the_op_itself_refuses() -> None:
         torch.ops.safe_kernels.activation_backward(torch.ones(2, 4), x, "silu", 0.0, None)
     with pytest.raises(ValueError, match="kind"), torch.inference_mode():
         torch.ops.safe_kernels.activation(x.to("meta"), "tanh")
+
+
+# ---------------------------------------------------------------- a ReLU keeps its output
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_relus_gradient_from_its_output_is_that_from_its_input(dtype: torch.dtype, dropout_p: float) -> None:
+    x = normal(12, 33, dtype=dtype)
+    x[0, :4] = torch.tensor([torch.nan, torch.inf, 0.0, -0.0])
+    grad, state = normal(12, 33, dtype=dtype, seed=1), rng_state(5)
+    grad[1, 0] = torch.inf
+    leaf = x.clone().requires_grad_()
+    out = safe_kernels.activation(leaf, "relu", dropout_p=dropout_p, rng_state=state)
+    (got,) = torch.autograd.grad(out, leaf, grad)
+    expected = torch.ops.safe_kernels.activation_backward(grad, x, "relu", dropout_p, state)
+    assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
+def test_a_relu_lets_its_input_be_written_to_and_not_its_output() -> None:
+    source = normal(12, 33).requires_grad_()
+    x = source * 1.0
+    out = safe_kernels.activation(x, "relu")
+    x.detach().add_(3)
+    (got,) = torch.autograd.grad(out.sum(), source, retain_graph=True)
+    assert torch.equal(got, (source > 0).float())
+    out.detach().add_(3)
+    with pytest.raises(RuntimeError, match=r"(?s)inplace operation.*ReLU its output.*clone"):
+        torch.autograd.grad(out.sum(), source)

@@ -23,12 +23,13 @@ def subset_id(flags: tuple[bool, ...]) -> str:
     return "+".join(name for name, flag in zip(("x", "base", "A", "B"), flags, strict=True) if flag) or "none"
 
 
-def expected_bytes(x: Tensor, flags: tuple[bool, ...], dropout_p: float, readers: int) -> int:
-    """x if an adapter trains, once; the random state of each call if backward has to make its mask again."""
+def expected_bytes(x: Tensor, A: Tensor, flags: tuple[bool, ...], dropout_p: float, readers: int) -> int:
+    """x if lora_A trains, once; x A' of each call if lora_B alone does; the random state where a mask is made again."""
     wants_x, _, wants_A, wants_B = flags
-    trains = wants_A or wants_B
-    rng = RNG_BYTES * readers if dropout_p > 0 and (trains or wants_x) else 0
-    return (x.untyped_storage().nbytes() if trains else 0) + rng
+    rng = RNG_BYTES * readers if dropout_p > 0 and (wants_A or wants_B or wants_x) else 0
+    if wants_B and not wants_A:
+        return readers * x.shape[0] * A.shape[0] * A.element_size() + rng
+    return (x.untyped_storage().nbytes() if wants_A else 0) + rng
 
 
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[2], DTYPES[4]], ids=str)
@@ -44,7 +45,7 @@ def test_every_subset_of_requires_grad(flags: tuple[bool, ...], dropout_p: float
         return [safe_kernels.lora(shared.x, p.base, p.A, p.B, 2.0, dropout_p=dropout_p) for p in adapters]
 
     retained = measure(forward, exclude=parameters)
-    assert retained.bytes == expected_bytes(shared.x, flags, dropout_p, readers), str(retained)
+    assert retained.bytes == expected_bytes(shared.x, shared.A, flags, dropout_p, readers), str(retained)
     assert all((out.grad_fn is not None) == any(flags) for out in retained.output)
     if any(flags):
         torch.stack(retained.output).sum().backward()
@@ -56,7 +57,7 @@ def test_statistics_retain_nothing(flags: tuple[bool, ...]) -> None:
     statistics = safe_kernels.AdapterStatistics(blocks=safe_kernels.RowBlocks.spread(300))
     retained = measure(lambda: p.call(safe_kernels.lora, statistics=statistics), exclude=(p.A, p.B))
     assert statistics.rows > 0
-    assert retained.bytes == p.x.nbytes
+    assert retained.bytes == expected_bytes(p.x, p.A, flags, 0.0, 1)
 
 
 def test_a_given_state_is_shared_by_the_calls_it_is_given_to() -> None:

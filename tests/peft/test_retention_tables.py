@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -18,18 +19,20 @@ from safe_peft import bind
 TOKENS = ROWS * LENGTH
 STATES = ("something trains", "frozen, the gradient passes", "nothing below it trains")
 READERS = 3
-INPUT, WIDE, ROW, RANDOM = 4 * TOKENS * D, 4 * TOKENS * F, 4 * TOKENS, 16
-"""Bytes in fp32: d or f elements a token, a number a row, a random state."""
+INPUT, WIDE, ROW, RANK, RANDOM = 4 * TOKENS * D, 4 * TOKENS * F, 4 * TOKENS, 4 * TOKENS * 4, 16
+"""Bytes in fp32: d or f elements a token, a number a row, r = 4 numbers a row, a random state."""
 
 WORDS: dict[str, list[int] | None] = {
     "its input, once however many layers read it; with dropout 16 bytes": [INPUT, INPUT + READERS * RANDOM],
     "nothing; with dropout left on 16 bytes": [0, READERS * RANDOM],
     "what that activation retains anyway: its input is computed again": [0],
     "nothing": [0],
-    "the output, which its readers retain anyway, and 4 bytes a row": [INPUT + ROW, INPUT + ROW],
+    "x A' (r numbers a row); with dropout 16 bytes more": [READERS * RANK, READERS * (RANK + RANDOM)],
+    "once a reader retains the output: that output, and 4 bytes a row": [INPUT + ROW, INPUT + ROW],
     "the input, and 4 bytes a row (`layer_norm` 8)": [INPUT + ROW, INPUT + 2 * ROW],
     "gate and up (2f)": [2 * WIDE],
     "the pre-activation (f)": [WIDE],
+    "its output (f), as PyTorch does": [WIDE],
     "16 bytes": [RANDOM],
     "its input (d)": [INPUT],
     "no graph node": None,
@@ -51,15 +54,19 @@ def retained(forward: Callable[[], Tensor], *given: Tensor) -> int | None:
     return found.bytes if found.output.requires_grad else None
 
 
-def lora(state: str) -> list[int | None]:
+def lora(state: str, trains_A: bool = True) -> list[int | None]:
     trains = state == STATES[0]
-    adapters = [(weight(4, D, trains=trains), weight(F, 4, trains=trains)) for _ in range(READERS)]
+    adapters = [(weight(4, D, trains=trains and trains_A), weight(F, 4, trains=trains)) for _ in range(READERS)]
     x, base = leaf(D, state), torch.randn(TOKENS, F)
 
     def forward(p: float) -> Tensor:
         return torch.stack([safe_kernels.lora(x, base, A, B, 2.0, dropout_p=p) for A, B in adapters])
 
     return [retained(lambda: forward(0.0)), retained(lambda: forward(0.1))]
+
+
+def lora_with_a_frozen_A(state: str) -> list[int | None]:
+    return lora(state, trains_A=False)
 
 
 def lora_behind_an_activation(state: str) -> list[int | None]:
@@ -73,10 +80,17 @@ def lora_behind_an_activation(state: str) -> list[int | None]:
 
 
 def norms(state: str, trains: bool = False, retain_output: bool = True) -> list[int | None]:
+    """Before a layer whose adapter trains in the first state, and is frozen in the others."""
     x, w, b = leaf(D, state), weight(D, trains=trains), weight(D)
+    A, B = (weight(*shape, trains=state == STATES[0] and not trains) for shape in ((4, D), (F, 4)))
+    base = torch.randn(TOKENS, F)
+
+    def read(y: Tensor) -> Tensor:
+        return safe_kernels.lora(y, base, A, B, 2.0)
+
     return [
-        retained(lambda: safe_kernels.rms_norm(x, w, 1e-5, retain_output=retain_output)),
-        retained(lambda: safe_kernels.layer_norm(x, w, b, 1e-5, retain_output=retain_output)),
+        retained(lambda: read(safe_kernels.rms_norm(x, w, 1e-5, retain_output=retain_output))),
+        retained(lambda: read(safe_kernels.layer_norm(x, w, b, 1e-5, retain_output=retain_output))),
     ]
 
 
@@ -90,9 +104,9 @@ def gated(state: str) -> list[int | None]:
     return [retained(lambda: safe_kernels.gated_activation(gate, up, "silu"))]
 
 
-def plain(state: str) -> list[int | None]:
+def plain(state: str, kind: str = "gelu") -> list[int | None]:
     x = leaf(F, state)
-    return [retained(lambda: safe_kernels.activation(x, "gelu"))]
+    return [retained(lambda: safe_kernels.activation(x, kind))]
 
 
 def dropout(state: str) -> list[int | None]:
@@ -125,11 +139,13 @@ def frozen_block(state: str) -> list[int | None]:
 
 MEASURED: dict[str, Callable[[str], list[int | None]]] = {
     "`lora`": lora,
+    "`lora` with a frozen lora_A (LoRA-FA)": lora_with_a_frozen_A,
     "`lora` behind an activation": lora_behind_an_activation,
     "`rms_norm`, `layer_norm`, weights frozen": norms,
     "the same, a weight trains, is zero, or is far smaller than its bias": norms_that_keep_their_input,
     "`gated_activation` (SwiGLU, GeGLU)": gated,
-    "`activation` (GELU, SiLU, ReLU)": plain,
+    "`activation` (GELU, SiLU)": plain,
+    "`activation` (ReLU)": partial(plain, kind="relu"),
     "`dropout`": dropout,
     "a whole frozen block that runs again in backward": frozen_block,
 }

@@ -54,8 +54,8 @@ class SafeNorm(Swapped):
         if part.formula == "rms_norm":
             weight = part.ones(x) if weight is None else weight
             return safe_kernels.rms_norm(x, weight, eps, weight_offset=part.offset, retain_output=keep)
-        if x.dtype in _16_BIT and _autocasts(x):
-            x = x.float()  # as autocast does for layer_norm
+        if x.dtype in _16_BIT and _autocasts(x) and x.device.type != "cpu":
+            x = x.float()  # as autocast does for layer_norm, except on a CPU
         return safe_kernels.layer_norm(x, weight, self._parameters.get("bias"), eps, retain_output=keep)
 
 
