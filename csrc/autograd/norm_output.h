@@ -23,6 +23,7 @@ struct NormOutput : OutputNote {
     saved_ = std::move(saved);
     for (const Tensor& tensor : saved_) versions_.push_back(tensor.defined() ? tensor._version() : 0);
     is_invertible_ = is_invertible;
+    hooks_ = current_hooks();
     mean_at_ = mean_at;
     rstd_at_ = rstd_at;
     save_ = [](torch::autograd::Node& node, torch::autograd::variable_list&& again) {
@@ -34,9 +35,11 @@ struct NormOutput : OutputNote {
 
   // Called by a reader that is about to save `out`. Activation checkpointing counts the tensors that are saved, and
   // they must be as many when it runs the forward again. So the first reader has the node save as many as before,
-  // whether they are made of the input or of the output.
+  // whether they are made of the input or of the output. A reader under other hooks than the norm's changes nothing: it
+  // is in another checkpointed part of the model, which finds no note on its input when it runs again.
   void keep(const Tensor& out) {
     const std::lock_guard<std::mutex> lock(mutex_);
+    if (current_hooks() != hooks_) return;
     if (saved_.empty() || out.grad_fn() == nullptr || out.grad_fn().get() != node) return;
     for (size_t i = 0; i < saved_.size(); ++i)
       if (saved_[i].defined() && saved_[i]._version() != versions_[i]) return;
@@ -48,10 +51,17 @@ struct NormOutput : OutputNote {
   }
 
  private:
+  // The unpacking hook lives as long as what was saved with it, so no other has its address.
+  static const void* current_hooks() {
+    const auto hooks = at::SavedTensorDefaultHooks::get_hooks();
+    return hooks.has_value() ? hooks->second.ptr(&hooks->second.pyinterpreter()) : nullptr;
+  }
+
   std::mutex mutex_;
   torch::autograd::variable_list saved_;  // empty once a reader has come
   std::vector<int64_t> versions_;
   bool is_invertible_ = false;
+  const void* hooks_ = nullptr;
   size_t mean_at_ = 0, rstd_at_ = 0;
   void (*save_)(torch::autograd::Node&, torch::autograd::variable_list&&) = nullptr;
 };
