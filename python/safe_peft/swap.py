@@ -55,7 +55,12 @@ def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> type[Swapp
     """Return the subclass of `original` that behaves as `mixin` says: one for all instances."""
     if (mixin, original) not in _CLASSES:
         names = {"original": original, "__module__": original.__module__, "__doc__": original.__doc__}
-        _CLASSES[mixin, original] = type(original.__name__, (mixin, original), names)
+        made = type(original.__name__, (mixin, original), names)
+        if "forward" in vars(made):
+            # transformers' layers wrap it for every subclass, and keep what their class had at that moment; the class
+            # may be patched later. It has the same wrapper itself.
+            delattr(made, "forward")
+        _CLASSES[mixin, original] = made
     return _CLASSES[mixin, original]
 
 
