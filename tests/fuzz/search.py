@@ -14,7 +14,8 @@ from compare import run
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-OFTEN = tuple(name for name in WORDS if name not in ("family", "compiled", "seed", "spot", "high", "when", "layers"))
+DRAWN = tuple(name for name in WORDS if name not in ("family", "compiled", "seed", "spot", "high", "when", "layers"))
+OFTEN = (*DRAWN, *("hook", "change", "calls", "trains") * 2)
 QUIET = settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
 ONE_IN = 500
 """Compiled cases take half a minute."""
