@@ -48,7 +48,7 @@ format: setup ## format Python and C++ in place
 	@$(BIN)/clang-format -i $(CPP)
 
 sanitize: setup ## the extension's tests under AddressSanitizer and UBSan
-	@PYTHON=$(abspath $(BIN))/python bash tests/cpp/run_sanitized.sh $(ARGS)
+	@PYTHON="$(abspath $(BIN))/python" bash tests/cpp/run_sanitized.sh $(ARGS)
 
 BENCH := HF_HUB_OFFLINE=1 $(BIN)/pytest --benchmark-columns=median
 MEMORY := bench/training/bench_retention.py bench/training/bench_peak.py

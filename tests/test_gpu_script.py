@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def script(out: Path, **environment: str) -> subprocess.Popen[str]:
 def stand_in(folder: Path, case: str) -> str:
     """A Python whose parts all succeed at once, but for the case."""
     python = folder / "python"
-    real = f'*results | *summary) exec {sys.executable} "$@" ;;'
+    real = f'*results | *summary) exec {shlex.quote(sys.executable)} "$@" ;;'
     python.write_text(f'#!/bin/sh\ncase "$2" in {real} {case} esac\n')
     python.chmod(0o755)
     return str(python)
