@@ -166,7 +166,7 @@ def test_the_op_itself_refuses() -> None:
 # ---------------------------------------------------------------- a ReLU keeps its output
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_relus_gradient_from_its_output_is_that_from_its_input(dtype: torch.dtype, dropout_p: float) -> None:
     x = normal(12, 33, dtype=dtype)
