@@ -19,7 +19,17 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safe_kernels import _C
 
-__all__ = ["RetainedTensor", "Retention", "Save", "announce_reader", "living", "measure", "record", "storages"]
+__all__ = [
+    "Recorder",
+    "RetainedTensor",
+    "Retention",
+    "Save",
+    "announce_reader",
+    "living",
+    "measure",
+    "record",
+    "storages",
+]
 
 T = TypeVar("T")
 
@@ -141,16 +151,44 @@ def record(fn: Callable[[], Any], note: Callable[[], Any] = lambda: None) -> tup
         >>> [(tuple(save.tensor.shape), save.note) for save in saves]
         [((3,), 'here'), ((3,), 'here')]
     """
-    refs: list[weakref.ref[_Saved]] = []
+    recorder = Recorder(note)
+    with saved_tensors_hooks(recorder.pack, recorder.unpack):
+        output = fn()
+    return output, recorder.saves()
 
-    def pack(tensor: Tensor) -> _Saved:
-        saved = _Saved(tensor, note())
-        refs.append(weakref.ref(saved))
+
+class Recorder:
+    """Hooks for `saved_tensors_hooks` that record what autograd saves, for code that cannot be called as one function.
+
+    Args:
+        note: called at each save.
+
+    Example:
+        >>> x, recorder = torch.ones(3, requires_grad=True), Recorder()
+        >>> with saved_tensors_hooks(recorder.pack, recorder.unpack):
+        ...     y = x.exp()
+        >>> len(recorder.saves())
+        1
+    """
+
+    def __init__(self, note: Callable[[], Any] = lambda: None) -> None:
+        self._note = note
+        self._refs: list[weakref.ref[_Saved]] = []
+
+    def pack(self, tensor: Tensor) -> _Saved:
+        """Keep a tensor for a node."""
+        saved = _Saved(tensor, self._note())
+        self._refs.append(weakref.ref(saved))
         return saved
 
-    with saved_tensors_hooks(pack, _Saved.unpack):
-        output = fn()
-    return output, [Save(saved.tensor, saved.note) for ref in refs if (saved := ref()) is not None]
+    @staticmethod
+    def unpack(saved: _Saved) -> Tensor:
+        """Give it back."""
+        return saved.unpack()
+
+    def saves(self) -> list[Save]:
+        """Return every save that a graph still holds, in their order."""
+        return [Save(saved.tensor, saved.note) for ref in self._refs if (saved := ref()) is not None]
 
 
 def storages(tensor: Tensor) -> Iterator[tuple[int, int]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import Any
 
 from torch import nn
 
@@ -38,6 +40,7 @@ class Binding:
     recompute: set[str] = field(default_factory=set)
     blocks: tuple[str, ...] = ()
     _own: list[nn.Module] = field(default_factory=list, repr=False)
+    _freezer: weakref.ref[Any] | None = field(default=None, repr=False)
 
     def live_adapters(self) -> list[Adapter]:
         """Return the adapters that have a parameter which requires grad, in the model's order.
@@ -64,22 +67,43 @@ class Binding:
         Raises:
             BindingError: None is live, or another freezer has them.
         """
+        if self._owner() is not None:
+            gc.collect()  # an exception's traceback may have kept a freezer in a cycle
+        if self._owner() is not None:
+            raise BindingError(
+                "this model has an AdapterFreezer already: call detach() on that freezer (callback.freezer.detach() if "
+                "a SafeCallback made it), or safe_peft.bind(model).release(keep_frozen=False) if it cannot be reached; "
+                "either lets everything train again that it froze."
+            )
         adapters = self.live_adapters()
         if not adapters:
             raise BindingError("no adapter trains: requires_grad is False everywhere; call model.set_adapter(...).")
-        if self._owner() is not None:
-            raise BindingError(
-                "this model has an AdapterFreezer already; detach() that one first, or, if nobody has it any more, "
-                "safe_peft.bind(model).release()."
-            )
         for state in self._states():
             state.owner, state.observe = weakref.ref(self), {}
         return adapters
 
-    def release(self) -> None:
-        """Let another freezer have the adapters; what was frozen stays so, and is none of that one's business."""
+    def release(self, keep_frozen: bool = True) -> None:
+        """Let another freezer have the adapters.
+
+        Args:
+            keep_frozen: what was frozen stays so, and is none of the other freezer's business; otherwise a freezer that
+                is at work is detached, and everything trains again, with its dropout, as before it was frozen.
+
+        Example:
+            >>> safe_peft.bind(model).release(keep_frozen=False)  # doctest: +SKIP
+        """
+        owner = self._owner()
+        if not keep_frozen and owner is not None and owner is not self and (freezer := owner.freezer()) is not None:
+            freezer.detach()
         for state in self._states():
-            state.owner, state.observe = None, {}
+            for adapter in () if keep_frozen else tuple(state.undo.values()):
+                adapter.restore()
+            state.owner, state.observe, state.undo = None, {}, {}
+
+    def freezer(self) -> Any:
+        """Return the freezer that decides about these layers; None if there is none (any more)."""
+        owner = self._owner()
+        return owner._freezer() if owner is not None and owner._freezer is not None else None
 
     def detach(self) -> None:
         """Give every module that this binding bound its own class back. Doing it twice does no harm.

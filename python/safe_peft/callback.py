@@ -13,11 +13,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from .binding import bind
 from .checkpoints import PROCESSES, STATE_FILE, checkpoint_files
 from .config import SafeConfig
 from .errors import BindingError, StateError
+from .forgotten import take_over
 from .freezer import AdapterFreezer
+from .optimizers import Optimizers
 from .parallel.fsdp import fsdp_modules
+from .paths import unwrap
 from .report import FreezeReport
 
 logger = logging.getLogger(__name__)
@@ -72,12 +76,21 @@ class SafeCallback(TrainerCallback, ExportableState):
         attributes = {"saved": saved, PROCESSES: _processes()}
         return {"args": {"config": self.config.to_dict(), "detach": self._detach}, "attributes": attributes}
 
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Take the model over from a training that was interrupted, before the Trainer makes its optimizer."""
+        if kwargs.get("model") is not None:
+            take_over(unwrap(kwargs["model"]))
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Make the freezer, and go on from the checkpoint if there is one."""
+        trains_again = take_over(unwrap(kwargs["model"]))
         if self._freezer is not None:
             self._freezer.detach()
+        if trains_again:
+            with bind(kwargs["model"]) as binding:
+                Optimizers(kwargs["optimizer"]).admit(binding.live_adapters())
         saved = self._saved_state(state) if state.global_step else {}
         freezer = AdapterFreezer(
             kwargs["model"],
@@ -86,6 +99,7 @@ class SafeCallback(TrainerCallback, ExportableState):
             total_steps=self.config.total_steps or state.max_steps,
             first_step=state.global_step,
         )
+        freezer.standing.by_trainer = True
         if saved:
             try:
                 freezer.load_state_dict(saved)
@@ -132,6 +146,7 @@ class SafeCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Leave an ordinary PEFT model behind, if asked to."""
+        self.freezer.standing.finished = True
         if self._detach:
             self.freezer.detach()
 

@@ -41,7 +41,8 @@ class Decisions:
         if self._is_warm(step) and is_stable(self.ledger.importance, importance, self._config.stable_change):
             self.ledger.warmup_end = step
         self.end_warmup(step)
-        by_bytes = self._config.target == "bytes"  # its threshold says nothing before somebody freezes
+        # A threshold of bytes says nothing before somebody freezes.
+        by_bytes = self._config.target == "bytes" and self._planner.refused is None
         threshold = None if by_bytes else self._choose(step, importance)[1]
         self.ledger.record_scoring(step, importance, self.ledger.threshold if threshold is None else threshold)
 
@@ -81,7 +82,7 @@ class Decisions:
             return [], None
         frozen, share = self.ledger.frozen, self._share(step)
         live = {name: importance[name] for name in importance if name not in frozen}
-        if self._config.target == "bytes":
+        if self._config.target == "bytes" and self._planner.acts():
             may = {name: live[name] for name in rank(self._config, live)}
             names = self._planner.by_bytes(may, frozen, share)
             threshold = max((live[name] for name in names), default=None)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 import os
-import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -23,6 +22,7 @@ from .checksum import signed
 from .config import SafeConfig, check_int
 from .decisions import Decisions
 from .errors import BindingError, SafeError, StateError
+from .forgotten import Standing, restore_if_forgotten
 from .holding import Holding
 from .ledger import Ledger
 from .nonfinite import NonFinite
@@ -98,10 +98,9 @@ class AdapterFreezer:
             undo.pop_all()
         if self.config.recompute == "frozen":
             self.binding.recompute.update(self.binding.blocks)
-        self._attached = True
-        # A freezer that is forgotten, and not detached, leaves no hooks behind.
-        for part in (self._scorer, self.planner):
-            weakref.finalize(self, part.close).atexit = False
+        self.standing = Standing()
+        parts = (self._scorer, self.planner, self._holding, self._decisions, self.binding)
+        restore_if_forgotten(self, self.standing, *parts, alone=self._engine.alone)
 
     def _make(self, model: nn.Module, total_steps: int | None, undo: ExitStack) -> None:
         """All that may fail in one process alone."""
@@ -119,7 +118,7 @@ class AdapterFreezer:
         own = [p for adapter in self._adapters for p in adapter.parameters()]
         others_train, names = trains_besides(self.model, own), list(self._traits)
         check_fit(self.config, names, others_train)
-        self.planner = Planner(self.model, self.config, others_train, shared=not self._engine.alone)
+        self.planner = Planner(self.model, self.config, others_train, self._adapters, shared=not self._engine.alone)
         undo.callback(self.planner.close)
         self._decisions = Decisions(self.config, self.schedule, self.planner, len(names), others_train)
         self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config)
@@ -162,7 +161,9 @@ class AdapterFreezer:
         self._check_attached()
         self._engine.check_step()
         self._step += 1
+        self.standing.finished = self._step >= (self.schedule.total_steps or math.inf)
         error = None
+        self.planner.end_step()
         self._holding.hold(self.ledger.frozen)
         if self._scorer.armed and not self._scorer.ready:
             self._nonfinite.note_postponed(self._step)
@@ -181,12 +182,12 @@ class AdapterFreezer:
         """Score over all processes: what one of them alone has seen decides nothing."""
         where = f"{self._step} {self.ledger.frozen}"
         importance, other_batch = self._scorer.measure(self._engine, same=where, batch=self.planner.mark)
-        seen = self.planner.seen
-        self.planner.agree(self._engine.gather(seen) if other_batch else [seen])
+        known = self.planner.knowledge
+        self.planner.agree(self._engine.gather(known) if other_batch else [known])
         return importance
 
     def _check_attached(self) -> None:
-        if not self._attached:
+        if not self.standing.attached:
             raise BindingError("this freezer is detached; make a new AdapterFreezer to go on.")
         self._presence.check()
 
@@ -263,15 +264,15 @@ class AdapterFreezer:
             keep_frozen: leave frozen adapters frozen, their dropout off; otherwise all train again as before. What the
                 optimizer knew of them is gone in either case.
         """
-        if not self._attached:
+        if not self.standing.attached:
             return
-        self._attached = False
+        self.standing.attached = False
         self._scorer.close()
         self.planner.close()
-        self.binding.release()
         if not keep_frozen:
             self._holding.restore(self.ledger.frozen)
             self._engine.parameters_changed()
+        self.binding.release()
         self.binding.detach()
 
     def state_dict(self) -> dict[str, Any]:
@@ -281,7 +282,7 @@ class AdapterFreezer:
             >>> json.dumps(freezer.state_dict())  # doctest: +SKIP
         """
         evidence = replace(self._scorer.evidence(), process=self._engine.process)
-        planned, total = replace(self.planner.planned, seen=self.planner.seen), self.schedule.total_steps
+        planned, total = self.planner.state(), self.schedule.total_steps
         return state_of(self._owner(), Saved(self._step, total, self.ledger, evidence, planned))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -8,8 +8,10 @@ from .adapters import Adapter
 from .binding import Binding
 from .compiling import allow_recompilations
 from .config import SafeConfig
+from .errors import BindingError
 from .optimizers import Optimizers
 from .parallel import Engine
+from .schedule import rank
 
 
 class Holding:
@@ -21,6 +23,9 @@ class Holding:
         optimizers: those that train it.
         engine: the processes that train it together.
         config: the options.
+
+    Raises:
+        BindingError: Two of the adapters share a parameter that trains, and one of them may freeze.
     """
 
     def __init__(
@@ -29,6 +34,7 @@ class Holding:
         self._adapters, self._binding = adapters, binding
         self._optimizers, self._engine = optimizers, engine
         self._config = config
+        _refuse_shared(adapters, config)
 
     def freeze(self, names: Sequence[str]) -> None:
         """Freeze adapters for good.
@@ -73,6 +79,7 @@ class Holding:
         """
         for adapter in self._named(names):
             adapter.restore()
+            self._optimizers.give_back(adapter.parameters())
 
     def recompute(self, blocks: Sequence[str] | None) -> None:
         """Have blocks run again in backward, where the options leave it to a budget which.
@@ -87,3 +94,18 @@ class Holding:
     def _named(self, names: Iterable[str]) -> Iterator[Adapter]:
         wanted = set(names)
         return (adapter for adapter in self._adapters if adapter.name in wanted)
+
+
+def _refuse_shared(adapters: Sequence[Adapter], config: SafeConfig) -> None:
+    """To freeze one of two adapters that share a parameter would stop the other's, or change the frozen one."""
+    owners: dict[int, str] = {}
+    for adapter in adapters:
+        for parameter in adapter.parameters():
+            if not parameter.requires_grad:
+                continue
+            other = owners.setdefault(id(parameter), adapter.name)
+            if other != adapter.name and rank(config, dict.fromkeys((other, adapter.name), 0.0)):
+                raise BindingError(
+                    f"{other} and {adapter.name} share a parameter that trains, so neither can freeze by itself; give "
+                    "each its own, or name both in never_freeze."
+                )

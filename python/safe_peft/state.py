@@ -15,6 +15,7 @@ from .config import MOST, SafeConfig
 from .errors import StateError
 from .ledger import Ledger
 from .planning.inputs import Inputs
+from .planning.retained import Measured
 
 VERSION = 4
 PARTS = (
@@ -61,12 +62,14 @@ class Planned:
         seen: the largest that this process has seen.
         recompute: blocks that are to run again in backward.
         warned: it was said that the budget cannot be met.
+        measured: what a forward retained, where bytes are measured.
     """
 
     inputs: Inputs | None = None
     seen: Inputs | None = None
     recompute: tuple[str, ...] = ()
     warned: bool = False
+    measured: Measured | None = None
 
 
 @dataclass(frozen=True)
@@ -215,6 +218,7 @@ def _check_agreement(saved: Saved, owner: Owner) -> None:
         (set(saved.planned.recompute) <= set(owner.blocks), "planned.recompute names blocks that the model lacks"),
         (_is_batch(saved.planned.inputs), "planned.inputs is no batch"),
         (_is_batch(saved.planned.seen), "planned.seen is no batch"),
+        (_is_table(saved.planned.measured, names), "planned.measured is of another model"),
     ):
         if not holds:
             raise StateError(f"state: {what}; it is damaged, so use an older one.")
@@ -227,6 +231,10 @@ def _check_process(evidence: Gathered, owner: Owner) -> None:
             f"state was saved by process {evidence.process} within a step that is scored, and here is process "
             f"{owner.process}; save a state for each process, or between freezer.step() and the next forward."
         )
+
+
+def _is_table(measured: Measured | None, names: Collection[str]) -> bool:
+    return measured is None or (0 < measured.elements < MOST and measured.table.agrees(names))
 
 
 def _is_batch(inputs: Inputs | None) -> bool:

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
-from tiny import EARLY, adamw, batches, bert, train
-from torch import nn
+from tiny import EARLY, adamw, batches, bert, gpt2, train
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from safe_kernels import reference
 from safe_peft import AdapterFreezer, SafeConfig
@@ -99,3 +104,136 @@ def test_different_scorings_look_at_different_rows() -> None:
         sums.append(freezer.state_dict()["evidence"]["sums"][0])
         freezer.step()
     assert sums[0][3] == sums[1][3] == 16 and sums[0][0] != sums[1][0]
+
+
+# ---------------------------------------------------------------- forwards that train, and no others
+
+
+Sums = list[list[float]]
+
+
+def observed(model: nn.Module | None = None) -> tuple[Any, AdapterFreezer]:
+    model = bert() if model is None else model
+    return model, AdapterFreezer(model, adamw(model), SafeConfig(**EARLY))
+
+
+def sums_of(freezer: AdapterFreezer) -> Sums:
+    found: Sums = freezer.state_dict()["evidence"]["sums"]
+    return found
+
+
+def expected(*data: dict[str, Tensor]) -> Any:
+    """The sums of ordinary steps on these batches."""
+    model, freezer = observed()
+    for batch in data:
+        model(**batch).loss.backward()
+    return pytest.approx(torch.tensor(sums_of(freezer)), rel=1e-6)
+
+
+def test_without_gradients_nothing_is_scored() -> None:
+    model, freezer = observed()
+    one, other = batches(2)
+    with torch.no_grad():
+        model(**other)
+    with torch.inference_mode():
+        model(**other)
+    assert sums_of(freezer) == []
+    model(**one).loss.backward()
+    with torch.no_grad():  # a reference, say, between forward and backward
+        model(**other)
+    assert torch.tensor(sums_of(freezer)) == expected(one)
+
+
+def test_generation_in_training_mode_is_not_scored() -> None:
+    model, freezer = observed(gpt2())
+    batch = next(batches(1))
+    with torch.no_grad():
+        model.generate(input_ids=batch["input_ids"][:, :4], max_new_tokens=3, pad_token_id=0)
+    assert sums_of(freezer) == []
+
+
+def dying(model: nn.Module, inside: str, error: type[BaseException]) -> Iterator[None]:
+    def die(*args: Any) -> None:
+        raise error("out of memory")
+
+    handle = model.get_submodule(inside).register_forward_pre_hook(die)
+    yield
+    handle.remove()
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("inside", ["base_model.model.bert.encoder.layer.1", "base_model.model.classifier"])
+def test_a_forward_that_dies_counts_for_nothing(inside: str, error: type[BaseException]) -> None:
+    model, freezer = observed()
+    one, other = batches(2)
+    for _ in dying(model, inside, error):
+        with pytest.raises(error):
+            model(**other)
+    model(**one).loss.backward()
+    assert torch.tensor(sums_of(freezer)) == expected(one)
+
+
+def test_a_forward_tried_again_inside_the_handler_of_its_error_counts() -> None:
+    model, freezer = observed()
+    one, other = batches(2)
+    try:
+        for _ in dying(model, "base_model.model.classifier", RuntimeError):
+            model(**other)
+    except RuntimeError:
+        model.base_model.model.classifier._forward_pre_hooks.clear()
+        model(**one).loss.backward()
+    assert torch.tensor(sums_of(freezer)) == expected(one)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing_changes_no_importance(reentrant: bool) -> None:
+    """Two forwards before one backward, of different padding, so that what runs again may meet another's mask."""
+    data = [{k: v[:6] for k, v in batch.items()} for batch in batches(2, length=12)]
+    data[1] = {k: v[:4] if v.dim() == 1 else v[:4, :9] for k, v in data[1].items()}
+    found = []
+    for checkpointed in (False, True):
+        model, freezer = observed()
+        if checkpointed:
+            model.enable_input_require_grads()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+        sum(model(**batch).loss for batch in data).backward()
+        sums = torch.tensor(sums_of(freezer))
+        found.append(sums / sums[:, 3:])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-12)
+
+
+def test_padding_is_never_scored_where_masks_cannot_be_told_apart() -> None:
+    """Reentrant checkpointing, two forwards of one shape before backward: rows that are real in both."""
+    model, freezer = observed()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    one, other = batches(2)
+    (model(**one).loss + model(**other).loss).backward()
+    both = (one["attention_mask"] * other["attention_mask"]).sum().item()
+    assert {row[3] for row in sums_of(freezer)} == {2.0 * both}
+
+
+def test_a_model_that_is_checkpointed_whole_is_scored_once() -> None:
+    model, freezer = observed()
+    batch = next(batches(1))
+    embedded = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
+    rest = {"attention_mask": batch["attention_mask"], "labels": batch["labels"]}
+    checkpoint(lambda x: model(inputs_embeds=x, **rest).loss, embedded, use_reentrant=True).backward()
+    assert torch.tensor(sums_of(freezer)) == expected(batch)
+
+
+def test_forwards_in_threads_keep_their_own_masks() -> None:
+    model, freezer = observed()
+    data = list(batches(4, seed=7))
+    start = threading.Barrier(len(data))
+
+    def forward(batch: dict[str, Tensor]) -> None:
+        start.wait()
+        model(**batch)
+
+    threads = [threading.Thread(target=forward, args=(batch,)) for batch in data]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert torch.tensor(sums_of(freezer)) == expected(*data)

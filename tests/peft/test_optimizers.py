@@ -10,12 +10,16 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from peft.optimizers import create_lorafa_optimizer
+from tiny import EARLY, adamw, batches, bert
+from tiny import train as train_tiny
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from toy import Toy, freezer_of, pairs, toy
 
-from safe_peft import AdapterFreezer, ConfigError
+from safe_peft import AdapterFreezer, BindingError, ConfigError, SafeConfig
 from safe_peft.optimizers import Optimizers
+from safe_peft.swap import is_bound
 
 STEPS = 18
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -261,3 +265,50 @@ def test_a_moving_average_of_the_model() -> None:
     batch = next(pairs(1))
     assert type(copied.base_model.model) is Toy
     torch.testing.assert_close(copied(**batch), model(**batch))
+
+
+# ---------------------------------------------------------------- PEFT's LoRA-FA, and adapters that share a parameter
+
+
+def lorafa() -> tuple[Any, Any, AdapterFreezer]:
+    model = bert()
+    optimizer = create_lorafa_optimizer(model, r=4, lora_alpha=8, lr=1e-2)
+    return model, optimizer, AdapterFreezer(model, optimizer, SafeConfig(**EARLY, score="random"))
+
+
+def lora_bytes(freezer: AdapterFreezer, frozen: bool) -> dict[str, Tensor]:
+    chosen = [adapter for adapter in freezer.adapters if (adapter.name in freezer.frozen) is frozen]
+    return {f"{a.name}.{i}": p.detach().clone() for a in chosen for i, p in enumerate(a.parameters())}
+
+
+def test_lorafa_goes_on_without_the_frozen_pairs() -> None:
+    model, optimizer, freezer = lorafa()
+    count = len(optimizer.param_groups[0]["params"])
+    train_tiny(model, optimizer, batches(8), freezer)
+    assert freezer.frozen
+    still, moving = lora_bytes(freezer, True), lora_bytes(freezer, False)
+    for batch in batches(1):
+        model(**batch).loss.backward()
+        optimizer.step()
+    torch.testing.assert_close(lora_bytes(freezer, True), still, rtol=0, atol=0)
+    now = lora_bytes(freezer, False)
+    assert sum(not torch.equal(now[name], moving[name]) for name in moving) == len(moving) / 2, "every lora_B"
+    (group,) = optimizer.param_groups
+    assert len({len(group[key]) for key in ("params", "names", "scaling_factors")}) == 1
+    assert len(group["params"]) == count - 2 * len(freezer.frozen)
+    freezer.detach()
+    assert len(group["params"]) == count
+    names = [name for name in group["names"] if "lora" in name]
+    assert [name.replace("lora_A", "lora_B") for name in names[::2]] == names[1::2], "it takes them in pairs"
+
+
+def test_adapters_that_share_a_parameter_are_refused() -> None:
+    model = bert()
+    layers = [module for module in model.modules() if hasattr(module, "lora_A") and module.in_features == 32]
+    layers[1].lora_A["default"].weight = layers[0].lora_A["default"].weight
+    with pytest.raises(BindingError, match=r"layer\.0\.attention\.self\.query and .*key share a parameter"):
+        AdapterFreezer(model, adamw(model), SafeConfig(**EARLY))
+    assert not any(is_bound(module) for module in model.modules())
+    spared = ("*layer.0.attention.self.query", "*layer.0.attention.self.key")
+    freezer = AdapterFreezer(model, adamw(model), SafeConfig(**EARLY, never_freeze=spared))
+    assert len(freezer.adapters) == 12

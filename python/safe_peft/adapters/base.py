@@ -24,15 +24,17 @@ class LayerState:
         observe: by key, gives the statistics that the coming forward is to add to; empty unless a scoring is due.
         owner: the binding of the freezer that decides about this layer, as long as there is one.
         fused: the last call computed the base layer and its adapter in one.
+        undo: by key, the adapter that a freezer froze, which knows what it was before.
     """
 
-    __slots__ = ("frozen", "fused", "observe", "owner")
+    __slots__ = ("frozen", "fused", "observe", "owner", "undo")
 
     def __init__(self) -> None:
         self.frozen: set[str] = set()
         self.observe: dict[str, Callable[[Tensor], AdapterStatistics | None]] = {}
         self.owner: weakref.ref[Any] | None = None
         self.fused = False
+        self.undo: dict[str, Adapter] = {}
 
 
 def adapter_keys(layer: nn.Module) -> list[str]:
@@ -90,7 +92,7 @@ class Adapter(ABC):
         self.layer = layer
         self.key = key
         self._trainable = [parameter.requires_grad for parameter in self.parameters()]
-        self._dropout_p: list[tuple[nn.Dropout, float]] = []
+        self._dropout_p: list[tuple[nn.Dropout, float, float]] = []
 
     @staticmethod
     @abstractmethod
@@ -140,11 +142,13 @@ class Adapter(ABC):
         """
         if self.state is not None:
             self.state.frozen.add(self.key)
+            self.state.undo[self.key] = self
         self.hold()
         if not keep_dropout:
             for dropout in self.dropouts():
-                self._dropout_p.append((dropout, dropout.p))
-                dropout.p = 0.0
+                off = float("0")  # an object of its own, by which a value that the user sets meanwhile is told from it
+                self._dropout_p.append((dropout, dropout.p, off))
+                dropout.p = off
 
     def hold(self) -> None:
         """Keep it frozen: PEFT sets requires_grad again when adapters are switched, loaded or re-enabled."""
@@ -154,14 +158,16 @@ class Adapter(ABC):
             parameter.grad = None
 
     def restore(self) -> None:
-        """Make it train, and its dropout work, as they did when this object was made."""
+        """Make it train, and its dropout work, as before it was frozen; a dropout that was changed since stays so."""
         if self.state is not None:
             self.state.frozen.discard(self.key)
+            self.state.undo.pop(self.key, None)
         for parameter, trainable in zip(self.parameters(), self._trainable, strict=False):
             parameter.requires_grad_(trainable)
         while self._dropout_p:
-            dropout, p = self._dropout_p.pop()
-            dropout.p = p
+            dropout, p, off = self._dropout_p.pop()
+            if dropout.p is off:
+                dropout.p = p
 
 
 _ADAPTERS: dict[str, type[Adapter]] = {}

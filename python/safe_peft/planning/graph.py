@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ class Reach:
     Args:
         roots: nodes from which backward starts.
         bit: gives a leaf's bits.
+        hidden: by a node's sequence number, the bits of the leaves of its block; they count where the block is
+            checkpointed with reentrance, since its graph is made in backward only.
 
     Example:
         >>> a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
@@ -42,8 +44,10 @@ class Reach:
         (3, 2)
     """
 
-    def __init__(self, roots: Iterable[Any], bit: Callable[[Tensor], int]) -> None:
-        self._bit = bit
+    def __init__(
+        self, roots: Iterable[Any], bit: Callable[[Tensor], int], hidden: Mapping[int, int] | None = None
+    ) -> None:
+        self._bit, self._hidden = bit, hidden or {}
         self._all: dict[Any, int] = {}
         self._aliases: dict[Any, int] = {}  # leaves, and nodes that only show one leaf in another shape or dtype
         self.direct: dict[int, int] = {}
@@ -74,6 +78,8 @@ class Reach:
             self._all[node] = self._aliases[node] = self._bit(leaf)
             return
         direct = everything = 0
+        if node.name() == "CheckpointFunctionBackward":
+            everything = self._hidden.get(node._sequence_nr(), 0)
         for other in following:
             everything |= self._all[other]
             direct |= self._aliases.get(other, 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -183,6 +183,74 @@ class RetainedTable:
             np.array([storage.bytes for storage in self.storages], dtype=np.int64),
         )
 
+    def is_complete(self) -> bool:
+        """Whether every adapter had a part in what was retained."""
+        found = 0
+        for storage in self.storages:
+            for saver in storage.savers:
+                found |= saver.needs
+        return all(found >> bit & 1 for bit in range(len(self.adapters)))
+
+    def scaled(self, ratio: float) -> RetainedTable:
+        """Return the table of a batch that is larger by this ratio, as nearly as may be said.
+
+        Args:
+            ratio: of the elements.
+        """
+        found = [replace(storage, bytes=round(storage.bytes * ratio)) for storage in self.storages]
+        return replace(self, storages=tuple(found))
+
+    def compact(self) -> RetainedTable:
+        """Return the same in fewer storages: those that the same holders hold are one, paths of modules left out."""
+        inputs = {index for block in self.blocks for index in block.inputs}
+        together: dict[tuple[tuple[Saver, ...], int], int] = {}
+        places: dict[int, int] = {}
+        for index, storage in enumerate(self.storages):
+            savers = tuple(sorted({replace(saver, module="") for saver in storage.savers}, key=repr))
+            key = savers, (index if index in inputs else -1)
+            places[index] = list(together).index(key) if key in together else len(together)
+            together[key] = together.get(key, 0) + storage.bytes
+        blocks = [replace(b, inputs=tuple(dict.fromkeys(places[i] for i in b.inputs))) for b in self.blocks]
+        return RetainedTable(
+            self.adapters, tuple(blocks), tuple(Storage(size, savers) for (savers, _), size in together.items())
+        )
+
+    def joined(self, other: RetainedTable) -> RetainedTable:
+        """Return what two forwards of a model retain that go backward together.
+
+        Args:
+            other: the later one, of the same adapters and blocks.
+        """
+        count = len(self.storages)
+        blocks = [
+            replace(
+                mine,
+                passes=mine.passes | theirs.passes,
+                inputs=(*mine.inputs, *(index + count for index in theirs.inputs)),
+                random_state=mine.random_state + theirs.random_state,
+            )
+            for mine, theirs in zip(self.blocks, other.blocks, strict=True)
+        ]
+        return RetainedTable(self.adapters, tuple(blocks), (*self.storages, *other.storages))
+
+    def agrees(self, adapters: Collection[str]) -> bool:
+        """Whether a table that was read from a file is of a model with these adapters, and of one piece."""
+        blocks, bits, count = len(self.blocks), len(self.adapters) + 1, len(self.storages)
+        return (
+            set(self.adapters) <= set(adapters)
+            and all(storage.bytes >= 0 for storage in self.storages)
+            and all(0 <= block.holds < 1 << bits and 0 <= block.passes < 1 << bits for block in self.blocks)
+            and all(0 <= index < count for block in self.blocks for index in block.inputs)
+            and all(
+                saver.part in PARTS
+                and -1 <= saver.block < blocks
+                and 0 <= saver.needs < 1 << bits
+                and -1 <= saver.adapter < bits - 1
+                for storage in self.storages
+                for saver in storage.savers
+            )
+        )
+
     def groups(self) -> list[tuple[str, ...]]:
         """Return the live adapters in groups that read the same tensors: its members free little one by one."""
         leader = list(range(len(self.adapters)))
@@ -222,6 +290,23 @@ class RetainedTable:
             if storage.savers:
                 found[self.blocks[storage.block].name if storage.block >= 0 else outside] += storage.bytes
         return found
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A table that was read off a training's own forwards.
+
+    Args:
+        elements: of the batch, as `Inputs.elements`.
+        table: what they retained.
+    """
+
+    elements: int
+    table: RetainedTable
+
+    def of(self, elements: int) -> RetainedTable:
+        """Return the table for a batch of so many elements."""
+        return self.table if elements <= self.elements else self.table.scaled(elements / self.elements)
 
 
 def merged(*counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -16,6 +16,8 @@ from torch.utils._pytree import tree_leaves
 from ..paths import walk
 from ..watch import Call, Watcher
 from .inputs import Inputs, largest
+from .measured import Measurement, joined
+from .retained import Measured, RetainedTable
 
 
 class Seen:
@@ -28,19 +30,33 @@ class Seen:
         model: the model that trains.
         exact: decisions depend on it: a step is more than a call, and whether any mask shows padding is looked for.
         larger: called when a step was the largest.
+        measure: called with a module and the arguments of its forward; may return a measurement of it.
     """
 
-    def __init__(self, model: nn.Module, *, exact: bool, larger: Callable[[Inputs], None]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        exact: bool,
+        larger: Callable[[Inputs], None],
+        measure: Callable[[nn.Module, Any], Measurement | None],
+    ) -> None:
         self.inputs: Inputs | None = None
+        self.measured: Measured | None = None
+        self._measure = measure
+        self._tables: list[RetainedTable] = []
+        self._measurement: Measurement | None = None
         self._exact = exact
         self._larger = larger
         self._paths = {id(module): name for name, module in walk(model)}
         self._step: list[Inputs] = []
         self._suspended = 0
+        self._running = False
         self._watcher = Watcher(model, self._begin, self._end)
 
     def close(self) -> None:
         """Take the hooks off the model."""
+        self._abandon()
         self._watcher.close()
 
     @contextmanager
@@ -55,6 +71,7 @@ class Seen:
     def end_step(self) -> None:
         """What was called so far has gone backward."""
         self._step.clear()
+        self._tables.clear()
 
     def _begin(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Note a training batch if none as large has been there."""
@@ -67,6 +84,10 @@ class Seen:
         if largest(batch) == 0:
             return
         call.notes["noted"] = call.notes["outermost"] = True
+        if self._running:  # an interrupt ended it, and nothing else said so
+            self._abandon()
+            del self._step[-1:]
+        self._running = True
         before, known = (self._step if self._exact else []), self.inputs
         elements = largest(batch) + sum(one.elements for one in before)
         padding_may_be_new = self._exact and known is not None and not known.padded
@@ -76,6 +97,8 @@ class Seen:
         self._step = [*before, one]
         if larger:
             self._note(known)
+        if self.measured is None or elements >= self.measured.elements:
+            self._measurement = self._measure(call.module, (args, kwargs))
 
     def _note(self, known: Inputs | None) -> None:
         first, *further = self._step
@@ -87,14 +110,37 @@ class Seen:
 
     def _end(self, call: Call, output: Any, died: bool) -> None:
         """A call that died is none; the others are over with the backward that passes their output."""
-        if not self._exact or not call.notes.get("outermost") or not self._step:
+        if not call.notes.get("outermost"):
+            return
+        self._running = False
+        if not self._exact or not self._step:
             return
         if died:
+            self._abandon()
             self._step.pop()
             return
+        self._note_table(output)
         tensors = (leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad)
         if (first := next(tensors, None)) is not None:
             first.register_hook(_Backward(self))
+
+    def _note_table(self, output: Any) -> None:
+        measurement, self._measurement = self._measurement, None
+        table = measurement.end(output) if measurement is not None else None
+        if table is None:
+            return
+        self._tables.append(table)
+        together = joined(self._tables) if len(self._tables) == len(self._step) else None
+        if together is None:
+            return
+        found, best = Measured(sum(one.elements for one in self._step), together), self.measured
+        if best is None or (found.elements, together.bytes()) > (best.elements, best.table.bytes()):
+            self.measured = found
+
+    def _abandon(self) -> None:
+        if self._measurement is not None:
+            self._measurement.abandon()
+            self._measurement = None
 
 
 class _Backward:

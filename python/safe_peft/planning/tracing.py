@@ -6,38 +6,29 @@ training, and every tensor that is saved is seen. So whatever architecture runs,
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from safe_kernels.retention import Save, record, storages
+from safe_kernels.retention import record, storages
 
 from ..adapters import Adapter, adapter_of
 from ..binding import Binding, bind
-from ..blocks import transformer_blocks
-from ..code import observes
 from ..errors import PlanError
 from ..loss import Loss
 from ..paths import parameters_of, short_name, walk
+from .accounts import Accounts
 from .device import as_on
 from .fakes import FakeModel, MaskAnswers, first_line, ordinary_positions
-from .graph import Reach, latest_node
 from .inputs import Inputs
 from .live import LiveBytes
-from .parts import Places
-from .retained import BlockFacts, RetainedTable, Saver, Storage
-
-_CACHES = ("past_key_values", "past_key_value", "layer_past")
+from .retained import RetainedTable
 
 
 @dataclass(frozen=True)
@@ -134,45 +125,11 @@ def live_adapters(model: nn.Module) -> list[Adapter]:
     return Binding(layers).live_adapters()
 
 
-class _Note(NamedTuple):
-    """Who was running when a tensor was saved, and the node that saved it."""
-
-    module: str
-    node: int
-    part: str
-
-
-class _Argument(NamedTuple):
-    """A block's argument: its storage, and what a gradient that passes it comes from: leaves, or a node."""
-
-    storage: tuple[int, int]
-    alive: weakref.ref[Any]
-    leaf: int
-    node: int
-
-    def key(self) -> tuple[int, int]:
-        """Identity and size of its storage; once that is dead another may have its identity, but not its reference."""
-        key, size = self.storage
-        return (key, size) if self.alive() is not None else (-id(self.alive), size)
-
-
 class _Step:
     """One forward and backward, watched."""
 
     def __init__(self, fake: FakeModel, adapters: list[Adapter], recompute: Collection[str]) -> None:
-        self.fake, self.adapters, self.recompute = fake, adapters, recompute
-        modules = [(short_name(name), module) for name, module in walk(fake.module)]
-        self.blocks = transformer_blocks(fake.module)
-        self.places = Places(modules, list(self.blocks))
-        self.always = 1 << len(adapters)
-        self.bits = {id(p): 1 << i for i, adapter in enumerate(adapters) for p in adapter.parameters()}
-        self.stack: list[str] = []
-        self.entered = False
-        self.left: str | None = None  # a block that was left just now, having saved nothing
-        self.saves = 0
-        self.arguments: dict[str, list[_Argument]] = {}
-        self.random: dict[str, bool] = {}
-        self.thread = threading.get_ident()
+        self.fake, self.accounts = fake, Accounts(fake.module, adapters, recompute)
 
     def run(self, inputs: Inputs, kind: str, loss_of: Loss | None) -> Trace:
         """Forward, account, backward."""
@@ -194,7 +151,7 @@ class _Step:
             batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
             called = [module.get_submodule(call.source) for call in inputs.calls]
             existing = self.fake.tensors
-            with LiveBytes([*existing, *batch], self._note_draw, fake=True) as live:
+            with LiveBytes([*existing, *batch], self.accounts.note_draw, fake=True) as live:
                 known = {key for t in [*existing, *batch] for key, _ in storages(t)}
                 loss, table = self._forward(partial(_loss, loss_of, called, arguments), known)
                 if loss is not None:
@@ -204,117 +161,14 @@ class _Step:
         return Trace(table, peak, _size(existing), _size(batch), trained)
 
     def _forward(self, compute: Callable[[], Any], known: set[int]) -> tuple[Tensor | None, RetainedTable]:
-        with self._watching():
-            loss, saves = record(compute, self._note)
+        with self.accounts.watching():
+            loss, saves = record(compute, self.accounts.note)
         if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
             got = f"one of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise PlanError(f"loss: expected a tensor of one element, got {got}; return what backward is called on.")
         if loss is None or not loss.requires_grad:
-            return None, self._table([], Reach([], self._bit), known)
-        return loss, self._table(saves, Reach([loss.grad_fn], self._bit), known)
-
-    def _bit(self, leaf: Tensor) -> int:
-        return self.bits.get(id(leaf), self.always)
-
-    # ---------------------------------------------------------------- what is watched while the forward runs
-
-    @contextmanager
-    def _watching(self) -> Iterator[None]:
-        hooks = [register_module_forward_pre_hook(self._enter), register_module_forward_hook(self._leave)]
-        hooks += [
-            block.register_forward_pre_hook(self._keep_arguments, with_kwargs=True) for block in self.blocks.values()
-        ]
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def _path(self, module: nn.Module) -> str | None:
-        """Hooks on all modules see those of others as well, in whatever thread."""
-        return self.places.paths.get(id(module)) if threading.get_ident() == self.thread else None
-
-    @observes
-    def _enter(self, module: nn.Module, args: Any) -> None:
-        if (path := self._path(module)) is None:
-            return
-        self.stack.append(path)
-        self.left = None
-        if path in self.blocks:
-            self.entered, self.saves = True, 0
-
-    @observes
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        if (path := self._path(module)) is None:
-            return
-        self.stack.pop()
-        if path in self.blocks and path in self.recompute and self.saves == 0:
-            self.left = path
-
-    def _keep_arguments(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        clean = {name: value for name, value in kwargs.items() if name not in _CACHES}
-        path = self._path(block)
-        if path is not None:
-            tensors = [leaf for leaf in tree_leaves((args, clean)) if isinstance(leaf, Tensor)]
-            self.arguments[path] = [self._argument(tensor) for tensor in tensors]
-
-    def _argument(self, tensor: Tensor) -> _Argument:
-        """What is to be known of it, without keeping it or its graph alive."""
-        node, leaf = -1, 0
-        if tensor.grad_fn is not None:
-            node = tensor.grad_fn._sequence_nr()
-        elif tensor.requires_grad:
-            leaf = self._bit(tensor)
-        return _Argument(next(storages(tensor)), weakref.ref(tensor.untyped_storage()), leaf, node)
-
-    def _note(self) -> _Note:
-        self.saves += 1
-        if self.left is not None:
-            return _Note(self.left, latest_node(), "recompute")
-        path = self.stack[-1] if self.stack else ""
-        return _Note(path, latest_node(), self.places.part(path, before_blocks=not self.entered))
-
-    def _note_draw(self) -> None:
-        """Random numbers are drawn: real ones too, for whoever compares the states of generators."""
-        path = self.stack[-1] if self.stack else ""
-        block = self.places.block(path)
-        if block >= 0 and self.places.layer(path) is None:  # a frozen adapter's dropout is off
-            self.random[list(self.blocks)[block]] = True
-        with _disable_current_modes():
-            torch.rand(1)
-
-    # ---------------------------------------------------------------- what it comes to
-
-    def _table(self, saves: list[Save], reach: Reach, known: set[int]) -> RetainedTable:
-        sizes: dict[int, int] = {}
-        savers: dict[int, list[Saver]] = {}
-        for save in saves:
-            for key, size in storages(save.tensor):
-                if key not in known:
-                    sizes[key] = size
-                    savers.setdefault(key, []).append(self._saver(save.note, reach))
-        inputs = {name: [argument.key() for argument in found] for name, found in self.arguments.items()}
-        sizes |= {key: size for pairs in inputs.values() for key, size in pairs if key not in known}
-        places = {key: index for index, key in enumerate(sizes)}
-        kept = {name: [places[key] for key, _ in pairs if key in places] for name, pairs in inputs.items()}
-        blocks = tuple(self._facts(name, block, reach, kept.get(name, [])) for name, block in self.blocks.items())
-        found = tuple(Storage(size, tuple(dict.fromkeys(savers.get(key, ())))) for key, size in sizes.items())
-        return RetainedTable(tuple(adapter.name for adapter in self.adapters), blocks, found)
-
-    def _saver(self, note: _Note, reach: Reach) -> Saver:
-        direct, everything = reach.direct.get(note.node, 0), reach.all.get(note.node, 0)
-        own = direct & ~self.always
-        adapter = own.bit_length() - 1 if own else -1
-        return Saver(note.module, note.part, self.places.block(note.module), direct or everything, adapter)
-
-    def _facts(self, name: str, block: nn.Module, reach: Reach, inputs: list[int]) -> BlockFacts:
-        holds = passes = 0
-        for parameter in parameters_of(block):
-            holds |= self._bit(parameter) if parameter.requires_grad else 0
-        for argument in self.arguments.get(name, ()):
-            passes |= argument.leaf | reach.all.get(argument.node, 0)
-        state = torch.get_rng_state().numel() if self.random.get(name) else 0
-        return BlockFacts(name, holds, passes, tuple(dict.fromkeys(inputs)), state)
+            return None, self.accounts.table([], [], known)
+        return loss, self.accounts.table(saves, [loss.grad_fn], known)
 
 
 def _autocast(device: torch.device, inputs: Inputs) -> AbstractContextManager[Any]:

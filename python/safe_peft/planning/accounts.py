@@ -1,0 +1,207 @@
+"""Keeps the accounts of a forward: who holds which storage, and what would have to freeze for it to go."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+from safe_kernels.retention import Save, storages
+
+from ..adapters import Adapter
+from ..blocks import transformer_blocks
+from ..code import observes
+from ..paths import parameters_of, short_name, walk
+from ..swap import is_bound
+from .graph import Reach, latest_node
+from .parts import Places
+from .retained import BlockFacts, RetainedTable, Saver, Storage
+
+_CACHES = ("past_key_values", "past_key_value", "layer_past")
+
+
+class _Note(NamedTuple):
+    """Who was running when a tensor was saved, and the node that saved it."""
+
+    module: str
+    node: int
+    part: str
+
+
+class _Argument(NamedTuple):
+    """A block's argument: its storage, and what a gradient that passes it comes from: leaves, or a node."""
+
+    storage: tuple[int, int]
+    alive: weakref.ref[Any]
+    leaf: int
+    node: int
+
+    def key(self) -> tuple[int, int]:
+        """Identity and size of its storage; once that is dead another may have its identity, but not its reference."""
+        key, size = self.storage
+        return (key, size) if self.alive() is not None else (-id(self.alive), size)
+
+
+class Accounts:
+    """Watches forwards, with values or without, and says what they retain.
+
+    Args:
+        model: whose forwards.
+        adapters: those that train, in the order of their bits.
+        recompute: names of blocks that run again in backward once they are frozen.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], recompute: Collection[str] = ()) -> None:
+        self.adapters, self.recompute = adapters, recompute
+        modules = [(short_name(name), module) for name, module in walk(model)]
+        self.blocks = transformer_blocks(model)
+        self.places = Places(modules, list(self.blocks))
+        self.always = 1 << len(adapters)
+        self.bits = {id(p): 1 << i for i, adapter in enumerate(adapters) for p in adapter.parameters()}
+        self.given = set[int]()  # identities of the batch's tensors
+        self.made: dict[int, weakref.ref[Any]] = {}  # leaves that bound blocks make for reentrant checkpointing alone
+        self.stack: list[str] = []
+        self.entered = False
+        self.left: str | None = None  # a block that was left just now, having saved nothing
+        self.saves = 0
+        self.arguments: dict[str, list[_Argument]] = {}
+        self.random: dict[str, bool] = {}
+        self.thread = threading.get_ident()
+
+    def table(self, saves: Iterable[Save], roots: Iterable[Any], known: Collection[int]) -> RetainedTable:
+        """Return what is retained.
+
+        Args:
+            saves: what the graph holds, with notes of `note`.
+            roots: nodes from which backward starts.
+            known: identities of storages that exist anyway.
+        """
+        saves, holds = list(saves), [self._holds(block) for block in self.blocks.values()]
+        places = {save.note.node: self.places.block(save.note.module) for save in saves}
+        hidden = {node: holds[block] for node, block in places.items() if block >= 0}
+        return self._table(saves, Reach(roots, self._bit, hidden), known)
+
+    def _bit(self, leaf: Tensor) -> int:
+        made = self.made.get(id(leaf))
+        if made is not None and made() is leaf:
+            return 0
+        return self.bits.get(id(leaf), self.always)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the forwards of the block."""
+        hooks = [register_module_forward_pre_hook(self.enter), register_module_forward_hook(self._leave)]
+        hooks += [
+            block.register_forward_pre_hook(self._keep_arguments, with_kwargs=True) for block in self.blocks.values()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _path(self, module: nn.Module) -> str | None:
+        """Hooks on all modules see those of others as well, in whatever thread."""
+        return self.places.paths.get(id(module)) if threading.get_ident() == self.thread else None
+
+    @observes
+    def enter(self, module: nn.Module, args: Any = ()) -> None:
+        """Note that a module's forward begins."""
+        if (path := self._path(module)) is None:
+            return
+        self.stack.append(path)
+        self.left = None
+        if path in self.blocks:
+            self.entered, self.saves = True, 0
+
+    @observes
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if (path := self._path(module)) is None:
+            return
+        if path in self.stack:  # what died within has left nothing but its name
+            del self.stack[len(self.stack) - 1 - self.stack[::-1].index(path) :]
+        # Without gradients it is the first of the two passes of reentrant checkpointing, which saves afterwards.
+        if path in self.blocks and self.saves == 0 and (path in self.recompute or not torch.is_grad_enabled()):
+            self.left = path
+
+    def _keep_arguments(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        clean = {name: value for name, value in kwargs.items() if name not in _CACHES}
+        path = self._path(block)
+        if path is not None:
+            tensors = [leaf for leaf in tree_leaves((args, clean)) if isinstance(leaf, Tensor)]
+            if is_bound(block) and getattr(block, "gradient_checkpointing", False):
+                leaves = [t for t in tensors if t.grad_fn is None and t.requires_grad]
+                made = [t for t in leaves if not isinstance(t, nn.Parameter) and id(t) not in self.given]
+                self.made.update((id(t), weakref.ref(t)) for t in made)
+            self.arguments[path] = [self._argument(tensor) for tensor in tensors]
+
+    def _argument(self, tensor: Tensor) -> _Argument:
+        """What is to be known of it, without keeping it or its graph alive."""
+        node, leaf = -1, 0
+        if tensor.grad_fn is not None:
+            node = tensor.grad_fn._sequence_nr()
+        elif tensor.requires_grad:
+            leaf = self._bit(tensor)
+        return _Argument(next(storages(tensor)), weakref.ref(tensor.untyped_storage()), leaf, node)
+
+    def note(self) -> _Note:
+        """Note who saves a tensor."""
+        self.saves += 1
+        if self.left is not None:
+            return _Note(self.left, latest_node(), "recompute")
+        path = self.stack[-1] if self.stack else ""
+        return _Note(path, latest_node(), self.places.part(path, before_blocks=not self.entered))
+
+    def note_draw(self) -> None:
+        """Random numbers are drawn: real ones too, for whoever compares the states of generators."""
+        path = self.stack[-1] if self.stack else ""
+        block = self.places.block(path)
+        if block >= 0 and self.places.layer(path) is None:  # a frozen adapter's dropout is off
+            self.random[list(self.blocks)[block]] = True
+        with _disable_current_modes():
+            torch.rand(1)
+
+    # ---------------------------------------------------------------- what it comes to
+
+    def _table(self, saves: Iterable[Save], reach: Reach, known: Collection[int]) -> RetainedTable:
+        sizes: dict[int, int] = {}
+        savers: dict[int, list[Saver]] = {}
+        for save in saves:
+            for key, size in storages(save.tensor):
+                if key not in known:
+                    sizes[key] = size
+                    savers.setdefault(key, []).append(self._saver(save.note, reach))
+        inputs = {name: [argument.key() for argument in found] for name, found in self.arguments.items()}
+        sizes |= {key: size for pairs in inputs.values() for key, size in pairs if key not in known}
+        places = {key: index for index, key in enumerate(sizes)}
+        kept = {name: [places[key] for key, _ in pairs if key in places] for name, pairs in inputs.items()}
+        blocks = tuple(self._facts(name, block, reach, kept.get(name, [])) for name, block in self.blocks.items())
+        found = tuple(Storage(size, tuple(dict.fromkeys(savers.get(key, ())))) for key, size in sizes.items())
+        return RetainedTable(tuple(adapter.name for adapter in self.adapters), blocks, found)
+
+    def _saver(self, note: _Note, reach: Reach) -> Saver:
+        direct, everything = reach.direct.get(note.node, 0), reach.all.get(note.node, 0)
+        own = direct & ~self.always
+        adapter = own.bit_length() - 1 if own else -1
+        return Saver(note.module, note.part, self.places.block(note.module), direct or everything, adapter)
+
+    def _facts(self, name: str, block: nn.Module, reach: Reach, inputs: list[int]) -> BlockFacts:
+        holds, passes = self._holds(block), 0
+        for argument in self.arguments.get(name, ()):
+            passes |= argument.leaf | reach.all.get(argument.node, 0)
+        state = torch.get_rng_state().numel() if self.random.get(name) else 0
+        return BlockFacts(name, holds, passes, tuple(dict.fromkeys(inputs)), state)
+
+    def _holds(self, block: nn.Module) -> int:
+        found = 0
+        for parameter in parameters_of(block):
+            found |= self._bit(parameter) if parameter.requires_grad else 0
+        return found

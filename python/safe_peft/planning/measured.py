@@ -1,0 +1,91 @@
+"""Learns what a step retains from a training's own forward, where a model does not run without values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from safe_kernels.retention import Recorder, storages
+
+from ..adapters import Adapter
+from ..paths import buffers_of, parameters_of
+from .accounts import Accounts
+from .retained import RetainedTable
+
+
+class Measurement:
+    """One forward of the user's, from its beginning to its end. Nothing is computed twice, and nothing kept for longer.
+
+    Args:
+        model: the whole model.
+        adapters: those of it that train.
+        called: the module in it whose forward it is.
+        arguments: what that is called with.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], called: nn.Module, arguments: Any) -> None:
+        self._model = model
+        self._accounts = Accounts(model, adapters)
+        self._batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        self._accounts.given.update(map(id, self._batch))
+        self._recorder = Recorder(self._accounts.note)
+        self._watching = ExitStack()
+        self._watching.enter_context(self._accounts.watching())
+        self._accounts.enter(called)
+        self._pack = self._recorder.pack
+        torch._C._autograd._push_saved_tensors_default_hooks(self._pack, self._recorder.unpack)
+        self._open = True
+
+    def end(self, output: Any) -> RetainedTable | None:
+        """Return what the forward retains; None if nothing that it returned leads back to a graph.
+
+        Args:
+            output: what it returned.
+        """
+        if not self.abandon():
+            return None
+        tensors = [leaf for leaf in tree_leaves(_plain(output)) if isinstance(leaf, Tensor)]
+        roots = [tensor.grad_fn for tensor in tensors if tensor.grad_fn is not None]
+        if not roots:
+            return None
+        existing = [*parameters_of(self._model), *buffers_of(self._model), *self._batch]
+        known = {key for tensor in existing for key, _ in storages(tensor)}
+        return self._accounts.table(self._recorder.saves(), roots, known).compact()
+
+    def abandon(self) -> bool:
+        """Stop watching; an interrupt may have left the hooks where others have come on top of them.
+
+        Returns:
+            Whether the forward was watched to this moment.
+        """
+        self._watching.close()
+        was_open, self._open = self._open, False
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True) if was_open else None
+        if top is None or top[0] != self._pack:
+            return False
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        return True
+
+
+def _plain(output: Any) -> Any:
+    """Results that pytree takes for a leaf, such as a dataclass, by what they hold."""
+    if isinstance(output, Tensor | Mapping | list | tuple) or not hasattr(output, "__dict__"):
+        return output
+    return list(vars(output).values())
+
+
+def joined(tables: Iterable[RetainedTable]) -> RetainedTable | None:
+    """Return what several forwards retain together.
+
+    Args:
+        tables: in the order of the forwards.
+    """
+    found: RetainedTable | None = None
+    for table in tables:
+        found = table if found is None else found.joined(table)
+    return None if found is None else found.compact()
