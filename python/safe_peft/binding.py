@@ -93,7 +93,7 @@ class Binding:
             >>> safe_peft.bind(model).release(keep_frozen=False)  # doctest: +SKIP
         """
         owner = self._owner()
-        if not keep_frozen and owner is not None and owner is not self and (freezer := owner.freezer()) is not None:
+        if not keep_frozen and owner is not None and (freezer := owner.freezer()) is not None:
             freezer.detach()
         for state in self._states():
             for adapter in () if keep_frozen else tuple(state.undo.values()):

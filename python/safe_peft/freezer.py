@@ -46,7 +46,7 @@ class AdapterFreezer:
     that do not train when it is made are left alone.
 
     Args:
-        model: a PEFT model.
+        model: a PEFT model, or what holds one or several.
         optimizer: the one that trains it; wrappers such as accelerate's are looked through. Where parameters have
             optimizers of their own, all of them.
         config: the options, or a dict of them.

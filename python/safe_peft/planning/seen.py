@@ -92,6 +92,8 @@ class Seen:
         elements = largest(batch) + sum(one.elements for one in before)
         padding_may_be_new = self._exact and known is not None and not known.padded
         larger = known is None or (elements, padding_may_be_new) > (known.elements, False)
+        if not self._exact and not larger:
+            return
         padded = None if larger and not (known is not None and known.padded) else known is not None and known.padded
         one = Inputs.of(batch, padded=padded, autocast=True, source=self._paths.get(id(call.module), ""))
         self._step = [*before, one]
