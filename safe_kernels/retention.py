@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from safe_kernels import _C
 
 __all__ = [
+    "Dropped",
     "Recorder",
     "RetainedTensor",
     "Retention",
@@ -56,9 +57,27 @@ class Save(NamedTuple):
     Attributes:
         tensor: the tensor, detached; its storage is the node's own.
         note: what was noted when it was saved.
+        made_by: sequence number of the node that made the tensor; -1 for a leaf, and for one outside the graph.
     """
 
     tensor: Tensor
+    note: Any
+    made_by: int = -1
+
+
+class Dropped(NamedTuple):
+    """One tensor that a node held for a while: the node let go of it, or is dead.
+
+    Attributes:
+        storage: refers to its storage, while that lives.
+        key: the storage's identity, while it lives.
+        bytes: the storage's size.
+        note: what was noted when it was saved.
+    """
+
+    storage: weakref.ref[Any]
+    key: int
+    bytes: int
     note: Any
 
 
@@ -173,12 +192,14 @@ class Recorder:
 
     def __init__(self, note: Callable[[], Any] = lambda: None) -> None:
         self._note = note
-        self._refs: list[weakref.ref[_Saved]] = []
+        self._refs: list[tuple[weakref.ref[_Saved], Dropped | None]] = []
 
     def pack(self, tensor: Tensor) -> _Saved:
         """Keep a tensor for a node."""
-        saved = _Saved(tensor, self._note())
-        self._refs.append(weakref.ref(saved))
+        saved, found = _Saved(tensor, self._note()), list(storages(tensor))
+        plain = len(found) == 1 and not is_traceable_wrapper_subclass(tensor)
+        later = Dropped(weakref.ref(tensor.untyped_storage()), *found[0], saved.note) if plain else None
+        self._refs.append((weakref.ref(saved), later))
         return saved
 
     @staticmethod
@@ -188,7 +209,12 @@ class Recorder:
 
     def saves(self) -> list[Save]:
         """Return every save that a graph still holds, in their order."""
-        return [Save(saved.tensor, saved.note) for ref in self._refs if (saved := ref()) is not None]
+        held = (saved for ref, _ in self._refs if (saved := ref()) is not None)
+        return [Save(saved.tensor, saved.note, saved.made_by) for saved in held]
+
+    def dropped(self) -> list[Dropped]:
+        """Return what was saved of plain tensors and is held no more, in the order of the saves."""
+        return [later for ref, later in self._refs if ref() is None and later is not None]
 
 
 def storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
@@ -247,13 +273,14 @@ def announce_reader(x: Tensor) -> None:
 class _Saved:
     """What the graph holds instead of a tensor; it dies with the node that saved it, which is how we notice."""
 
-    __slots__ = ("__weakref__", "note", "tensor", "version")
+    __slots__ = ("__weakref__", "made_by", "note", "tensor", "version")
 
     def __init__(self, tensor: Tensor, note: Any) -> None:
         # Detached, or an output saved by its own node would keep that node alive in a cycle.
         self.tensor = tensor.detach()
         self.version = tensor._version
         self.note = note
+        self.made_by = -1 if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()
 
     def unpack(self) -> Tensor:
         # Autograd leaves this check to the hooks once there are any.

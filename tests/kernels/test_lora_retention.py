@@ -26,7 +26,7 @@ def subset_id(flags: tuple[bool, ...]) -> str:
 def expected_bytes(x: Tensor, A: Tensor, flags: tuple[bool, ...], dropout_p: float, readers: int) -> int:
     """x if lora_A trains, once; x A' of each call if lora_B alone does; the random state where a mask is made again."""
     wants_x, _, wants_A, wants_B = flags
-    rng = RNG_BYTES * readers if dropout_p > 0 and (wants_A or wants_B or wants_x) else 0
+    rng = RNG_BYTES * readers if dropout_p > 0 and (wants_A or wants_x) else 0
     if wants_B and not wants_A:
         return readers * x.shape[0] * A.shape[0] * A.element_size() + rng
     return (x.untyped_storage().nbytes() if wants_A else 0) + rng

@@ -14,7 +14,7 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from safe_kernels.retention import Save, storages
+from safe_kernels.retention import Dropped, Recorder, Save, storages
 
 from ..adapters import Adapter
 from ..blocks import transformer_blocks
@@ -22,6 +22,7 @@ from ..code import observes
 from ..paths import parameters_of, short_name, walk
 from ..swap import is_bound
 from .graph import Reach, latest_node
+from .norms import held_by_norms
 from .parts import Places
 from .retained import BlockFacts, RetainedTable, Saver, Storage
 
@@ -76,18 +77,18 @@ class Accounts:
         self.random: dict[str, bool] = {}
         self.thread = threading.get_ident()
 
-    def table(self, saves: Iterable[Save], roots: Iterable[Any], known: Collection[int]) -> RetainedTable:
+    def table(self, recorder: Recorder, roots: Iterable[Any], known: Collection[int]) -> RetainedTable:
         """Return what is retained.
 
         Args:
-            saves: what the graph holds, with notes of `note`.
+            recorder: what was saved, with notes of `note`.
             roots: nodes from which backward starts.
             known: identities of storages that exist anyway.
         """
-        saves, holds = list(saves), [self._holds(block) for block in self.blocks.values()]
+        saves, holds = recorder.saves(), [self._holds(block) for block in self.blocks.values()]
         places = {save.note.node: self.places.block(save.note.module) for save in saves}
         hidden = {node: holds[block] for node, block in places.items() if block >= 0}
-        return self._table(saves, Reach(roots, self._bit, hidden), known)
+        return self._table(saves, recorder.dropped(), Reach(roots, self._bit, hidden), known)
 
     def _bit(self, leaf: Tensor) -> int:
         made = self.made.get(id(leaf))
@@ -171,14 +172,18 @@ class Accounts:
 
     # ---------------------------------------------------------------- what it comes to
 
-    def _table(self, saves: Iterable[Save], reach: Reach, known: Collection[int]) -> RetainedTable:
+    def _table(
+        self, saves: Sequence[Save], dropped: Sequence[Dropped], reach: Reach, known: Collection[int]
+    ) -> RetainedTable:
         sizes: dict[int, int] = {}
         savers: dict[int, list[Saver]] = {}
-        for save in saves:
-            for key, size in storages(save.tensor):
-                if key not in known:
-                    sizes[key] = size
-                    savers.setdefault(key, []).append(self._saver(save.note, reach))
+        own = list(held_by_norms(saves, dropped, reach, lambda note: self._saver(note, reach), self.always))
+        statistics = {key for key, _, saver in own if not saver.unless}  # saved for the norm, while a reader saved
+        held = [(*pair, self._saver(save.note, reach)) for save in saves for pair in storages(save.tensor)]
+        for key, size, saver in [*(one for one in held if one[0] not in statistics), *own]:
+            if key not in known:
+                sizes[key] = size
+                savers.setdefault(key, []).append(saver)
         inputs = {name: [argument.key() for argument in found] for name, found in self.arguments.items()}
         sizes |= {key: size for pairs in inputs.values() for key, size in pairs if key not in known}
         places = {key: index for index, key in enumerate(sizes)}

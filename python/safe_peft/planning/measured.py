@@ -55,7 +55,7 @@ class Measurement:
             return None
         existing = [*parameters_of(self._model), *buffers_of(self._model), *self._batch]
         known = {key for tensor in existing for key, _ in storages(tensor)}
-        return self._accounts.table(self._recorder.saves(), roots, known).compact()
+        return self._accounts.table(self._recorder, roots, known).compact()
 
     def abandon(self) -> bool:
         """Stop watching; an interrupt may have left the hooks where others have come on top of them.

@@ -38,6 +38,8 @@ class Saver:
         block: index of its block, or -1.
         needs: bits of the adapters any of which keeps the hold; the bit above all adapters is for what always trains.
         adapter: index of the adapter that holds it for its own gradient, or -1.
+        unless: bits of the adapters any of which ends the hold: a norm holds its input until a layer that trains holds
+            its output.
     """
 
     module: str
@@ -45,6 +47,7 @@ class Saver:
     block: int
     needs: int
     adapter: int = -1
+    unless: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,14 +58,19 @@ class Storage:
     savers: tuple[Saver, ...]
 
     @cached_property
+    def holders(self) -> tuple[Saver, ...]:
+        """Those that hold it while nothing more is frozen."""
+        return tuple(saver for saver in self.savers if not saver.unless)
+
+    @cached_property
     def part(self) -> str:
         """What keeps it, in one word."""
-        return min((saver.part for saver in self.savers), key=PARTS.index)
+        return min((saver.part for saver in self.holders), key=PARTS.index)
 
     @property
     def block(self) -> int:
         """The block that made its first holder."""
-        return self.savers[0].block
+        return self.holders[0].block
 
 
 @dataclass(frozen=True)
@@ -88,6 +96,7 @@ class _Rows(NamedTuple):
     """Who holds what: one row a holder, the holders of a storage side by side."""
 
     needs: NDArray[np.float32]
+    unless: NDArray[np.float32]
     blocks: NDArray[np.int64]
     starts: list[int]
     sizes: NDArray[np.int64]
@@ -142,7 +151,7 @@ class RetainedTable:
         """
         rows, columns = self._rows, live.T.astype(np.float32)
         again = self._recomputed(columns, recompute)
-        held = (rows.needs @ columns > 0) & ~again[rows.blocks]
+        held = (rows.needs @ columns > 0) & ~(rows.unless @ columns > 0) & ~again[rows.blocks]
         alive = np.logical_or.reduceat(held, rows.starts, axis=0) if rows.starts else held
         for number, block in enumerate(self.blocks):
             alive[list(block.inputs)] |= again[number]
@@ -170,15 +179,17 @@ class RetainedTable:
 
     @cached_property
     def _rows(self) -> _Rows:
-        found: list[tuple[int, int]] = []
+        found: list[tuple[int, int, int]] = []
         starts: list[int] = []
         for storage in self.storages:
             starts.append(len(found))
             # One that nobody holds yet needs a row as well, for its place among the sums.
-            found += sorted({(saver.needs, saver.block) for saver in storage.savers}) or [(0, -1)]
+            found += sorted({(saver.needs, saver.unless, saver.block) for saver in storage.savers}) or [(0, 0, -1)]
+        width = len(self.adapters) + 1
         return _Rows(
-            self._bits([needs for needs, _ in found]).reshape(len(found), len(self.adapters) + 1),
-            np.array([block for _, block in found], dtype=np.int64),
+            self._bits([needs for needs, _, _ in found]).reshape(len(found), width),
+            self._bits([unless for _, unless, _ in found]).reshape(len(found), width),
+            np.array([block for _, _, block in found], dtype=np.int64),
             starts,
             np.array([storage.bytes for storage in self.storages], dtype=np.int64),
         )
@@ -279,7 +290,7 @@ class RetainedTable:
         """Return the bytes retained now by what keeps them, in the order of `PARTS`."""
         found = dict.fromkeys(PARTS, 0)
         for storage in self.storages:
-            if storage.savers:
+            if storage.holders:
                 found[storage.part] += storage.bytes
         return {part: size for part, size in found.items() if size}
 
@@ -287,7 +298,7 @@ class RetainedTable:
         """Return the bytes retained now by block; a storage belongs to the block that held it first."""
         found = {block.name: 0 for block in self.blocks} | {outside: 0}
         for storage in self.storages:
-            if storage.savers:
+            if storage.holders:
                 found[self.blocks[storage.block].name if storage.block >= 0 else outside] += storage.bytes
         return found
 

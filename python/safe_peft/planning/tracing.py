@@ -14,9 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
-from safe_kernels.retention import record, storages
+from safe_kernels.retention import Recorder, storages
 
 from ..adapters import Adapter, adapter_of
 from ..binding import Binding, bind
@@ -52,7 +53,7 @@ class Trace:
     @property
     def retained(self) -> int:
         """Bytes retained between forward and backward."""
-        return sum(storage.bytes for storage in self.table.storages if storage.savers)
+        return sum(storage.bytes for storage in self.table.storages if storage.holders)
 
     def whole(self, optimizer_states: int) -> int:
         """Bytes at the peak of a step: what lies there from step to step, and what the step makes.
@@ -161,14 +162,15 @@ class _Step:
         return Trace(table, peak, _size(existing), _size(batch), trained)
 
     def _forward(self, compute: Callable[[], Any], known: set[int]) -> tuple[Tensor | None, RetainedTable]:
-        with self.accounts.watching():
-            loss, saves = record(compute, self.accounts.note)
+        recorder = Recorder(self.accounts.note)
+        with self.accounts.watching(), saved_tensors_hooks(recorder.pack, recorder.unpack):
+            loss = compute()
         if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
             got = f"one of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise PlanError(f"loss: expected a tensor of one element, got {got}; return what backward is called on.")
         if loss is None or not loss.requires_grad:
-            return None, self.accounts.table([], [], known)
-        return loss, self.accounts.table(saves, [loss.grad_fn], known)
+            return None, self.accounts.table(Recorder(), [], known)
+        return loss, self.accounts.table(recorder, [loss.grad_fn], known)
 
 
 def _autocast(device: torch.device, inputs: Inputs) -> AbstractContextManager[Any]:
