@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -196,7 +196,7 @@ class Norm(Part):
             return invertible(weight, bias, self.offset)
         return self._remembers(weight, bias, shown)
 
-    def _remembers(self, weight: Tensor | None, bias: Tensor | None, shown: list[Tensor]) -> bool:
+    def _remembers(self, weight: Tensor | None, bias: Tensor | None, shown: Sequence[Tensor]) -> bool:
         """The same without reading the values in every call, which would wait for the device."""
         now = tuple(map(marks, shown))
         if None in now:
