@@ -105,5 +105,7 @@ class SafeLightningCallback(Callback):
 
     def _end(self) -> None:
         if self._freezer is not None and not self._saved:
-            self._saved = self._freezer.state_dict()  # a checkpoint may be written after this
-            self._freezer.detach()
+            try:
+                self._saved = self._freezer.state_dict()  # a checkpoint may be written after this
+            finally:
+                self._freezer.detach()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import LlamaForCausalLM
 
-from safe_peft import BindingError
+from safe_peft import BindingError, SafeConfig
 from safe_peft.lightning import SafeLightningCallback
 
 STEPS = 12
@@ -53,6 +53,16 @@ def names(folder: Path) -> dict[str, Any]:
 
 def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: list[Compared]) -> None:
     line, _ = side_by_side("Lightning", "lightning", names, tmp_path, monkeypatch)
+    table.append(line)
+
+
+def test_bytes_are_planned_behind_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: list[Compared]
+) -> None:
+    def by_bytes(folder: Path) -> dict[str, Any]:
+        return {**names(folder), "config": SafeConfig(target="bytes", target_fraction=0.6)}
+
+    line, _ = side_by_side("Lightning, by bytes", "lightning", by_bytes, tmp_path, monkeypatch)
     table.append(line)
 
 

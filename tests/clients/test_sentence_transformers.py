@@ -13,6 +13,8 @@ from side_by_side import Compared, side_by_side
 from tiny_texts import lora, rows, tokenizer
 from transformers import BertConfig, BertModel
 
+from safe_peft import SafeConfig
+
 
 def names(folder: Path) -> dict[str, Any]:
     torch.manual_seed(0)
@@ -50,3 +52,13 @@ def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: list
     line, done = side_by_side("sentence-transformers", "sentence-transformers", names, tmp_path, monkeypatch)
     table.append(line)
     assert (done["ours"].folder / "adapter_model.safetensors").exists()
+
+
+def test_bytes_are_planned_behind_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: list[Compared]
+) -> None:
+    def by_bytes(folder: Path) -> dict[str, Any]:
+        return {**names(folder), "config": SafeConfig(target="bytes", target_fraction=0.6)}
+
+    line, _ = side_by_side("sentence-transformers, bytes", "sentence-transformers", by_bytes, tmp_path, monkeypatch)
+    table.append(line)
