@@ -19,18 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safe_kernels import _C
 
-__all__ = [
-    "Dropped",
-    "Recorder",
-    "RetainedTensor",
-    "Retention",
-    "Save",
-    "announce_reader",
-    "living",
-    "measure",
-    "record",
-    "storages",
-]
+__all__ = ["Recorder", "RetainedTensor", "Retention", "Save", "announce_reader", "living", "measure", "record"]
 
 T = TypeVar("T")
 

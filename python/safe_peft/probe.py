@@ -59,10 +59,14 @@ def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
         >>> step_flops(model, batch)  # doctest: +SKIP
         152471109632
     """
-    with _unseen(model, batch), FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
-        value = loss(model, batch)
-        if value.requires_grad:
-            value.backward()
+    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+    with _unseen(model, batch):
+        with torch.no_grad():
+            loss(model, batch)  # which compares itself with the model's own loss, where it has not done so before
+        with counter:
+            value = loss(model, batch)
+            if value.requires_grad:
+                value.backward()
     return int(counter.get_total_flops())
 
 

@@ -24,6 +24,7 @@ def count(call) -> int:
 
 def products(p, wanted: tuple[bool, bool, bool]) -> int:
     """The same by separate matrix products, counted by PyTorch's own formulas."""
+    h = p.x.flatten(0, -2) @ p.A.t()  # what forward keeps where lora_B alone trains
 
     def run() -> None:
         x, grad = p.x.flatten(0, -2), p.grad.flatten(0, -2)
@@ -34,7 +35,7 @@ def products(p, wanted: tuple[bool, bool, bool]) -> int:
         if wanted[1]:
             grad_h.t() @ x
         if wanted[2]:
-            grad.t() @ (x @ p.A.t())
+            grad.t() @ (x @ p.A.t() if wanted[1] else h @ torch.eye(R))  # as x, with an identity as lora_A
 
     return count(run)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -113,11 +114,19 @@ def test_reentrant_checkpoints_over_an_input_without_grad_are_warned_of_as_in_st
 # ---------------------------------------------------------------- offloading
 
 
+class File:
+    """What a node holds; a norm lets go of its input once a layer that trains keeps its output."""
+
+    def __init__(self, path: Path, storage: torch.UntypedStorage) -> None:
+        self.path, self.key, self.bytes = path, storage.data_ptr(), storage.nbytes()
+
+
 class Disk:
-    """Hooks that write what is retained to files, each storage once."""
+    """Hooks that write what is retained to files; `bytes` is what nodes still hold of it, each storage once."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.bytes = folder, 0
+        self.folder = folder
+        self.files: list[weakref.ref[File]] = []
         self.known: dict[int, Tensor] = {}
         self.parameters: set[int] = set()
 
@@ -125,15 +134,18 @@ class Disk:
         storage = tensor.untyped_storage()
         if storage.data_ptr() in self.parameters or tensor.dim() == 0:
             return tensor
-        if storage.data_ptr() not in self.known:
-            self.known[storage.data_ptr()] = tensor  # kept, so that no other takes its address
-            self.bytes += storage.nbytes()
-        path = self.folder / f"{len(list(self.folder.iterdir()))}.npy"
-        np.save(path, tensor.detach().numpy())
-        return path
+        self.known.setdefault(storage.data_ptr(), tensor)  # kept, so that no other takes its address
+        file = File(self.folder / f"{len(self.files)}.npy", storage)
+        self.files.append(weakref.ref(file))
+        np.save(file.path, tensor.detach().numpy())
+        return file
+
+    @property
+    def bytes(self) -> int:
+        return sum({file.key: file.bytes for ref in self.files if (file := ref()) is not None}.values())
 
     def unpack(self, packed: Any) -> Tensor:
-        return packed if isinstance(packed, Tensor) else torch.from_numpy(np.load(packed))
+        return packed if isinstance(packed, Tensor) else torch.from_numpy(np.load(packed.path))
 
 
 @pytest.mark.parametrize("frozen", [(), (0, 1), (2, 3)], ids=str)

@@ -122,7 +122,9 @@ def test_it_retains_no_more_than_the_two_apart_and_drops_the_same(
             opened(is_open)
             retained.append(measure(lambda: model(x)).bytes)
             found.append(step(model, x))
-    assert retained[1] == retained[0]
+    # Where the base weight trains x is kept anyway, and x A' need not be.
+    lora_b_alone = "lora_B" in names and "lora_A" not in names
+    assert retained[1] <= retained[0] if lora_b_alone else retained[1] == retained[0]
     for name, value in found[1].items():
         assert error(value, found[0][name]) < 1e-6, name
     assert set(found[0]) == set(found[1])
