@@ -306,7 +306,7 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with storages of their own that a subclass or a sparse tensor is made of."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
-        parts = [getattr(tensor, name) for name in names]
+        parts = [part for name in names if isinstance(part := getattr(tensor, name), Tensor)]
     elif tensor.layout == torch.sparse_coo:
         parts = [tensor._indices(), tensor._values()]
     elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
