@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .trains import trains
 
 _NAME = "_gradient_checkpointing_func"
+_made = WeakTensorKeyDictionary()
 
 
 class Checkpointing:
@@ -88,8 +90,15 @@ def _with_grad(checkpoint: Callable[..., Any], function: Callable[..., Any], *ar
     floats = [index for index, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
     if floats and not any(args[index].requires_grad for index in floats) and _trains(function):
         first = floats[0]
-        args = (*args[:first], args[first].detach().requires_grad_(), *args[first + 1 :])
+        leaf = args[first].detach().requires_grad_()
+        _made[leaf] = True
+        args = (*args[:first], leaf, *args[first + 1 :])
     return checkpoint(function, *args, **options)
+
+
+def is_made(leaf: Tensor) -> bool:
+    """Whether a bound block has made a leaf for reentrant checkpointing alone: it trains nothing."""
+    return leaf in _made
 
 
 def _trains(function: Any) -> bool:

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from safe_kernels.retention import announce_reader
+
 from .arguments import Given, TensorsUsed
 from .moment import Moment
 from .trains import parts
@@ -85,8 +87,12 @@ class Run:
         self._autocast = autocast_now(self._device)
         before, (self._devices, states) = torch.get_rng_state(), get_device_states(*given.tensors)
         objects = given.in_objects
-        with saved_tensors_hooks(self._pack, self._unpack), TensorsUsed() if objects else nullcontext() as used:
-            output = self._call(*args, **kwargs)
+        try:
+            with saved_tensors_hooks(self._pack, self._unpack), TensorsUsed() if objects else nullcontext() as used:
+                output = self._call(*args, **kwargs)
+        except BaseException:
+            self._saved = {}  # what nodes have made: their hooks lead here, in a cycle that no collector sees
+            raise
         drew = bool(self._devices) or not torch.equal(before, torch.get_rng_state())
         self._settle([before, *states] if drew else [], {id(t) for t in objects if used and not used.has(t)})
         return output
@@ -114,7 +120,10 @@ class Run:
         given = self._given.tensors
         self._unread = {place: _without_values(t) for place, t in enumerate(given) if id(t) in unread}
         self._states = len(states)
-        self._kept = _keep([*(t for t in given if id(t) not in unread), *states])
+        kept = [tensor for tensor in given if id(tensor) not in unread]
+        for tensor in kept:
+            announce_reader(tensor)  # a norm that made it need not keep its own input as well
+        self._kept = _keep([*kept, *states])
         self._given.tensors = []
 
     # ---------------------------------------------------------------- backward

@@ -18,11 +18,11 @@ from safe_kernels.retention import Dropped, Recorder, Save, storages
 
 from ..adapters import Adapter
 from ..blocks import transformer_blocks
+from ..blocks.checkpointing import is_made
 from ..code import observes
 from ..paths import parameters_of, short_name, walk
-from ..swap import is_bound
 from .graph import Reach, latest_node
-from .norms import held_by_norms
+from .norms import Norms
 from .parts import Places
 from .retained import BlockFacts, RetainedTable, Saver, Storage
 
@@ -67,8 +67,6 @@ class Accounts:
         self.places = Places(modules, list(self.blocks))
         self.always = 1 << len(adapters)
         self.bits = {id(p): 1 << i for i, adapter in enumerate(adapters) for p in adapter.parameters()}
-        self.given = set[int]()  # identities of the batch's tensors
-        self.made: dict[int, weakref.ref[Any]] = {}  # leaves that bound blocks make for reentrant checkpointing alone
         self.stack: list[str] = []
         self.entered = False
         self.left: str | None = None  # a block that was left just now, having saved nothing
@@ -91,10 +89,7 @@ class Accounts:
         return self._table(saves, recorder.dropped(), Reach(roots, self._bit, hidden), known)
 
     def _bit(self, leaf: Tensor) -> int:
-        made = self.made.get(id(leaf))
-        if made is not None and made() is leaf:
-            return 0
-        return self.bits.get(id(leaf), self.always)
+        return 0 if is_made(leaf) else self.bits.get(id(leaf), self.always)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -138,10 +133,6 @@ class Accounts:
         path = self._path(block)
         if path is not None:
             tensors = [leaf for leaf in tree_leaves((args, clean)) if isinstance(leaf, Tensor)]
-            if is_bound(block) and getattr(block, "gradient_checkpointing", False):
-                leaves = [t for t in tensors if t.grad_fn is None and t.requires_grad]
-                made = [t for t in leaves if not isinstance(t, nn.Parameter) and id(t) not in self.given]
-                self.made.update((id(t), weakref.ref(t)) for t in made)
             self.arguments[path] = [self._argument(tensor) for tensor in tensors]
 
     def _argument(self, tensor: Tensor) -> _Argument:
@@ -177,9 +168,10 @@ class Accounts:
     ) -> RetainedTable:
         sizes: dict[int, int] = {}
         savers: dict[int, list[Saver]] = {}
-        own = list(held_by_norms(saves, dropped, reach, lambda note: self._saver(note, reach), self.always))
-        statistics = {key for key, _, saver in own if not saver.unless}  # saved for the norm, while a reader saved
-        held = [(*pair, self._saver(save.note, reach)) for save in saves for pair in storages(save.tensor)]
+        norms = Norms(saves, dropped, reach, lambda note: self._saver(note, reach), self.always, self._given())
+        own = list(norms.held())
+        statistics = {key for key, _, saver in own if saver.holds_now}  # saved for the norm, while a reader saved
+        held = [(*pair, norms.of(i, save)) for i, save in enumerate(saves) for pair in storages(save.tensor)]
         for key, size, saver in [*(one for one in held if one[0] not in statistics), *own]:
             if key not in known:
                 sizes[key] = size
@@ -194,16 +186,31 @@ class Accounts:
 
     def _saver(self, note: _Note, reach: Reach) -> Saver:
         direct, everything = reach.direct.get(note.node, 0), reach.all.get(note.node, 0)
+        if note.node not in reach.all and note.part == "recompute":  # no node leads to what holds a block's arguments
+            everything = self._passes(note.module, reach)
         own = direct & ~self.always
         adapter = own.bit_length() - 1 if own else -1
         return Saver(note.module, note.part, self.places.block(note.module), direct or everything, adapter)
 
     def _facts(self, name: str, block: nn.Module, reach: Reach, inputs: list[int]) -> BlockFacts:
-        holds, passes = self._holds(block), 0
-        for argument in self.arguments.get(name, ()):
-            passes |= argument.leaf | reach.all.get(argument.node, 0)
+        holds, passes = self._holds(block), self._passes(name, reach)
         state = torch.get_rng_state().numel() if self.random.get(name) else 0
         return BlockFacts(name, holds, passes, tuple(dict.fromkeys(inputs)), state)
+
+    def _passes(self, name: str, reach: Reach) -> int:
+        found = 0
+        for argument in self.arguments.get(name, ()):
+            found |= argument.leaf | reach.all.get(argument.node, 0)
+        return found
+
+    def _given(self) -> dict[int, int]:
+        """By node, the bits of the blocks that have what it made for an argument."""
+        found: dict[int, int] = {}
+        for index, name in enumerate(self.blocks):
+            for argument in self.arguments.get(name, ()):
+                if argument.node >= 0:
+                    found[argument.node] = found.get(argument.node, 0) | 1 << index
+        return found
 
     def _holds(self, block: nn.Module) -> int:
         found = 0

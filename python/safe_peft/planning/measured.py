@@ -32,7 +32,6 @@ class Measurement:
         self._model = model
         self._accounts = Accounts(model, adapters)
         self._batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-        self._accounts.given.update(map(id, self._batch))
         self._recorder = Recorder(self._accounts.note)
         self._watching = ExitStack()
         self._watching.enter_context(self._accounts.watching())

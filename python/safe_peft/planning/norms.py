@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,10 +12,8 @@ from .graph import Reach
 from .retained import Saver
 
 
-def held_by_norms(
-    saves: Sequence[Save], dropped: Sequence[Dropped], reach: Reach, saver_of: Callable[[Any], Saver], always: int
-) -> Iterator[tuple[int, int, Saver]]:
-    """What norms hold until a layer that trains holds their output, and what they hold in either case.
+class Norms:
+    """The norms that have let go of what they saved first, since a reader of their output was about to keep it.
 
     Only a norm lets go of what it has saved while it is still part of the graph.
 
@@ -25,22 +23,76 @@ def held_by_norms(
         reach: of the graph.
         saver_of: who holds a save, by its note.
         always: the bit of what always trains.
-
-    Returns:
-        Identity and size of each storage, and who holds it.
+        blocks: by a norm's node, the bits of the blocks that have its output for an argument.
     """
-    readers: dict[int, int] = {}
-    kept = {key for save in saves for key, _ in storages(save.tensor)}
-    for save in saves:
-        saver = saver_of(save.note)
-        if saver.adapter >= 0 or not saver.needs & always:
-            readers[save.made_by] = readers.get(save.made_by, 0) | saver.needs
-    largest: dict[int, int] = {}
-    for drop in dropped:
-        largest[drop.note.node] = max(drop.bytes, largest.get(drop.note.node, 0))
-    for drop in dropped:
-        node = drop.note.node
-        if node in reach.all and node in readers:
-            key = drop.key if drop.storage() is not None else -id(drop.storage)
-            stays = key in kept and drop.bytes < largest[node]  # a statistic that backward from the output needs too
-            yield key, drop.bytes, replace(saver_of(drop.note), unless=0 if stays else readers[node])
+
+    def __init__(
+        self,
+        saves: Sequence[Save],
+        dropped: Sequence[Dropped],
+        reach: Reach,
+        saver_of: Callable[[Any], Saver],
+        always: int,
+        blocks: Mapping[int, int],
+    ) -> None:
+        self._saver_of, self._blocks = saver_of, blocks
+        self._dropped = [drop for drop in dropped if drop.note.node in reach.all]
+        self._kept = {key for save in saves for key, _ in storages(save.tensor)}
+        self._largest: dict[int, int] = {}
+        self._notes: dict[int, Any] = {}
+        for drop in self._dropped:
+            node = drop.note.node
+            self._notes.setdefault(node, drop.note)
+            self._largest[node] = max(drop.bytes, self._largest.get(node, 0))
+        self._own = self._outputs(saves)
+        self._readers: dict[int, int] = {}
+        for index, save in enumerate(saves):
+            saver = saver_of(save.note)
+            if index not in self._own and (saver.adapter >= 0 or not saver.needs & always):
+                self._readers[save.made_by] = self._readers.get(save.made_by, 0) | saver.needs
+
+    def of(self, index: int, save: Save) -> Saver:
+        """Return who holds a save: a norm saves its output while its reader runs, whose note it has.
+
+        Args:
+            index: its place among the saves.
+            save: the save.
+        """
+        if index not in self._own or save.made_by not in self._readers:
+            return self._saver_of(save.note)
+        return replace(self._saver_of(self._notes[save.made_by]), needs=self._readers[save.made_by], adapter=-1)
+
+    def held(self) -> Iterator[tuple[int, int, Saver]]:
+        """Yield what norms hold until a layer that trains holds their output, and what they hold in either case.
+
+        Identity and size of each storage, and who holds it.
+        """
+        for drop in self._dropped:
+            node = drop.note.node
+            if node in self._readers:
+                saver, stays = self._saver_of(drop.note), self._is_statistic(drop) and self._key(drop) in self._kept
+                if not stays:
+                    saver = replace(saver, unless=self._readers[node], unless_again=self._blocks.get(node, 0))
+                yield self._key(drop), drop.bytes, saver
+
+    def _outputs(self, saves: Sequence[Save]) -> set[int]:
+        """Places of the saves of their own outputs: the first ones, and statistics follow."""
+        statistics = {self._key(drop): drop.note.node for drop in self._dropped if self._is_statistic(drop)}
+        latest: dict[int, int] = {}
+        found: dict[int, int] = {}
+        for index, save in enumerate(saves):
+            if save.made_by in self._notes:
+                latest[save.made_by] = index
+            for key, _ in storages(save.tensor):
+                node = statistics.get(key, -1)
+                if node in latest:
+                    found.setdefault(node, latest[node])
+        return set(found.values())
+
+    def _is_statistic(self, drop: Dropped) -> bool:
+        """Whether it is one that backward from the output may need too."""
+        return drop.bytes < self._largest[drop.note.node]
+
+    @staticmethod
+    def _key(drop: Dropped) -> int:
+        return drop.key if drop.storage() is not None else -id(drop.storage)

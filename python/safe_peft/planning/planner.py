@@ -213,7 +213,9 @@ class Planner:
             share: what `schedule.way` says.
         """
         table, blocks = self._unfrozen(), self._blocks()
-        saves = table.bytes() - table.bytes([*frozen, *importance], blocks)
+        # Not everything frozen: a norm whose readers are all frozen holds its input, which may be more than it frees.
+        least = self._fit(table, importance, 0, frozen).bytes
+        saves = table.bytes() - min(least, table.bytes([*frozen, *importance], blocks))
         limit = table.bytes() - int((self.config.target_fraction or 0.0) * share * saves)
         keep_one, again = not self.others_train, "frozen" if blocks else "off"
         return list(fit(table, importance, limit, frozen=frozen, recompute=again, keep_one=keep_one).freeze)
