@@ -169,7 +169,8 @@ def test_blocks_compiled_one_by_one_are_cut_and_run_again_as_ever() -> None:
     # Of one live block the norm keeps its input, and its mean, since a compiler would take today's weights for good.
     assert own_bytes == kept_bytes + 4 * ROWS * WIDTH + 4 * ROWS
     assert own_grads.keys() == grads.keys()
-    assert all(torch.equal(own_grads[name], grad) for name, grad in grads.items())
+    for name, grad in grads.items():
+        torch.testing.assert_close(own_grads[name], grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.xfail(strict=False, reason="a compiled model's first batches are not seen, and its byte target acts late")

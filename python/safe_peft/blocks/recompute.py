@@ -21,8 +21,6 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from safe_kernels.retention import announce_reader
-
 from .arguments import Given, TensorsUsed
 from .moment import Moment
 from .trains import parts
@@ -121,8 +119,6 @@ class Run:
         self._unread = {place: _without_values(t) for place, t in enumerate(given) if id(t) in unread}
         self._states = len(states)
         kept = [tensor for tensor in given if id(tensor) not in unread]
-        for tensor in kept:
-            announce_reader(tensor)  # a norm that made it need not keep its own input as well
         self._kept = _keep([*kept, *states])
         self._given.tensors = []
 
