@@ -168,9 +168,9 @@ class Accounts:
     ) -> RetainedTable:
         sizes: dict[int, int] = {}
         savers: dict[int, list[Saver]] = {}
-        norms = Norms(saves, dropped, reach, lambda note: self._saver(note, reach), self.always, self._given())
+        norms = Norms(saves, dropped, reach, lambda note: self._saver(note, reach), self.always)
         own = list(norms.held())
-        statistics = {key for key, _, saver in own if saver.holds_now}  # saved for the norm, while a reader saved
+        statistics = {key for key, _, saver in own if not saver.unless}  # saved for the norm, while a reader saved
         held = [(*pair, norms.of(i, save)) for i, save in enumerate(saves) for pair in storages(save.tensor)]
         for key, size, saver in [*(one for one in held if one[0] not in statistics), *own]:
             if key not in known:
@@ -201,15 +201,6 @@ class Accounts:
         found = 0
         for argument in self.arguments.get(name, ()):
             found |= argument.leaf | reach.all.get(argument.node, 0)
-        return found
-
-    def _given(self) -> dict[int, int]:
-        """By node, the bits of the blocks that have what it made for an argument."""
-        found: dict[int, int] = {}
-        for index, name in enumerate(self.blocks):
-            for argument in self.arguments.get(name, ()):
-                if argument.node >= 0:
-                    found[argument.node] = found.get(argument.node, 0) | 1 << index
         return found
 
     def _holds(self, block: nn.Module) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,6 @@ class Norms:
         reach: of the graph.
         saver_of: who holds a save, by its note.
         always: the bit of what always trains.
-        blocks: by a norm's node, the bits of the blocks that have its output for an argument.
     """
 
     def __init__(
@@ -33,9 +32,8 @@ class Norms:
         reach: Reach,
         saver_of: Callable[[Any], Saver],
         always: int,
-        blocks: Mapping[int, int],
     ) -> None:
-        self._saver_of, self._blocks = saver_of, blocks
+        self._saver_of = saver_of
         self._dropped = [drop for drop in dropped if drop.note.node in reach.all]
         self._kept = {key for save in saves for key, _ in storages(save.tensor)}
         self._largest: dict[int, int] = {}
@@ -71,9 +69,7 @@ class Norms:
             node = drop.note.node
             if node in self._readers:
                 saver, stays = self._saver_of(drop.note), self._is_statistic(drop) and self._key(drop) in self._kept
-                if not stays:
-                    saver = replace(saver, unless=self._readers[node], unless_again=self._blocks.get(node, 0))
-                yield self._key(drop), drop.bytes, saver
+                yield self._key(drop), drop.bytes, saver if stays else replace(saver, unless=self._readers[node])
 
     def _outputs(self, saves: Sequence[Save]) -> set[int]:
         """Places of the saves of their own outputs: the first ones, and statistics follow."""

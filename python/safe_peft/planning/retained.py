@@ -40,7 +40,6 @@ class Saver:
         adapter: index of the adapter that holds it for its own gradient, or -1.
         unless: bits of the adapters any of which ends the hold: a norm holds its input until a layer that trains holds
             its output.
-        unless_again: bits of the blocks any of which ends the hold by running again, since it holds its arguments.
     """
 
     module: str
@@ -49,12 +48,6 @@ class Saver:
     needs: int
     adapter: int = -1
     unless: int = 0
-    unless_again: int = 0
-
-    @property
-    def holds_now(self) -> bool:
-        """Whether it holds while nothing more is frozen."""
-        return not (self.unless or self.unless_again)
 
 
 @dataclass(frozen=True)
@@ -67,7 +60,7 @@ class Storage:
     @cached_property
     def holders(self) -> tuple[Saver, ...]:
         """Those that hold it while nothing more is frozen."""
-        return tuple(saver for saver in self.savers if saver.holds_now)
+        return tuple(saver for saver in self.savers if not saver.unless)
 
     @cached_property
     def part(self) -> str:
@@ -104,7 +97,6 @@ class _Rows(NamedTuple):
 
     needs: NDArray[np.float32]
     unless: NDArray[np.float32]
-    unless_again: NDArray[np.float32]
     blocks: NDArray[np.int64]
     starts: list[int]
     sizes: NDArray[np.int64]
@@ -159,8 +151,7 @@ class RetainedTable:
         """
         rows, columns = self._rows, live.T.astype(np.float32)
         again = self._recomputed(columns, recompute)
-        ended = (rows.unless @ columns > 0) | (rows.unless_again @ again.astype(np.float32) > 0) | again[rows.blocks]
-        held = (rows.needs @ columns > 0) & ~ended
+        held = (rows.needs @ columns > 0) & ~(rows.unless @ columns > 0) & ~again[rows.blocks]
         alive = np.logical_or.reduceat(held, rows.starts, axis=0) if rows.starts else held
         for number, block in enumerate(self.blocks):
             alive[list(block.inputs)] |= again[number]
@@ -182,25 +173,23 @@ class RetainedTable:
             again[:-1] = wanted & (holds @ columns == 0) & (passes @ columns > 0)
         return again
 
-    def _bits(self, masks: Sequence[int], width: int = 0) -> NDArray[np.float32]:
-        width = width or len(self.adapters) + 1
+    def _bits(self, masks: Sequence[int]) -> NDArray[np.float32]:
+        width = len(self.adapters) + 1
         return np.array([[mask >> bit & 1 for bit in range(width)] for mask in masks], dtype=np.float32)
 
     @cached_property
     def _rows(self) -> _Rows:
-        found: list[tuple[int, int, int, int]] = []
+        found: list[tuple[int, int, int]] = []
         starts: list[int] = []
         for storage in self.storages:
             starts.append(len(found))
             # One that nobody holds yet needs a row as well, for its place among the sums.
-            savers = {(saver.needs, saver.unless, saver.unless_again, saver.block) for saver in storage.savers}
-            found += sorted(savers) or [(0, 0, 0, -1)]
-        width, blocks = len(self.adapters) + 1, len(self.blocks) + 1
+            found += sorted({(saver.needs, saver.unless, saver.block) for saver in storage.savers}) or [(0, 0, -1)]
+        width = len(self.adapters) + 1
         return _Rows(
-            self._bits([row[0] for row in found]).reshape(len(found), width),
-            self._bits([row[1] for row in found]).reshape(len(found), width),
-            self._bits([row[2] for row in found], blocks).reshape(len(found), blocks),
-            np.array([row[3] for row in found], dtype=np.int64),
+            self._bits([needs for needs, _, _ in found]).reshape(len(found), width),
+            self._bits([unless for _, unless, _ in found]).reshape(len(found), width),
+            np.array([block for _, _, block in found], dtype=np.int64),
             starts,
             np.array([storage.bytes for storage in self.storages], dtype=np.int64),
         )
@@ -269,7 +258,6 @@ class RetainedTable:
                 and 0 <= saver.needs < 1 << bits
                 and -1 <= saver.adapter < bits - 1
                 and 0 <= saver.unless < 1 << bits
-                and 0 <= saver.unless_again < 1 << blocks
                 for storage in self.storages
                 for saver in storage.savers
             )
