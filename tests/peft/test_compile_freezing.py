@@ -173,7 +173,6 @@ def test_blocks_compiled_one_by_one_are_cut_and_run_again_as_ever() -> None:
         torch.testing.assert_close(own_grads[name], grad, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.xfail(strict=False, reason="a compiled model's first batch is not seen, and it freezes by number")
 def test_a_byte_target_sees_the_batches_of_a_compiled_model() -> None:
     backend = Counting()
     options = {"score": "relative_norm", "target": "bytes", "target_fraction": 0.8}

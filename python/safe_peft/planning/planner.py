@@ -100,6 +100,7 @@ class Planner:
         """
         self.watched.end_step()
         if self.config.needs_plan and not self._checked and self.seen is not None:
+            self.refused = None  # the first batch of a compiled model is seen late: when a scoring step runs uncompiled
             self._check()
         if self.refused is not None and self.config.memory_budget is not None:
             raise PlanError(
