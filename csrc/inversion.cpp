@@ -72,8 +72,8 @@ const Mark* mark_of(const Tensor& tensor) {
 
 using Marks = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
-// First how many hold the tensor's memory. The others, while they are equal: nobody has written to it in between, short
-// of its bare address.
+// First how many hold the tensor's memory. The others, while they are equal: it was not written to in between, short of
+// its bare address.
 std::optional<Marks> marks(const Tensor& tensor) {
   if (!tensor.has_storage() || tensor.is_inference()) return std::nullopt;
   const Mark* mark = mark_of(tensor);

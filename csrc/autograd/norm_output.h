@@ -17,7 +17,7 @@ namespace safe_kernels {
 struct NormOutput : OutputNote {
   using OutputNote::OutputNote;
 
-  // `saved` is what the node has saved, the input first. Its mean, where it has one, is of no use beside the output.
+  // `saved` is what the node has saved, the input first. Its mean, where it has one, is of no use with the output.
   template <class Function>
   void set(torch::autograd::variable_list saved, bool is_invertible, size_t mean_at, size_t rstd_at) {
     saved_ = std::move(saved);

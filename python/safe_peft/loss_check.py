@@ -200,7 +200,7 @@ def parameters(head: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | No
 def _compare(inner: nn.Module, base: nn.Module, head: nn.Linear, batch: Mapping[str, Any]) -> None:
     """Whether the model's logits are what its head gives, and its loss their cross entropy, on a few tokens.
 
-    On the whole batch if something in it, such as a picture, cannot be cut. In inference mode, so that whoever watches
+    On the whole batch if something in it, such as a picture, cannot be cut. In inference mode, so that what watches
     a training takes it for none of its batches. The head's results are made large, which shows what caps them.
     """
     small, targets = _few(batch)

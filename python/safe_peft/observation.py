@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -40,7 +40,6 @@ class Observation:
         self._adapters = adapters
         self._spread = partial(RowBlocks.spread, blocks=blocks, block_rows=block_rows)
         self._armed: list[int] = []
-        self._suspended = 0
         self._shift = 0
         self._sums: Sums = {}
         self._lock = threading.Lock()
@@ -96,14 +95,9 @@ class Observation:
         self.disarm()
         self._watcher.close()
 
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
+    def suspended(self) -> AbstractContextManager[None]:
         """Look away while the block runs."""
-        self._suspended += 1
-        try:
-            yield
-        finally:
-            self._suspended -= 1
+        return self._watcher.suspended()
 
     def sums(self) -> tuple[tuple[float, ...], ...]:
         """Return what was gathered so far in this step, for a state dict; empty when nothing was."""
@@ -158,7 +152,7 @@ class Observation:
 
     def _statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
         """Where one adapter's coming call is to add its sums."""
-        if self._suspended or x.numel() == 0 or not torch.is_grad_enabled():
+        if self._watcher.is_suspended or x.numel() == 0 or not torch.is_grad_enabled():
             return None
         call, task = self._watcher.current, torch._C._current_graph_task_id()
         if call is not None and call.task == task and "sums" in call.notes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -72,6 +72,7 @@ class Watcher:
 
     def __init__(self, model: nn.Module, begin: Begin, end: End | None = None) -> None:
         self._begin, self._end = begin, end
+        self._suspensions = 0
         self._threads = threading.local()
         before, after = Hook(self._before), Hook(self._after)
         self._hooks: list[RemovableHandle] = []
@@ -88,6 +89,20 @@ class Watcher:
     def reset(self) -> None:
         """Forget this thread's forwards: none runs, but one that was interrupted never said so."""
         self._calls.clear()
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether what runs is to be looked away from; forwards are followed all the same."""
+        return self._suspensions > 0
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Look away while the block runs."""
+        self._suspensions += 1
+        try:
+            yield
+        finally:
+            self._suspensions -= 1
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -123,7 +138,7 @@ class Watcher:
 
 
 def watched(model: nn.Module) -> list[nn.Module]:
-    """Return the modules whose calls are a model's forwards, whoever calls which of them.
+    """Return the modules whose calls are a model's forwards, from wherever they are called.
 
     These are the model itself, every PEFT model in it, every model of a library that holds adapters, and what lies
     directly inside those: outer ones call the inner ones by `forward`, or are passed over themselves.

@@ -70,7 +70,7 @@ class Case:
         trains: which parameters train, by the depth of their block.
         targets: which layers have an adapter; "odd" are some of the attention's and some of the MLP's,
             "head too" adds layers after the blocks.
-        parts: what `bind` is asked to serve beside the adapters.
+        parts: what `bind` is asked to serve in addition to the adapters.
         dropout: of the model itself; "dropout" as `adapter` is LoRA's own.
         hook: what a hook does at the module `spot` of a low or `high` block.
         asks: what else of the model's result is in the loss.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from safe_kernels.retention import measure
 from safe_peft import bind
-from safe_peft.blocks.recompute import recompute
+from safe_peft.blocks.recompute import Run
 
 RNG_STATE = torch.get_rng_state().nbytes
 
@@ -111,7 +111,7 @@ def test_results_of_any_kind_come_back_as_they_were() -> None:
     def block(hidden: Tensor, *, scale: float, cache: None) -> tuple[Tensor, None, dict[str, Tensor]]:
         return hidden * scale, None, {"norm": hidden.norm()}
 
-    out, nothing, named = recompute(block, (x,), {"scale": 2.0, "cache": None})
+    out, nothing, named = Run(block).first((x,), {"scale": 2.0, "cache": None})
     assert nothing is None
     (out.sum() + named["norm"]).backward()
     torch.testing.assert_close(x.grad, 2.0 + (x / x.norm()).detach())
@@ -119,14 +119,14 @@ def test_results_of_any_kind_come_back_as_they_were() -> None:
 
 def test_a_result_that_nobody_differentiates_costs_nothing() -> None:
     x = torch.randn(3, requires_grad=True)
-    out, _ = recompute(lambda hidden: (hidden * 2, hidden * 3), (x,), {})
+    out, _ = Run(lambda hidden: (hidden * 2, hidden * 3)).first((x,), {})
     out.sum().backward()
     assert torch.equal(x.grad, torch.full((3,), 2.0))
 
 
 def test_the_second_derivative_is_the_one_without_it() -> None:
     x = torch.randn(3, requires_grad=True)
-    (grad,) = torch.autograd.grad(recompute(torch.sin, (x,), {}).sum(), x, create_graph=True)
+    (grad,) = torch.autograd.grad(Run(torch.sin).first((x,), {}).sum(), x, create_graph=True)
     grad.sum().backward()
     torch.testing.assert_close(x.grad, -torch.sin(x.detach()))
 

@@ -1,4 +1,4 @@
-"""Whoever holds the PEFT model, and whichever of its modules is called: scores and batches are seen as with itself."""
+"""Scores and batches are seen as with the PEFT model itself, whatever holds it and whichever module is called."""
 
 from __future__ import annotations
 

@@ -44,6 +44,11 @@ class Part(ABC):
         """Names of the children that the op does not call."""
         return self.covers
 
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of the module's attributes that are read in every call, and so may change."""
+        return ()
+
     def watch(self, module: nn.Module) -> Self:
         """Remember what a module was recognised by, so that `refusal` notices what changes of it.
 
@@ -52,7 +57,8 @@ class Part(ABC):
         """
         children = [(name, module._modules[name]) for name in self.passes_over]
         seen = [(name, child) for name, child in [("", module), *children] if child is not None]
-        self.codes = tuple((name, Code(child, _READ if is_dropout(child) else ())) for name, child in seen)
+        read = {name: _READ if is_dropout(child) else () if name else self.reads for name, child in seen}
+        self.codes = tuple((name, Code(child, read[name])) for name, child in seen)
         return self
 
     def refusal(self, module: nn.Module) -> str | None:

@@ -18,7 +18,7 @@ from .entry import Entry, SafeEmbedding, SafeOwner, before_blocks, input_embeddi
 from .mlps import Mlp
 from .norms import Norm, reason
 from .stack import Block, stacks, transformer_blocks
-from .trains import parts
+from .trains import modules_in
 
 PARTS = ("norms", "mlps", "attention", "dropouts")
 """All that `bind(parts=...)` takes."""
@@ -73,7 +73,7 @@ def _recognise(module: nn.Module, in_block: bool) -> Part | None:
 
 
 def _inside_blocks(model: nn.Module) -> set[int]:
-    return {id(module) for block in transformer_blocks(model).values() for module in parts(block)}
+    return {id(module) for block in transformer_blocks(model).values() for module in modules_in(block)}
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

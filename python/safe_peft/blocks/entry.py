@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ..adapters import peft_kind
 from ..paths import walk
 from ..swap import STATE, Swapped, is_bound
-from .trains import parts, waits_for_gradient
+from .trains import modules_in, waits_for_gradient
 
 _LEAF_MAKERS = ("make_inputs_require_grads", "make_inputs_require_grad")
 _PACKAGES = ("transformers", "peft")
@@ -155,9 +155,9 @@ def _leaves(tensor: Tensor) -> Iterator[Any]:
 
 def before_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
     """The modules that a model registers before its first block, less what holds the block."""
-    inside = {id(module) for block in blocks for module in parts(block)}
+    inside = {id(module) for block in blocks for module in modules_in(block)}
     before = itertools.takewhile(lambda module: id(module) not in inside, (module for _, module in walk(model)))
-    return [module for module in before if not any(id(child) in inside for child in parts(module))]
+    return [module for module in before if not any(id(child) in inside for child in modules_in(module))]
 
 
 def input_embeddings(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,7 +15,7 @@ import safe_kernels
 from safe_kernels import reference
 from safe_kernels.inversion import invertible, marks
 
-from ..swap import STATE, Swapped, is_bound, original_type, own_forward
+from ..swap import STATE, Swapped, autocasts, is_bound, original_type, own_forward
 from .base import Part, agrees, is_plain, sample, stand_in
 
 INVERTS = "_safe_inverts"
@@ -54,7 +54,7 @@ class SafeNorm(Swapped):
         if part.formula == "rms_norm":
             weight = part.ones(x) if weight is None else weight
             return safe_kernels.rms_norm(x, weight, eps, weight_offset=part.offset, retain_output=keep)
-        if x.dtype in _16_BIT and _autocasts(x) and x.device.type != "cpu":
+        if x.dtype in _16_BIT and autocasts(x) and x.device.type != "cpu":
             x = x.float()  # as autocast does for layer_norm, except on a CPU
         return safe_kernels.layer_norm(x, weight, self._parameters.get("bias"), eps, retain_output=keep)
 
@@ -67,8 +67,6 @@ class Norm(Part):
         formula: "rms_norm" or "layer_norm".
         eps: name of the module's attribute that holds it.
         offset: what is added to the weight.
-        code: the forward that was recognised.
-        plain: the module's plain attributes at that time, which that forward may read.
         names: of its parameters.
         keeps_dtype: whether it returns 16 bits where it is given 16 bits.
     """
@@ -78,8 +76,6 @@ class Norm(Part):
     formula: str
     eps: str
     offset: float = 0.0
-    code: Callable[..., Any] | None = field(default=None, repr=False)
-    plain: Mapping[str, Any] = field(default_factory=dict, repr=False)
     names: tuple[str, ...] = field(default=(), repr=False)
     keeps_dtype: bool = field(default=True, repr=False)
     _marks: tuple[Any, ...] = field(default=(), repr=False)
@@ -103,9 +99,7 @@ class Norm(Part):
             candidates.sort(key=lambda norm: norm.formula, reverse=True)
         found = next((norm for norm in candidates if norm._computes(module, width)), None)
         if found is not None:
-            found.code, found.names = original_type(module).forward, tuple(module._parameters)
-            live = {"training", eps}
-            found.plain = {k: v for k, v in vars(module).items() if not k.startswith("_") and k not in live}
+            found.names = tuple(module._parameters)
             found.keeps_dtype = found._keeps_dtype(module, width)
         return found
 
@@ -139,26 +133,21 @@ class Norm(Part):
         clone, x = self._trial(module, width, torch.bfloat16), sample(2, width).bfloat16()
         return agrees(lambda: original_type(module).forward(clone, x).mul(0), torch.zeros_like(x))
 
-    def changed(self, module: nn.Module) -> str | None:
-        """How the module differs from what was recognised, in a few words; None if it does not."""
-        if original_type(module).forward is not self.code:
-            return "its class has got another forward since it was recognised"
-        if tuple(module._parameters) != self.names:
-            return "its parameters are not its own any more (prune, parametrize)"
-        own = module.__dict__
-        for name, value in self.plain.items():
-            if own.get(name, self) is not value:
-                return f"{name} was changed since it was recognised"
-        return None
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The number that is added to the variance."""
+        return (self.eps,)
 
     def refusal(self, module: nn.Module) -> str | None:
         """Why the module's own code has to serve its calls, in a few words; None if the op can."""
-        return super().refusal(module) or self.changed(module)
+        if tuple(module._parameters) != self.names:
+            return "its parameters are not its own any more (prune, parametrize)"
+        return super().refusal(module)
 
     def takes(self, module: nn.Module, x: Any) -> bool:
         """Whether the op serves a call: dtypes that differ follow rules that every family makes for itself."""
         shown = [p for p in module._parameters.values() if p is not None]
-        if not is_plain(x, *shown) or self.changed(module) is not None:
+        if not is_plain(x, *shown) or self.refusal(module) is not None:
             return False
         eps = getattr(module, self.eps)
         if not isinstance(eps, float) and (eps is not None or not isinstance(module, nn.RMSNorm)):
@@ -167,8 +156,8 @@ class Norm(Part):
             return False
         alike = all(x.dtype == p.dtype for p in shown)
         if isinstance(module, _SHAPED) and original_type(module) is not nn.LayerNorm:
-            return alike and (x.dtype not in _16_BIT or not _autocasts(x))
-        return alike or (self.formula == "layer_norm" and _autocasts(x))
+            return alike and (x.dtype not in _16_BIT or not autocasts(x))
+        return alike or (self.formula == "layer_norm" and autocasts(x))
 
     def ones(self, x: Tensor) -> Tensor:
         """The weight of a norm that has none. Like a parameter it is there once, not once per call."""
@@ -269,7 +258,3 @@ def _width(module: nn.Module) -> int | None:
 
 def _holds_more(module: nn.Module) -> bool:
     return bool(module._modules or module._buffers or not set(module._parameters) <= {"weight", "bias"})
-
-
-def _autocasts(x: Tensor) -> bool:
-    return not x.is_meta and torch.is_autocast_enabled(x.device.type)

@@ -23,22 +23,10 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .arguments import Given, TensorsUsed
 from .moment import Moment
-from .trains import parts
+from .trains import modules_in
 
 WROTE = "it writes into its arguments in place, as a static cache does"
 COUNTED = "it changes buffers of its own in each call, as a batch norm does"
-
-
-def recompute(call: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Call something that trains nothing, keeping its arguments alone; see `Run`, which also says when it could not.
-
-    Example:
-        >>> x = torch.ones(2, requires_grad=True)
-        >>> recompute(torch.sin, (x,), {}).sum().backward()
-        >>> torch.equal(x.grad, torch.cos(x.detach()))
-        True
-    """
-    return Run(call).first(args, kwargs)
 
 
 class _Handle:
@@ -63,11 +51,17 @@ class Run:
 
     Attributes:
         reason: why the call keeps what it saved, and does not run again; "" if it does.
+
+    Example:
+        >>> x = torch.ones(2, requires_grad=True)
+        >>> Run(torch.sin).first((x,), {}).sum().backward()
+        >>> torch.equal(x.grad, torch.cos(x.detach()))
+        True
     """
 
     def __init__(self, call: Callable[..., Any], block: nn.Module | None = None, name: str = "the block") -> None:
         self._call, self._name = call, name
-        self._moment = Moment([] if block is None else list(parts(block)))
+        self._moment = Moment([] if block is None else list(modules_in(block)))
         self._handles: list[weakref.ref[_Handle]] = []
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
         self._saved: dict[int, Tensor] = {}

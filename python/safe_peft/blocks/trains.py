@@ -16,7 +16,7 @@ def trains(block: nn.Module) -> bool:
     """Whether anything in a block trains: requires_grad, less what the ledger has frozen and PEFT has thawed since."""
     live: list[nn.Parameter] = []
     frozen: set[int] = set()
-    for module in parts(block):
+    for module in modules_in(block):
         live += (p for p in module._parameters.values() if p is not None and p.requires_grad)
         state = module.__dict__.get(STATE)
         for key in state.frozen if isinstance(state, LayerState) else ():
@@ -24,7 +24,7 @@ def trains(block: nn.Module) -> bool:
     return any(id(parameter) not in frozen for parameter in live)
 
 
-def parts(block: nn.Module) -> Iterator[nn.Module]:
+def modules_in(block: nn.Module) -> Iterator[nn.Module]:
     """A block's modules, some perhaps twice: asked for in every call, where `modules()` takes several times as long."""
     rest = [block]
     while rest:

@@ -153,7 +153,7 @@ class Accounts:
         return _Note(path, latest_node(), self.places.part(path, before_blocks=not self.entered))
 
     def note_draw(self) -> None:
-        """Random numbers are drawn: real ones too, for whoever compares the states of generators."""
+        """Random numbers are drawn: real ones too, since some code compares the states of generators."""
         path = self.stack[-1] if self.stack else ""
         block = self.places.block(path)
         if block >= 0 and self.places.layer(path) is None:  # a frozen adapter's dropout is off

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +50,6 @@ class Seen:
         self._larger = larger
         self._paths = {id(module): name for name, module in walk(model)}
         self._step: list[Inputs] = []
-        self._suspended = 0
         self._running = False
         self._watcher = Watcher(model, self._begin, self._end)
 
@@ -59,14 +58,9 @@ class Seen:
         self._abandon()
         self._watcher.close()
 
-    @contextmanager
-    def suspended(self) -> Iterator[None]:
+    def suspended(self) -> AbstractContextManager[None]:
         """Look away while the block runs."""
-        self._suspended += 1
-        try:
-            yield
-        finally:
-            self._suspended -= 1
+        return self._watcher.suspended()
 
     def end_step(self) -> None:
         """What was called so far has gone backward."""
@@ -77,7 +71,8 @@ class Seen:
         """Note a training batch if none as large has been there."""
         inside = call.outer is not None and call.outer.notes.get("noted", False)
         call.notes["noted"] = inside
-        if inside or self._suspended or call.task != -1 or not torch.is_grad_enabled() or not call.module.training:
+        trains = call.task == -1 and torch.is_grad_enabled() and call.module.training
+        if inside or self._watcher.is_suspended or not trains:
             return
         names = list(inspect.signature(call.module.forward).parameters)
         batch = dict(zip(names, args, strict=False)) | dict(kwargs)
