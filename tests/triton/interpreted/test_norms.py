@@ -10,7 +10,7 @@ from norms import KINDS, MIDDLE, Norm, assert_results, backward_op, norm, result
 from oracle import DTYPES, Dtypes
 
 import safe_kernels
-from safe_kernels.retention import measure
+from safe_kernels.retention import announce_reader, measure
 
 TRAINED = [dtypes for dtypes in DTYPES if dtypes.x != torch.float64]
 SHAPES = ((0, 5), (1, 1), (37, 33), (3, 1031))
@@ -44,14 +44,25 @@ def test_every_output_mask(kind: str, from_output: bool, mask: tuple[bool, ...])
     assert_results(p, {name: grad for name, grad in got.items() if wanted[name]})
 
 
+@pytest.mark.parametrize("is_read", [True, False])
 @pytest.mark.parametrize("retain_output", [True, False])
 @pytest.mark.parametrize("kind", BOTH)
-def test_the_inputs_gradient_and_what_it_retains(kind: str, retain_output: bool, launches: list[str]) -> None:
+def test_the_inputs_gradient_and_what_it_retains(
+    kind: str, retain_output: bool, is_read: bool, launches: list[str]
+) -> None:
+    """The input, until a reader keeps the output."""
     p = norm(kind, (2, 3, 33), DTYPES[2]).require("x")
-    retained = measure(lambda: p.call(retain_output), exclude=[t for t in (p.weight, p.bias) if t is not None])
+
+    def forward() -> torch.Tensor:
+        out = p.call(retain_output)
+        if is_read:
+            announce_reader(out)
+        return out
+
+    retained = measure(forward, exclude=[t for t in (p.weight, p.bias) if t is not None])
     retained.output.backward(p.grad)
     assert_results(p, {"out": retained.output.detach(), "x": p.x.grad})
-    means = 0 if retain_output or kind == "rms" else 4 * 6
+    means = 0 if (retain_output and is_read) or kind == "rms" else 4 * 6
     assert retained.bytes == p.x.nbytes + 4 * 6 + means
     assert launches == ["_norm_forward_kernel", "_norm_backward_kernel"]
 
