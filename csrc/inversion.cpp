@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "autograd/note.h"
+#include "readable.h"
 
 namespace py = pybind11;
 
@@ -32,13 +33,9 @@ bool all_usable(const T* weight, const T* bias, int64_t count, const Bounds& bou
   return bad == 0;
 }
 
-bool is_readable(const std::optional<Tensor>& tensor, const Tensor& like) {
-  if (!tensor.has_value()) return true;
-  const auto keys = tensor->key_set();
-  return tensor->is_cpu() && tensor->layout() == at::kStrided && tensor->is_contiguous() && tensor->has_storage() &&
-         tensor->scalar_type() == like.scalar_type() && tensor->numel() == like.numel() &&
-         at::isFloatingType(tensor->scalar_type()) && !keys.has(c10::DispatchKey::Python) &&
-         !keys.has_any(c10::functorch_transforms_ks) && !keys.has(c10::DispatchKey::Functionalize);
+bool is_readable_like(const std::optional<Tensor>& tensor, const Tensor& like) {
+  return !tensor.has_value() ||
+         (is_readable(*tensor) && tensor->scalar_type() == like.scalar_type() && tensor->numel() == like.numel());
 }
 
 // None where the values cannot be read from here at once: tensors elsewhere, or of an unusual kind.
@@ -46,7 +43,7 @@ std::optional<bool> invertible(const std::optional<Tensor>& weight, const std::o
                                double limit, double smallest) {
   if (!weight.has_value() && !bias.has_value()) return true;
   const Tensor& like = weight.has_value() ? *weight : *bias;
-  if (!is_readable(weight, like) || !is_readable(bias, like)) return std::nullopt;
+  if (!is_readable_like(weight, like) || !is_readable_like(bias, like)) return std::nullopt;
   const Bounds bounds{offset, limit, smallest};
   return AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, like.scalar_type(), "invertible", [&] {
     const auto data = [](const std::optional<Tensor>& tensor) {

@@ -41,6 +41,7 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
     variable_list result(5);
     if (!grads[0].defined()) return result;
     const auto saved = unpack_saved(ctx, NORM_WRITTEN_TO);
+    check_parameters(ctx, saved, /*end=*/3);
     const auto weight = or_none(saved[1]), bias = or_none(saved[2]);
     // Indices of needs_input_grad count the tensors that were given.
     const size_t bias_index = weight.has_value() ? 2 : 1;

@@ -11,23 +11,55 @@
 #include <vector>
 
 #include "autograd/note.h"
+#include "autograd/saved.h"
+#include "readable.h"
 
 namespace safe_kernels {
+
+inline constexpr char PARAMETERS[] = "parameters";
+
+// Of the weight, and the bias where there is one: what a norm saves between its first tensor and its statistics.
+inline std::optional<int64_t> fingerprint_of(const torch::autograd::variable_list& saved, size_t end) {
+  int64_t sum = 0;
+  for (size_t i = 1; i < end; ++i) {
+    const auto part = fingerprint(saved[i]);
+    if (!part.has_value()) return std::nullopt;
+    sum = sum * 31 + *part;
+  }
+  return sum;
+}
+
+// Backward from the output divides by the weight that made it. A write through .data counts no version.
+inline void check_parameters(const torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& saved,
+                             size_t end) {
+  const auto found = ctx->saved_data.find(PARAMETERS);
+  if (found == ctx->saved_data.end()) return;
+  const auto now = fingerprint_of(saved, end);
+  TORCH_CHECK(!now.has_value() || *now == found->second.toInt(),
+              "the weight or bias of a bound norm (safe_kernels) was changed between forward and backward, through "
+              ".data for instance, and backward needs the values of the forward. ",
+              "Call backward before the change, or leave norms as they are: safe_peft.bind(model, parts=...) without "
+              "\"norms\".");
+}
 
 struct NormOutput : OutputNote {
   using OutputNote::OutputNote;
 
-  // `saved` is what the node has saved, the input first. Its mean, where it has one, is of no use with the output.
+  // `saved` is what the node has saved: the input, weight and bias, mean and rstd. The mean, where it has one, is of no
+  // use with the output.
   template <class Function>
   void set(torch::autograd::variable_list saved, bool is_invertible, size_t mean_at, size_t rstd_at) {
     saved_ = std::move(saved);
     for (const Tensor& tensor : saved_) versions_.push_back(tensor.defined() ? tensor._version() : 0);
     is_invertible_ = is_invertible;
+    // Now, and not when a reader comes: FSDP has let go of the weights by then.
+    if (is_invertible) fingerprint_ = fingerprint_of(saved_, mean_at);
     hooks_ = current_hooks();
     mean_at_ = mean_at;
     rstd_at_ = rstd_at;
-    save_ = [](torch::autograd::Node& node, torch::autograd::variable_list&& again) {
+    save_ = [](torch::autograd::Node& node, torch::autograd::variable_list&& again, std::optional<int64_t> values) {
       auto& own = dynamic_cast<torch::autograd::CppNode<Function>&>(node);
+      if (values.has_value()) own.ctx_.saved_data[PARAMETERS] = *values;
       own.ctx_.save_for_backward(std::move(again));
       own.save_variables_to_ctx();
     };
@@ -43,11 +75,19 @@ struct NormOutput : OutputNote {
     if (saved_.empty() || out.grad_fn() == nullptr || out.grad_fn().get() != node) return;
     for (size_t i = 0; i < saved_.size(); ++i)
       if (saved_[i].defined() && saved_[i]._version() != versions_[i]) return;
-    if (is_invertible_ && is_unchanged(out)) {
+    const bool from_output = is_invertible_ && is_unchanged(out);
+    if (from_output) {
       saved_[0] = out;
       saved_[mean_at_] = saved_[rstd_at_] = saved_[rstd_at_].unsqueeze(0);
     }
-    save_(*out.grad_fn(), std::exchange(saved_, {}));
+    save_(*out.grad_fn(), std::exchange(saved_, {}), from_output ? fingerprint_ : std::nullopt);
+  }
+
+  // The output has left the part of the model that saves under `hook`: a reader that comes now is outside of it.
+  // The current hooks have to live as long as the node: see safe_peft/blocks/recompute.py.
+  void leave(const void* hook) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (hooks_ == hook) hooks_ = current_hooks();
   }
 
  private:
@@ -61,9 +101,10 @@ struct NormOutput : OutputNote {
   torch::autograd::variable_list saved_;  // empty once a reader has come
   std::vector<int64_t> versions_;
   bool is_invertible_ = false;
+  std::optional<int64_t> fingerprint_;
   const void* hooks_ = nullptr;
   size_t mean_at_ = 0, rstd_at_ = 0;
-  void (*save_)(torch::autograd::Node&, torch::autograd::variable_list&&) = nullptr;
+  void (*save_)(torch::autograd::Node&, torch::autograd::variable_list&&, std::optional<int64_t>) = nullptr;
 };
 
 // For a norm's output that has just got its node: see `NormOutput::set`.
@@ -79,9 +120,17 @@ void attach_norm_output(const Tensor& out, torch::autograd::variable_list saved,
 // runs again, a second node saves what the first one's backward is made of.
 inline bool is_from_output(const Tensor& saved, const Tensor& rstd) { return rstd.dim() == saved.dim(); }
 
-// To be called before x is saved for a backward: x may be the output of a norm.
+// To be called before x is saved for a backward: x may be the output of a norm, or a view of all of it, which FSDP2 and
+// other hooks of a module hand on.
 inline void announce_reader(const Tensor& x) {
-  if (auto* note = find_note<NormOutput>(x)) note->keep(x);
+  if (auto* note = find_note<NormOutput>(x)) return note->keep(x);
+  if (!x.is_view() || x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return;
+  const Tensor base(x._base());
+  if (auto* note = find_note<NormOutput>(base); note != nullptr && x.numel() == base.numel()) note->keep(base);
+}
+
+inline void leave_hooks(const Tensor& out, const void* hook) {
+  if (auto* note = find_note<NormOutput>(out)) note->leave(hook);
 }
 
 }  // namespace safe_kernels

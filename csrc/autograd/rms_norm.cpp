@@ -38,6 +38,7 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     if (!wanted[0] && !wanted[1]) return result;
     const auto saved = unpack_saved(ctx, NORM_WRITTEN_TO);
+    check_parameters(ctx, saved, /*end=*/2);
     const bool from_output = is_from_output(saved[0], saved[2]);
     auto [grad_x, grad_weight] =
         rms_norm_backward(grads[0], saved[0], saved[1], from_output ? saved[2].squeeze(0) : saved[2],

@@ -94,7 +94,7 @@ def _choose(case: Case, model: nn.Module) -> None:
     keep = {
         "top": lambda name: depth(name) == case.layers - 1,
         "bottom": lambda name: depth(name) == 0,
-        "alternate": lambda name: depth(name) % 2 == 1,
+        "alternate": lambda name: depth(name) % 2 == 0,
         "random": lambda name: name.split(".lora_")[0] in picked,
         "one": lambda name: name.split(".lora_")[0] == layers[len(layers) // 3],
         "lora_B": lambda name: "lora_A" not in name,

@@ -105,6 +105,21 @@ def test_a_write_that_no_version_counts(kind: str, write: Callable[[Tensor], Non
     assert alike(got, block.gradients(block.read(other)))
 
 
+@pytest.mark.parametrize("change", [through_data, through_numpy])
+@pytest.mark.parametrize(("kind", "name"), [("rms", "weight"), ("layer", "weight"), ("layer", "bias")])
+def test_a_weight_that_changed_after_the_forward(kind: str, name: str, change: Callable[[Tensor], None]) -> None:
+    """Backward from the output divides by the weight that made it; backward from the input is PyTorch's own."""
+    block = Block(kind, "adapter")
+    parameter = getattr(block.p, name)
+    out = block.read(block.p.call())
+    kept = parameter.clone()
+    change(parameter)
+    with pytest.raises(RuntimeError, match=r"(?s)bound norm.*between forward and backward.*Call backward before"):
+        torch.autograd.grad(out, block.p.x, block.p.grad, retain_graph=True)
+    parameter.data.copy_(kept)
+    block.gradients(out)
+
+
 @pytest.mark.parametrize(
     "readers", [(), ("adapter",), ("whole", "adapter"), ("adapter", "whole"), ("adapter", "adapter")]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -77,6 +78,45 @@ def test_the_output_is_what_its_readers_retain(kind: str, dtypes: Dtypes) -> Non
     torch.stack(retained.output).sum().backward()
     assert p.x.grad is not None
     assert all(tensor.grad is not None for pair in adapters for tensor in pair)
+
+
+class Same(torch.autograd.Function):
+    """What FSDP2 puts before a unit: the tensor as it is, with a node of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def in_three_dimensions(y: Tensor) -> Tensor:
+    return y.view(-1, 1, 33)
+
+
+def a_part(y: Tensor) -> Tensor:
+    return y[1:]
+
+
+@pytest.mark.parametrize("hand_on", [Same.apply, in_three_dimensions, a_part])
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+def test_a_view_of_the_whole_output_is_read(kind: str, hand_on: Callable[[Tensor], Tensor]) -> None:
+    p = norm(kind).require("x")
+    A, B = nn.Parameter(torch.randn(4, 33)), nn.Parameter(torch.randn(33, 4))
+    parameters = [tensor for tensor in (p.weight, p.bias, A, B) if tensor is not None]
+
+    def forward(call: Callable[[], Tensor]) -> Tensor:
+        y = hand_on(call())
+        return safe_kernels.lora(y, y * 1.0, A, B, 2.0)
+
+    retained = measure(lambda: forward(p.call), exclude=parameters)
+    extra = 4 * MIDDLE[0] * (1 if kind == "rms" else 2) + p.x.nbytes if hand_on is a_part else 4 * MIDDLE[0]
+    assert retained.bytes == p.x.nbytes + extra, str(retained)
+    (got,) = torch.autograd.grad(retained.output.square().sum(), p.x)
+    (expected,) = torch.autograd.grad(forward(lambda: p.call(retain_output=False)).square().sum(), p.x)
+    assert torch.allclose(got, expected, rtol=0, atol=2e-5 * float(expected.abs().max()))
 
 
 def test_readers_keep_the_input_beside_the_output_when_the_weight_trains() -> None:

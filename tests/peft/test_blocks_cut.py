@@ -70,6 +70,33 @@ def test_checkpointing_of_both_kinds_gives_the_same_gradients(
     assert all(error(grad, expected[1][name]) <= 2e-5 for name, grad in grads.items())
 
 
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+@pytest.mark.parametrize("place", ["input_layernorm", "mlp.up_proj", "mlp"])
+def test_a_vector_that_a_hook_adds_below_the_cut_trains(place: str, reentrant: bool) -> None:
+    """No parameter of the block shows it, and no more is kept for it than stock PEFT keeps."""
+    model, batch = frozen_prefix(family("llama"))
+    model.base_model.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    model.enable_input_require_grads()
+    vector = nn.Parameter(torch.full((1,), 0.1))
+    block = model.base_model.model.model.layers[1]
+    block.get_submodule(place).register_forward_hook(lambda module, args, out: out + vector)
+
+    def measured() -> tuple[int, Tensor, dict[str, Tensor]]:
+        bytes_ = retained(model, batch)
+        vector.grad = None
+        loss, grads = loss_and_gradients(model, batch)
+        assert vector.grad is not None
+        return bytes_, loss, {**grads, "vector": vector.grad.clone()}
+
+    stock, *expected = measured()
+    with bind(model):
+        ours, loss, grads = measured()
+    assert ours <= stock
+    assert grads.keys() == expected[1].keys()
+    assert error(loss, expected[0]) <= 1e-6
+    assert all(error(grad, expected[1][name]) <= 2e-5 for name, grad in grads.items())
+
+
 def test_a_trainable_embedding_keeps_the_graph() -> None:
     one = family("llama")
     config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["embed_tokens"])

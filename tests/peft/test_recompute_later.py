@@ -11,11 +11,13 @@ import pytest
 import torch
 from families import family
 from peft import LoraConfig, PeftModel, get_peft_model
+from test_blocks_recompute import freeze_block
 from test_recompute_exact import IDS, Stack, compare, frozen_above_the_first, llama, made, same, step
 from tiny import randomise_adapters
 from torch import Tensor, nn
 
-from safe_peft import Binding
+from safe_kernels.retention import measure
+from safe_peft import Binding, bind
 
 # ---------------------------------------------------------------- between forward and backward
 
@@ -155,3 +157,17 @@ def test_nothing_outlives_the_graph() -> None:
 def test_other_families_with_their_defaults(one: Any) -> None:
     model, batch = one.model(layers=3), one.batch()
     compare(model, lambda: model(**batch).loss)
+
+
+@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta"])
+def test_a_norm_at_the_end_of_a_block_that_runs_again(name: str) -> None:
+    """A layer that trains reads it in the block above: what the norm keeps is the same as without running again."""
+    one = family(name)
+    model, batch = one.model(layers=3), one.batch()
+    with bind(model) as binding:
+        freeze_block(model, binding.blocks[1])
+        expected = step(model, lambda: model(**batch).loss)
+        without = measure(lambda: model(**batch).loss, exclude=model).bytes
+        binding.recompute.add(binding.blocks[1])
+        same(step(model, lambda: model(**batch).loss), expected)
+        assert measure(lambda: model(**batch).loss, exclude=model).bytes < without

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .trains import trains
@@ -44,7 +45,7 @@ class Checkpointing:
             live: something in it trains.
             passes: a gradient may pass through it.
         """
-        return self._replaced(block, _just_call if not live and not passes else _with_grad)
+        return self._replaced(block, _with_graph if not live and not passes else _with_grad)
 
     @contextmanager
     def _replaced(self, block: nn.Module, change: Callable[..., Any]) -> Iterator[None]:
@@ -80,12 +81,12 @@ def _turns_grad_off(function: Callable[..., Any]) -> bool:
     return bool(seen) and not seen[0]
 
 
-def _just_call(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **_: Any) -> Any:
-    """Nothing is differentiated, so nothing needs to be computed again."""
-    return function(*args)
+def _with_graph(reentrant: Callable[..., Any], function: Callable[..., Any], *args: Any, **_: Any) -> Any:
+    """Nothing trains that is known, so nothing is computed again; what a hook adds may train, and is made again."""
+    return checkpoint(function, *args, use_reentrant=False)
 
 
-def _with_grad(checkpoint: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
+def _with_grad(reentrant: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """Reentrant checkpointing trains nothing, without a word, unless one of its inputs requires grad."""
     floats = [index for index, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
     if floats and not any(args[index].requires_grad for index in floats) and _trains(function):
@@ -93,7 +94,7 @@ def _with_grad(checkpoint: Callable[..., Any], function: Callable[..., Any], *ar
         leaf = args[first].detach().requires_grad_()
         _made[leaf] = True
         args = (*args[:first], leaf, *args[first + 1 :])
-    return checkpoint(function, *args, **options)
+    return reentrant(function, *args, **options)
 
 
 def is_made(leaf: Tensor) -> bool:

@@ -19,7 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
+
+from safe_kernels.retention import leave_hooks
 
 from .arguments import Given, TensorsUsed
 from .moment import Moment
@@ -79,14 +82,18 @@ class Run:
         self._autocast = autocast_now(self._device)
         before, (self._devices, states) = torch.get_rng_state(), get_device_states(*given.tensors)
         objects = given.in_objects
+        unpack = self._unpack
         try:
-            with saved_tensors_hooks(self._pack, self._unpack), TensorsUsed() if objects else nullcontext() as used:
+            with saved_tensors_hooks(self._pack, unpack), TensorsUsed() if objects else nullcontext() as used:
                 output = self._call(*args, **kwargs)
         except BaseException:
             self._saved = {}  # what nodes have made: their hooks lead here, in a cycle that no collector sees
             raise
         drew = bool(self._devices) or not torch.equal(before, torch.get_rng_state())
         self._settle([before, *states] if drew else [], {id(t) for t in objects if used and not used.has(t)})
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):  # `_kept` keeps the hooks around this call alive as long as its graph
+                leave_hooks(leaf, unpack)
         return output
 
     def _pack(self, tensor: Tensor) -> _Handle:
