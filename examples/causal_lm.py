@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import safe_kernels
 from safe_peft import AdapterFreezer, SafeConfig
-from safe_peft.assets import fetch, load_film_reviews
+from safe_peft.finetune.assets import fetch, load_film_reviews
 
 
 def batches(tokenizer: Tokenizer, texts: list[str], rows: int, length: int) -> Iterator[dict[str, Tensor]]:

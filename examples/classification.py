@@ -23,7 +23,7 @@ from transformers import (
 )
 
 from safe_peft import SafeCallback, SafeConfig
-from safe_peft.assets import Example, fetch, load_film_reviews
+from safe_peft.finetune.assets import Example, fetch, load_film_reviews
 
 
 class Sentences(Dataset[dict[str, list[int] | int]]):

@@ -14,9 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from safe_peft import AdapterFreezer, SafeConfig, modeling
-from safe_peft.assets.texts import load_film_reviews
-from safe_peft.batches import tokenize
+from safe_peft import AdapterFreezer, SafeConfig
+from safe_peft.finetune import models
+from safe_peft.finetune.assets.texts import load_film_reviews
+from safe_peft.finetune.batches import tokenize
 
 
 def options() -> argparse.Namespace:
@@ -39,12 +40,10 @@ def main() -> None:
     rank, world = dist.get_rank(), dist.get_world_size()
 
     torch.manual_seed(0)  # the same adapters everywhere
-    source = modeling.locate("minilm")
-    tokenizer = modeling.load_tokenizer(source)
-    base = modeling.load_model(source, "seq-cls", ["negative", "positive"], tokenizer.pad_token_id)
-    model = modeling.add_lora(base, "seq-cls", {"r": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}).to(
-        device()
-    )
+    source = models.locate("minilm")
+    tokenizer = models.load_tokenizer(source)
+    base = models.load_model(source, "seq-cls", ["negative", "positive"], tokenizer.pad_token_id)
+    model = models.add_lora(base, "seq-cls", {"r": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}).to(device())
     torch.manual_seed(1 + rank)  # other dropout everywhere
 
     train, _ = load_film_reviews()

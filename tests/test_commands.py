@@ -14,7 +14,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 from typer.core import TyperCommand
 
-from safe_peft.cli import app
+from safe_peft.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ("safe-peft", "make", "torchrun", "python", "pytest", "bash")

@@ -8,7 +8,7 @@ from minilm import Step, make_batch, make_model
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import safe_peft
-from safe_peft.schedule import is_scoring_step, resolve
+from safe_peft.freezing.schedule import is_scoring_step, resolve
 
 TRAINING_STEPS = 160
 

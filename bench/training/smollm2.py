@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import safe_peft
-from safe_peft import assets
+from safe_peft.finetune import assets
+from safe_peft.finetune.measure import peak_rss
 from safe_peft.loss import BY_NAME
-from safe_peft.probe import peak_rss
 
 LAYERS = 30
 ROWS, LENGTH = 4, 512

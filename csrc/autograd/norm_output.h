@@ -84,7 +84,7 @@ struct NormOutput : OutputNote {
   }
 
   // The output has left the part of the model that saves under `hook`: a reader that comes now is outside of it.
-  // The current hooks have to live as long as the node: see safe_peft/blocks/recompute.py.
+  // The current hooks have to live as long as the node: see safe_peft/binding/blocks/recompute.py.
   void leave(const void* hook) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (hooks_ == hook) hooks_ = current_hooks();

@@ -5,20 +5,18 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .binding.explain import explain
 from .errors import AssetError, BindingError, ConfigError, PlanError, SafeError, ScoreError, StateError
 
-# Bound before anything can import the module of the same name, which would else take the function's place here.
-from .explain import explain
-
 if TYPE_CHECKING:
-    from .binding import Binding, bind
+    from .binding.bind import Binding, bind
     from .callback import SafeCallback
-    from .checkpoints import last_checkpoint
-    from .config import SafeConfig
-    from .freezer import AdapterFreezer
+    from .files.checkpoints import last_checkpoint
+    from .freezing.config import SafeConfig
+    from .freezing.freezer import AdapterFreezer
     from .loss import chunked_loss
     from .planning.memory import MemoryPlan, plan_memory
-    from .report import FreezeReport
+    from .report.report import FreezeReport
 
 __all__ = [
     "AdapterFreezer",
@@ -43,15 +41,15 @@ __all__ = [
 
 # Imported when first asked for: torch, PEFT and transformers take seconds, and `safe-peft report` needs none of them.
 _LAZY = {
-    "AdapterFreezer": "freezer",
-    "Binding": "binding",
-    "FreezeReport": "report",
+    "AdapterFreezer": "freezing.freezer",
+    "Binding": "binding.bind",
+    "FreezeReport": "report.report",
     "MemoryPlan": "planning.memory",
     "SafeCallback": "callback",
-    "SafeConfig": "config",
-    "bind": "binding",
+    "SafeConfig": "freezing.config",
+    "bind": "binding.bind",
     "chunked_loss": "loss",
-    "last_checkpoint": "checkpoints",
+    "last_checkpoint": "files.checkpoints",
     "plan_memory": "planning.memory",
 }
 

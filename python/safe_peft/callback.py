@@ -13,16 +13,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import CallbackHandler, ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from .binding import bind
-from .checkpoints import PROCESSES, STATE_FILE, checkpoint_files
-from .config import SafeConfig
+from .binding.bind import bind
+from .distributed.fsdp import fsdp_modules
+from .distributed.wrappers import unwrap
 from .errors import BindingError, StateError
-from .forgotten import take_over
-from .freezer import AdapterFreezer
-from .optimizers import Optimizers
-from .parallel.fsdp import fsdp_modules
-from .paths import unwrap
-from .report import FreezeReport
+from .files.checkpoints import PROCESSES, STATE_FILE, checkpoint_files
+from .freezing.config import SafeConfig
+from .freezing.forgotten import take_over
+from .freezing.freezer import AdapterFreezer
+from .freezing.optimizer_state import Optimizers
+from .report.report import FreezeReport
 
 logger = logging.getLogger(__name__)
 

@@ -6,10 +6,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from .config import SafeConfig
 from .errors import BindingError
-from .freezer import AdapterFreezer
-from .report import FreezeReport
+from .freezing.config import SafeConfig
+from .freezing.freezer import AdapterFreezer
+from .report.report import FreezeReport
 
 try:
     from lightning.pytorch.callbacks import Callback

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
-from .batches import IGNORED
+from .binding.class_swap import autocasts
+from .distributed.fsdp import is_spread
+from .distributed.wrappers import unwrap
 from .errors import ConfigError
-from .parallel.fsdp import is_spread
-from .paths import unwrap
-from .swap import autocasts
 
 CHECKED_TOKENS = 32
+IGNORED = -100  # the target that PyTorch's cross-entropy leaves out
 _PLAIN = (bool, int, float, str, type(None))
 _INPUTS = (
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "cache_position", "is_causal"),

@@ -28,8 +28,8 @@ import safe_peft
 import safe_peft.callback
 import safe_peft.lightning
 from safe_kernels import retention
-from safe_peft.binding import bind
-from safe_peft.freezer import AdapterFreezer
+from safe_peft.binding.bind import bind
+from safe_peft.freezing.freezer import AdapterFreezer
 
 PAGE = Path(__file__).parents[2] / "docs" / "recipes.md"
 MAKERS = (safe_peft, safe_peft.callback, safe_peft.lightning)

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from safe_peft import AdapterFreezer, SafeConfig
-from safe_peft.parallel.fsdp import whole
+from safe_peft.distributed.fsdp import whole
 
 STEPS = 32
 OPTIONS = LONG | {"freeze_end": 24}

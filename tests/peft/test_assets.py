@@ -18,10 +18,10 @@ from pathlib import Path
 import fake_asset
 import pytest
 
-from safe_peft import assets
-from safe_peft.assets import cache, download, gguf, unpack
-from safe_peft.assets.download import Archive
 from safe_peft.errors import AssetError
+from safe_peft.finetune import assets
+from safe_peft.finetune.assets import cache, download, gguf, unpack
+from safe_peft.finetune.assets.download import Archive
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ from tiny import adamw, batches, bert, causal_batches, gpt2, randomise_adapters,
 from torch import nn
 
 from safe_peft import BindingError, bind
-from safe_peft.adapters.lora import SafeLoraLinear
+from safe_peft.binding.adapters.lora import SafeLoraLinear
 
 Maker = Callable[..., PeftModel]
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from safe_peft import ConfigError, bind, explain
-from safe_peft.blocks import parts_of
-from safe_peft.blocks.activations import activation_kind
-from safe_peft.blocks.mlps import Mlp
-from safe_peft.blocks.norms import Norm
-from safe_peft.swap import Swapped
+from safe_peft.binding.blocks import parts_of
+from safe_peft.binding.blocks.activations import activation_kind
+from safe_peft.binding.blocks.mlps import Mlp
+from safe_peft.binding.blocks.norms import Norm
+from safe_peft.binding.class_swap import Swapped
 
 
 class Rms(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from safe_kernels.retention import measure
 from safe_peft import bind
-from safe_peft.blocks.recompute import Run
+from safe_peft.binding.blocks.recompute import Run
 
 RNG_STATE = torch.get_rng_state().nbytes
 

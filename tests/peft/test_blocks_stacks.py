@@ -13,7 +13,7 @@ from toy import Block
 
 from safe_kernels.retention import measure
 from safe_peft import bind
-from safe_peft.blocks import transformer_blocks
+from safe_peft.binding.blocks import transformer_blocks
 
 
 class Loop(nn.ModuleList):

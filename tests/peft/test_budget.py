@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_peft import ConfigError
-from safe_peft.planning.budget import bytes_limit, fit
+from safe_peft.freezing.sizes import parse_size
+from safe_peft.planning.greedy import bytes_limit, fit
 from safe_peft.planning.retained import BlockFacts, RetainedTable, Saver, Storage
-from safe_peft.sizes import parse_size
 
 
 def stack(blocks: int = 3, adapters: int = 3, x: int = 100, inner: int = 300, hidden: int = 50) -> RetainedTable:

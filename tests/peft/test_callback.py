@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from safe_peft import AdapterFreezer, BindingError, SafeCallback, SafeConfig, StateError
-from safe_peft.adapters.lora import SafeLoraLinear
+from safe_peft.binding.adapters.lora import SafeLoraLinear
 
 STEPS = 20
 CONFIG = SafeConfig(warmup=0.2, max_warmup=0.3, freeze_end=0.8, freeze_interval=2, score_interval=1)

@@ -13,9 +13,9 @@ from texts import bert_folder, sentences, write_jsonl
 from typer.testing import CliRunner
 
 from safe_peft import FreezeReport, SafeError
-from safe_peft.cli import app
-from safe_peft.cli_finetune import configure
-from safe_peft.report import AdapterRecord, Scoring
+from safe_peft.cli.finetune import configure
+from safe_peft.cli.main import app
+from safe_peft.report.records import AdapterRecord, Scoring
 
 WIDE = {"COLUMNS": "200", "TERM": "dumb"}
 
@@ -166,7 +166,7 @@ def test_every_command_explains_itself(command: str) -> None:
 
 def test_help_and_errors_of_options_need_no_torch() -> None:
     code = (
-        "import sys, safe_peft.cli as cli\nfrom typer.testing import CliRunner\n"
+        "import sys, safe_peft.cli.main as cli\nfrom typer.testing import CliRunner\n"
         "r = CliRunner().invoke(cli.app, ['finetune', '--help'])\n"
         "sys.exit(r.exit_code or 'torch' in sys.modules)"
     )
@@ -175,5 +175,5 @@ def test_help_and_errors_of_options_need_no_torch() -> None:
 
 def test_doctor_passes_its_exit_status_on(monkeypatch: pytest.MonkeyPatch) -> None:
     for status in (0, 1):
-        monkeypatch.setattr("safe_peft.doctor.main", lambda status=status: status)
+        monkeypatch.setattr("safe_peft.cli.doctor.main", lambda status=status: status)
         assert call("doctor")[0] == status

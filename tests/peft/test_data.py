@@ -11,8 +11,9 @@ import pandas
 import pytest
 import torch
 
-from safe_peft import ConfigError, data
-from safe_peft.batches import Examples
+from safe_peft import ConfigError
+from safe_peft.finetune import data
+from safe_peft.finetune.batches import Examples
 
 # Files
 

@@ -9,11 +9,13 @@ import pytest
 from rich.console import Console
 from texts import bert_folder, sentences
 
-from safe_peft import ConfigError, FreezeReport, SafeError, assets, demo
-from safe_peft.demo import DemoConfig, run_config
-from safe_peft.options import FinetuneConfig
-from safe_peft.report import RunRecord
-from safe_peft.summary import verdict
+from safe_peft import ConfigError, FreezeReport, SafeError
+from safe_peft.cli import demo
+from safe_peft.cli.demo import DemoConfig, run_config
+from safe_peft.finetune import assets
+from safe_peft.finetune.config import FinetuneConfig
+from safe_peft.report.comparison import verdict
+from safe_peft.report.records import RunRecord
 
 QUIET = Console(quiet=True)
 
@@ -28,7 +30,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
 
 
 def in_this_process(config: FinetuneConfig) -> FreezeReport:
-    from safe_peft.finetune import finetune
+    from safe_peft.finetune.run import finetune
 
     return finetune(replace(config, max_length=16), QUIET)
 

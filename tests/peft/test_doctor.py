@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from safe_peft import doctor, inspection
-from safe_peft.doctor import Check, Diagnosis
-from safe_peft.inspection import Findings
+from safe_peft.cli import doctor, inspection
+from safe_peft.cli.doctor import Check, Diagnosis
+from safe_peft.cli.inspection import Findings
 
 PACKAGES = Path(doctor.__file__).parents[1]
 
@@ -187,7 +187,7 @@ def test_without_a_usable_extension_the_doctor_still_answers(tmp_path: Path, con
         import safe_kernels._C
 
         (folder / "safe_kernels" / Path(safe_kernels._C.__file__).name).write_bytes(content)
-    command = [sys.executable, "-c", "from safe_peft.doctor import main; raise SystemExit(main())"]
+    command = [sys.executable, "-c", "from safe_peft.cli.doctor import main; raise SystemExit(main())"]
     environment = {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "COLUMNS": "200"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1, done.stderr

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from safe_peft import bind
-from safe_peft.adapters.lora import refusal
-from safe_peft.importance import find_score
+from safe_peft.binding.adapters.lora import refusal
+from safe_peft.freezing.scores import find_score
 
 
 def lora_layer(base: nn.Module | None = None, **options: Any) -> PeftLinear:

@@ -19,10 +19,12 @@ from texts import bert_folder, gpt2_folder, sentences, write_jsonl
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-from safe_peft import ConfigError, FreezeReport, SafeError, assets, bind, data, explain, probe, worker
-from safe_peft.finetune import finetune
-from safe_peft.options import FinetuneConfig
-from safe_peft.outputs import staged
+from safe_peft import ConfigError, FreezeReport, SafeError, bind, explain
+from safe_peft.cli import worker
+from safe_peft.files.staging import staged
+from safe_peft.finetune import assets, data, measure
+from safe_peft.finetune.config import FinetuneConfig
+from safe_peft.finetune.run import finetune
 
 QUIET = Console(quiet=True)
 OUTPUTS = {
@@ -65,7 +67,7 @@ def config(folder: Path) -> FinetuneConfig:
 @pytest.fixture
 def unreported(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spare tests that do not look at it the drawing of the report."""
-    monkeypatch.setattr("safe_peft.finetune.save_report", lambda *_: None)
+    monkeypatch.setattr("safe_peft.finetune.run.save_report", lambda *_: None)
 
 
 def tensors(output: Path) -> dict[str, torch.Tensor]:
@@ -144,8 +146,8 @@ def test_measuring_leaves_training_alone(
     config: FinetuneConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     finetune(replace(config, output=str(tmp_path / "measured")), QUIET)
-    monkeypatch.setattr(probe, "retained_bytes", lambda *_: 1)
-    monkeypatch.setattr(probe, "step_flops", lambda *_: 1)
+    monkeypatch.setattr(measure, "retained_bytes", lambda *_: 1)
+    monkeypatch.setattr(measure, "step_flops", lambda *_: 1)
     finetune(replace(config, output=str(tmp_path / "not")), QUIET)
     measured, not_measured = tensors(tmp_path / "measured"), tensors(tmp_path / "not")
     assert all(torch.equal(measured[key], not_measured[key]) for key in measured)

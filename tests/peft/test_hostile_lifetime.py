@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from safe_kernels.retention import measure
 from safe_peft import AdapterFreezer, BindingError, ConfigError, SafeConfig, bind, explain
-from safe_peft.swap import is_bound
+from safe_peft.binding.class_swap import is_bound
 
 
 def lora_layers(model: nn.Module) -> list[nn.Module]:

@@ -16,7 +16,7 @@ from tiny import EARLY, adamw, batches, bert, train
 from torch import nn
 
 from safe_peft import AdapterFreezer, BindingError, ConfigError, FreezeReport, SafeConfig, ScoreError
-from safe_peft.report import AdapterRecord
+from safe_peft.report.records import AdapterRecord
 
 NAME = "bert.encoder.layer.0.output.dense"
 

@@ -8,7 +8,8 @@ import torch
 
 from safe_kernels import AdapterStatistics
 from safe_peft import ConfigError
-from safe_peft.importance import Evidence, find_score, register_score, score_names
+from safe_peft.binding.adapters import Evidence
+from safe_peft.freezing.scores import find_score, register_score, score_names
 
 
 def score(name: str, evidence: Evidence) -> float:

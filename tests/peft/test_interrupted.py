@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from safe_peft import AdapterFreezer, BindingError, SafeCallback, SafeConfig, bind
-from safe_peft.swap import is_bound
+from safe_peft.binding.class_swap import is_bound
 
 DROPOUT = 0.1
 

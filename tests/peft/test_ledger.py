@@ -6,7 +6,7 @@ import math
 import pytest
 
 from safe_peft import StateError
-from safe_peft.ledger import Ledger
+from safe_peft.freezing.ledger import Ledger
 
 
 def example() -> Ledger:

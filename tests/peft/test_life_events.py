@@ -17,7 +17,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from tiny import EARLY, adamw, causal_batches, gpt2, randomise_adapters, train
 
 from safe_peft import AdapterFreezer, BindingError, SafeConfig, bind, explain
-from safe_peft.swap import STATE
+from safe_peft.binding.class_swap import STATE
 
 
 def under_way() -> tuple[PeftModel, torch.optim.AdamW, AdapterFreezer]:

@@ -15,8 +15,8 @@ from torch.func import functional_call
 
 from safe_kernels import AdapterStatistics, retention
 from safe_peft import AdapterFreezer, SafeConfig, bind, explain
-from safe_peft.adapters import Adapter
-from safe_peft.swap import original_type
+from safe_peft.binding.adapters import Adapter
+from safe_peft.binding.class_swap import original_type
 
 ODD = "lora.Embedding lora.Conv1d lora.Conv1d lora.Conv2d lora.Conv3d lora.ParamWrapper lora.ParamWrapper lora.Linear"
 

@@ -10,7 +10,7 @@ from life import SCENARIOS, Failure, Scenario, assert_same, assert_same_files, g
 from life import state as seen
 
 from safe_peft import BindingError, bind
-from safe_peft.swap import STATE
+from safe_peft.binding.class_swap import STATE
 
 
 @pytest.mark.parametrize("script", SCENARIOS, ids=str)

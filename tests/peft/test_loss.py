@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 import safe_peft
 from safe_kernels import retention
-from safe_peft import AdapterFreezer, ConfigError, SafeConfig, bind, chunked_loss, plan_memory, probe
+from safe_peft import AdapterFreezer, ConfigError, SafeConfig, bind, chunked_loss, plan_memory
+from safe_peft.finetune import measure
 from safe_peft.loss import own_loss
 from safe_peft.loss_check import CHECKED_TOKENS
 
@@ -112,7 +113,7 @@ def test_whole_logits_are_neither_retained_nor_planned() -> None:
 def test_products_are_counted() -> None:
     model, given = made("llama"), batch()
     chunked_loss(model, given)
-    own, chunked = (probe.step_flops(model, given, loss) for loss in (own_loss, chunked_loss))
+    own, chunked = (measure.step_flops(model, given, loss) for loss in (own_loss, chunked_loss))
     head = 2 * VOCABULARY * 32
     assert chunked == own - 2 * ROWS * head + ROWS * head, "no last token twice, but its logits by the way"
 

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 import safe_peft
 from safe_kernels import retention
 from safe_peft import BindingError, ConfigError, MemoryPlan, PlanError, bind, plan_memory
-from safe_peft.blocks import transformer_blocks
-from safe_peft.planning.fakes import FakeModel
+from safe_peft.binding.blocks import transformer_blocks
+from safe_peft.planning.fake_model import FakeModel
 from safe_peft.planning.inputs import Inputs, inputs_for
-from safe_peft.planning.live import LiveBytes
+from safe_peft.planning.live_bytes import LiveBytes
 from safe_peft.planning.retained import RetainedTable
 from safe_peft.planning.tracing import live_adapters, trace
 

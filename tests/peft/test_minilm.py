@@ -12,7 +12,8 @@ from tiny import BERT_TARGETS, adamw, train
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from safe_peft import AdapterFreezer, SafeConfig, assets, explain
+from safe_peft import AdapterFreezer, SafeConfig, explain
+from safe_peft.finetune import assets
 
 
 @pytest.fixture(scope="module")

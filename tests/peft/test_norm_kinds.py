@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from safe_kernels.retention import measure
 from safe_peft import bind, explain
-from safe_peft.explain import PartPath
+from safe_peft.binding.explain import PartPath
 
 D = 16
 

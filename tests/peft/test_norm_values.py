@@ -14,8 +14,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from safe_kernels.retention import measure
 from safe_peft import bind, explain
-from safe_peft.blocks import norms
-from safe_peft.blocks.norms import MOST_READS
+from safe_peft.binding.blocks import norms
+from safe_peft.binding.blocks.norms import MOST_READS
 
 D = 8
 

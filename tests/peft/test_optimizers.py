@@ -18,8 +18,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from toy import Toy, freezer_of, pairs, toy
 
 from safe_peft import AdapterFreezer, BindingError, ConfigError, SafeConfig
-from safe_peft.optimizers import Optimizers
-from safe_peft.swap import is_bound
+from safe_peft.binding.class_swap import is_bound
+from safe_peft.freezing.optimizer_state import Optimizers
 
 STEPS = 18
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {

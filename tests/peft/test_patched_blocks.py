@@ -9,7 +9,7 @@ from families import family
 from torch import Tensor, nn
 
 from safe_peft import bind
-from safe_peft.swap import original_type
+from safe_peft.binding.class_swap import original_type
 
 
 def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 import safe_peft
 from safe_kernels.retention import measure
 from safe_peft import bind, explain
-from safe_peft.adapters.quantised import QuantisedLora, _warn_once, refusal
-from safe_peft.importance import find_score
+from safe_peft.binding.adapters.quantised import QuantisedLora, _warn_once, refusal
+from safe_peft.freezing.scores import find_score
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 REAL = [kind for kind in KINDS if "stand-in" not in kind]

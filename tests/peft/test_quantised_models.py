@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safe_kernels.retention import measure
-from safe_peft import AdapterFreezer, SafeConfig, assets, bind, explain, plan_memory
-from safe_peft.planning.live import LiveBytes
+from safe_peft import AdapterFreezer, SafeConfig, bind, explain, plan_memory
+from safe_peft.finetune import assets
+from safe_peft.planning.live_bytes import LiveBytes
 
 kinds = pytest.mark.parametrize("kind", KINDS)
 BATCH = family("llama").batch()

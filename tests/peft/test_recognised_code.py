@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from safe_peft import bind, explain
-from safe_peft.swap import original_type
+from safe_peft.binding.class_swap import original_type
 
 NAMES = ("llama", "bert", "gpt2", "t5", "t5-gated", "mpnet")
 CHILDREN = ("act_fn", "act", "activation_fn", "intermediate_act_fn")

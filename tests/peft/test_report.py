@@ -17,10 +17,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from safe_peft import StateError, jsonio
-from safe_peft.report import AdapterRecord, FreezeReport, Freezing, RunRecord, Scoring
-from safe_peft.summary import comparison, standard_error, verdict
-from safe_peft.tables import runs_table
+from safe_peft import StateError
+from safe_peft.files import jsonio
+from safe_peft.report.comparison import comparison, standard_error, verdict
+from safe_peft.report.records import AdapterRecord, Freezing, RunRecord, Scoring
+from safe_peft.report.report import FreezeReport
+from safe_peft.report.tables import runs_table
 
 MIB = 2**20
 PARTS = ("attention.query", "attention.key", "output.dense")

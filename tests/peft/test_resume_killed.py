@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.trainer_utils import get_last_checkpoint as newest
 
 from safe_peft import last_checkpoint
-from safe_peft.ledger import Ledger
+from safe_peft.freezing.ledger import Ledger
 
 EXACT = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 

@@ -9,7 +9,7 @@ import pytest
 from tiny import adamw, batches, bert, train
 
 from safe_peft import AdapterFreezer, SafeConfig, ScoreError, StateError
-from safe_peft.checksum import signed
+from safe_peft.files.checksum import signed
 
 OPTIONS = {"warmup": 2, "max_warmup": 4, "freeze_end": 12, "freeze_interval": 2, "score_interval": 4}
 DATA = list(batches(14))

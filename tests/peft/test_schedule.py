@@ -8,17 +8,15 @@ from hypothesis import strategies as st
 from tiny import EARLY, run
 
 from safe_peft import ConfigError, SafeConfig
-from safe_peft.schedule import (
+from safe_peft.freezing.curves import cubic, register_curve, way
+from safe_peft.freezing.schedule import (
     Schedule,
     choose,
-    cubic,
     is_freezing_step,
     is_scoring_step,
     is_stable,
-    register_curve,
     resolve,
     target_count,
-    way,
 )
 
 

@@ -17,9 +17,10 @@ from killed import Rows
 from tiny import BERT_TARGETS, EARLY, adamw, bert, gpt2, run
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
-from safe_peft import AdapterFreezer, SafeCallback, SafeConfig, StateError, jsonio, last_checkpoint
-from safe_peft.checkpoints import checkpoint_files
-from safe_peft.state import VERSION
+from safe_peft import AdapterFreezer, SafeCallback, SafeConfig, StateError, last_checkpoint
+from safe_peft.files import jsonio
+from safe_peft.files.checkpoints import checkpoint_files
+from safe_peft.freezing.state import VERSION
 
 
 def fresh(optimizer: type[torch.optim.Optimizer] = torch.optim.AdamW, **lora: Any) -> AdapterFreezer:

@@ -19,7 +19,7 @@ from tiny import adamw, bert
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from safe_peft import AdapterFreezer, ConfigError, FreezeReport, SafeCallback, SafeConfig, SafeError, StateError
-from safe_peft.checksum import signed
+from safe_peft.files.checksum import signed
 
 few = settings(
     max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck), derandomize=True

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import safe_peft
 from safe_peft import AdapterFreezer, SafeConfig
-from safe_peft.planning.fakes import FakeModel
+from safe_peft.planning.fake_model import FakeModel
 
 
 class Net(nn.Module):

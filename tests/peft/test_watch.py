@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import BertForSequenceClassification
 
 from safe_peft import AdapterFreezer, SafeConfig
-from safe_peft.watch import watched
+from safe_peft.binding.forward_hooks import watched
 
 BYTES = {**EARLY, "target": "bytes", "target_fraction": 0.5}
 

@@ -16,14 +16,14 @@ from torch.utils._pytree import tree_leaves
 
 from safe_kernels.retention import Dropped, Recorder, Save, storages
 
-from ..adapters import Adapter
-from ..blocks import transformer_blocks
-from ..blocks.checkpointing import is_made
-from ..code import observes
-from ..paths import parameters_of, short_name, walk
-from .graph import Reach, latest_node
+from ..binding.adapters import Adapter
+from ..binding.blocks import transformer_blocks
+from ..binding.blocks.checkpointing import is_made
+from ..binding.code import observes
+from ..distributed.wrappers import parameters_of, short_name, walk
+from .attribution import Places
+from .autograd_graph import Reach, latest_node
 from .norms import Norms
-from .parts import Places
 from .retained import BlockFacts, RetainedTable, Saver, Storage
 
 _CACHES = ("past_key_values", "past_key_value", "layer_past")

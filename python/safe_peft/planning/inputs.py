@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..distributed.wrappers import parameters_of
 from ..errors import PlanError
-from ..paths import parameters_of
 
 _ROW_LABELS = ("ForSequenceClassification", "ForImageClassification", "ForAudioClassification", "ForMultipleChoice")
 _TOKEN_LABELS = ("ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMaskedLM", "ForTokenClassification")

@@ -12,8 +12,8 @@ from torch.utils._pytree import tree_leaves
 
 from safe_kernels.retention import Recorder, storages
 
-from ..adapters import Adapter
-from ..paths import buffers_of, parameters_of
+from ..binding.adapters import Adapter
+from ..distributed.wrappers import buffers_of, parameters_of
 from .accounts import Accounts
 from .retained import RetainedTable
 

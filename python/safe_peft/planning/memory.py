@@ -12,12 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..blocks import transformer_blocks
+from ..binding.blocks import transformer_blocks
+from ..distributed.wrappers import parameters_of, unwrap
 from ..errors import ConfigError, PlanError
 from ..loss import Loss
-from ..paths import parameters_of, unwrap
 from .device import device_kind
-from .fakes import FakeModel
+from .fake_model import FakeModel
 from .inputs import Inputs, inputs_for
 from .plan import GroupRow, MemoryPlan, Side
 from .retained import RetainedTable

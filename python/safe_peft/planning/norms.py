@@ -8,7 +8,7 @@ from typing import Any
 
 from safe_kernels.retention import Dropped, Save, storages
 
-from .graph import Reach
+from .autograd_graph import Reach
 from .retained import Saver
 
 

@@ -7,13 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from .. import jsonio
-from .retained import merged
+from ..files import jsonio
+from .retained import MIB, merged
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class MemoryPlan:
         Example:
             >>> plan.picture().savefig("plan.png")  # doctest: +SKIP
         """
-        from .picture import draw_plans
+        from .figure import draw_plans
 
         return draw_plans([("", self)])
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+MIB = 2**20
 Live = NDArray[np.bool_]
 """What lives: one truth value an adapter, and a last one for what always trains."""
 

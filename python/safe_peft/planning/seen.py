@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..paths import walk
-from ..watch import Call, Watcher
+from ..binding.forward_hooks import Call, Watcher
+from ..distributed.wrappers import walk
 from .inputs import Inputs, largest
 from .measured import Measurement, joined
 from .retained import Measured, RetainedTable

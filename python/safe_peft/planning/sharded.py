@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from ..errors import PlanError
-from ..parallel.fsdp import (
+from ..binding.class_swap import STATE, original_type
+from ..distributed.fsdp import (
     class_before,
     fsdp_groups,
     fsdp_modules,
@@ -20,8 +20,8 @@ from ..parallel.fsdp import (
     mesh_groups,
     precision_policy,
 )
-from ..paths import parameters_of
-from ..swap import STATE, original_type
+from ..distributed.wrappers import parameters_of
+from ..errors import PlanError
 
 _ENGINE = "torch.distributed."
 

@@ -19,16 +19,16 @@ from torch.utils._pytree import tree_leaves
 
 from safe_kernels.retention import Recorder, storages
 
-from ..adapters import Adapter, adapter_of
-from ..binding import Binding, bind
+from ..binding.adapters import Adapter, adapter_of
+from ..binding.bind import Binding, bind
+from ..distributed.wrappers import parameters_of, short_name, walk
 from ..errors import PlanError
 from ..loss import Loss
-from ..paths import parameters_of, short_name, walk
 from .accounts import Accounts
 from .device import as_on
-from .fakes import FakeModel, MaskAnswers, first_line, ordinary_positions
+from .fake_model import FakeModel, MaskAnswers, first_line, ordinary_positions
 from .inputs import Inputs
-from .live import LiveBytes
+from .live_bytes import LiveBytes
 from .retained import RetainedTable
 
 

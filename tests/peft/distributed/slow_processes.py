@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from safe_peft import AdapterFreezer, SafeConfig
-from safe_peft.parallel.fsdp import whole
+from safe_peft.distributed.fsdp import whole
 
 expected = functools.cache(functools.partial(alone, LONG_STEPS, LONG))
 

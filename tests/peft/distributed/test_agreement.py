@@ -19,11 +19,13 @@ from shares import digest, events, shares
 from tiny import adamw, batches, bert, train
 from torch.nn.parallel import DistributedDataParallel
 
-from safe_peft import AdapterFreezer, BindingError, ConfigError, SafeConfig, jsonio
-from safe_peft.checksum import signed
-from safe_peft.importance import Evidence, register_score
-from safe_peft.ledger import Ledger
-from safe_peft.parallel import ddp as ddp_engine
+from safe_peft import AdapterFreezer, BindingError, ConfigError, SafeConfig
+from safe_peft.binding.adapters import Evidence
+from safe_peft.distributed import ddp as ddp_engine
+from safe_peft.files import jsonio
+from safe_peft.files.checksum import signed
+from safe_peft.freezing.ledger import Ledger
+from safe_peft.freezing.scores import register_score
 
 SHORT = {"warmup": 2, "max_warmup": 4, "freeze_end": 12, "freeze_interval": 3, "score_interval": 2, "block_rows": 12}
 

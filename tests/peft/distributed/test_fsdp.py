@@ -16,8 +16,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import safe_peft
 from safe_peft import AdapterFreezer, BindingError, SafeConfig
-from safe_peft.parallel.fsdp import whole
-from safe_peft.swap import Swapped
+from safe_peft.binding.class_swap import Swapped
+from safe_peft.distributed.fsdp import whole
 
 expected = functools.cache(alone)
 

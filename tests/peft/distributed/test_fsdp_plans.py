@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import safe_peft
 from safe_kernels.retention import record, storages
 from safe_peft import AdapterFreezer, SafeConfig
-from safe_peft.parallel.fsdp import fsdp_modules
+from safe_peft.distributed.fsdp import fsdp_modules
 from safe_peft.planning.inputs import Inputs
 from safe_peft.planning.tracing import trace
 

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 
 from safe_peft import AdapterFreezer, SafeConfig
-from safe_peft.parallel.fsdp import whole
+from safe_peft.distributed.fsdp import whole
 
 SAVE_AT = 9
 """After the first freezings, and before the last."""

@@ -19,9 +19,10 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import Trainer, TrainingArguments
 
-from safe_peft import AdapterFreezer, SafeCallback, SafeConfig, assets
+from safe_peft import AdapterFreezer, SafeCallback, SafeConfig
 from safe_peft.callback import NO_WAY_BACK
-from safe_peft.parallel.fsdp import whole
+from safe_peft.distributed.fsdp import whole
+from safe_peft.finetune import assets
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "torchrun.py"
 

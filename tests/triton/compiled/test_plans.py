@@ -31,7 +31,7 @@ from torch import Tensor
 import safe_kernels
 from safe_kernels import _C, reference
 from safe_kernels.triton import plans
-from safe_peft.planning.live import LiveBytes
+from safe_peft.planning.live_bytes import LiveBytes
 
 
 @pytest.fixture(autouse=True)

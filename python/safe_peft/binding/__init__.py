@@ -1,0 +1,22 @@
+"""Puts the fast path under a PEFT model in place, explains what it did, and takes it off again.
+
+What an extension registers with stands here, and is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .adapters import Adapter, Evidence, register_adapter
+
+__all__ = ["Adapter", "Evidence", "register_adapter"]
+
+_LAZY = {"Adapter": "adapters", "Evidence": "adapters", "register_adapter": "adapters"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -1,0 +1,13 @@
+"""The kinds of adapters this package knows, one file each, and the only place that imports PEFT."""
+
+from __future__ import annotations
+
+from . import lora as lora  # each registers its layer types
+from . import lora_conv as lora_conv
+from . import lora_embedding as lora_embedding
+from . import lora_parameter as lora_parameter
+from . import quantised as quantised
+from .base import Adapter, LayerState, adapter_of, peft_kind, register_adapter
+from .evidence import Evidence
+
+__all__ = ["Adapter", "Evidence", "LayerState", "adapter_of", "peft_kind", "register_adapter"]

@@ -1,0 +1,250 @@
+"""PEFT's `lora.Linear` with `safe_kernels.lora` for its adapter, over any base layer: only its output is taken.
+
+Over a plain nn.Linear the whole layer may be one op, `safe_kernels.lora_linear`, where that is known to be faster.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar
+
+import torch
+from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
+from peft.tuners.lora.layer import Linear as PeftLinear
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+import safe_kernels
+from safe_kernels import AdapterStatistics
+
+from ..class_swap import STATE, autocasts, is_hooked, is_transformed, original_type, own_forward
+from ..code import own_method, watched
+from .base import Adapter, LayerState, active_keys, register_adapter
+from .evidence import Evidence, Later
+from .observed import Observed
+
+_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+_DROPOUTS = frozenset({nn.Dropout, nn.Identity})
+_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
+_CALLED = ("forward", "__call__", "_cast_input_dtype")
+_METHODS: dict[type, tuple[Any, ...]] = {}
+_ROUTING = ("adapter_names", *VARIANT_KWARG_KEYS)
+
+
+def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
+    """Why a call of this layer has to take PEFT's own path.
+
+    It stands between every forward and its kernel. So it looks at types and flags only, never at values, and reads the
+    dicts of modules directly: nn.Module's attribute lookup costs more than all that is asked here.
+
+    Args:
+        layer: the LoRA layer.
+        args: what the call passes; () when only the layer is asked about.
+        kwargs: likewise.
+
+    Returns:
+        The reason in a few words, or None if `safe_kernels.lora` serves the call.
+    """
+    if layer._disable_adapters:
+        return "adapters are disabled"
+    if layer.merged_adapters:
+        return "adapters are merged into the base weight"
+    if kwargs:
+        for name in _ROUTING:
+            if kwargs.get(name) is not None:
+                return f"{name} is given"
+    keys = active_keys(layer, layer._modules["lora_A"]._modules)
+    if len(keys) != 1:
+        return "several adapters are active" if keys else "no active adapter in this layer"
+    if "forward" in layer.__dict__:
+        return "forward is replaced on the layer itself (device hooks, for instance)"
+    return _refuse_code(layer) or _refuse_adapter(layer, keys[0]) or _refuse_input(layer, keys[0], args)
+
+
+def _refuse_code(layer: PeftLinear) -> str | None:
+    """The ops compute what PEFT's and PyTorch's classes do, as long as nothing takes the place of their methods."""
+    kind: Any = original_type(layer)
+    linear, dropout, identity = nn.Linear.forward, nn.Dropout.forward, nn.Identity.forward
+    called = (kind.forward, kind.__call__, kind._cast_input_dtype, linear, dropout, identity)
+    if called != _METHODS.get(kind) and (reason := _look_at(kind, called)) is not None:
+        return reason
+    return "hooks on the calls of all modules, lora_A and lora_B among them" if watched() else None
+
+
+def _look_at(kind: type, called: tuple[Any, ...]) -> str | None:
+    """What is called in a layer of a kind that is seen for the first time, or in which something was replaced."""
+    methods = [(kind, name) for name in _CALLED] + [
+        (child, "forward") for child in (nn.Linear, nn.Dropout, nn.Identity)
+    ]
+    known = _METHODS.get(kind) or tuple(own_method(owner, name) for owner, name in methods)
+    for (owner, name), method, now in zip(methods, known, called, strict=True):
+        if method is not now:
+            return f"{owner.__name__}.{name} is replaced"
+    _METHODS[kind] = known
+    return None
+
+
+def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
+    if key in layer.lora_variant:
+        name = type(layer.lora_variant[key]).__name__.removesuffix("LinearVariant")
+        return f"LoRA variant {name.replace('Dora', 'DoRA')}"
+    modules = layer._modules
+    lora_A, lora_B = modules["lora_A"]._modules[key], modules["lora_B"]._modules[key]
+    dropout = modules["lora_dropout"]._modules[key]
+    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
+        return f"adapter is made of {type(lora_A).__name__} and {type(lora_B).__name__}, not of nn.Linear"
+    A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
+    if A is None or B is None:
+        return "lora_A or lora_B is not an ordinary parameter"
+    if lora_A._parameters["bias"] is not None or lora_B._parameters["bias"] is not None:
+        return "adapter has a bias (lora_bias)"
+    if A.dtype not in _FLOATS or A.dtype != B.dtype:
+        return f"adapter dtype {str(A.dtype).removeprefix('torch.')} and {str(B.dtype).removeprefix('torch.')}"
+    scaling = layer.scaling[key]
+    if isinstance(scaling, Tensor):
+        return "scaling is a tensor (prepared for compiled hotswapping), which the op would take as a constant"
+    if not isinstance(scaling, float | int):
+        return f"scaling is a {type(scaling).__name__}"
+    if type(dropout) not in _DROPOUTS:
+        return f"dropout module {type(dropout).__name__} is not nn.Dropout"
+    if dropout.__dict__.get("inplace", False):
+        return "lora_dropout works in place"
+    if is_hooked(lora_A) or is_hooked(lora_B) or is_hooked(dropout):
+        return "hooks on lora_A, lora_B or lora_dropout, which the fast path would not run"
+    return None
+
+
+def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | None:
+    if not args:
+        return None
+    if is_transformed():
+        return "torch.func or torch.jit.trace runs, which know PyTorch's own ops only"
+    x = args[0]
+    if type(x) not in _TENSORS:
+        return f"input is a {type(x).__name__}, not a plain tensor"
+    if x.dtype not in _FLOATS or x.layout is not torch.strided:
+        return f"input is {str(x.dtype).removeprefix('torch.')}, {str(x.layout).removeprefix('torch.')}"
+    A = layer._modules["lora_A"]._modules[key]._parameters["weight"]
+    if x.dtype != A.dtype and not layer.cast_input_dtype_enabled:
+        return "input and adapter differ in dtype, and casting is switched off"
+    return None
+
+
+def _plain(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    """Weight and bias of a base layer that computes ``x W' + bias`` alone, and whose call nobody would miss."""
+    if type(base) is not nn.Linear or is_hooked(base) or autocasts(x):
+        return None
+    weight, bias = base._parameters.get("weight"), base._parameters.get("bias", x)
+    if type(weight) is not nn.Parameter or weight.dtype != x.dtype:
+        return None
+    if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != x.dtype):
+        return None
+    return weight, bias
+
+
+class SafeLoraLinear(Observed):
+    """PEFT's LoRA layer whose adapter runs in `safe_kernels.lora` wherever `refusal` finds nothing against it."""
+
+    scaling: dict[str, float]
+    _refusal = staticmethod(refusal)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward, by the fast path if it can serve this call."""
+        state: LayerState | None = self.__dict__.get(STATE)
+        if state is None:
+            return own_forward(self, x, *args, **kwargs)
+        if self._refusal(self, (x, *args), kwargs) is not None:
+            return super().forward(x, *args, **kwargs)
+        own: Any = self._modules
+        key = active_keys(self, own["lora_A"]._modules)[0]
+        lora_A, lora_B, dropout = (own[name]._modules[key] for name in ("lora_A", "lora_B", "lora_dropout"))
+        A, B = lora_A.weight, lora_B.weight
+        if key in state.frozen and (A.requires_grad or B.requires_grad):
+            A, B = A.detach(), B.detach()  # PEFT has set requires_grad again behind the ledger's back
+        compiling = torch.compiler.is_compiling()
+        observe = state.observe.get(key) if self.training and not compiling else None  # scorings run uncompiled
+        dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
+        statistics = None if observe is None else observe(x)
+        plain = None if args or kwargs else _plain(own["base_layer"], x)
+        fused = plain is not None and safe_kernels.prefers_fused(x, *plain, A, B, dropout_p=dropout_p)
+        if fused is not state.fused and not compiling:
+            state.fused = fused
+        options: Any = {"dropout_p": dropout_p, "statistics": statistics}
+        base: Any = None
+        if not fused:
+            named = {name: value for name, value in kwargs.items() if name not in _ROUTING}
+            base = self.base_layer(x, *args, **named)
+        try:
+            if plain is not None and fused:
+                return safe_kernels.lora_linear(x, *plain, A, B, self.scaling[key], **options)
+            return safe_kernels.lora(x, base, A, B, self.scaling[key], **options)
+        except (TypeError, ValueError) as refused:
+            return _as_peft(super().forward, refused, x, *args, **kwargs)
+
+
+def _as_peft(forward: Callable[..., Tensor], refused: Exception, *args: Any, **kwargs: Any) -> Tensor:
+    """Let PEFT's own code say what is wrong with arguments that the op refuses, in a type that its users expect."""
+    try:
+        return forward(*args, **kwargs)
+    except Exception as error:
+        if len(error.args) == 1:
+            error.args = (f"{error}; {refused}",)
+        raise
+
+
+@register_adapter
+class LoraAdapter(Adapter):
+    """One LoRA adapter of one layer."""
+
+    layer_type: ClassVar[type[nn.Module]] = PeftLinear
+    mixin: ClassVar[type[Observed]] = SafeLoraLinear
+    refusal = staticmethod(refusal)
+    layer: Any
+
+    def traits(self) -> dict[str, Any]:
+        """Return, as JSON values, what a saved state has to find again: what is computed, beside the weights."""
+        return {**super().traits(), "r": self.layer.r[self.key], "scaling": float(self.layer.scaling[self.key])}
+
+    def dropouts(self) -> list[nn.Dropout]:
+        """The adapter's dropout, if it has any."""
+        dropout = self.layer.lora_dropout[self.key]
+        return [dropout] if isinstance(dropout, nn.Dropout) else []
+
+    def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
+        """What is known about the adapter now."""
+        later: Any = Later
+        return Evidence(
+            statistics=statistics,
+            lora_A=later(lambda: self.matrix_A(self.pair()[0].detach())),
+            lora_B=later(lambda: self.matrix_B(self.pair()[1].detach())),
+            scaling=float(self.layer.scaling[self.key]),
+            base_weight=later(self.base_weight),
+            grad_A=later(lambda: _changed(self.pair()[0].grad, self.matrix_A)),
+            grad_B=later(lambda: _changed(self.pair()[1].grad, self.matrix_B)),
+        )
+
+    def is_present(self) -> bool:
+        """Whether PEFT still has it."""
+        lora_A = self.layer._modules.get("lora_A")
+        return (lora_A is not None and self.key in lora_A._modules) or super().is_present()
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """The adapter's two parameters."""
+        return self.layer.lora_A[self.key].weight, self.layer.lora_B[self.key].weight
+
+    def matrix_A(self, A: Tensor) -> Tensor:
+        """Lay lora_A or its gradient out as [..., r, d_in]: one matrix, or a stack of them."""
+        return A
+
+    def matrix_B(self, B: Tensor) -> Tensor:
+        """Lay lora_B or its gradient out as [..., d_out, r], which times `matrix_A` changes the weight."""
+        return B
+
+    def base_weight(self) -> Tensor | None:
+        """The weight that the adapter stands beside, if it can be read."""
+        weight = getattr(self.layer.get_base_layer(), "weight", None)
+        return weight.detach() if isinstance(weight, Tensor) and weight.dtype in _FLOATS else None
+
+
+def _changed(grad: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:
+    return None if grad is None else change(grad)

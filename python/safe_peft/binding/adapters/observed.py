@@ -1,0 +1,198 @@
+"""Freezing and scoring on PEFT's own path: what an adapter is worth is read off its layer's outputs.
+
+No kernel gathers its sums there. So in a step that scores, and only then, the layer's features without and with an
+adapter are sampled during its forward: exact up to the rounding of the features' own dtype, which in 16 bits hides an
+adapter that changes them by less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import get_device_states
+
+from safe_kernels import AdapterStatistics
+from safe_kernels.retention import announce_reader
+
+from ..class_swap import STATE, Swapped, is_bound, own_forward
+from .base import LayerState, active_keys, adapter_keys, adapter_parameters, peft_kind
+
+Call = Callable[[], Any]
+
+
+class Observed(Swapped):
+    """A LoRA layer on PEFT's own path: frozen adapters stay frozen, and those that are due are scored."""
+
+    features_dim: ClassVar[int] = -1
+    """The dimension of the layer's output that holds its features; the others are rows."""
+    base_layer: nn.Module
+    disable_adapters: bool
+    merged: bool
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's forward."""
+        if not is_bound(self):
+            return own_forward(self, *args, **kwargs)
+        return self._watch(super().forward, args, kwargs)
+
+    def _watch(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        state: LayerState = self.__dict__[STATE]
+        _hold_frozen(self, state)
+        _announce(self, args)
+        scored = self.training and not torch.compiler.is_compiling()  # a scoring's forwards run uncompiled
+        if scored and state.observe and (due := self._due(state, kwargs)):
+            return self._observe(due, lambda: call(*args, **kwargs), args, kwargs)
+        return call(*args, **kwargs)
+
+    def _due(self, state: LayerState, kwargs: Mapping[str, Any]) -> dict[str, Sample]:
+        """The adapters that the coming call computes and that a scoring waits for."""
+        if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
+            return {}
+        keys = [key for key in active_keys(self, adapter_keys(self)) if key in state.observe]
+        return {key: Sample(state.observe[key], self.features_dim) for key in keys}
+
+    def _observe(self, due: Mapping[str, Sample], call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        output = self._sample_base(due, call, args, kwargs)
+        together = len(active_keys(self, adapter_keys(self))) > 1
+        for key, sample in due.items():
+            if together:  # what one does by itself is not to be told from what they all do
+                with aside(self, args), _alone(self, key):
+                    sample.end(call())
+            else:
+                sample.end(output)
+        return output
+
+    def _sample_base(
+        self, due: Mapping[str, Sample], call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """Call the layer, and sample its base layer's output before anything is added to it in place."""
+
+        def begin(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            for sample in due.values():
+                sample.begin(output)
+
+        hook = self.base_layer.register_forward_hook(begin)
+        try:
+            return call()
+        finally:
+            hook.remove()
+
+
+class Replaced(Observed):
+    """A layer whose `forward` was replaced before it was bound, by device hooks say: watched from around it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The layer's own call."""
+        if not is_bound(self) or "forward" not in self.__dict__:
+            return super().__call__(*args, **kwargs)
+        return self._watch(super().__call__, args, kwargs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """PEFT's forward for the replacement to call; any other layer's once that was taken away."""
+        if "forward" in self.__dict__:
+            return own_forward(self, *args, **kwargs)
+        return super().forward(*args, **kwargs)
+
+
+_AROUND: dict[type[Swapped], type[Swapped]] = {}
+
+
+def mixin_for(layer: nn.Module, mixin: type[Swapped]) -> type[Swapped]:
+    """Return what binding puts on a layer.
+
+    Args:
+        layer: one of PEFT's adapter layers, not bound yet.
+        mixin: what it puts on such layers in general.
+    """
+    if "forward" not in layer.__dict__:
+        return mixin
+    if mixin not in _AROUND:
+        _AROUND[mixin] = type(mixin.__name__, (Replaced, mixin), {})
+    return _AROUND[mixin]
+
+
+def no_kernel(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
+    """Why a kind of layer always takes PEFT's path: the `refusal` of an adapter type without a kernel.
+
+    Args:
+        layer: one of PEFT's adapter layers.
+        args: what a call passes; it changes nothing.
+        kwargs: likewise.
+    """
+    return f"{peft_kind(layer)} has no kernel"
+
+
+class Sample:
+    """The rows of a layer's features that score one adapter, without it and with it."""
+
+    def __init__(self, observe: Callable[[Tensor], AdapterStatistics | None], features_dim: int) -> None:
+        self._observe = observe
+        self._features_dim = features_dim
+        self._statistics: AdapterStatistics | None = None
+        self._base = torch.empty(0)
+
+    def begin(self, base: Any) -> None:  # where gradients are as in the forward: observers ask
+        if isinstance(base, Tensor) and base.is_floating_point():
+            features = base.detach().movedim(self._features_dim, -1)
+            self._statistics = self._observe(features)
+            if self._statistics is not None:
+                self._base = self._statistics.take(features)[0]
+
+    @torch.no_grad()
+    def end(self, output: Any) -> None:
+        if self._statistics is not None:
+            features = output.movedim(self._features_dim, -1)
+            self._statistics.add_features(self._base, *self._statistics.take(features))
+
+
+def _hold_frozen(layer: nn.Module, state: LayerState) -> None:
+    """PEFT's own path looks at requires_grad alone, so that has to be right."""
+    for key in state.frozen:
+        for parameter in adapter_parameters(layer, key):
+            if parameter.requires_grad:
+                parameter.requires_grad_(False)
+
+
+def _announce(layer: Any, args: tuple[Any, ...]) -> None:
+    """PEFT's lora_A keeps its input, so that a norm which made that input does better to keep it as well."""
+    if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return
+    modules, x = layer._modules, args[0]
+    for key in active_keys(layer, adapter_keys(layer)):
+        lora_A = modules["lora_A"]._modules.get(key) if "lora_A" in modules else None
+        if type(lora_A) is not nn.Linear or layer.disable_adapters or layer.merged:
+            continue
+        dropout, weight = modules["lora_dropout"]._modules[key], lora_A._parameters.get("weight")
+        drops = dropout.training and getattr(dropout, "p", 0.0) > 0.0
+        if weight is not None and weight.requires_grad and weight.dtype == x.dtype and not drops:
+            announce_reader(x)
+
+
+@contextmanager
+def aside(layer: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
+    """Compute something beside the forward: no graph, the same random numbers after it, and nothing observed in it."""
+    states = [state for module in layer.modules() if isinstance(state := module.__dict__.get(STATE), LayerState)]
+    observed = [state.observe for state in states]
+    for state in states:
+        state.observe = {}
+    devices, _ = get_device_states(*args)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+            yield
+    finally:
+        for state, observe in zip(states, observed, strict=True):
+            state.observe = observe
+
+
+@contextmanager
+def _alone(layer: Any, key: str) -> Iterator[None]:
+    """Let one adapter of a layer be the active one; PEFT's own way would set requires_grad too."""
+    active, layer._active_adapter = layer._active_adapter, [key]
+    try:
+        yield
+    finally:
+        layer._active_adapter = active

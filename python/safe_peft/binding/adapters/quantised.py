@@ -1,0 +1,128 @@
+"""LoRA over quantised base layers: PEFT has a layer type for each quantiser, which all add the same to its output."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import cache, partial
+from typing import Any
+
+import torch
+from peft.tuners.lora.torchao import TorchaoLoraLinear
+from peft.utils.integrations import dequantize_bnb_weight
+from torch import Tensor
+
+from safe_kernels import AdapterStatistics
+
+from ..class_swap import original_type
+from . import lora
+from .base import dotted_name, register_adapter
+from .evidence import Evidence
+
+logger = logging.getLogger(__name__)
+_QUANTISES_INPUT = ("act_quant_kwargs", "input_quant_func")  # torchao, today's and older
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+def _is_packed(weight: Any) -> bool:
+    return bool(getattr(getattr(weight, "quant_state", None), "packing_format_for_cpu", False))
+
+
+def _dequantise_bnb(base: Any) -> Tensor | None:
+    if _is_packed(base.weight):
+        return None  # bitsandbytes would dequantise the order of the unpacked weight
+    return dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
+
+
+def _dequantise_torchao(base: Any) -> Tensor | None:
+    try:
+        return base.weight.dequantize()
+    except NotImplementedError:
+        return None  # older releases, of weights whose inputs are quantised too
+
+
+_PEFT = "peft.tuners.lora"
+DEQUANTISE: dict[str, Callable[[Any], Tensor | None] | None] = {
+    f"{_PEFT}.bnb.Linear8bitLt": _dequantise_bnb,
+    f"{_PEFT}.bnb.Linear4bit": _dequantise_bnb,
+    f"{_PEFT}.torchao.TorchaoLoraLinear": _dequantise_torchao,
+    f"{_PEFT}.hqq.HqqLoraLinear": lambda base: base.dequantize(),
+    f"{_PEFT}.gptq.GPTQLoraLinear": None,
+    f"{_PEFT}.awq.AwqLoraLinear": None,
+    f"{_PEFT}.aqlm.AqlmLoraLinear": None,
+}
+"""By PEFT's layer type, how to get the base weight back; None where kernels repack it, each in its own way."""
+
+
+def refusal(layer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
+    """Why a call of this layer has to take PEFT's own path.
+
+    Args:
+        layer: one of PEFT's LoRA layers for a quantised base.
+        args: what the call passes; () when only the layer is asked about.
+        kwargs: likewise.
+    """
+    return lora.refusal(layer, args, kwargs) or _refuse_autocast(args)
+
+
+def _refuse_autocast(args: tuple[Any, ...]) -> str | None:
+    """PEFT casts nothing under autocast (it looks at CUDA's alone), so two halves that differ add up to float32."""
+    if args and torch.is_autocast_enabled() and args[0].dtype in _HALVES:
+        x, cast = args[0].dtype, torch.get_autocast_dtype("cuda")
+        if x != cast:
+            return f"input is {str(x).removeprefix('torch.')} under autocast to {str(cast).removeprefix('torch.')}"
+    return None
+
+
+def gradient_gap(layer: Any) -> str:
+    """Why the base layer passes no gradient to its input, bound or not; empty where it passes one.
+
+    Args:
+        layer: one of PEFT's LoRA layers for a quantised base.
+    """
+    weight = layer._modules["base_layer"]._parameters.get("weight")
+    if _is_packed(weight):
+        return "bitsandbytes packed the weight when it evaluated on this CPU, and its base passes no gradient since"
+    if any(getattr(weight, name, None) is not None for name in _QUANTISES_INPUT):
+        return "torchao quantises the activations, and its base passes no gradient"
+    return ""
+
+
+@cache
+def _warn_once(gap: str) -> None:
+    logger.warning("%s: layers below train on a part of theirs, with PEFT alone as well; see docs/quantised.md", gap)
+
+
+class SafeQuantisedLinear(lora.SafeLoraLinear):
+    """The same over a quantised base layer, whose own forward and backward stay as they are."""
+
+    _refusal = staticmethod(refusal)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """PEFT's forward, by the fast path if it can serve this call."""
+        if self.training and not torch.compiler.is_compiling() and (gap := gradient_gap(self)):
+            _warn_once(gap)
+        return super().forward(x, *args, **kwargs)
+
+
+@register_adapter
+class QuantisedLora(lora.LoraAdapter):
+    """One LoRA adapter of one layer over a quantised base."""
+
+    layer_type = TorchaoLoraLinear
+    layer_names = tuple(DEQUANTISE)
+    mixin = SafeQuantisedLinear
+    refusal = staticmethod(refusal)
+    note = staticmethod(gradient_gap)
+
+    def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
+        """What is known about the adapter now; the base weight only by dequantising it."""
+        dequantise = DEQUANTISE[dotted_name(original_type(self.layer))]
+        base = self.layer.get_base_layer()
+        given = None if dequantise is None else partial(dequantise, base)
+        return replace(super().evidence(statistics), dequantise=given)
+
+    def base_weight(self) -> Tensor | None:
+        """None: it is not stored as it is."""
+        return None

@@ -1,0 +1,113 @@
+"""Attention that is written out, with a bias by position (MPNet), computed by SDPA, which retains no probabilities."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..class_swap import STATE, Swapped, is_bound, original_type, own_forward
+from .base import Part, agrees, is_dropout, is_linear, sample, small_linear, stand_in
+
+_SUM = "_mask_and_bias"
+_SIZES = ("num_attention_heads", "attention_head_size")
+
+
+class SafeAttention(Swapped):
+    """Self-attention computed by `torch.nn.functional.scaled_dot_product_attention`."""
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+        """The module's own formula."""
+        if not is_bound(self):
+            return own_forward(self, hidden_states, *args, **kwargs)
+        part: Attention = self.__dict__[STATE]
+        given = {**dict(zip(part.arguments, args, strict=False)), **kwargs}
+        mask, bias = given.pop("attention_mask", None), given.pop("position_bias", None)
+        asks_for_more = any(value is not None and value is not False for value in given.values())
+        if asks_for_more or part.refusal(self) is not None or part.must_be_written_out(self, bias):
+            return super().forward(hidden_states, *args, **kwargs)
+        return (part.attend(self, hidden_states, mask, bias),)
+
+
+@dataclass
+class Attention(Part):
+    """Self-attention of four linear layers, with additive mask and bias.
+
+    Args:
+        layers: names of the query's, key's, value's and output's layer.
+        dropout: name of the dropout on the probabilities.
+        arguments: names of the forward's, in order, after the first: transformers 4 has a head_mask among them.
+    """
+
+    mixin = SafeAttention
+    stem = "attention"
+    layers: tuple[str, str, str, str]
+    dropout: str
+    arguments: tuple[str, ...]
+    op: str = "scaled_dot_product_attention"
+
+    @property
+    def passes_over(self) -> tuple[str, ...]:
+        """The dropout, which is called only where attention is written out, and is bound as a part of its own."""
+        return (self.dropout,)
+
+    @classmethod
+    def recognise(cls, module: nn.Module) -> Attention | None:
+        """Four layers called q, k, v and o and a dropout, that compute such an attention."""
+        children = module._modules
+        dropouts = [name for name, child in children.items() if is_dropout(child)]
+        names = ("q", "k", "v", "o")
+        if set(children) != {*names, *dropouts} or len(dropouts) != 1 or not all(hasattr(module, n) for n in _SIZES):
+            return None
+        arguments = tuple(inspect.signature(original_type(module).forward).parameters)[2:]
+        part = cls(names, dropouts[0], arguments)
+        return part if all(is_linear(children[name]) for name in names) and part._computes(module) else None
+
+    def _computes(self, module: nn.Module) -> bool:
+        children: dict[str, nn.Module] = {name: small_linear(4, 4, seed) for seed, name in enumerate(self.layers)}
+        children[self.dropout] = nn.Identity()
+        clone = stand_in(module, children=children)
+        clone.__dict__ |= {"num_attention_heads": 2, "attention_head_size": 2, "all_head_size": 4}
+        x, mask, bias = sample(3, 5, 4), sample(3, 1, 1, 5, seed=1), sample(1, 2, 5, 5, seed=2)
+        with torch.no_grad():
+            expected = self.attend(clone, x, mask, bias)
+        forward = original_type(module).forward
+        return agrees(lambda: forward(clone, x, attention_mask=mask, position_bias=bias)[0], expected)
+
+    def attend(self, module: nn.Module, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+        """The whole of it."""
+        layers: Any = [module._modules[name] for name in self.layers]
+        shape = (*x.shape[:-1], -1, module.attention_head_size)
+        query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in layers[:3])
+        added = self._add(mask, bias)
+        added = added if added is None or added.dtype == query.dtype else added.to(query.dtype)
+        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=added)
+        return layers[3](out.transpose(1, 2).flatten(2))
+
+    def _add(self, mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
+        """Mask and bias: one sum for all layers of a forward, since every layer's SDPA retains what it is given.
+
+        The mask holds it, which is made in a forward and gone after it.
+        """
+        if mask is None or bias is None:
+            return bias if mask is None else mask
+        if torch.compiler.is_compiling() or mask.is_inference() or bias.is_inference():
+            return mask + bias
+        given = (id(bias), bias._version, mask._version)
+        known = mask.__dict__.get(_SUM)
+        if known is None or known[0] != given:
+            known = mask.__dict__[_SUM] = (given, mask + bias, bias)  # which holds the bias, whose id it knows
+        return known[1]
+
+    def must_be_written_out(self, module: nn.Module, bias: Tensor | None) -> bool:
+        """Whether SDPA would not help: with dropout it keeps probabilities too, and it gives a bias no gradient."""
+        dropout: Any = module._modules[self.dropout]
+        return (dropout.training and dropout.p > 0) or (bias is not None and bias.requires_grad)
+
+    def note(self, module: nn.Module) -> str:
+        """Where the module's own code serves it after all."""
+        dropout: Any = module._modules[self.dropout]
+        return "written out while training: attention dropout is on" if dropout.p > 0 else ""

@@ -1,0 +1,128 @@
+"""Finds the parts of a model and binds them."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import nn
+
+from ...distributed.wrappers import short_name, walk
+from ..adapters import peft_kind
+from ..class_swap import STATE, is_bound, original_type, put_on
+from .activations import KINDS, Activation
+from .attention import Attention
+from .base import Part
+from .dropouts import Dropout
+from .entry import Entry, SafeEmbedding, SafeOwner, before_blocks, input_embeddings
+from .mlps import Mlp
+from .norms import Norm, reason
+from .stack import Block, stacks, transformer_blocks
+from .trains import modules_in
+
+PARTS = ("norms", "mlps", "attention", "dropouts")
+"""All that `bind(parts=...)` takes."""
+ANYWHERE: tuple[type[Part], ...] = (Norm, Dropout)
+_ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
+IN_BLOCKS: tuple[type[Part], ...] = (Mlp, Attention, Activation)
+"""An activation outside a block may feed a layer that trains whole, and then has nothing to gain."""
+
+
+def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:
+    """Find every part that an op can serve: its path, the module, and what is known about it.
+
+    Args:
+        model: bound or not.
+    """
+    inside, covered = _inside_blocks(model), set()
+    for name, module in _outside_adapters(model):
+        if id(module) in covered:
+            continue
+        part = module.__dict__.get(STATE)
+        if not isinstance(part, Part):
+            part = None if is_bound(module) else _recognise(module, id(module) in inside)
+        if part is not None:
+            covered |= {id(module._modules.get(child)) for child in part.covers}
+            yield name, module, part
+
+
+def unrecognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
+    """Find modules that look like such parts but compute something else: path, module and reason.
+
+    Args:
+        model: bound or not.
+    """
+    parts = list(parts_of(model))
+    known = {id(module) for _, module, _ in parts}
+    known |= {id(module._modules.get(child)) for _, module, part in parts for child in part.covers}
+    inside = _inside_blocks(model)
+    for name, module in _outside_adapters(model):
+        if id(module) in known or module._modules:
+            continue
+        kind = original_type(module)
+        if "norm" in kind.__name__.lower():
+            yield name, module, reason(module)
+        elif id(module) in inside and kind.__module__ in _ACTIVATIONS:
+            yield name, module, f"computes none of {', '.join(KINDS)}"
+
+
+def _recognise(module: nn.Module, in_block: bool) -> Part | None:
+    kinds = (*ANYWHERE, *IN_BLOCKS) if in_block else ANYWHERE
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):  # whatever the caller has set for its own tensors
+        return next((part.watch(module) for kind in kinds if (part := kind.recognise(module)) is not None), None)
+
+
+def _inside_blocks(model: nn.Module) -> set[int]:
+    return {id(module) for block in transformer_blocks(model).values() for module in modules_in(block)}
+
+
+def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules but those that an adapter layer is made of, which its own binding serves."""
+    adapters: list[str] = []
+    for name, module in walk(model):
+        if any(name.startswith(f"{other}.") for other in adapters):
+            continue
+        if peft_kind(module) is not None:
+            adapters.append(name)
+        yield short_name(name), module
+
+
+def bind_blocks(model: nn.Module, parts: Collection[str] = PARTS) -> tuple[list[nn.Module], set[str]]:
+    """Bind every part and every block of a model that is not bound yet.
+
+    Args:
+        model: with adapters.
+        parts: which kinds of parts.
+
+    Returns:
+        The modules that were bound, for `take_off`; and the names of the blocks that are to run again in backward,
+        which may be changed at any time, and which an earlier binding of the same model shares.
+    """
+    own: list[nn.Module] = []
+    for _, module, part in list(parts_of(model)):
+        if part.stem in parts and not is_bound(module) and part.refusal(module) is None:
+            put_on(module, part.mixin, part)
+            own.append(module)
+    found = stacks(model)
+    states = [block.__dict__.get(STATE) for stack in found for block in stack.values()]
+    shared = next((state for state in states if isinstance(state, Block)), None)
+    entry, names = (shared.entry, shared.recompute) if shared is not None else (Entry(), set())
+    for stack in found:
+        blocks = list(stack.values())
+        for name, block in stack.items():
+            if not is_bound(block):
+                put_on(block, Block.mixin, Block(name, entry, blocks, names))
+                own.append(block)
+    if shared is None:
+        own += _bind_entry(model, entry, [block for stack in found for block in stack.values()])
+    return own, names
+
+
+def _bind_entry(model: nn.Module, entry: Entry, blocks: list[nn.Module]) -> Iterator[nn.Module]:
+    """Bind the input embeddings and the models that call them; yields what was bound."""
+    entry.before = before_blocks(model, blocks)
+    for embeddings, owners in input_embeddings(model).items():
+        for module, mixin in [(embeddings, SafeEmbedding), *((owner, SafeOwner) for owner in owners)]:
+            if not is_bound(module):
+                put_on(module, mixin, entry)
+                yield module

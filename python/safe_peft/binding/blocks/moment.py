@@ -1,0 +1,143 @@
+"""How modules are at one moment, so that a later call finds them as they were: modes, hooks, replaced forwards."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from operator import is_
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ..adapters import LayerState
+from ..class_swap import STATE
+from .arguments import version
+
+_ENGINES = frozenset({"_parameters", "_buffers"})
+"""FSDP puts other parameters there before each call, and knows itself when."""
+
+
+class Moment:
+    """Remembers a block's modules when it is made.
+
+    Between forward and backward a user may call `eval()`, leave `disable_adapter()`, take off hooks or change a
+    dropout. A block that runs again must not notice. Attributes that are lists, dicts or sets are remembered by what
+    is in them, others as they are; so a second call leaves no trace in them either.
+
+    Args:
+        modules: the block and all modules in it.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._then = [_look(module) for module in modules]
+        self._buffers = self._buffer_versions()
+        self._parameters = {
+            id(p): version(p) for module in modules for p in module._parameters.values() if p is not None
+        }
+
+    def _buffer_versions(self) -> list[tuple[int, int]]:
+        return [(id(b), version(b)) for module in self._modules for b in module._buffers.values() if b is not None]
+
+    def buffers_changed(self) -> bool:
+        """Whether a buffer was replaced or written in place since."""
+        return self._buffer_versions() != self._buffers
+
+    def check_parameters(self, name: str) -> None:
+        """See that no parameter was written in place since.
+
+        Args:
+            name: what the message calls the block.
+
+        Raises:
+            RuntimeError: One was, as autograd would have it of one that it saved.
+        """
+        for module in self._modules:
+            for key, parameter in module._parameters.items():
+                if parameter is None:
+                    continue
+                now = version(parameter)
+                if self._parameters.get(id(parameter), now) != now:
+                    raise RuntimeError(
+                        f"{key} of a {type(module).__name__} in {name} was modified by an inplace operation between "
+                        "forward and backward, and the block runs again in backward; step the optimizer after "
+                        "backward, or take the block out of `binding.recompute`."
+                    )
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """Inside the block modules are as they were, and no adapter is scored; afterwards they are as they are now."""
+        states = [s for module in self._modules if isinstance(s := module.__dict__.get(STATE), LayerState)]
+        observed = [state.observe for state in states]
+        changed = [not _is_as(module, then) for module, then in zip(self._modules, self._then, strict=True)]
+        now = [
+            _look(module) if is_other else then
+            for module, then, is_other in zip(self._modules, self._then, changed, strict=True)
+        ]
+        try:
+            for state in states:
+                state.observe = {}
+            self._put(self._then)
+            yield
+        finally:
+            self._put(now)
+            for state, observe in zip(states, observed, strict=True):
+                state.observe = observe
+
+    def _put(self, looks: Sequence[_Look]) -> None:
+        for module, look in zip(self._modules, looks, strict=True):
+            if not _is_as(module, look):
+                _restore(module, look)
+
+
+class _Look(NamedTuple):
+    """A module's class, its attributes, and what is in those that are containers and not empty."""
+
+    kind: type[nn.Module]
+    attributes: dict[str, Any]
+    contents: dict[str, Any]
+
+
+_CONTAINERS = frozenset({list, dict, set, OrderedDict})
+
+
+def _look(module: nn.Module) -> _Look:
+    return _Look(type(module), module.__dict__.copy(), _contents(module, copied=True))
+
+
+def _contents(module: nn.Module, *, copied: bool) -> dict[str, Any]:
+    items = module.__dict__.items()
+    full = {name: v for name, v in items if type(v) in _CONTAINERS and v and name not in _ENGINES}
+    return {name: value.copy() for name, value in full.items()} if copied else full
+
+
+def _is_as(module: nn.Module, look: _Look) -> bool:
+    """Whether nothing has changed: by identity, since two tensors cannot be asked whether they are equal."""
+    own = module.__dict__
+    if type(module) is not look.kind or len(own) != len(look.attributes):
+        return False
+    if not all(map(is_, own.values(), look.attributes.values())):
+        return False
+    full = _contents(module, copied=False)
+    return full.keys() == look.contents.keys() and all(_same(full[name], look.contents[name]) for name in full)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if len(one) != len(other) or not all(map(is_, one, other)):
+        return False
+    return not isinstance(one, dict) or all(map(is_, one.values(), other.values()))
+
+
+def _restore(module: nn.Module, look: _Look) -> None:
+    own = module.__dict__
+    engines = {name: own[name] for name in _ENGINES}
+    own.clear()
+    for name, value in look.attributes.items():
+        if type(value) in _CONTAINERS:
+            own[name] = look.contents[name].copy() if name in look.contents else type(value)()
+        else:
+            own[name] = value
+    own.update(engines)
+    if type(module) is not look.kind:  # bound then, and not now
+        module.__class__ = look.kind

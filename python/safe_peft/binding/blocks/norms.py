@@ -1,0 +1,260 @@
+"""RMSNorm and LayerNorm that retain their output in place of their input, where a reader retains that anyway."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+
+import safe_kernels
+from safe_kernels import reference
+from safe_kernels.inversion import invertible, marks
+
+from ..class_swap import STATE, Swapped, autocasts, is_bound, original_type, own_forward
+from .base import Part, agrees, is_plain, sample, stand_in
+
+INVERTS = "_safe_inverts"
+"""What a copy without values carries of its original's: whether x can be told from the output."""
+
+MOST_READS = 8
+"""How often a norm's weights are read on a device that has to be waited for."""
+
+_EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
+_OFFSETS = (0.0, 1.0)  # Gemma's weight counts from 1
+_SHAPED = (nn.LayerNorm, nn.RMSNorm)
+_TRIAL_EPS = 0.25
+_16_BIT = frozenset({torch.bfloat16, torch.float16})
+_OTHERWISE: tuple[tuple[type[nn.Module], str], ...] = (
+    (nn.GroupNorm, "normalises over groups of channels, and the ops over the last dimension"),
+    (nn.modules.batchnorm._BatchNorm, "normalises over the batch, and the ops over the last dimension"),
+    (nn.modules.instancenorm._InstanceNorm, "normalises each channel of an image, and the ops the last dimension"),
+    (nn.LocalResponseNorm, "normalises over neighbouring channels, and the ops over the last dimension"),
+)
+
+
+class SafeNorm(Swapped):
+    """A norm computed by `safe_kernels.rms_norm` or `safe_kernels.layer_norm`."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The module's own formula."""
+        if not is_bound(self):
+            return own_forward(self, x, *args, **kwargs)
+        part: Norm = self.__dict__[STATE]
+        if args or kwargs or not part.takes(self, x):
+            return super().forward(x, *args, **kwargs)
+        keep = part.retains_output(self)
+        eps = getattr(self, part.eps)
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        weight: Any = self._parameters.get("weight")
+        if part.formula == "rms_norm":
+            weight = part.ones(x) if weight is None else weight
+            return safe_kernels.rms_norm(x, weight, eps, weight_offset=part.offset, retain_output=keep)
+        if x.dtype in _16_BIT and autocasts(x) and x.device.type != "cpu":
+            x = x.float()  # as autocast does for layer_norm, except on a CPU
+        return safe_kernels.layer_norm(x, weight, self._parameters.get("bias"), eps, retain_output=keep)
+
+
+@dataclass
+class Norm(Part):
+    """A norm over the last dimension.
+
+    Args:
+        formula: "rms_norm" or "layer_norm".
+        eps: name of the module's attribute that holds it.
+        offset: what is added to the weight.
+        names: of its parameters.
+        keeps_dtype: whether it returns 16 bits where it is given 16 bits.
+    """
+
+    mixin = SafeNorm
+    stem = "norms"
+    formula: str
+    eps: str
+    offset: float = 0.0
+    names: tuple[str, ...] = field(default=(), repr=False)
+    keeps_dtype: bool = field(default=True, repr=False)
+    _marks: tuple[Any, ...] = field(default=(), repr=False)
+    _inverts: bool = field(default=True, repr=False)
+    _reads: int = field(default=0, repr=False)
+    _ones: Tensor | None = field(default=None, repr=False)
+
+    @property
+    def op(self) -> str:  # type: ignore[override]
+        """The op that serves it."""
+        return f"safe_kernels::{self.formula}"
+
+    @classmethod
+    def recognise(cls, module: nn.Module) -> Norm | None:
+        """Whatever computes one of the two formulas over its last dimension."""
+        eps, width = _eps_name(module), _width(module)
+        if eps is None or width is None or _holds_more(module):
+            return None
+        candidates = [cls("layer_norm", eps), *(cls("rms_norm", eps, offset) for offset in _OFFSETS)]
+        if not isinstance(module, nn.LayerNorm):
+            candidates.sort(key=lambda norm: norm.formula, reverse=True)
+        found = next((norm for norm in candidates if norm._computes(module, width)), None)
+        if found is not None:
+            found.names = tuple(module._parameters)
+            found.keeps_dtype = found._keeps_dtype(module, width)
+        return found
+
+    def _trial(self, module: nn.Module, width: int, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """A copy of the module with other weights and another eps than its own."""
+        own = [name for name, parameter in module._parameters.items() if parameter is not None]
+        clone = stand_in(module, parameters={name: sample(width, seed=1 + len(name)).to(dtype) for name in own})
+        clone._parameters.update((name, None) for name in module._parameters.keys() - own)
+        clone.__dict__[self.eps] = _TRIAL_EPS
+        return clone
+
+    def _computes(self, module: nn.Module, width: int) -> bool:
+        """Whether this formula is what the module computes over the last dimension, of several numbers of them."""
+        clone = self._trial(module, width)
+        weight, bias = clone._parameters.get("weight"), clone._parameters.get("bias")
+        for shape in ((5, width), (2, 3 if width != 3 else 4, width)):
+            x = sample(*shape)
+            if self.formula == "layer_norm":
+                expected = reference.layer_norm(x, weight, bias, _TRIAL_EPS)[0]
+            elif bias is None:
+                expected = reference.rms_norm(
+                    x, torch.ones(width) if weight is None else weight, _TRIAL_EPS, self.offset
+                )[0]
+            else:
+                return False
+            if not agrees(partial(original_type(module).forward, clone, x), expected):
+                return False
+        return True
+
+    def _keeps_dtype(self, module: nn.Module, width: int) -> bool:
+        clone, x = self._trial(module, width, torch.bfloat16), sample(2, width).bfloat16()
+        return agrees(lambda: original_type(module).forward(clone, x).mul(0), torch.zeros_like(x))
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """The number that is added to the variance."""
+        return (self.eps,)
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Why the module's own code has to serve its calls, in a few words; None if the op can."""
+        if tuple(module._parameters) != self.names:
+            return "its parameters are not its own any more (prune, parametrize)"
+        return super().refusal(module)
+
+    def takes(self, module: nn.Module, x: Any) -> bool:
+        """Whether the op serves a call: dtypes that differ follow rules that every family makes for itself."""
+        shown = [p for p in module._parameters.values() if p is not None]
+        if not is_plain(x, *shown) or self.refusal(module) is not None:
+            return False
+        eps = getattr(module, self.eps)
+        if not isinstance(eps, float) and (eps is not None or not isinstance(module, nn.RMSNorm)):
+            return False
+        if x.dtype in _16_BIT and not self.keeps_dtype:
+            return False
+        alike = all(x.dtype == p.dtype for p in shown)
+        if isinstance(module, _SHAPED) and original_type(module) is not nn.LayerNorm:
+            return alike and (x.dtype not in _16_BIT or not autocasts(x))
+        return alike or (self.formula == "layer_norm" and autocasts(x))
+
+    def ones(self, x: Tensor) -> Tensor:
+        """The weight of a norm that has none. Like a parameter it is there once, not once per call."""
+        if torch.compiler.is_compiling():
+            return x.new_ones(x.shape[-1])
+        own = self._ones
+        if own is None or (own.shape[0], own.dtype, own.device) != (x.shape[-1], x.dtype, x.device):
+            own = self._ones = nn.Parameter(x.new_ones(x.shape[-1]), requires_grad=False)
+        return own
+
+    def retains_output(self, module: nn.Module) -> bool:
+        """Whether the output may be retained in place of the input: x can be told from it, by today's values.
+
+        A compiler would take the answer for a constant. A hook may keep an alias of the output, and write to it later.
+        """
+        if torch.compiler.is_compiling() or module._forward_hooks:
+            return False
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
+        shown = [p for p in (weight, bias) if p is not None]
+        if any(p.requires_grad for p in shown):
+            return False
+        if any(isinstance(p, FakeTensor) or p.is_meta for p in shown):
+            return bool(module.__dict__.get(INVERTS, True))  # no values to look at, in a plan
+        if not any(reading_waits(p) for p in shown):
+            return invertible(weight, bias, self.offset)
+        return self._remembers(weight, bias, shown)
+
+    def _remembers(self, weight: Tensor | None, bias: Tensor | None, shown: Sequence[Tensor]) -> bool:
+        """The same without reading the values in every call, which would wait for the device."""
+        now = tuple(map(marks, shown))
+        if None in now:
+            return False  # memory that others share: they may write to it unseen
+        if now != self._marks:
+            if self._reads == MOST_READS:
+                return False
+            self._reads += 1
+            self._inverts = invertible(weight, bias, self.offset)
+            self._marks = tuple(map(marks, shown))  # reading has made aliases
+        return self._inverts
+
+    def note(self, module: nn.Module) -> str:
+        """Why the input is retained, where it is."""
+        trains = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
+        if trains:
+            return f"retains its input: {' and '.join(trains)} trains"
+        if module._forward_hooks:
+            return "retains its input: a forward hook on it may write to its output"
+        if self.retains_output(module):
+            return ""
+        if self._reads == MOST_READS:
+            return f"retains its input: its weights were written to more than {MOST_READS} times"
+        shown = [p for p in module._parameters.values() if p is not None and not p.is_meta]
+        if any(reading_waits(p) and marks(p) is None for p in shown):
+            return "retains its input: other tensors share the memory of its weights, and may write to it"
+        return "retains its input: a weight is zero, or too small for its bias to be divided by"
+
+
+def reading_waits(tensor: Tensor) -> bool:
+    """Whether to read a tensor's values is to wait until its device has done all that it was given to do."""
+    return tensor.device.type != "cpu"
+
+
+def reason(module: nn.Module) -> str:
+    """Why a module that is called a norm is none that the ops serve, in a few words.
+
+    Args:
+        module: one that `Norm.recognise` returns None for.
+    """
+    for kind, words in _OTHERWISE:
+        if isinstance(module, kind):
+            return words
+    if isinstance(module, _SHAPED) and len(module.normalized_shape) != 1:
+        return f"normalises over {len(module.normalized_shape)} dimensions, and the ops over the last one"
+    if _holds_more(module):
+        return "holds other modules, buffers or parameters than a weight and a bias"
+    if _width(module) is None:
+        return "has no weight of one dimension"
+    if _eps_name(module) is None:
+        return f"has no number called {', '.join(_EPS_NAMES[:-1])} or {_EPS_NAMES[-1]}"
+    return "computes neither rms_norm nor layer_norm over the last dimension"
+
+
+def _eps_name(module: nn.Module) -> str | None:
+    if isinstance(module, nn.RMSNorm) and module.eps is None:
+        return "eps"  # torch takes that of x's dtype
+    return next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
+
+
+def _width(module: nn.Module) -> int | None:
+    """The size of the dimension that is normalised, as far as the module says."""
+    if isinstance(module, _SHAPED) and len(module.normalized_shape) != 1:
+        return None
+    weight = module._parameters.get("weight")
+    if weight is not None:
+        return weight.numel() if weight.dim() == 1 else None
+    return int(module.normalized_shape[0]) if isinstance(module, _SHAPED) else None
+
+
+def _holds_more(module: nn.Module) -> bool:
+    return bool(module._modules or module._buffers or not set(module._parameters) <= {"weight", "bias"})

@@ -1,0 +1,187 @@
+"""The stack of transformer blocks: where the graph begins, and which frozen blocks run again in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...distributed.wrappers import parameters_of, short_name, walk
+from ..adapters import peft_kind
+from ..class_swap import STATE, Swapped, is_bound, is_transformed, original_type
+from .arguments import leaves, may_carry
+from .checkpointing import Checkpointing, checkpoints
+from .entry import Entry
+from .recompute import Run
+from .trains import modules_in, trains, waits_for_gradient
+
+
+def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """Return a model's transformer blocks by their paths, lowest first; an encoder's before its decoder's.
+
+    They are found by structure: the outermost `nn.ModuleList`s with an adapter layer in an element, or, in a model
+    without adapters, with two or more elements; and an `nn.Sequential` of blocks of one class, with adapters in them.
+
+    Args:
+        model: with or without adapters, bound or not.
+
+    Example:
+        >>> layer = nn.Sequential(nn.Linear(2, 2))
+        >>> list(transformer_blocks(nn.ModuleDict({"layers": nn.ModuleList([layer, layer])})))
+        ['layers.0', 'layers.1']
+    """
+    return {name: block for stack in stacks(model) for name, block in stack.items()}
+
+
+def stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
+    """Return the same, stack by stack."""
+    modules = list(walk(model))
+    adapted = {name for name, module in modules if peft_kind(module) is not None}
+    found: dict[str, nn.Module] = {}
+    for name, module in modules:
+        inside = any(name.startswith(f"{other}.") for other in found)
+        if inside or not isinstance(module, nn.ModuleList | nn.Sequential) or not len(module):
+            continue
+        has_adapter = any(path.startswith(f"{name}.") for path in adapted)
+        if isinstance(module, nn.Sequential):
+            is_stack = has_adapter and name not in adapted and _is_stack(module)
+        else:
+            is_stack = has_adapter or (not adapted and len(module) > 1)
+        if is_stack:
+            found[name] = module
+    return [
+        {f"{short_name(name)}.{key}": block for key, block in blocks._modules.items() if block is not None}
+        for name, blocks in found.items()
+    ]
+
+
+def _is_stack(sequence: nn.Sequential) -> bool:
+    """Whether an nn.Sequential, timm's stacks for instance, is made of blocks of one kind, and is no small network."""
+    blocks = list(sequence)
+    same = len({original_type(block) for block in blocks}) == 1
+    return same and len(blocks) > 1 and all(block._modules and peft_kind(block) is None for block in blocks)
+
+
+class SafeBlock(Swapped):
+    """A transformer block that builds a graph only where somebody needs it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The block's own call, hooks and activation checkpointing included."""
+        if not is_bound(self):
+            return type(self).__call__(self, *args, **kwargs)
+        state: Block = self.__dict__[STATE]
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_transformed():
+            return super().__call__(*args, **kwargs)
+        return state.run(self, super().__call__, args, kwargs)
+
+
+@dataclass
+class Block:
+    """What binding keeps about one block.
+
+    Args:
+        name: its path in the model.
+        entry: where the model's gradient may enter for nothing.
+        stack: the blocks of its stack, lowest first.
+        recompute: names of the blocks that are to run again in backward once they are frozen.
+
+    Attributes:
+        not_again: why its last call, which was to run again in backward, keeps what it saved; "" if it does not.
+    """
+
+    mixin = SafeBlock
+    name: str
+    entry: Entry
+    stack: list[nn.Module] = field(repr=False)
+    recompute: set[str] = field(repr=False)
+    not_again: str = ""
+    _checkpointing: Checkpointing = field(default_factory=Checkpointing, repr=False)
+
+    def run(self, block: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call the block with a graph, without one, or with one whose tensors are made again in backward."""
+        if block is self.stack[0]:
+            args, kwargs = _replace_hidden(args, kwargs, self._enter)
+        given = list(leaves((args, kwargs)))
+        passes = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in given)
+        may_pass = passes or any(map(may_carry, given))  # shared keys and values of a trained block, in a cache
+        live = trains(block)
+        if not live and may_pass and self.name in self.recompute and not checkpoints(block):
+            run = Run(call, block, self.name)
+            output = run.first(args, kwargs)
+            self.not_again = run.reason
+            return output
+        with self._checkpointing.around(block, live=live, passes=may_pass):
+            return call(*args, **kwargs)
+
+    def _enter(self, hidden: Tensor) -> Tensor:
+        if not self.entry.is_artificial(hidden) or self._is_waited_for():
+            return hidden
+        return hidden.detach()
+
+    def _is_waited_for(self) -> bool:
+        """Whether a backward hook sits where no gradient would come: up to and in the lowest block that trains."""
+        for block in self.stack:
+            if waits_for_gradient(modules_in(block)):
+                return True
+            if trains(block):
+                return False
+        return False
+
+
+def _replace_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Change the block's hidden states: its first argument, whatever that is called."""
+    if args:
+        first = change(args[0]) if _is_float(args[0]) else args[0]
+        return (first, *args[1:]), kwargs
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), None)
+    if name is None or not _is_float(kwargs[name]):
+        return args, kwargs
+    return args, {**kwargs, name: change(kwargs[name])}
+
+
+def _is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+def graph_states(model: nn.Module) -> dict[str, str]:
+    """Say for every transformer block of a model what a training forward builds of a graph in it.
+
+    Args:
+        model: bound or not.
+
+    Returns:
+        By the block's path, in a few words.
+    """
+    found, reached = {}, _trains_before_blocks(model)
+    for name, block in transformer_blocks(model).items():
+        state = block.__dict__.get(STATE)
+        asked = isinstance(state, Block) and name in state.recompute
+        again = "frozen, runs again in backward"
+        if asked and checkpoints(block):
+            again = "frozen, does not run again by itself: activation checkpointing is on"
+        elif isinstance(state, Block) and state.not_again:
+            again = f"frozen, asked to run again in backward, which cannot be exact: {state.not_again}"
+        if trains(block):
+            found[name], reached = "trains", True
+        elif reached:
+            found[name] = again if asked else "frozen, the gradient passes through"
+        else:
+            found[name] = "no graph: nothing in it or below it trains"
+    return found
+
+
+def _trains_before_blocks(model: nn.Module) -> bool:
+    """Whether anything that a model registers before its first block trains: embeddings and prompts do."""
+    first = next(iter(transformer_blocks(model).values()), None)
+    inside = {id(parameter) for parameter in parameters_of(first)} if first is not None else set()
+    for parameter in parameters_of(model):
+        if id(parameter) in inside:
+            return False
+        if parameter.requires_grad:
+            return True
+    return False

@@ -1,0 +1,47 @@
+"""Asks modules whether anything in them trains, and whether somebody waits for a gradient there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from torch import nn
+from torch.nn.modules import module as global_hooks
+
+from ..adapters import LayerState
+from ..adapters.base import adapter_parameters
+from ..class_swap import STATE
+
+
+def trains(block: nn.Module) -> bool:
+    """Whether anything in a block trains: requires_grad, less what the ledger has frozen and PEFT has thawed since."""
+    live: list[nn.Parameter] = []
+    frozen: set[int] = set()
+    for module in modules_in(block):
+        live += (p for p in module._parameters.values() if p is not None and p.requires_grad)
+        state = module.__dict__.get(STATE)
+        for key in state.frozen if isinstance(state, LayerState) else ():
+            frozen.update(map(id, adapter_parameters(module, key)))
+    return any(id(parameter) not in frozen for parameter in live)
+
+
+def modules_in(block: nn.Module) -> Iterator[nn.Module]:
+    """A block's modules, some perhaps twice: asked for in every call, where `modules()` takes several times as long."""
+    rest = [block]
+    while rest:
+        module = rest.pop()
+        yield module
+        rest += (child for child in module._modules.values() if child is not None)
+
+
+def waits_for_gradient(modules: Iterable[nn.Module]) -> bool:
+    """Whether a backward hook is on any of these modules, or on all modules there are.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = layer.register_full_backward_hook(lambda module, inputs, outputs: None)
+        >>> waits_for_gradient([layer])
+        True
+    """
+    if global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks:
+        return True
+    return any(module._backward_hooks or module._backward_pre_hooks for module in modules)

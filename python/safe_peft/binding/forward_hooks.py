@@ -1,0 +1,217 @@
+"""Watches a model's forwards, in a way that copies and pickles of the model know nothing of."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+
+from ..distributed.wrappers import walk
+from .adapters import peft_kind
+from .class_swap import is_bound
+
+
+@dataclass(eq=False)
+class Call:
+    """A forward that runs now.
+
+    Args:
+        module: what was called.
+        outer: the watched forward that it runs in, of the same thread.
+        task: the backward pass that it runs in, or -1.
+        error: identity of the exception that was being handled when it began.
+        notes: what the watcher's owner keeps about it.
+    """
+
+    module: nn.Module
+    outer: Call | None
+    task: int
+    error: int
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+Begin = Callable[[Call, tuple[Any, ...], Mapping[str, Any]], None]
+End = Callable[[Call, Any, bool], None]
+
+
+class Hook:
+    """A hook that stays behind when its module is copied or pickled."""
+
+    def __init__(self, function: Callable[..., None]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        """Run before or after a forward; compiled code has no place for it."""
+        if not torch.compiler.is_compiling():
+            self._function(*args)
+
+    def __reduce__(self) -> Any:
+        """Its place in a copy is taken by a standard function that does nothing and needs nothing to be loaded."""
+        return getattr, (nullcontext(), "__exit__")
+
+
+class Watcher:
+    """Calls functions before and after the forwards of a model, and of the models inside it: see `watched`.
+
+    Args:
+        model: a PEFT model, what holds one or several, or a model with adapter layers.
+        begin: called before each forward with its `Call`, its arguments and its keyword arguments.
+        end: called after it with its `Call`, its output, and whether it died of an exception.
+
+    Example:
+        >>> watcher = Watcher(nn.Linear(2, 2), lambda call, args, kwargs: print("begins"))
+        >>> watcher.close()
+    """
+
+    def __init__(self, model: nn.Module, begin: Begin, end: End | None = None) -> None:
+        self._begin, self._end = begin, end
+        self._suspensions = 0
+        self._threads = threading.local()
+        before, after = Hook(self._before), Hook(self._after)
+        self._hooks: list[RemovableHandle] = []
+        for module in watched(model):
+            self._hooks.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            self._hooks.append(module.register_forward_hook(after, with_kwargs=True, always_call=True))
+
+    @property
+    def current(self) -> Call | None:
+        """The innermost watched forward that runs in this thread."""
+        calls = self._calls
+        return calls[-1] if calls else None
+
+    def reset(self) -> None:
+        """Forget this thread's forwards: none runs, but one that was interrupted never said so."""
+        self._calls.clear()
+
+    @property
+    def is_suspended(self) -> bool:
+        """Whether what runs is to be looked away from; forwards are followed all the same."""
+        return self._suspensions > 0
+
+    @contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Look away while the block runs."""
+        self._suspensions += 1
+        try:
+            yield
+        finally:
+            self._suspensions -= 1
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        while self._hooks:
+            self._hooks.pop().remove()
+
+    @property
+    def _calls(self) -> list[Call]:
+        if not hasattr(self._threads, "calls"):
+            self._threads.calls = []
+        found: list[Call] = self._threads.calls
+        return found
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        calls = self._calls
+        # An interrupt ends a forward without running any hook; then its module is called anew.
+        stale = next((index for index, call in enumerate(calls) if call.module is module), len(calls))
+        del calls[stale:]
+        call = Call(module, calls[-1] if calls else None, torch._C._current_graph_task_id(), id(sys.exc_info()[1]))
+        calls.append(call)
+        self._begin(call, args, kwargs)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> None:
+        calls = self._calls
+        index = next((index for index, call in enumerate(calls) if call.module is module), None)
+        if index is None:
+            return
+        call = calls[index]
+        del calls[index:]
+        if self._end is not None:
+            # Hooks that are called in any case are not told of the exception, but run while it is handled.
+            self._end(call, output, id(sys.exc_info()[1]) != call.error)
+
+
+def watched(model: nn.Module) -> list[nn.Module]:
+    """Return the modules whose calls are a model's forwards, from wherever they are called.
+
+    These are the model itself, every PEFT model in it, every model of a library that holds adapters, and what lies
+    directly inside those: outer ones call the inner ones by `forward`, or are passed over themselves.
+
+    Args:
+        model: a PEFT model, what holds one or several, or a model with adapter layers.
+
+    Example:
+        >>> len(watched(nn.Linear(2, 2)))
+        1
+    """
+    modules = dict(walk(model))
+    adapted = {
+        id(modules[prefix]) for name in adapted_paths(modules) for prefix in _prefixes(name) if prefix in modules
+    }
+    found, roots = [model], list(models_in(model))
+    for root in roots:
+        found += [root, *_inside(root, adapted)]
+    if not roots:
+        found += _only_children(model, adapted)
+    return list(dict.fromkeys(found))
+
+
+def models_in(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield every PEFT model in a model, and the outermost ones into which a library has put adapters.
+
+    Args:
+        model: any.
+    """
+    modules = dict(walk(model))
+    layers, outermost = adapted_paths(modules), list[str]()
+    for name, module in modules.items():
+        is_peft = callable(getattr(type(module), "get_base_model", None))
+        is_outer = hasattr(type(module), "add_adapter") and not any(_is_in(name, other) for other in outermost)
+        if (is_peft or is_outer) and any(_is_in(layer, name) for layer in layers):
+            outermost.append(name)
+            yield module
+
+
+def adapted_paths(modules: Mapping[str, nn.Module]) -> list[str]:
+    """Return the paths of PEFT's adapter layers.
+
+    Args:
+        modules: by path.
+    """
+    return [name for name, module in modules.items() if peft_kind(module) is not None]
+
+
+def _inside(root: nn.Module, adapted: set[int]) -> Iterator[nn.Module]:
+    """PEFT's tuner, the model in that, and the model in that one: a causal model has one without a head."""
+    module: Any = root
+    if callable(getattr(type(root), "get_base_model", None)):
+        module = root.get_base_model()  # type: ignore[operator]
+        yield from (inner for inner in (root._modules.get("base_model"), module) if isinstance(inner, nn.Module))
+    inner = module._modules.get(getattr(module, "base_model_prefix", None))
+    if inner is not None and id(inner) in adapted:
+        yield inner
+
+
+def _only_children(module: nn.Module, adapted: set[int]) -> Iterator[nn.Module]:
+    """What holds all adapters of a model that no library knows, down to where its adapters part."""
+    while not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
+        children = [child for child in module._modules.values() if id(child) in adapted]
+        if len(children) != 1 or children[0] is None or peft_kind(children[0]) or is_bound(children[0]):
+            return
+        module = children[0]
+        yield module
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return ["", *(".".join(parts[: count + 1]) for count in range(len(parts)))]
+
+
+def _is_in(name: str, other: str) -> bool:
+    return not other or name == other or name.startswith(f"{other}.")

@@ -1,0 +1,175 @@
+"""The command `safe-peft finetune`: its options, and the configuration they make."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import ConfigError
+from ..finetune.config import FinetuneConfig
+from ..freezing.config import SafeConfig
+
+
+def _option(panel: str, text: str, *names: str) -> Any:
+    return typer.Option(*names, help=text, rich_help_panel=panel)
+
+
+DATA, LORA, TRAINING, FREEZING = "Data and model", "LoRA, by PEFT's own names", "Training", "Freezing"
+STEPS_OR_SHARE = "optimizer steps (100) or a share of the training (0.2)"
+POINTS = ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval")
+LISTS = ("target_modules", "modules_to_save")
+LORA_OPTIONS = (
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "modules_to_save",
+    "bias",
+    "use_rslora",
+    "use_dora",
+)
+
+Train = Annotated[str, _option(DATA, "Training file: csv, tsv, jsonl, json or parquet.")]
+Eval = Annotated[str, _option(DATA, "Evaluation file with the same columns.", "--eval")]
+Output = Annotated[str, _option(DATA, "Folder for the adapter, the tokenizer and the report.")]
+Model = Annotated[str, _option(DATA, "A folder, a hub id, or one of minilm, mpnet, smollm2.")]
+Task = Annotated[str, _option(DATA, "seq-cls (measured by accuracy) or causal-lm (by perplexity).")]
+TextColumn = Annotated[str, _option(DATA, "Column that holds the text.")]
+LabelColumn = Annotated[str, _option(DATA, "Column that holds the class, for seq-cls: strings or integers.")]
+
+Rank = Annotated[int, _option(LORA, "Rank of the adapters.", "--r")]
+Alpha = Annotated[int, _option(LORA, "Scaling is alpha / r.")]
+Dropout = Annotated[float, _option(LORA, "Dropout before the adapters.")]
+Targets = Annotated[str, _option(LORA, "Layers to adapt: all-linear, or ends of names separated by commas.")]
+Saved = Annotated[str | None, _option(LORA, "Further layers to train whole, separated by commas.")]
+Bias = Annotated[str, _option(LORA, "Biases to train: none, all or lora_only.")]
+RsLora = Annotated[bool, _option(LORA, "Scaling is alpha / sqrt(r).", "--use-rslora")]
+Dora = Annotated[bool, _option(LORA, "DoRA; PEFT's own path serves it, not the kernels.", "--use-dora")]
+
+Epochs = Annotated[int, _option(TRAINING, "Passes over the training file.")]
+MaxSteps = Annotated[int | None, _option(TRAINING, "Optimizer steps, instead of epochs.")]
+BatchSize = Annotated[int, _option(TRAINING, "Rows a batch.")]
+Rate = Annotated[float, _option(TRAINING, "Peak learning rate of AdamW; it rises, then falls linearly to zero.")]
+Decay = Annotated[float, _option(TRAINING, "Weight decay of AdamW.")]
+LossName = Annotated[str, _option(TRAINING, "model, or chunked: causal-lm without whole logits in memory.")]
+MaxLength = Annotated[int, _option(TRAINING, "Tokens after which a text is cut.")]
+Seed = Annotated[int, _option(TRAINING, "Of the first values, the batches' order and dropout.")]
+Device = Annotated[str, _option(TRAINING, "auto, cpu, cuda, ...")]
+
+Score = Annotated[str, _option(FREEZING, "cka, relative_norm, gradient_sensitivity or random.")]
+Fraction = Annotated[
+    float | None, _option(FREEZING, "Share of the adapters to freeze; 0.75 unless --threshold is given.")
+]
+Threshold = Annotated[float | None, _option(FREEZING, "Freeze at or below this importance, instead of a share.")]
+Target = Annotated[
+    str, _option(FREEZING, "What the share is of: adapters, or bytes that freezing them all would save.")
+]
+Budget = Annotated[
+    str | None, _option(FREEZING, "What a step may retain in the end, such as 6GiB; freezes by importance per byte.")
+]
+Recompute = Annotated[str, _option(FREEZING, "Run frozen blocks again in backward: off, frozen (all) or auto.")]
+Warmup = Annotated[str, _option(FREEZING, f"No freezing before: {STEPS_OR_SHARE}.")]
+MaxWarmup = Annotated[str, _option(FREEZING, "Freezing starts by then, however much importance still changes.")]
+End = Annotated[str, _option(FREEZING, "The last freezing.")]
+Interval = Annotated[str, _option(FREEZING, "Between two freezings.")]
+ScoreInterval = Annotated[str, _option(FREEZING, "Between two scorings.")]
+Never = Annotated[list[str] | None, _option(FREEZING, "Shell pattern of adapters that keep training; may be repeated.")]
+Keep = Annotated[bool, _option(FREEZING, "Leave frozen adapters' dropout on.", "--keep-dropout")]
+NonFinite = Annotated[str, _option(FREEZING, "What NaN or Inf in a score does: warn and go on, or raise and stop.")]
+NoFreeze = Annotated[bool, _option(FREEZING, "Freeze nothing, and take the fast path alone.", "--no-freeze")]
+
+
+def finetune(
+    train: Train,
+    eval: Eval,
+    output: Output,
+    model: Model = "minilm",
+    task: Task = FinetuneConfig.task,
+    text_column: TextColumn = FinetuneConfig.text_column,
+    label_column: LabelColumn = FinetuneConfig.label_column,
+    r: Rank = 8,
+    lora_alpha: Alpha = 16,
+    lora_dropout: Dropout = 0.0,
+    target_modules: Targets = "all-linear",
+    modules_to_save: Saved = None,
+    bias: Bias = "none",
+    use_rslora: RsLora = False,
+    use_dora: Dora = False,
+    epochs: Epochs = FinetuneConfig.epochs,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = FinetuneConfig.batch_size,
+    learning_rate: Rate = FinetuneConfig.learning_rate,
+    weight_decay: Decay = FinetuneConfig.weight_decay,
+    loss: LossName = FinetuneConfig.loss,
+    max_length: MaxLength = FinetuneConfig.max_length,
+    seed: Seed = 0,
+    device: Device = FinetuneConfig.device,
+    score: Score = SafeConfig.score,
+    target_fraction: Fraction = None,
+    threshold: Threshold = None,
+    target: Target = SafeConfig.target,
+    memory_budget: Budget = None,
+    recompute: Recompute = SafeConfig.recompute,
+    warmup: Warmup = str(SafeConfig.warmup),
+    max_warmup: MaxWarmup = str(SafeConfig.max_warmup),
+    freeze_end: End = str(SafeConfig.freeze_end),
+    freeze_interval: Interval = str(SafeConfig.freeze_interval),
+    score_interval: ScoreInterval = str(SafeConfig.score_interval),
+    never_freeze: Never = None,
+    keep_dropout: Keep = False,
+    on_nonfinite: NonFinite = SafeConfig.on_nonfinite,
+    no_freeze: NoFreeze = False,
+) -> None:
+    """Fine-tune LoRA adapters on your own text, freezing those that change least.
+
+    The result is an ordinary PEFT checkpoint, with a report of what was frozen when and what it saved.
+    """
+    config = configure(locals())
+    from ..finetune.run import finetune as run
+    from ..finetune.run import result_line
+
+    typer.echo(result_line(run(config)))
+    typer.echo(f"adapter and report: {output}")
+
+
+def configure(given: Mapping[str, Any]) -> FinetuneConfig:
+    """Sort the command's options into a configuration.
+
+    Args:
+        given: options by name.
+
+    Returns:
+        The configuration.
+
+    Raises:
+        ConfigError: An option has a value that cannot work.
+
+    Example:
+        >>> configure({"train": "t.csv", "eval": "e.csv", "model": "minilm", "warmup": "20"}).safe
+        {'warmup': 20}
+    """
+    options = {name: value for name, value in given.items() if value is not None}
+    options |= {name: _point(name, options[name]) for name in POINTS if name in options}
+    options |= {name: _names(options[name]) for name in LISTS if name in options}
+    method = "bind" if options.get("no_freeze") else "safe"
+    return FinetuneConfig(
+        **{field.name: options[field.name] for field in fields(FinetuneConfig) if field.name in options},
+        method=method,
+        safe={field.name: options[field.name] for field in fields(SafeConfig) if field.name in options},
+        lora={name: options[name] for name in LORA_OPTIONS if name in options},
+    )
+
+
+def _names(text: str) -> str | list[str]:
+    return text if text == "all-linear" else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _point(name: str, text: str) -> int | float:
+    """Read a moment of the schedule as the configuration means it: 100 is steps, 0.2 a share."""
+    try:
+        return int(text) if text.lstrip("-").isdecimal() else float(text)
+    except ValueError:
+        raise ConfigError(f"{name} must be {STEPS_OR_SHARE}, got {text!r}.") from None

@@ -1,0 +1,121 @@
+"""Looks through what others put around a model or an optimizer, and shortens the paths that this makes long."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..errors import BindingError
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the model inside DDP's wrapper and `torch.compile`'s.
+
+    Args:
+        model: what a user passed as a model.
+
+    Raises:
+        BindingError: It is none.
+
+    Example:
+        >>> unwrap(nn.Linear(2, 2))
+        Linear(in_features=2, out_features=2, bias=True)
+    """
+    if not isinstance(model, nn.Module):
+        raise BindingError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
+    if isinstance(model, DistributedDataParallel | DataParallel):
+        return unwrap(model.module)
+    compiled = getattr(model, "_orig_mod", None)
+    return unwrap(compiled) if isinstance(compiled, nn.Module) else model
+
+
+def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimizer that holds the state and runs the hooks: accelerate puts another around it.
+
+    Args:
+        optimizer: what a user passed as one.
+
+    Raises:
+        BindingError: It is none.
+
+    Example:
+        >>> unwrap_optimizer(accelerator.prepare(optimizer)) is optimizer  # doctest: +SKIP
+        True
+    """
+    if not isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "param_groups"):
+        raise BindingError(
+            f"optimizer: expected a torch.optim.Optimizer, or a list of them, got {type(optimizer).__name__}."
+        )
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def trains_besides(model: nn.Module, own: Iterable[nn.Parameter]) -> bool:
+    """Return whether a model has a parameter that trains and is none of these.
+
+    Example:
+        >>> trains_besides(model := nn.Linear(2, 2), [model.weight])
+        True
+    """
+    known = {id(parameter) for parameter in own}
+    return any(p.requires_grad and id(p) not in known for p in parameters_of(model))
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield what `named_modules` does, without running any code of the modules.
+
+    Some do more than list themselves there: PEFT's `lora.MultiheadAttention` deletes its weights and registers new ones
+    at every walk, and loses them where new parameters cannot be made.
+
+    Args:
+        model: any module.
+
+    Example:
+        >>> [name for name, _ in walk(nn.Sequential(nn.Linear(2, 2)))]
+        ['', '0']
+    """
+    seen, waiting = set[int](), [("", model)]
+    while waiting:
+        name, module = waiting.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        yield name, module
+        children = [(key, child) for key, child in module._modules.items() if child is not None]
+        waiting += [(f"{name}.{key}" if name else key, child) for key, child in reversed(children)]
+
+
+def parameters_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return what `parameters` yields, without running any code of the modules.
+
+    Example:
+        >>> len(parameters_of(nn.Linear(2, 2)))
+        2
+    """
+    found = {id(p): p for _, module in walk(model) for p in module._parameters.values() if p is not None}
+    return list(found.values())
+
+
+def buffers_of(model: nn.Module) -> list[torch.Tensor]:
+    """Return what `buffers` yields, without running any code of the modules.
+
+    Example:
+        >>> len(buffers_of(nn.BatchNorm1d(2)))
+        3
+    """
+    found = {id(b): b for _, module in walk(model) for b in module._buffers.values() if b is not None}
+    return list(found.values())
+
+
+def short_name(path: str) -> str:
+    """Return a layer's path without what PEFT puts before the model's own names.
+
+    Example:
+        >>> short_name("base_model.model.encoder.layer.0.query")
+        'encoder.layer.0.query'
+    """
+    return path.removeprefix("base_model.model.")

@@ -1,0 +1,167 @@
+"""Finds the last checkpoint that is whole: a process that is killed while it saves leaves one that is not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import re
+import zipfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import StateError
+from . import jsonio
+from .checksum import check_signed
+
+logger = logging.getLogger(__name__)
+
+STATE_FILE = "safe_state.json"
+TRAINER_STATE_FILE = "trainer_state.json"
+PROCESSES = "processes"
+"""What `SafeCallback` tells the Trainer's state: how many processes write their part of a checkpoint."""
+
+INDEX = ".metadata"
+"""Where torch.distributed.checkpoint says what lies in which of its files."""
+ARCHIVES = (".bin", ".pt", ".pth")
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """List what a checkpoint needs to be whole: every file but those of ours, texts for people, and hidden ones.
+
+    Args:
+        folder: the checkpoint.
+    """
+    parts = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
+    return [path for path in parts if path != folder / STATE_FILE and not _is_hidden(path.relative_to(folder))]
+
+
+def _is_hidden(path: Path) -> bool:
+    """Whether a file system, a desktop or a save that was killed may have left it."""
+    return any(name.startswith(".") and name != INDEX for name in path.parts)
+
+
+def fingerprints(folder: Path, files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
+    """Bring files to the disk and return what tells them from torn ones.
+
+    Args:
+        folder: their names are relative to it.
+        files: paths in it.
+
+    Returns:
+        SHA-256 by name, in hexadecimal digits.
+
+    Raises:
+        StateError: One is not there or cannot be read.
+
+    Example:
+        >>> fingerprints(Path("checkpoint-8"), ["checkpoint-8/optimizer.pt"])  # doctest: +SKIP
+        {'optimizer.pt': '9f86d081...'}
+    """
+    if not isinstance(files, Iterable) or isinstance(files, str | bytes):
+        raise StateError(f"files: expected paths, got {files!r}.")
+    try:
+        files = [jsonio.path_of(path, "files") for path in files]
+        inside = [(Path(os.path.abspath(path)).relative_to(os.path.abspath(folder)), path) for path in files]
+        return {name.as_posix(): _sha256(Path(path), sync=True) for name, path in inside}
+    except (OSError, ValueError) as error:
+        raise StateError(f"files: {error}; name files that are there, in {folder} or below it.") from error
+
+
+def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
+    """Find the newest checkpoint that is whole, among folders named `checkpoint-<step>`.
+
+    A checkpoint of `SafeCallback` or of `AdapterFreezer.save` is whole if every file it lists is there, to the byte.
+    One without `safe_state.json` is whole if `trainer_state.json`, which a Trainer writes after everything else, is
+    there and no file is cut short. What is not whole is passed over with a warning; nothing is deleted or changed, so
+    any number of processes may ask.
+
+    Args:
+        output_dir: the folder of checkpoints; it need not exist yet.
+
+    Returns:
+        The checkpoint's path, for `Trainer.train(resume_from_checkpoint=...)`; None if there is none.
+
+    Raises:
+        StateError: `output_dir` is no path.
+
+    Example:
+        >>> trainer.train(resume_from_checkpoint=safe_peft.last_checkpoint("runs/mine"))  # doctest: +SKIP
+    """
+    for step, folder in sorted(_folders(jsonio.path_of(output_dir, "output_dir")), reverse=True):
+        flaw = _flaw(folder, step)
+        if flaw is None:
+            return str(folder)
+        logger.warning("%s is passed over, since it is not whole: %s", folder, flaw)
+    return None
+
+
+def _folders(output_dir: Path) -> Iterator[tuple[int, Path]]:
+    for path in output_dir.iterdir() if output_dir.is_dir() else ():
+        if (match := re.fullmatch(r"checkpoint-([0-9]{1,18})", path.name)) and path.is_dir():
+            yield int(match[1]), path
+
+
+def _flaw(folder: Path, step: int) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    try:
+        if (folder / STATE_FILE).exists():
+            return _flaw_against(jsonio.read_json(folder / STATE_FILE), folder)
+        return _flaw_unsigned(folder, step)
+    except (OSError, StateError) as error:  # another process may be tidying up
+        return str(error)
+
+
+def _flaw_against(state: Any, folder: Path) -> str | None:
+    if not isinstance(state, dict) or not isinstance(state.get("files"), dict):
+        return f"{STATE_FILE} does not list its files"
+    check_signed(state, STATE_FILE)
+    for name, sha256 in state["files"].items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if _sha256(folder / name) != sha256:
+            return f"{name} is not what was written"
+    return None
+
+
+def _flaw_unsigned(folder: Path, step: int) -> str | None:
+    """A Trainer writes its state last; what is cut short all the same was lost with the machine's memory."""
+    from safetensors import SafetensorError, safe_open
+
+    try:  # a Trainer writes NaN as it is
+        trainer_state = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        return f"{TRAINER_STATE_FILE} is not JSON ({error})"
+    if not isinstance(trainer_state, dict) or trainer_state.get("global_step") != step:
+        return f"{TRAINER_STATE_FILE} is not of step {step}"
+    processes = _processes(trainer_state.get("stateful_callbacks"))
+    for name in (f"rng_state_{index}.pth" for index in range(processes) if processes > 1):  # each one's last file
+        if not (folder / name).is_file():
+            return f"{name} is missing: not all {processes} processes wrote their part"
+    for path in checkpoint_files(folder):
+        if path.suffix in ARCHIVES and not zipfile.is_zipfile(path):
+            return f"{path.name} is cut short"
+        if path.suffix == ".safetensors":
+            try:
+                safe_open(path, framework="np").keys()
+            except SafetensorError as error:
+                return f"{path.name}: {error}"
+    return None
+
+
+def _processes(callbacks: Any) -> int:
+    """How many processes there were, if `SafeCallback` was among a Trainer's callbacks."""
+    entries = callbacks.values() if isinstance(callbacks, dict) else ()
+    attributes = [entry.get("attributes") for entry in entries if isinstance(entry, dict)]
+    told = [known.get(PROCESSES) for known in attributes if isinstance(known, dict)]
+    return max((number for number in told if isinstance(number, int)), default=1)
+
+
+def _sha256(path: Path, sync: bool = False) -> str:
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256")
+        if sync:
+            os.fsync(stream.fileno())
+    return digest.hexdigest()

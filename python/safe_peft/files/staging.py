@@ -1,0 +1,54 @@
+"""An output folder whose old files are replaced only when the new ones are complete."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ..errors import ConfigError
+
+
+@contextmanager
+def staged(output: str | os.PathLike[str]) -> Iterator[Path]:
+    """Collect new files in a hidden folder inside `output`, and move them to their places when the block ends well.
+
+    Args:
+        output: the folder, made when missing. Files in it that the block does not write stay as they are.
+
+    Yields:
+        The folder to write to. When the block fails it is removed, and `output` too if it was made here.
+
+    Raises:
+        ConfigError: The folder cannot be made or written to.
+
+    Example:
+        >>> with staged("runs/mine") as stage:  # doctest: +SKIP
+        ...     (stage / "report.json").write_text("{}")
+    """
+    output = Path(output)
+    made = [folder for folder in (output, *output.parents) if not folder.exists()]
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(prefix=".partial-", dir=output))
+    except OSError as error:
+        raise ConfigError(f"output: {output} cannot be written to ({error.strerror}); name another folder.") from error
+    try:
+        yield stage
+        for path in sorted(stage.rglob("*")):
+            target = output / path.relative_to(stage)
+            target.mkdir(exist_ok=True) if path.is_dir() else path.replace(target)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+        _remove_empty(made)
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except OSError:  # it holds something by now
+            return

@@ -1,0 +1,1 @@
+"""The training behind the command `safe-peft finetune`."""

@@ -1,0 +1,238 @@
+"""Base models and their LoRA adapters, from a folder, from the packaged assets or from a hub."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ConfigError, SafeError
+from . import assets
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+MODELS = ("minilm", "mpnet", "smollm2")  # the models among the assets
+
+
+def locate(model: str) -> str:
+    """Find a model: a folder here, the name of an asset (fetched on first use), or else an id for the hub.
+
+    Args:
+        model: the folder, name or id.
+
+    Returns:
+        What transformers loads from.
+
+    Raises:
+        ConfigError: It looks like a folder but is none.
+        AssetError: An asset cannot be fetched.
+
+    Example:
+        >>> locate("minilm")  # doctest: +SKIP
+    """
+    if Path(model).is_dir():
+        return str(Path(model))
+    if model in MODELS:
+        return str(assets.fetch(model))
+    if model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ConfigError(f"model: there is no folder {model}; give a folder, a hub id, or one of {_known()}.")
+    return model
+
+
+def _known() -> str:
+    return ", ".join(MODELS)
+
+
+@contextmanager
+def _loading(model: str, what: str) -> Iterator[None]:
+    """Turn the many ways in which loading fails into one sentence."""
+    try:
+        with quiet():
+            yield
+    except SafeError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        hint = "; it is no folder here, and the hub is off" if not Path(model).exists() and _is_offline() else ""
+        raise ConfigError(
+            f"model: the {what} of {model!r} cannot be loaded{hint} ({reason}). "
+            f"Give a folder, a hub id that can be reached, or one of {_known()}."
+        ) from error
+
+
+def _is_offline() -> bool:
+    return any(
+        os.environ.get(name, "").upper() in ("1", "ON", "YES", "TRUE")
+        for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' load report and bars, and its and PEFT's warnings, out of a run's output; a new head is meant.
+
+    Example:
+        >>> with quiet():  # doctest: +SKIP
+        ...     model.save_pretrained("folder")
+    """
+    from transformers.utils import logging as verbosity
+
+    level, bars = verbosity.get_verbosity(), verbosity.is_progress_bar_enabled()
+    verbosity.set_verbosity(logging.ERROR)
+    verbosity.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        verbosity.set_verbosity(level)
+        if bars:
+            verbosity.enable_progress_bar()
+
+
+def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
+    """Load a tokenizer that pads; where the model has no padding token, the end of text stands for it.
+
+    Args:
+        source: as `locate` returns it.
+
+    Raises:
+        ConfigError: It cannot be loaded.
+
+    Example:
+        >>> load_tokenizer(locate("minilm")).pad_token  # doctest: +SKIP
+        '[PAD]'
+    """
+    from transformers import AutoTokenizer
+
+    with _loading(source, "tokenizer"):
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"model: the tokenizer of {source!r} has no padding and no end-of-text token; give it one."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(source: str, task: str, classes: Sequence[str] | None, pad_id: int) -> PreTrainedModel:
+    """Load a base model for a task, in fp32.
+
+    Args:
+        source: as `locate` returns it.
+        task: "seq-cls" or "causal-lm".
+        classes: names of the classes, kept in the configuration, for "seq-cls".
+        pad_id: the tokenizer's padding token, which classifiers of decoder models look for.
+
+    Raises:
+        ConfigError: It cannot be loaded, or not for this task.
+
+    Example:
+        >>> load_model(locate("minilm"), "seq-cls", ["bad", "good"], 0).num_labels  # doctest: +SKIP
+        2
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if task == "seq-cls":
+        names = dict(enumerate(classes or ()))
+        options |= {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+    kind = AutoModelForSequenceClassification if task == "seq-cls" else AutoModelForCausalLM
+    with _loading(source, "model"):
+        model = kind.from_pretrained(source, **options)
+    model.config.pad_token_id = pad_id
+    return model
+
+
+def device_name(name: str) -> str:
+    """Return a device's name, and for "auto" that of a GPU if there is one.
+
+    Args:
+        name: as an option gave it.
+
+    Example:
+        >>> device_name("cpu")
+        'cpu'
+    """
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def load_shell(source: str, task: str, classes: int = 2, dtype: str = "float32") -> PreTrainedModel:
+    """Make a base model from its configuration alone, on the meta device: no weights are read, no memory is taken.
+
+    Args:
+        source: as `locate` returns it.
+        task: "seq-cls" or "causal-lm".
+        classes: for "seq-cls".
+        dtype: torch's name of the parameters' dtype.
+
+    Raises:
+        ConfigError: There is no such configuration, or none for this task.
+
+    Example:
+        >>> load_shell(locate("minilm"), "seq-cls").device.type  # doctest: +SKIP
+        'meta'
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    kinds = {"seq-cls": AutoModelForSequenceClassification, "causal-lm": AutoModelForCausalLM}
+    with _loading(source, "configuration"), torch.device("meta"):
+        config = AutoConfig.from_pretrained(source)
+        if task == "seq-cls":
+            config.num_labels = classes
+        if getattr(config, "pad_token_id", None) is None:  # classifiers of decoder models look for it
+            config.pad_token_id = 0
+        return kinds[task].from_config(config, dtype=getattr(torch, dtype))
+
+
+def add_lora(model: PreTrainedModel, task: str, options: Mapping[str, Any]) -> nn.Module:
+    """Put PEFT's LoRA on a model.
+
+    Args:
+        model: the base model, changed in place as PEFT does it.
+        task: "seq-cls" or "causal-lm".
+        options: of `peft.LoraConfig`, by PEFT's own names.
+
+    Returns:
+        The `PeftModel`.
+
+    Raises:
+        ConfigError: PEFT refuses the options.
+
+    Example:
+        >>> add_lora(model, "seq-cls", {"r": 8, "target_modules": ["query", "value"]})  # doctest: +SKIP
+    """
+    import peft
+
+    kind = peft.TaskType.SEQ_CLS if task == "seq-cls" else peft.TaskType.CAUSAL_LM
+    try:
+        with quiet():
+            return peft.get_peft_model(model, peft.LoraConfig(task_type=kind, **options))
+    except (ValueError, TypeError, NotImplementedError) as error:
+        raise ConfigError(f"LoRA options: {str(error).strip().splitlines()[0]}") from error
+
+
+def positions(model: PreTrainedModel) -> int | None:
+    """Return how many positions a model has, or None if it does not say.
+
+    Args:
+        model: the base model.
+
+    Example:
+        >>> positions(model)  # doctest: +SKIP
+        512
+    """
+    return getattr(model.config, "max_position_embeddings", None)

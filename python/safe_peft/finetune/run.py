@@ -1,0 +1,123 @@
+"""Fine-tuning from files to a PEFT checkpoint and a report, for the command line and the demo."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..errors import ConfigError
+from ..files.staging import staged
+from ..report.records import mebibytes
+from ..report.report import FreezeReport
+from . import data, models
+from .batches import tokenize
+from .config import FinetuneConfig
+from .training import Prepared, Training
+
+
+def finetune(config: FinetuneConfig, console: Console | None = None) -> FreezeReport:
+    """Fine-tune LoRA adapters, measure what it cost, and write an ordinary PEFT checkpoint and a report.
+
+    Args:
+        config: what to train, on what, and how.
+        console: where progress is shown; standard error by default.
+
+    Returns:
+        The report, with one measured run. In `config.output`: what PEFT's `save_pretrained` writes, the tokenizer, the
+        report as json, png and html, and in `base_config/` the base model's configuration with the classes' names.
+
+    Raises:
+        ConfigError: An option, a file or the model cannot work.
+        SafeError: The loss is no number any more.
+
+    Example:
+        >>> finetune(FinetuneConfig("minilm", "train.csv", "eval.csv", output="runs/mine"))  # doctest: +SKIP
+    """
+    console = console or Console(stderr=True)
+    with staged(config.output) if config.output else nullcontext() as stage:
+        prepared = _prepare(config)
+        report = Training(config, prepared, console).run()
+        if stage is not None:
+            _save(prepared, report, stage)
+    return report
+
+
+def _prepare(config: FinetuneConfig) -> Prepared:
+    """Read everything that can be wrong before anything that takes long."""
+    device = _device(config.device)
+    texts, labels, classes = _read(config)
+    source = models.locate(config.model)
+    tokenizer = models.load_tokenizer(source)
+    torch.manual_seed(config.seed)
+    base = models.load_model(source, config.task, classes, int(tokenizer.pad_token_id))
+    limit = models.positions(base)
+    if limit is not None and config.max_length > limit:
+        raise ConfigError(f"max_length is {config.max_length}, but the model has {limit} positions; lower it.")
+    model = models.add_lora(base, config.task, config.lora)
+    train, evaluation = (tokenize(tokenizer, texts[i], labels[i], config.max_length) for i in range(2))
+    return Prepared(model.to(device), tokenizer, train, evaluation, device)
+
+
+def _read(config: FinetuneConfig) -> tuple[list[list[str]], list[list[int] | None], list[str] | None]:
+    files = (config.train, config.eval)
+    if config.task == "causal-lm":
+        return [data.read_texts(file, config.text_column) for file in files], [None, None], None
+    pairs = [data.read_labelled(file, config.text_column, config.label_column) for file in files]
+    classes = data.class_names(pairs[0][1])
+    indices = [data.class_indices(file, labels, classes) for file, (_, labels) in zip(files, pairs, strict=True)]
+    return [texts for texts, _ in pairs], [*indices], classes
+
+
+def _device(name: str) -> torch.device:
+    name = models.device_name(name)
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
+        raise ConfigError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu.") from error
+
+
+def _save(prepared: Prepared, report: FreezeReport, stage: Path) -> None:
+    with models.quiet():
+        prepared.model.save_pretrained(stage)
+        prepared.tokenizer.save_pretrained(stage)
+        # PEFT leaves out the base model's configuration, and with it the classes' names. In a folder of its own, since
+        # transformers takes a folder that holds both for a whole model.
+        prepared.model.config.save_pretrained(stage / "base_config")
+    save_report(report, stage)
+
+
+def save_report(report: FreezeReport, folder: Path) -> None:
+    """Write a report's files.
+
+    Args:
+        report: the report.
+        folder: where report.json, report.png and report.html go, and memory.png if the report has plans.
+
+    Example:
+        >>> save_report(report, Path("runs/mine"))  # doctest: +SKIP
+    """
+    report.save_json(folder / "report.json")
+    report.save_png(folder / "report.png")
+    report.save_memory_png(folder / "memory.png")
+    report.save_html(folder / "report.html", picture=folder / "report.png")
+
+
+def result_line(report: FreezeReport) -> str:
+    """Say in one line what a training gave.
+
+    Args:
+        report: with one measured run.
+
+    Example:
+        >>> result_line(finetune(config))  # doctest: +SKIP
+        'accuracy 0.812; 27 of 36 adapters frozen; 96.1 MiB retained a step at the end, 231.0 at the start; 71 s'
+    """
+    run = report.runs[0]
+    start, end = (mebibytes(size) for size in (run.retained[0][1], run.retained[-1][1]))
+    return (
+        f"{run.metric} {run.value:.4g}; {run.frozen} of {run.adapters} adapters frozen; {end:,.1f} MiB retained a step "
+        f"at the end, {start:,.1f} at the start; {run.seconds:,.0f} s"
+    )

@@ -1,0 +1,23 @@
+"""The SAFE method: score adapters, schedule, decide, freeze, and save the state.
+
+What an extension registers with stands here, and is imported when it is first asked for.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .curves import register_curve
+    from .scores import register_score
+
+__all__ = ["register_curve", "register_score"]
+
+_LAZY = {"register_curve": "curves", "register_score": "scores"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_LAZY[name]}", __name__), name)

@@ -1,0 +1,97 @@
+"""How the threshold rises between the end of warm-up and its target: each curve is one registered function.
+
+The default is the cubic one of SAFE (arXiv 2412.03587, eq. 5):
+tau(t) = tau_T * (1 - (1 - (t - t_w) / (t_f - t_w))^3) between the end of warm-up t_w and t_f, then tau_T.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ..errors import ConfigError
+
+Curve = Callable[[int, int, int], float]
+"""From (optimizer steps done, step at which warm-up ended, step of the target) to a share of the way, 0 to 1."""
+_CURVES: dict[str, Curve] = {}
+
+
+def register_curve(name: str) -> Callable[[Curve], Curve]:
+    """Make a curve known under the name that `SafeConfig.curve` takes.
+
+    Args:
+        name: the new curve's name.
+
+    Returns:
+        A decorator for a function like `cubic`: it has to be 1.0 from `end` on, and should never fall.
+
+    Raises:
+        ConfigError: The name is taken.
+
+    Example:
+        >>> @register_curve("linear")
+        ... def linear(step: int, start: int, end: int) -> float:
+        ...     return 1.0 if step >= end else max(0.0, (step - start) / (end - start))
+    """
+    if name in _CURVES:
+        raise ConfigError(f"curve {name!r} is registered already; choose another name.")
+
+    def register(function: Curve) -> Curve:
+        _CURVES[name] = function
+        return function
+
+    return register
+
+
+def curve_names() -> list[str]:
+    """Return the names of the registered curves.
+
+    Example:
+        >>> "cubic" in curve_names()
+        True
+    """
+    return sorted(_CURVES)
+
+
+def way(curve: str, step: int, start: int, end: int) -> float:
+    """How much of the way to its target the threshold has come, by a registered curve.
+
+    Args:
+        curve: its name.
+        step: optimizer steps done.
+        start: the step at which warm-up ended.
+        end: the step at which the target is reached.
+
+    Raises:
+        ConfigError: The curve leaves [0, 1].
+
+    Example:
+        >>> way("cubic", 150, 100, 200)
+        0.875
+    """
+    share = _CURVES[curve](step, start, end)
+    if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
+        raise ConfigError(f"curve {curve!r}: expected a share between 0 and 1 at step {step}, got {share!r}; mend it.")
+    return share
+
+
+@register_curve("cubic")
+def cubic(step: int, start: int, end: int) -> float:
+    """How much of the way to its target the threshold has come.
+
+    Args:
+        step: optimizer steps done.
+        start: the step at which warm-up ended.
+        end: the step at which the target is reached.
+
+    Returns:
+        A share in [0, 1]; exactly 1.0 from `end` on.
+
+    Example:
+        >>> cubic(150, 100, 200)
+        0.875
+    """
+    if step >= end:
+        return 1.0
+    if step <= start:
+        return 0.0
+    return 1.0 - (1.0 - (step - start) / (end - start)) ** 3

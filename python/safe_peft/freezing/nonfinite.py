@@ -1,0 +1,110 @@
+"""What happens when an adapter's score is not a number: it never freezes, it is told, and training may be stopped."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from ..binding.adapters import Evidence
+from ..errors import ScoreError
+from .config import SafeConfig
+
+logger = logging.getLogger(__name__)
+
+
+def broken_parts(evidence: Evidence) -> tuple[str, ...]:
+    """Name the parts of an adapter's evidence that hold NaN or Inf.
+
+    Args:
+        evidence: what a score was made from.
+
+    Returns:
+        Names in words; empty when all is finite, so that a score that is not finite had nothing to go by.
+
+    Example:
+        >>> broken_parts(Evidence(lora_B=torch.tensor([[float("inf")]])))
+        ('lora_B',)
+    """
+    sums = None if evidence.statistics is None else evidence.statistics.sums
+    parts = {
+        "activations": sums,
+        "lora_A": evidence.lora_A,
+        "lora_B": evidence.lora_B,
+        "the gradient of lora_A": evidence.grad_A,
+        "the gradient of lora_B": evidence.grad_B,
+        "the base weight": evidence.base_weight,
+    }
+    tensors = {name: tensor for name, tensor in parts.items() if tensor is not None and tensor.is_floating_point()}
+    return tuple(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
+
+
+class NonFinite:
+    """Tells of each adapter without a finite score once, or stops the training over NaN and Inf, as the options say.
+
+    Args:
+        config: `on_nonfinite` says which.
+    """
+
+    def __init__(self, config: SafeConfig) -> None:
+        self._raises = config.on_nonfinite == "raise"
+        self._postponed = False
+        self._told: set[tuple[str, bool]] = set()
+
+    def note(
+        self, step: int, importance: Mapping[str, float], broken: Mapping[str, tuple[str, ...]]
+    ) -> ScoreError | None:
+        """Take in a scoring.
+
+        Args:
+            step: optimizer steps done.
+            importance: by adapter name.
+            broken: by adapter name, which parts of its evidence hold NaN or Inf.
+
+        Returns:
+            What to raise when this step is done with, if anything.
+        """
+        unknown = [name for name, value in importance.items() if not math.isfinite(value) and name not in broken]
+        if new := self._new(unknown, False):
+            why = "%d adapters have no finite importance at step %d and stay trainable: %s; explain(model) says why."
+            logger.warning(why, len(new), step, _some(new))
+        if not broken:
+            return None
+        parts = sorted({part for found in broken.values() for part in found})
+        what = f"{len(broken)} adapters have a score that is not finite at step {step}: NaN or Inf in {_list(parts)}"
+        mend = "lower the learning rate, clip gradients, or look for broken rows"
+        if self._raises:
+            return ScoreError(
+                f"{what} of {_some(list(broken))}; {mend}. The freezer stays usable; on_nonfinite='warn' goes on "
+                "without freezing these."
+            )
+        if new := self._new(broken, True):
+            why = "%s of %s, which stay trainable; %s, or stop with on_nonfinite='raise'."
+            logger.warning(why, what, _some(new), mend)
+        return None
+
+    def note_postponed(self, step: int) -> None:
+        """Tell once that there was nothing to score by.
+
+        Args:
+            step: optimizer steps done.
+        """
+        if not self._postponed:
+            self._postponed = True
+            why = "step %d: the optimizer made no step (GradScaler skips those with infinite gradients), thus no "
+            logger.warning(why + "gradients to score by yet; scoring waits for a step that is made.", step)
+
+    def _new(self, names: Iterable[str], is_broken: bool) -> list[str]:
+        new = [name for name in names if (name, is_broken) not in self._told]
+        self._told.update((name, is_broken) for name in new)
+        return new
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
+def _list(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

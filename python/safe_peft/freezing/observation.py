@@ -1,0 +1,188 @@
+"""Gathers, during a step's forwards, the sums that score adapters. Costs nothing while no scoring is due."""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safe_kernels import AdapterStatistics, RowBlocks
+
+from ..binding.adapters import Adapter
+from ..binding.forward_hooks import Call, Watcher
+from ..distributed.refusals import REPLICA
+from ..errors import BindingError
+
+Sums = dict[torch.device, Tensor]
+
+
+class Observation:
+    """The rows to look at, and one flat buffer of sums for all adapters.
+
+    Only forwards that train count. A layer is scored where gradients are enabled, so neither in generation nor in the
+    first of the two passes of reentrant checkpointing; and what a forward has gathered counts once it has ended, so
+    that one that dies, out of memory for instance, leaves nothing.
+
+    Args:
+        model: the model whose forwards are observed; its attention masks say which rows are padding.
+        adapters: whom to score.
+        blocks: row blocks per batch.
+        block_rows: rows per block.
+    """
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], blocks: int, block_rows: int) -> None:
+        self._adapters = adapters
+        self._spread = partial(RowBlocks.spread, blocks=blocks, block_rows=block_rows)
+        self._armed: list[int] = []
+        self._shift = 0
+        self._sums: Sums = {}
+        self._lock = threading.Lock()
+        self._recent: list[Tensor] = []  # masks of the forwards since the latest backward: of what runs again in one
+        self._in_backward = False
+        self._row_blocks: dict[Any, RowBlocks] = {}
+        self._watcher = Watcher(model, self._begin_forward, self._end_forward)
+
+    def arm(self, live: Sequence[int], shift: int) -> None:
+        """Observe the coming forwards.
+
+        Args:
+            live: indices of the adapters to score.
+            shift: moves the row blocks, so that successive scorings see other rows.
+        """
+        self._armed, self._shift = list(live), shift
+        self._forget()
+        for index in live:
+            adapter = self._adapters[index]
+            if adapter.state is not None:
+                adapter.state.observe[adapter.key] = partial(self._statistics, index)
+
+    def finish(self) -> Tensor:
+        """Stop observing.
+
+        Returns:
+            float64 [adapters, 4] on the adapters' device: the sums, over all micro-batches of this process.
+        """
+        device = next(iter(self._sums), None) or self.device
+        total = self._buffer(self._sums, device).clone()
+        for other, sums in self._sums.items():
+            if other != device:
+                total += sums.to(device)
+        self.disarm()
+        return total
+
+    @property
+    def device(self) -> torch.device:
+        """Where the adapters are."""
+        return self._adapters[0].parameters()[0].device
+
+    def disarm(self) -> None:
+        """Stop observing and forget what was seen."""
+        for index in self._armed:
+            adapter = self._adapters[index]
+            if adapter.state is not None:
+                adapter.state.observe.pop(adapter.key, None)
+        self._armed = []
+        self._forget()
+
+    def close(self) -> None:
+        """Disarm, and take the hooks off the model."""
+        self.disarm()
+        self._watcher.close()
+
+    def suspended(self) -> AbstractContextManager[None]:
+        """Look away while the block runs."""
+        return self._watcher.suspended()
+
+    def sums(self) -> tuple[tuple[float, ...], ...]:
+        """Return what was gathered so far in this step, for a state dict; empty when nothing was."""
+        if not self._sums:
+            return ()
+        total = torch.stack([sums.cpu() for sums in self._sums.values()]).sum(0)
+        return tuple(tuple(row) for row in total.tolist())
+
+    def load_sums(self, sums: Sequence[Sequence[float]]) -> None:
+        """Go on from what `sums` returned."""
+        if sums:
+            self._buffer(self._sums, self.device).copy_(torch.tensor(sums, dtype=torch.float64))
+
+    def _forget(self) -> None:
+        self._sums = {}
+        self._recent, self._in_backward = [], False
+        self._row_blocks.clear()
+        self._watcher.reset()
+
+    def _buffer(self, sums: Sums, device: torch.device) -> Tensor:
+        if device not in sums:
+            sums[device] = torch.zeros(len(self._adapters), 4, dtype=torch.float64, device=device)
+        return sums[device]
+
+    # ---------------------------------------------------------------- forwards
+
+    def _begin_forward(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """A new batch: its rows and its padding are others."""
+        if getattr(call.module, "_is_replica", False):
+            raise BindingError(f"{REPLICA}.")
+        if not self._armed:
+            return
+        found = list(_masks(call.module, args, kwargs))
+        if not found and call.outer is not None:
+            found = call.outer.notes.get("masks", [])
+        call.notes.update(masks=found, sums={}, row_blocks={})
+        if call.task == -1 and torch.is_grad_enabled():
+            if self._in_backward:
+                self._recent, self._in_backward = [], False
+            self._recent += [mask for mask in found if all(mask is not other for other in self._recent)]
+            self._row_blocks.clear()
+
+    def _end_forward(self, call: Call, output: Any, died: bool) -> None:
+        """What an inner forward has gathered belongs to the outer one, which may still die."""
+        found: Sums = call.notes.get("sums", {})
+        if died or not found or not self._armed:
+            return
+        with self._lock:
+            sums = self._sums if call.outer is None else call.outer.notes.setdefault("sums", {})
+            for device, gathered in found.items():
+                self._buffer(sums, device).add_(gathered)
+
+    def _statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
+        """Where one adapter's coming call is to add its sums."""
+        if self._watcher.is_suspended or x.numel() == 0 or not torch.is_grad_enabled():
+            return None
+        call, task = self._watcher.current, torch._C._current_graph_task_id()
+        if call is not None and call.task == task and "sums" in call.notes:
+            sums, masks, known = call.notes["sums"], call.notes["masks"], call.notes["row_blocks"]
+        else:  # run again in backward, or called by itself
+            sums, masks, known = self._sums, self._recent, self._row_blocks
+        self._in_backward |= task != -1
+        return AdapterStatistics(self._buffer(sums, x.device)[index], self._rows(x, masks, known))
+
+    def _rows(self, x: Tensor, masks: Sequence[Tensor], known: dict[Any, RowBlocks]) -> RowBlocks:
+        """The rows to score: those that no mask of their shape calls padding."""
+        rows = x.numel() // x.shape[-1]
+        fit = [m for m in masks if m.numel() == rows and x.shape[:-1] in (m.shape, (rows,))]
+        key = (rows, x.device, tuple(map(id, fit)))
+        if key not in known:
+            weight: Tensor | None = None
+            for mask in fit:
+                real = mask.reshape(-1).to(x.device) != 0
+                weight = real if weight is None else weight & real
+            known[key] = self._spread(rows, row_weight=weight, shift=self._shift, device=x.device)
+        return known[key]
+
+
+def _masks(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The attention masks [rows, tokens] among a forward's arguments, those inside a dict of features included."""
+    named = dict(kwargs)
+    if args:
+        named |= zip(inspect.signature(module.forward).parameters, args, strict=False)
+    for held in [named, *(value for value in named.values() if isinstance(value, Mapping))]:
+        for name, mask in held.items():
+            named_so = isinstance(name, str) and name.endswith("attention_mask")
+            if named_so and isinstance(mask, Tensor) and mask.dim() == 2:
+                yield mask

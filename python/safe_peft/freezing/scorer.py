@@ -1,0 +1,199 @@
+"""Measures the importance of live adapters by whichever score the options name."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from safe_kernels import AdapterStatistics
+
+from ..binding.adapters import Adapter
+from ..binding.adapters.evidence import Evidence, Later
+from ..distributed import Engine
+from ..errors import ConfigError, ScoreError
+from .compile_support import EagerForwards
+from .config import SafeConfig
+from .nonfinite import broken_parts
+from .observation import Observation
+from .scores import find_score
+from .state import Gathered
+
+
+class Scorer:
+    """Gathers the evidence a score needs, in the step it is needed for, and judges it.
+
+    Args:
+        model: the model whose forwards are observed.
+        optimizers: those that train it; a score that reads gradients reads them before the step of the only one.
+        adapters: whom this may be about.
+        config: the options.
+
+    Attributes:
+        broken: at the latest scoring, by adapter name, which parts of its evidence held NaN or Inf.
+
+    Raises:
+        ConfigError: The score reads gradients, and several optimizers use them up one after the other.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizers: Sequence[torch.optim.Optimizer],
+        adapters: Sequence[Adapter],
+        config: SafeConfig,
+    ) -> None:
+        self._adapters = adapters
+        self._seed = config.seed
+        self._score = find_score(config.score)
+        self._live: list[int] = []
+        self._gathered: dict[str, float] = {}
+        self.broken: dict[str, tuple[str, ...]] = {}
+        if self._score.needs_gradients and len(optimizers) > 1:
+            raise ConfigError(
+                f"score: {config.score!r} reads gradients before the step of one optimizer, and here are "
+                f'{len(optimizers)}; choose "cka", "relative_norm" or "random".'
+            )
+        self.observation = Observation(model, adapters, config.score_blocks, config.block_rows)
+        self._forwards = EagerForwards() if self._score.needs_statistics or config.needs_plan else None
+        hooked = self._score.needs_gradients
+        self._hook = optimizers[0].register_step_pre_hook(self._before_optimizer_step) if hooked else None
+
+    @property
+    def armed(self) -> bool:
+        """Whether a scoring is due in the step that comes or runs."""
+        return bool(self._live)
+
+    def arm(self, live: Sequence[int], shift: int) -> None:
+        """Gather evidence in the coming step.
+
+        Args:
+            live: indices of the adapters to score.
+            shift: moves the row blocks, so that successive scorings see other rows.
+        """
+        self._live = list(live)
+        self._gathered = {}
+        self.broken = {}
+        if self._score.needs_statistics:
+            self.observation.arm(live, shift)
+        if self._forwards is not None:
+            self._forwards.begin()
+
+    def disarm(self) -> None:
+        """Forget what was gathered."""
+        self._live = []
+        self._gathered = {}
+        self.observation.disarm()
+        if self._forwards is not None:
+            self._forwards.end()
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is something to judge: GradScaler may have skipped the step that gradients are read before."""
+        return bool(self._gathered) or not self._score.needs_gradients
+
+    def measure(self, engine: Engine, *, same: str, batch: str) -> tuple[dict[str, float], bool]:
+        """Judge what was gathered in all processes, with one all_reduce.
+
+        Args:
+            engine: the processes that train together.
+            same: what has to be the same in all of them now.
+            batch: what may differ.
+
+        Returns:
+            Importance by adapter name, the same in every process; nan where it cannot be told. And whether `batch`
+            differs.
+
+        Raises:
+            BindingError: `same` differs.
+            ScoreError: The score is no number.
+        """
+        try:
+            return self._measure(engine, same, batch)
+        finally:
+            self.disarm()
+
+    def _measure(self, engine: Engine, same: str, batch: str) -> tuple[dict[str, float], bool]:
+        if self._score.needs_statistics:
+            sums, _, differs = engine.sum(self.observation.finish(), same=same, batch=batch)
+            return self._judge_all(sums.cpu()), differs
+        own = self._gathered if self._score.needs_gradients else self._judge_all(None)
+        names = [self._adapters[index].name for index in self._live]
+        values = torch.tensor([own.get(name, math.nan) for name in names], dtype=torch.float64)
+        values, count, differs = engine.sum(values.to(self.observation.device), same=same, batch=batch)
+        return dict(zip(names, (values / count).tolist(), strict=True)), differs
+
+    def close(self) -> None:
+        """Take every hook off the model and the optimizer."""
+        self.disarm()
+        self.observation.close()
+        if self._hook is not None:
+            self._hook.remove()
+
+    def evidence(self) -> Gathered:
+        """Return what was gathered so far in this step."""
+        return Gathered(
+            self.observation.sums(), dict(self._gathered), dict(self.broken) if self.armed else {}, self.armed
+        )
+
+    def load_evidence(self, evidence: Gathered) -> None:
+        """Go on from what `evidence` returned, if armed for the same step."""
+        if self.armed:
+            self.observation.load_sums(evidence.sums)
+            self._gathered, self.broken = dict(evidence.importance), dict(evidence.broken)
+
+    def _before_optimizer_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Gradients are there only now; those that a closure makes, once it has run."""
+        if not self.armed:
+            return None
+        closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+        if closure is None:
+            self._gather(optimizer)
+            return None
+
+        def observed() -> Any:
+            loss = closure()
+            if not self._gathered:
+                self._gather(optimizer)
+            return loss
+
+        return args[:1], {**kwargs, "closure": observed}
+
+    def _gather(self, optimizer: Any) -> None:
+        """Judge by gradients. GradScaler leaves it to a fused optimizer to divide by its scale and to skip steps."""
+        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        if found_inf is None or not float(found_inf):
+            self._gathered = self._judge_all(None, 1.0 if scale is None else float(scale))
+
+    @torch.no_grad()
+    def _judge_all(self, sums: Tensor | None, grad_scale: float = 1.0) -> dict[str, float]:
+        rows = [None] * len(self._live) if sums is None else sums[self._live].unbind()
+        named = zip(self._live, rows, strict=True)
+        return {self._adapters[index].name: self._judge(index, row, grad_scale) for index, row in named}
+
+    def _judge(self, index: int, sums: Tensor | None, grad_scale: float) -> float:
+        found = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
+        further: Any = {"generator": Later(lambda: random.Random(f"{self._seed}/{index}"))}
+        if grad_scale != 1.0:
+            further["grad_A"] = Later(lambda: _divided(found.grad_A, grad_scale))
+            further["grad_B"] = Later(lambda: _divided(found.grad_B, grad_scale))
+        evidence = Evidence(**vars(found) | further)
+        made = self._score.function(evidence)
+        try:
+            value = float(made)
+        except (TypeError, ValueError, OverflowError):
+            name = self._adapters[index].name
+            raise ScoreError(f"the score of {name!r} must be a number, got {made!r}; mend its function.") from None
+        if math.isfinite(value):
+            return value
+        if parts := broken_parts(evidence):
+            self.broken[self._adapters[index].name] = parts
+        return math.nan
+
+
+def _divided(grad: Tensor | None, scale: float) -> Tensor | None:
+    return None if grad is None else grad.float() / scale

@@ -1,0 +1,183 @@
+"""Chooses what to freeze and what to run again so that a step retains no more than it may: pure functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from .retained import RetainedTable
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What to do so that a step retains no more than it may.
+
+    Args:
+        freeze: adapters to freeze besides those that are frozen.
+        recompute: blocks that are to run again in backward.
+        bytes: what a step then retains.
+        fits: whether that is within the limit.
+    """
+
+    freeze: tuple[str, ...]
+    recompute: tuple[str, ...]
+    bytes: int
+    fits: bool
+
+
+def fit(
+    table: RetainedTable,
+    importance: Mapping[str, float],
+    limit: int,
+    *,
+    frozen: Collection[str] = (),
+    recompute: str = "off",
+    keep_one: bool = False,
+) -> Choice:
+    """Freeze what is worth least a byte, and recompute what has to be, until a step retains at most `limit` bytes.
+
+    Greedy. Adapters are taken in the sets that free something: those that read the same tensors, a block, or all blocks
+    up to one, since the graph below the lowest live adapter goes. With "auto" a block recomputes, which costs time
+    alone, before anything more freezes, which costs training; and of those only as many as the limit needs.
+
+    Args:
+        table: what a step retains with nothing frozen, or less.
+        importance: of the adapters that may freeze; those that are not in it, or not finite, stay live.
+        limit: bytes.
+        frozen: what is frozen already.
+        recompute: "off", "frozen" (every frozen block that a gradient passes) or "auto" (those that it takes).
+        keep_one: one adapter has to stay live, since nothing else trains.
+
+    Returns:
+        The choice; if it does not fit, whatever could freeze and would free something is frozen.
+
+    Example:
+        >>> from safe_peft.planning.retained import Saver, Storage
+        >>> hold = [Storage(64, (Saver(n, "LoRA inputs", -1, 1 << i, i),)) for i, n in enumerate("ab")]
+        >>> fit(RetainedTable(("a", "b"), (), tuple(hold)), {"a": 0.2, "b": 0.1}, 100).freeze
+        ('b',)
+    """
+    every = [] if recompute == "off" else [block.name for block in table.blocks]
+    spans = [every, []] if recompute == "auto" else [every]
+    searches = [_Search(table, importance, set(frozen), blocks, keep_one).run(limit) for blocks in spans]
+    found = [_choice(table, freeze, frozen, every, recompute, limit) for freeze in searches]
+    return min(found, key=lambda choice: (not choice.fits, _cost(importance, choice), len(choice.recompute)))
+
+
+def _choice(
+    table: RetainedTable,
+    freeze: Sequence[str],
+    frozen: Collection[str],
+    blocks: Sequence[str],
+    recompute: str,
+    limit: int,
+) -> Choice:
+    gone = {*frozen, *freeze}
+    again = table.recomputed(gone, blocks)
+    if recompute == "auto":
+        again = _as_few(table, gone, again, limit)
+    size = table.bytes(gone, again)
+    return Choice(tuple(freeze), tuple(again), size, size <= limit)
+
+
+def _cost(importance: Mapping[str, float], choice: Choice) -> float:
+    return math.fsum(max(0.0, importance[name]) for name in choice.freeze)
+
+
+def _as_few(table: RetainedTable, frozen: Collection[str], blocks: Sequence[str], limit: int) -> list[str]:
+    """Of the blocks that would recompute, only those that the limit needs, the most rewarding first."""
+    plain = table.bytes(frozen)
+    gains = {name: plain - table.bytes(frozen, [name]) for name in blocks}
+    kept: list[str] = []
+    for name in sorted(blocks, key=lambda name: -gains[name]):
+        if table.bytes(frozen, kept) <= limit:
+            break
+        kept.append(name)
+    return [name for name in blocks if name in kept]
+
+
+class _Search:
+    """The greedy choice of adapters to freeze."""
+
+    def __init__(
+        self,
+        table: RetainedTable,
+        importance: Mapping[str, float],
+        frozen: set[str],
+        blocks: Collection[str],
+        keep_one: bool,
+    ) -> None:
+        self.table, self.blocks, self.keep_one = table, blocks, keep_one
+        self.costs = {name: max(0.0, value) for name, value in importance.items() if math.isfinite(value)}
+        self.places = {name: index for index, name in enumerate(table.adapters)}
+        self.live = table.live(frozen)
+        self.sets = list(dict.fromkeys(self._sets()))
+
+    def run(self, limit: int) -> list[str]:
+        """Names to freeze, in the order in which they were chosen."""
+        taken: list[str] = []
+        spent, best = 0.0, (math.inf, list[str]())
+        excess = self._bytes(self.live) - limit
+        while excess > 0:
+            options = self._options()
+            if not options:
+                break
+            enough = [(cost, names) for cost, gain, names in options if gain >= excess]
+            if enough and spent + min(enough)[0] < best[0]:
+                cost, names = min(enough)
+                best = (spent + cost, [*taken, *names])
+            cost, gain, names = min(options, key=lambda option: (option[0] / option[1], option[0], option[2]))
+            taken += names
+            spent += cost
+            excess -= gain
+            self.live[[self.places[name] for name in names]] = False
+        return best[1] if excess <= 0 and best[0] <= spent else taken
+
+    def _bytes(self, live: Any) -> int:
+        return int(self.table.bytes_of(live[None], self.blocks)[0])
+
+    def _options(self) -> list[tuple[float, int, list[str]]]:
+        """Cost, gain and names of every set that still frees something."""
+        lives, names = [], []
+        for members in self.sets:
+            open_members = [name for name in members if self.live[self.places[name]]]
+            live = self.live.copy()
+            live[[self.places[name] for name in open_members]] = False
+            if open_members and (live[:-1].any() or not self.keep_one):
+                lives.append(live)
+                names.append(open_members)
+        if not lives:
+            return []
+        gains = self._bytes(self.live) - self.table.bytes_of(np.array(lives), self.blocks)
+        costs = [sum(self.costs[name] for name in members) for members in names]
+        return [(cost, int(gain), n) for cost, gain, n in zip(costs, gains, names, strict=True) if gain > 0]
+
+    def _sets(self) -> Iterator[tuple[str, ...]]:
+        """Groups, blocks, and all adapters up to one: whatever of them may freeze."""
+        names = self.table.adapters
+        yield from (self._open(group) for group in self.table.groups())
+        for block in self.table.blocks:
+            yield self._open([name for index, name in enumerate(names) if block.holds >> index & 1])
+        yield from (self._open(names[: count + 1]) for count in range(len(names)))
+
+    def _open(self, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(name for name in names if name in self.costs)
+
+
+def bytes_limit(full: int, budget: int, share: float) -> int:
+    """Return what a step may retain on the way to a budget.
+
+    Args:
+        full: what it retains with nothing frozen.
+        budget: what it may retain in the end.
+        share: of the way, as `curves.way` says.
+
+    Example:
+        >>> bytes_limit(1000, 400, 0.5), bytes_limit(300, 400, 0.5)
+        (700, 400)
+    """
+    return budget if full <= budget else full - math.floor((full - budget) * share)

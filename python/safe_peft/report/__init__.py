@@ -1,0 +1,1 @@
+"""What a training did: records, tables, figures and a page."""

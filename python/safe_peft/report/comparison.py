@@ -1,0 +1,169 @@
+"""Measured runs side by side: the numbers of the comparison table, and the sentence that says what they show."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from .records import RunRecord, mebibytes
+
+TITLES = {
+    "stock": "stock PEFT LoRA",
+    "bind": "fast path, no freezing",
+    "safe": "SAFE",
+    "bytes": "SAFE by bytes",
+    "random": "random control",
+}
+
+
+class Measure(NamedTuple):
+    """A row of the comparison: title, how a run yields it, how it is printed, whether a ratio makes sense."""
+
+    title: str
+    of: Callable[[RunRecord], float]
+    form: str
+    ratio: bool = True
+
+
+COSTS = (
+    Measure("retained MiB/step, start", lambda run: mebibytes(run.retained[0][1]), "{:,.1f}"),
+    Measure("retained MiB/step, end", lambda run: mebibytes(run.retained[-1][1]), "{:,.1f}"),
+    Measure("peak RSS, MiB", lambda run: mebibytes(run.peak_rss), "{:,.0f}"),
+    Measure("GFLOPs/step, start", lambda run: run.flops_start / 1e9, "{:,.1f}"),
+    Measure("GFLOPs/step, end", lambda run: run.flops_end / 1e9, "{:,.1f}"),
+    Measure("seconds of training", lambda run: run.seconds, "{:,.1f}"),
+    Measure("adapters frozen", lambda run: run.frozen, "{:.0f}", ratio=False),
+)
+
+
+def by_method(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
+    """Group runs by method, in the order of first appearance.
+
+    Example:
+        >>> by_method([])
+        {}
+    """
+    groups: dict[str, list[RunRecord]] = {}
+    for run in runs:
+        groups.setdefault(run.method, []).append(run)
+    return groups
+
+
+def title(method: str) -> str:
+    """Return a method's name for people.
+
+    Example:
+        >>> title("random")
+        'random control'
+    """
+    return TITLES.get(method, method)
+
+
+def comparison(runs: Sequence[RunRecord]) -> list[list[str]]:
+    """Lay the runs out as a table of text: a header, then one row a measure and one column a method.
+
+    Args:
+        runs: the measured runs; several seeds of one method give their mean and standard deviation.
+
+    Returns:
+        Rows of equal length; beside stock PEFT, costs carry their ratio to it.
+
+    Example:
+        >>> comparison([])
+        [['']]
+    """
+    groups = by_method(runs)
+    quality = "accuracy" if all(run.metric == "accuracy" for run in runs) else "perplexity"
+    measures = (
+        Measure(quality, lambda run: run.value, "{:.4g}" if quality == "perplexity" else "{:.3f}", False),
+        *COSTS,
+    )
+    stock = groups.get("stock", [])
+    rows = [["", *(title(method) for method in groups)]]
+    for measure in measures if runs else ():
+        rows.append([measure.title, *(_cell(measure, group, stock) for group in groups.values())])
+    return rows
+
+
+def _cell(measure: Measure, group: list[RunRecord], stock: list[RunRecord]) -> str:
+    values = [float(measure.of(run)) for run in group]
+    mean = statistics.fmean(values)
+    text = measure.form.format(mean)
+    if len(values) > 1:
+        text += " ± " + measure.form.format(statistics.stdev(values))
+    if measure.title == "adapters frozen":
+        text += f" of {group[0].adapters}"
+    base = statistics.fmean(measure.of(run) for run in stock) if stock else 0.0
+    return text + (f"  ({mean / base:.2f}×)" if measure.ratio and base and group is not stock else "")
+
+
+def verdict(runs: Sequence[RunRecord]) -> str:
+    """Say in plain words which measures tell the methods apart, judged by the error the test set's size allows.
+
+    Args:
+        runs: runs of stock PEFT and of at least one other method; without both there is nothing to say.
+
+    Returns:
+        One to three sentences, or an empty string.
+
+    Example:
+        >>> verdict([])
+        ''
+    """
+    groups = by_method(runs)
+    others = {method: group for method, group in groups.items() if method not in ("stock", "random")}
+    if "stock" not in groups or not others:
+        return ""
+    sentences = [_cost_sentence(method, group, groups["stock"]) for method, group in others.items()]
+    if all(run.metric == "accuracy" for run in runs):
+        sentences.append(_accuracy_sentence(groups))
+    return " ".join(sentences)
+
+
+def _cost_sentence(method: str, group: list[RunRecord], stock: list[RunRecord]) -> str:
+    def ratio(of: Callable[[RunRecord], float]) -> float:
+        base = statistics.fmean(of(run) for run in stock)
+        return statistics.fmean(of(run) for run in group) / base if base else math.nan
+
+    retained, seconds = ratio(lambda run: run.retained[-1][1]), ratio(lambda run: run.seconds)
+    frozen, adapters = statistics.fmean(run.frozen for run in group), group[0].adapters
+    return (
+        f"{title(method)} ended with {frozen:.0f} of {adapters} adapters frozen; a step then retained {retained:.2f} "
+        f"times the bytes it does in stock PEFT, and the training took {seconds:.2f} times as long."
+    )
+
+
+def standard_error(accuracy: float, rows: int) -> float:
+    """Return the binomial standard error of an accuracy.
+
+    Args:
+        accuracy: the share of right answers, 0 to 1.
+        rows: how many rows it was measured on.
+
+    Example:
+        >>> standard_error(0.5, 100)
+        0.05
+    """
+    return math.sqrt(accuracy * (1.0 - accuracy) / rows)
+
+
+def _accuracy_sentence(groups: dict[str, list[RunRecord]]) -> str:
+    """Compare the largest difference in accuracy with the error that two accuracies on this many rows allow.
+
+    Every seed is judged on the same rows, so more seeds do not make this error smaller.
+    """
+    means = {method: statistics.fmean(run.value for run in group) for method, group in groups.items()}
+    rows = groups["stock"][0].eval_rows
+    error = math.sqrt(2.0) * standard_error(means["stock"], rows)
+    gap = max(abs(mean - means["stock"]) for mean in means.values())
+    figures = (
+        f"Accuracies lie at most {100 * gap:.1f} points from stock PEFT's, and the standard error of such a difference "
+        f"on {rows:,} test rows is {100 * error:.1f} points"
+    )
+    if gap <= error:
+        return f"{figures}: on this task memory and time tell the methods apart, accuracy does not."
+    if gap <= 2 * error:
+        return f"{figures}: less than twice that error, so accuracy hardly tells the methods apart here."
+    return f"{figures}: more than twice that error, so here accuracy differs too, and has to be weighed with the costs."

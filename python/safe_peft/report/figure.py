@@ -1,0 +1,219 @@
+"""A report's picture: importance of every adapter over time, the threshold, and the retained bytes a step."""
+
+from __future__ import annotations
+
+import math
+from itertools import groupby
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from .comparison import title
+from .records import AdapterRow, mebibytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from .report import FreezeReport
+
+# Okabe and Ito's palette and viridis keep apart for every kind of colour vision; no colour of viridis is grey.
+FREEZE, THRESHOLD, BAND, OTHER = "#D55E00", "#000000", "#0072B2", "#666666"
+FROZEN: dict[str, Any] = {"facecolor": "#F2F2F2", "edgecolor": "#C4C4C4", "hatch": "////", "lw": 0}
+SCORES = {
+    "cka": "importance, 1 − CKA",
+    "relative_norm": "importance, |sBA| / |W|",
+    "gradient_sensitivity": "importance, gradient sensitivity",
+    "random": "random rank (control)",
+}
+DPI = 150
+LABELLED_ROWS = 60  # more adapters than this are labelled by layer
+
+
+def draw(report: FreezeReport) -> Figure:
+    """Draw a report as three panels over one step axis.
+
+    Args:
+        report: the report.
+
+    Returns:
+        A figure on matplotlib's Agg canvas, known to no global state.
+
+    Example:
+        >>> from safe_peft import FreezeReport
+        >>> draw(FreezeReport("m", {}, 1, ())).get_axes()[0].get_title(loc="left")
+        'no adapter was scored'
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    heat_height = min(11.0, max(3.0, 0.17 * len(report.adapters)))
+    figure = Figure(figsize=(11.0, heat_height + 5.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    heat, threshold, retained = figure.subplots(3, 1, sharex=True, height_ratios=[heat_height, 2.4, 2.0])
+    _draw_importance(report, figure, heat)
+    _draw_threshold(report, threshold)
+    _draw_retained(report, retained)
+    retained.set_xlim(0, max(1, report.total_steps))
+    retained.set_xlabel("optimizer step")
+    frozen, total = len(report.freezings), len(report.adapters)
+    figure.suptitle(
+        f"{report.model}: {frozen} of {total} adapters frozen", x=0.01, ha="left", fontsize=13, weight="bold"
+    )
+    return figure
+
+
+def score_label(report: FreezeReport) -> str:
+    """Name the score that the report's importances are values of.
+
+    Example:
+        >>> from safe_peft import FreezeReport
+        >>> score_label(FreezeReport("m", {"score": "cka"}, 1, ()))
+        'importance, 1 − CKA'
+    """
+    score = str(report.config.get("score", "importance"))
+    return SCORES.get(score, score)
+
+
+def _importances(report: FreezeReport, rows: list[AdapterRow]) -> np.ndarray[Any, Any]:
+    """Return importance as an array [adapters, scorings], NaN where an adapter was not scored or had frozen before."""
+    values = np.full((len(rows), len(report.scorings)), np.nan)
+    frozen = {freezing.name: freezing.step for freezing in report.freezings}
+    for j, scoring in enumerate(report.scorings):
+        for i, row in enumerate(rows):
+            if scoring.step <= frozen.get(row.name, scoring.step):
+                values[i, j] = scoring.importance.get(row.name, math.nan)
+    return values
+
+
+def _log_range(values: np.ndarray[Any, Any]) -> tuple[float, float]:
+    positive = values[np.isfinite(values) & (values > 0)]
+    if positive.size == 0:
+        return 1e-8, 1.0
+    low, high = float(positive.min()), float(positive.max())
+    return (low, high) if high > low else (low / 2, high * 2)
+
+
+def _draw_importance(report: FreezeReport, figure: Figure, axes: Axes) -> None:
+    """Draw the heat map: one row an adapter, the first layer at the bottom, as data flows through the model."""
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+
+    rows = report.rows()
+    if not report.scorings or not rows:
+        axes.set_title("no adapter was scored", loc="left", fontsize=10)
+        axes.set_yticks([])
+        return
+    values = _importances(report, rows)
+    low, high = _log_range(values)
+    edges = [0, *(scoring.step for scoring in report.scorings)]  # a cell ends at the step it was scored at
+    colours = colormaps["viridis"].with_extremes(under=colormaps["viridis"](0.0))
+    masked = np.ma.masked_invalid(np.where(values > 0, values, np.where(np.isnan(values), np.nan, low / 2)))
+    axes.set_facecolor("white")
+    mesh = axes.pcolormesh(
+        edges, np.arange(len(rows) + 1), masked, cmap=colours, norm=LogNorm(low, high), rasterized=True
+    )
+    figure.colorbar(mesh, ax=axes, label=f"{score_label(report)} (log)", pad=0.01, fraction=0.04, aspect=30)
+    _mark_frozen(report, axes, rows)
+    _label_rows(axes, rows)
+    axes.set_title("importance of every adapter, first layer at the bottom", loc="left", fontsize=10)
+
+
+def _mark_frozen(report: FreezeReport, axes: Axes, rows: list[AdapterRow]) -> None:
+    """Hatch every row from the step it froze at, and mark that step."""
+    steps = {freezing.name: freezing.step for freezing in report.freezings}
+    frozen = [(i, steps[row.name]) for i, row in enumerate(rows) if row.name in steps]
+    if not frozen:
+        return
+    for i, step in frozen:
+        axes.fill_betweenx([i, i + 1], step, report.total_steps, **FROZEN)
+    places = [i for i, _ in frozen]
+    axes.vlines(
+        [step for _, step in frozen], places, [i + 1 for i in places], color=FREEZE, lw=2.5, label="freezes here"
+    )
+    axes.fill_between([], [], [], label="frozen", **FROZEN)
+    _legend(axes)
+
+
+def _label_rows(axes: Axes, rows: list[AdapterRow]) -> None:
+    """Label every adapter when they are few, else every layer; thin lines part the layers."""
+    starts = [next(group)[0] for _, group in groupby(enumerate(rows), key=lambda item: item[1].layer)]
+    for start in starts[1:]:
+        axes.axhline(start, color="white", lw=1.2 if len(rows) <= LABELLED_ROWS else 0.6)
+    if len(rows) <= LABELLED_ROWS:
+        labels = [f"{row.layer}  {row.label}" if row.layer >= 0 else row.label for row in rows]
+        axes.set_yticks(np.arange(len(rows)) + 0.5, labels, fontsize=7.5)
+    else:
+        ends = [*starts[1:], len(rows)]
+        centres = [(start + end) / 2 for start, end in zip(starts, ends, strict=True)]
+        axes.set_yticks(centres, [f"layer {rows[start].layer}" for start in starts], fontsize=7.5)
+        inside = [row.label for row in rows[: ends[0]]]
+        axes.set_ylabel("in each layer, upwards: " + ", ".join(inside[:8]), fontsize=7.5)
+    axes.tick_params(axis="y", length=0)
+
+
+def _draw_threshold(report: FreezeReport, axes: Axes) -> None:
+    """Draw the threshold over the spread of the importances of the adapters that still train."""
+    axes.set_title("threshold, over the adapters that still train", loc="left", fontsize=10)
+    axes.set_ylabel(f"{score_label(report)}\n(log)", fontsize=9)
+    values = _importances(report, report.rows())
+    steps = [scoring.step for scoring in report.scorings]
+    if np.any(values > 0):
+        live = np.ma.masked_invalid(np.where(values > 0, values, np.nan))
+        low, q1, median, q3, high = (_quantile(live, q) for q in (0.0, 0.25, 0.5, 0.75, 1.0))
+        axes.fill_between(steps, low, high, color=BAND, alpha=0.15, lw=0, label="all")
+        axes.fill_between(steps, q1, q3, color=BAND, alpha=0.35, lw=0, label="middle half")
+        axes.plot(steps, median, color=BAND, lw=1.2, label="median")
+        axes.set_yscale("log")
+    known = [(scoring.step, scoring.threshold) for scoring in report.scorings if scoring.threshold is not None]
+    known = [(step, value) for step, value in known if value > 0] or _freezing_thresholds(report)
+    if known:
+        axes.step(*zip(*known, strict=True), where="post", color=THRESHOLD, lw=1.6, label="threshold")
+    marks = [(freezing.step, freezing.importance) for freezing in report.freezings if freezing.importance > 0]
+    if marks:
+        axes.plot(*zip(*marks, strict=True), ls="", marker="x", ms=4, color=FREEZE, label="freezes")
+    _legend(axes)
+
+
+def _freezing_thresholds(report: FreezeReport) -> list[tuple[int, float]]:
+    return [(freezing.step, freezing.threshold) for freezing in report.freezings if freezing.threshold]
+
+
+def _quantile(values: np.ma.MaskedArray[Any, Any], share: float) -> list[float]:
+    columns = (column.compressed() for column in values.T)
+    return [float(np.quantile(column, share)) if column.size else math.nan for column in columns]
+
+
+def _draw_retained(report: FreezeReport, axes: Axes) -> None:
+    """Draw the bytes a step retains, with the runs it is compared with as broken lines."""
+    axes.set_title("retained for backward by one step", loc="left", fontsize=10)
+    axes.set_ylabel("MiB", fontsize=9)
+    styles = {"stock": (OTHER, "--"), "random": ("#009E73", "-."), "bind": ("#CC79A7", ":")}
+    drawn = set()
+    for run in report.runs:
+        if run.method in styles and run.method not in drawn and run.retained != report.retained:
+            colour, line = styles[run.method]
+            _steps(axes, report, run.retained, title(run.method), color=colour, ls=line, lw=1.4)
+            drawn.add(run.method)
+    if report.retained:
+        own = title("safe") if drawn else "this run"
+        _steps(axes, report, report.retained, own, color=BAND, ls="-", lw=2.0)
+    if report.retained or drawn:
+        axes.set_ylim(bottom=0)
+        _legend(axes)
+    else:
+        axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=OTHER)
+
+
+def _steps(axes: Axes, report: FreezeReport, retained: tuple[tuple[int, int], ...], label: str, **style: Any) -> None:
+    if retained:
+        steps, sizes = [step for step, _ in retained], [mebibytes(size) for _, size in retained]
+        axes.step([*steps, report.total_steps], [*sizes, sizes[-1]], where="post", label=label, **style)
+
+
+def _legend(axes: Axes) -> None:
+    """Put the legend above the panel, beside its title, where it hides nothing."""
+    entries = len(axes.get_legend_handles_labels()[0])
+    if entries:
+        place: Any = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
+        axes.legend(ncols=entries, frameon=False, fontsize=8.5, columnspacing=1.2, handlelength=1.6, **place)

@@ -1,0 +1,127 @@
+"""A report's page: one HTML file that needs nothing outside itself and follows the reader's light or dark setting."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from html import escape
+from typing import TYPE_CHECKING
+
+from ..planning.figure import draw_plans
+from ..planning.plan import parts_cells
+from .comparison import comparison, verdict
+from .figure import DPI, draw
+from .tables import adapter_cells
+
+if TYPE_CHECKING:
+    from .report import FreezeReport
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1b1b; --soft: #5c5c5c; --line: #d4d4d4; --back: #ffffff; --card: #f6f6f6; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e8e8e8; --soft: #a8a8a8; --line: #444444; --back: #161616; --card: #222222; }
+}
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--back); max-width: 62rem;
+  margin: 2rem auto; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: 0; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+.soft { color: var(--soft); } .scroll { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.9rem; }
+th, td { padding: 0.25rem 0.8rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th { background: var(--card); } .words { text-align: left; }
+img { max-width: 100%; background: #ffffff; border-radius: 6px; }
+pre { background: var(--card); padding: 0.8rem; border-radius: 6px; overflow-x: auto; }
+"""
+
+
+def render(report: FreezeReport, png: bytes | None = None) -> str:
+    """Return a report as one self-contained HTML page.
+
+    Args:
+        report: the report.
+        png: its picture; drawn when missing.
+
+    Example:
+        >>> from safe_peft import FreezeReport
+        >>> "https://" in render(FreezeReport("m", {}, 1, ()))
+        False
+    """
+    name = escape(report.model)
+    counts = (
+        f"{len(report.freezings)} of {len(report.adapters)} adapters frozen in {report.total_steps:,} optimizer steps"
+    )
+    parts = [f"<h1>{name}</h1>", f'<p class="soft">{counts}</p>']
+    if report.runs:
+        parts += [
+            "<h2>Measured runs</h2>",
+            _table(comparison(report.runs), words=1),
+            f"<p>{escape(verdict(report.runs))}</p>",
+        ]
+    parts += ["<h2>Importance, threshold and retained bytes</h2>", _picture(png or _draw(report))]
+    parts += ["<h2>Freezing</h2>", _freezings(report), "<h2>Adapters</h2>", _table(adapter_cells(report), words=2)]
+    if report.retained:
+        parts += ["<h2>Retained for backward by one step</h2>", _retained(report)]
+    if report.plans:
+        parts += ["<h2>Where each byte of a step goes</h2>", *_plans(report)]
+    parts += ["<h2>Configuration</h2>", f"<pre>{escape(json.dumps(report.config, indent=1))}</pre>"]
+    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
+    body = "\n".join(parts)
+    return (
+        f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
+    )
+
+
+def _draw(report: FreezeReport) -> bytes:
+    buffer = io.BytesIO()
+    draw(report).savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def _picture(png: bytes) -> str:
+    return _image(
+        png, "Heat map of every adapter's importance over time, the threshold, and the bytes one step retains"
+    )
+
+
+def _image(png: bytes, alt: str) -> str:
+    data = base64.b64encode(png).decode("ascii")
+    return f'<img alt="{alt}" src="data:image/png;base64,{data}">'
+
+
+def _freezings(report: FreezeReport) -> str:
+    """List the freezing events, one row a step."""
+    labels = {row.name: f"{row.layer} {row.label}" if row.layer >= 0 else row.label for row in report.rows()}
+    rows = [["after step", "threshold", "adapters"]]
+    for step in sorted({freezing.step for freezing in report.freezings}):
+        group = [freezing for freezing in report.freezings if freezing.step == step]
+        threshold = f"{group[0].threshold:.2e}" if group[0].threshold is not None else ""
+        rows.append([str(step), threshold, ", ".join(labels[freezing.name] for freezing in group)])
+    return _table(rows, words=0, last=True) if report.freezings else "<p>Nothing was frozen.</p>"
+
+
+def _retained(report: FreezeReport) -> str:
+    rows = [["from step", "MiB", "bytes"]]
+    return _table(rows + [[str(step), f"{size / 2**20:,.2f}", f"{size:,}"] for step, size in report.retained], words=0)
+
+
+def _plans(report: FreezeReport) -> list[str]:
+    buffer = io.BytesIO()
+    draw_plans(report.plans).savefig(buffer, format="png", dpi=DPI)
+    batch = escape(f"Planned without values for {report.plans[0][1].batch}.")
+    alt = "Bars of the bytes that one step retains by what keeps them and by block, stock PEFT beside ours"
+    return [f'<p class="soft">{batch}</p>', _table(parts_cells(report.plans), words=1), _image(buffer.getvalue(), alt)]
+
+
+def _table(rows: list[list[str]], words: int, last: bool = False) -> str:
+    """Lay out text as a table whose first `words` columns, and the last if asked, are words rather than numbers."""
+
+    def line(cells: list[str], tag: str) -> str:
+        left = [i < words or (last and i == len(cells) - 1) for i in range(len(cells))]
+        wrap = ' style="white-space: normal"' if last else ""
+        return "".join(
+            f'<{tag} class="words"{wrap}>{escape(cell)}</{tag}>' if is_left else f"<{tag}>{escape(cell)}</{tag}>"
+            for cell, is_left in zip(cells, left, strict=True)
+        )
+
+    body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows[1:])
+    return f'<div class="scroll"><table><tr>{line(rows[0], "th")}</tr>{body}</table></div>'
