@@ -2,6 +2,7 @@
 //   of an x that an activation has just made, the activation's inputs, which it retains anyway
 //   only lora_B trains    h = dropout(x) A', r numbers a row
 //   x with dropout, cut from a larger tensor    a copy: PEFT keeps the dropped copy and its mask, and no more
+//   x without a graph, wider than autocast's dtype    one copy in that dtype: PEFT keeps one for every reader
 //   else                  x itself, shared with every other reader
 
 #pragma once
@@ -46,10 +47,33 @@ inline bool exceeds_dropped_copy(const Tensor& x) {
   return bytes.has_value() && *bytes > x.numel() * element;
 }
 
+// A copy of x for all its readers.
+struct CastCopy : Note {
+  Tensor copy;
+  int64_t version;
+  CastCopy(Tensor copy, int64_t version) : copy(std::move(copy)), version(version) {}
+};
+
+// Undefined where x itself is to be kept: where it has a graph, the norm that made it keeps it as well.
+inline Tensor find_cast_copy(const Tensor& x) {
+  const auto device = x.device().type();
+  if (x.requires_grad() || !at::autocast::is_autocast_enabled(device)) return {};
+  const auto dtype = at::autocast::get_autocast_dtype(device);
+  if (!x.is_floating_point() || x.is_inference() || c10::elementSize(dtype) >= static_cast<size_t>(x.element_size()))
+    return {};
+  const auto* note = find_note<CastCopy>(x);
+  if (note == nullptr) {
+    if (!attach_note(x, c10::make_intrusive<CastCopy>(x.to(dtype), x._version()))) return {};
+    note = find_note<CastCopy>(x);
+  }
+  const bool is_current = note->version == x._version() && note->aliases == 0 && note->copy.scalar_type() == dtype;
+  return is_current ? note->copy : x.to(dtype);
+}
+
 // Puts into saved[0], and at the end of `saved`, what stands for x.
 inline void keep_adapter_input(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list& saved,
                                const Tensor& x, const Tensor& lora_A, bool only_B, double dropout_p,
-                               const std::optional<Tensor>& rng_state) {
+                               const std::optional<Tensor>& rng_state, bool may_cast) {
   if (const Recipe* recipe = find_recipe(x)) {
     saved.insert(saved.end(), recipe->inputs.begin(), recipe->inputs.end());
     ctx->saved_data["recipe_kind"] = recipe->kind;
@@ -61,7 +85,8 @@ inline void keep_adapter_input(torch::autograd::AutogradContext* ctx, torch::aut
     saved[0] = x.clone(at::MemoryFormat::Contiguous);
   } else {
     announce_reader(x);
-    saved[0] = x;
+    saved[0] = may_cast ? find_cast_copy(x) : Tensor();
+    if (!saved[0].defined()) saved[0] = x;
   }
 }
 

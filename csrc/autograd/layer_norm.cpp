@@ -1,5 +1,5 @@
 // What `layer_norm` retains for backward, decided while the graph is built:
-//   x, weight or bias requires grad   x, mean and rstd
+//   x, weight or bias requires grad   x, rstd and, see `keeps_mean`, mean
 //   none of them                      no node at all
 // Where only x does and retain_output is true, the output takes the place of x and mean once a reader retains it
 // anyway.
@@ -26,6 +26,13 @@ Tensor or_undefined(const std::optional<Tensor>& tensor) { return given(tensor) 
 
 std::optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
 
+// PyTorch's statistics have the weight's dtype on a CPU. Where that is one of 16 bits, its two take the bytes of our
+// rstd.
+bool keeps_mean(const Tensor& x, const std::optional<Tensor>& weight) {
+  return !x.is_cpu() || !at::isReducedFloatingType(x.scalar_type()) ||
+         (given(weight) && !at::isReducedFloatingType(weight->scalar_type()));
+}
+
 struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& weight,
                                const std::optional<Tensor>& bias, double eps, bool retain_output) {
@@ -33,7 +40,8 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({mean, rstd});
     announce_reader(x);
-    ctx->save_for_backward({x, or_undefined(weight), or_undefined(bias), mean, rstd});
+    ctx->save_for_backward(
+        {x, or_undefined(weight), or_undefined(bias), keeps_mean(x, weight) ? mean : Tensor(), rstd});
     return {out, mean, rstd};
   }
 
@@ -49,9 +57,10 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
                                      bias.has_value() && ctx->needs_input_grad(bias_index)};
     if (!wanted[0] && !wanted[1] && !wanted[2]) return result;
     const bool from_output = is_from_output(saved[0], saved[4]);
-    auto [grad_x, grad_weight, grad_bias] =
-        layer_norm_backward(grads[0], saved[0], weight, bias, or_none(from_output ? Tensor() : saved[3]),
-                            from_output ? saved[4].squeeze(0) : saved[4], from_output, wanted);
+    std::optional<Tensor> mean;
+    if (!from_output) mean = saved[3].defined() ? saved[3] : saved[0].mean(-1, /*keepdim=*/false, at::kFloat);
+    auto [grad_x, grad_weight, grad_bias] = layer_norm_backward(
+        grads[0], saved[0], weight, bias, mean, from_output ? saved[4].squeeze(0) : saved[4], from_output, wanted);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[1] = grad_weight;
     if (wanted[2]) result[2] = grad_bias;
@@ -91,7 +100,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, const st
   auto outputs = LayerNormFunction::apply(x, weight, bias, eps, retain_output);
   if (!requires_grad(weight) && !requires_grad(bias)) {
     constexpr size_t mean_at = 3, rstd_at = 4;
-    variable_list saved{x, or_undefined(weight), or_undefined(bias), outputs[1], outputs[2]};
+    const Tensor mean = keeps_mean(x, weight) ? outputs[1] : Tensor();
+    variable_list saved{x, or_undefined(weight), or_undefined(bias), mean, outputs[2]};
     attach_norm_output<LayerNormFunction>(outputs[0], std::move(saved), retain_output, mean_at, rstd_at);
   }
   return {outputs[0], outputs[1], outputs[2]};

@@ -40,7 +40,9 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     variable_list saved{Tensor(), weight, lora_A, lora_B, Tensor()};
     // The base layer's weight reads x as it is: where that trains PyTorch keeps x too.
     const double input_dropout_p = weight.requires_grad() ? 0.0 : dropout_p;
-    if (reads_x) keep_adapter_input(ctx, saved, x, lora_A, only_B, input_dropout_p, rng_state);
+    if (reads_x)
+      keep_adapter_input(ctx, saved, x, lora_A, only_B, input_dropout_p, rng_state,
+                         /*may_cast=*/!weight.requires_grad());
     const bool makes_mask = drops && (x.requires_grad() || !keeps_hidden(ctx));
     if (makes_mask) saved[4] = *rng_state;
     ctx->save_for_backward(std::move(saved));

@@ -78,7 +78,8 @@ struct NormOutput : OutputNote {
     const bool from_output = is_invertible_ && is_unchanged(out);
     if (from_output) {
       saved_[0] = out;
-      saved_[mean_at_] = saved_[rstd_at_] = saved_[rstd_at_].unsqueeze(0);
+      saved_[rstd_at_] = saved_[rstd_at_].unsqueeze(0);
+      if (saved_[mean_at_].defined()) saved_[mean_at_] = saved_[rstd_at_];
     }
     save_(*out.grad_fn(), std::exchange(saved_, {}), from_output ? fingerprint_ : std::nullopt);
   }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import torch
 from case import Case
@@ -10,8 +11,10 @@ from program import Outcome, play
 from torch import Tensor
 
 TOLERANCE = {"fp32": 2e-5, "fp64": 1e-5}  # transformers' RMSNorms compute in fp32 whatever the weights are
-NOISE = {"fp32": 1e-6, "fp64": 1e-6, "bf16": 2e-2, "fp16": 3e-3, "autocast": 2e-2}
+NOISE = {"fp32": 5e-6, "fp64": 1e-6, "bf16": 2e-2, "fp16": 3e-3, "autocast": 2e-2}
 """Of a case's largest gradient: below it a gradient is made of rounding."""
+KINKED = {"t5", "opt"}
+"""Families with ReLUs: in 16 bits rounding switches some of them, and moves single gradients, on both sides."""
 
 
 def run(case: Case) -> list[str]:
@@ -24,7 +27,7 @@ def run(case: Case) -> list[str]:
         >>> run(Case(family="llama", trains="top"))
         []
     """
-    stock, ours = play(case, bound=False), play(case, bound=True, recompute=case.recompute)
+    stock, ours = play(_right(case), bound=False), play(case, bound=True, recompute=case.recompute)
     wrong = _errors(case, stock, ours)
     if stock.error is None and ours.error is None:
         if not case.draws:
@@ -36,11 +39,19 @@ def run(case: Case) -> list[str]:
     return wrong
 
 
+def _right(case: Case) -> Case:
+    """What stock PEFT gets right: reentrant checkpointing runs a forward without adapters again with them."""
+    wrong = case.calls == "disabled" and case.checkpointing == "reentrant"
+    return replace(case, checkpointing="none", input_grads=True) if wrong else case
+
+
 def _errors(case: Case, stock: Outcome, ours: Outcome) -> list[str]:
     if ours.error is None:
-        said = str(stock.error)
-        fine = stock.error is None or "modified by an inplace operation" in said  # ours needs what was overwritten not
-        return [] if fine else [f"error: stock raises {_told(stock.error)}, ours nothing"]
+        return (
+            []
+            if stock.error is None or _is_spared(case, str(stock.error))
+            else [f"error: stock raises {_told(stock.error)}, ours nothing"]
+        )
     if stock.error is None:
         return [] if _helps(case, str(ours.error)) else [f"error: stock none, ours {_told(ours.error)}"]
     if type(stock.error) is not type(ours.error):
@@ -48,10 +59,26 @@ def _errors(case: Case, stock: Outcome, ours: Outcome) -> list[str]:
     return []
 
 
+def _is_spared(case: Case, said: str) -> bool:
+    """Whether stock PEFT's error is about something that ours does not need.
+
+    What was written over; the leaf that `enable_input_require_grads` makes; the graph down to it, which a forward
+    with adapters disabled builds, and which checkpointing cannot build again once they are enabled.
+    """
+    leaf = case.input_grads or case.checkpointing != "none"
+    return (
+        "modified by an inplace operation" in said
+        or (leaf and "a leaf Variable that requires grad is being used in an in-place operation" in said)
+        or (leaf and case.calls == "disabled" and "Recomputed values for the following tensors" in said)
+    )
+
+
 def _helps(case: Case, said: str) -> bool:
-    """Whether an error of ours is one that is allowed: about a write in place, naming the part and the way out."""
+    """Whether an error of ours is one that is allowed: about a write, naming the part and the way out."""
     writes = case.writes != "nothing" or case.hook in ("in place", "data", "input in place", "input data")
-    return writes and bool(re.search(r"in.?place|written|overw", said) and re.search(r"safe_peft|bind\(|parts", said))
+    between = case.when == "between" and (case.change == "half and back" or case.change.startswith("norm "))
+    about = re.search(r"in.?place|written|overw|changed between forward and backward", said)
+    return (writes or between) and bool(about and re.search(r"safe_peft|bind\(|parts", said))
 
 
 def _told(error: Exception | None) -> str:
@@ -94,17 +121,24 @@ def _gradients(case: Case, stock: Outcome, ours: Outcome, exact: Outcome | None)
     """Those that both have."""
     wrong, off = [], {}
     largest = max((_peak(grad) for grad in stock.gradients.values()), default=0.0)
+    kinked = 0.0 if exact is None or case.family not in KINKED else _worst(stock, exact)
     for name in sorted(stock.gradients.keys() & ours.gradients.keys()):
         a, b = stock.gradients[name], ours.gradients[name]
         reference = None if exact is None else exact.gradients[name]
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             wrong.append(f"kind: {name} is {a.dtype} {tuple(a.shape)}, ours {b.dtype} {tuple(b.shape)}")
-        elif (distance := _off(a, b, reference)) > _allowed(case, a, reference, largest):
+        elif (distance := _off(a, b, reference)) > _allowed(case, a, reference, largest) + 2.0 * kinked * _peak(a):
             off[name] = distance / max(_peak(a), 1e-30)
     if off:
         worst = max(off, key=lambda name: off[name])
         wrong.append(f"gradient: {len(off)} of {len(stock.gradients)} are off, by {off[worst]:.1e} of {worst}")
     return wrong
+
+
+def _worst(stock: Outcome, exact: Outcome) -> float:
+    """The largest error of a gradient of stock's, as a share of its largest element."""
+    shares = (_off(exact.gradients[n], grad, None) / max(_peak(grad), 1e-30) for n, grad in stock.gradients.items())
+    return max(shares, default=0.0)
 
 
 def _unlike(stock: list[str], ours: list[str]) -> str:

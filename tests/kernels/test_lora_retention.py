@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import DTYPES, Dtypes, Shape, problem
+from oracle import DTYPES, Dtypes, Problem, Shape, problem
 from torch import Tensor, nn
 
 import safe_kernels
@@ -49,6 +49,33 @@ def test_every_subset_of_requires_grad(flags: tuple[bool, ...], dropout_p: float
     assert all((out.grad_fn is not None) == any(flags) for out in retained.output)
     if any(flags):
         torch.stack(retained.output).sum().backward()
+
+
+@pytest.mark.parametrize("has_graph", [False, True])
+@pytest.mark.parametrize("readers", [1, 3])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_under_autocast_readers_share_one_copy(dropout_p: float, readers: int, has_graph: bool) -> None:
+    """Of an x that nothing else keeps; PEFT's layers each keep a copy of their own."""
+    x = torch.randn(MIDDLE.rows, MIDDLE.d_in, requires_grad=has_graph)
+    problems = [problem(MIDDLE, DTYPES[0], seed=seed).require(False, False, True, True) for seed in range(readers)]
+    base = problems[0].base.bfloat16()
+
+    def forward() -> list[Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return [safe_kernels.lora(x, base, p.A, p.B, 2.0, dropout_p=dropout_p) for p in problems]
+
+    def stock(p: Problem) -> Tensor:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return base + 2.0 * nn.functional.linear(nn.functional.linear(x, p.A), p.B)
+
+    retained = measure(forward, exclude=[tensor for p in problems for tensor in (p.A, p.B)])
+    rng = RNG_BYTES * readers if dropout_p else 0
+    assert retained.bytes == (4 if has_graph else 2) * x.numel() + rng, str(retained)
+    if not dropout_p:
+        for p, out in zip(problems, retained.output, strict=True):
+            got = torch.autograd.grad(out.float().square().sum(), (p.A, p.B), retain_graph=True)
+            for a, b in zip(got, torch.autograd.grad(stock(p).float().square().sum(), (p.A, p.B)), strict=True):
+                assert (a - b).abs().max() <= 3e-2 * b.abs().max()
 
 
 @pytest.mark.parametrize("flags", [(True, False, True, True), (False, False, False, True)], ids=subset_id)

@@ -17,11 +17,12 @@ from safe_kernels.retention import announce_reader, measure
 
 
 def expected_bytes(p: Norm, names: tuple[str, ...], from_output: bool) -> int:
-    """Output and rstd, or input, rstd and (LayerNorm) mean."""
+    """Output and rstd; or input, rstd and LayerNorm's mean, without it where PyTorch's statistics have 16 bits."""
     if not names:
         return 0
     per_row = 4 * p.x[..., 0].numel()
-    statistics = 1 if from_output or p.kind.startswith("rms") else 2
+    has_16_bits = p.x.element_size() == 2 and (p.weight is None or p.weight.element_size() == 2)  # and so has the mean
+    statistics = 1 if from_output or has_16_bits or p.kind.startswith("rms") else 2
     return p.x.nbytes + statistics * per_row
 
 

@@ -11,6 +11,7 @@ import torch
 from families import Family, family
 from peft import LoraConfig, get_peft_model
 from test_blocks_cut import frozen_prefix, retained
+from test_blocks_equal import error
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -163,12 +164,48 @@ def test_checkpointing_keeps_the_cut(noise: bool, reentrant: bool) -> None:
         model.get_input_embeddings().register_forward_hook(lambda module, args, out: out + torch.zeros_like(out))
     stock = retained(model, batch)
     runs: list[int] = []
-    model.base_model.model.model.layers[0].mlp.register_forward_hook(lambda *_: runs.append(1))
+
+    def count(*_: object) -> None:
+        runs.append(1)
+
+    count.__module__ = "accelerate.hooks"  # a hook of a library's own asks for no gradient
+    model.base_model.model.model.layers[0].mlp.register_forward_hook(count)
     with bind(model):
         assert retained(model, batch) < stock
         runs.clear()
         model(**batch).loss.backward()
     assert len(runs) == 1, "a frozen prefix is not run again"
+
+
+@pytest.mark.parametrize("way", ["hook on the output", "retain_grad"])
+@pytest.mark.parametrize("place", ["", "mlp", "mlp.act_fn", "self_attn.q_proj", "input_layernorm"])
+def test_what_a_forward_hook_asks_for_below_the_cut(place: str, way: str) -> None:
+    model, batch = frozen_prefix(family("llama"))
+    model.enable_input_require_grads()
+    found: list[Tensor] = []
+
+    def ask(module: nn.Module, args: object, out: Tensor | tuple[Tensor, ...]) -> None:
+        tensor = out if isinstance(out, Tensor) else out[0]
+        if not tensor.requires_grad:
+            return
+        if way == "retain_grad":
+            tensor.retain_grad()
+            found.append(tensor)
+        else:
+            tensor.register_hook(found.append)
+
+    def asked() -> Tensor:
+        found.clear()
+        model(**batch).loss.backward()
+        (one,) = found
+        gradient = one.grad if way == "retain_grad" else one
+        assert gradient is not None
+        return gradient
+
+    model.base_model.model.model.layers[0].get_submodule(place).register_forward_hook(ask)
+    expected = asked()
+    with bind(model):
+        assert error(asked(), expected) <= 2e-5
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

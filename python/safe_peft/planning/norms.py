@@ -44,10 +44,13 @@ class Norms:
             self._largest[node] = max(drop.bytes, self._largest.get(node, 0))
         self._own = self._outputs(saves)
         self._readers: dict[int, int] = {}
+        self._blocks: dict[int, dict[int, int]] = {}
         for index, save in enumerate(saves):
             saver = saver_of(save.note)
             if index not in self._own and (saver.adapter >= 0 or not saver.needs & always):
                 self._readers[save.made_by] = self._readers.get(save.made_by, 0) | saver.needs
+                blocks = self._blocks.setdefault(save.made_by, {})
+                blocks[saver.block] = blocks.get(saver.block, 0) | saver.needs
 
     def of(self, index: int, save: Save) -> Saver:
         """Return who holds a save: a norm saves its output while its reader runs, whose note it has.
@@ -70,6 +73,10 @@ class Norms:
             if node in self._readers:
                 saver, stays = self._saver_of(drop.note), self._is_statistic(drop) and self._key(drop) in self._kept
                 yield self._key(drop), drop.bytes, saver if stays else replace(saver, unless=self._readers[node])
+                # Where the norm's own block runs again, a reader in another one makes it save outside of that.
+                for block, needs in self._blocks[node].items() if stays else ():
+                    if block != saver.block:
+                        yield self._key(drop), drop.bytes, replace(saver, block=block, also=needs)
 
     def _outputs(self, saves: Sequence[Save]) -> set[int]:
         """Places of the saves of their own outputs: the first ones, and statistics follow."""

@@ -41,6 +41,8 @@ class Saver:
         adapter: index of the adapter that holds it for its own gradient, or -1.
         unless: bits of the adapters any of which ends the hold: a norm holds its input until a layer that trains holds
             its output.
+        also: bits of the adapters of which one must live as well, if there are any: the layer in another block that
+            made a norm save, for what that norm holds outside of its own block.
     """
 
     module: str
@@ -49,6 +51,7 @@ class Saver:
     needs: int
     adapter: int = -1
     unless: int = 0
+    also: int = 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,7 @@ class _Rows(NamedTuple):
 
     needs: NDArray[np.float32]
     unless: NDArray[np.float32]
+    also: NDArray[np.float32]
     blocks: NDArray[np.int64]
     starts: list[int]
     sizes: NDArray[np.int64]
@@ -153,6 +157,7 @@ class RetainedTable:
         rows, columns = self._rows, live.T.astype(np.float32)
         again = self._recomputed(columns, recompute)
         held = (rows.needs @ columns > 0) & ~(rows.unless @ columns > 0) & ~again[rows.blocks]
+        held &= (rows.also @ columns > 0) | ~rows.also.any(axis=1, keepdims=True)
         alive = np.logical_or.reduceat(held, rows.starts, axis=0) if rows.starts else held
         for number, block in enumerate(self.blocks):
             alive[list(block.inputs)] |= again[number]
@@ -180,17 +185,20 @@ class RetainedTable:
 
     @cached_property
     def _rows(self) -> _Rows:
-        found: list[tuple[int, int, int]] = []
+        found: list[tuple[int, int, int, int]] = []
         starts: list[int] = []
         for storage in self.storages:
             starts.append(len(found))
             # One that nobody holds yet needs a row as well, for its place among the sums.
-            found += sorted({(saver.needs, saver.unless, saver.block) for saver in storage.savers}) or [(0, 0, -1)]
+            savers = {(saver.needs, saver.unless, saver.also, saver.block) for saver in storage.savers}
+            found += sorted(savers) or [(0, 0, 0, -1)]
         width = len(self.adapters) + 1
+        needs, unless, also = (self._bits([one[i] for one in found]).reshape(len(found), width) for i in range(3))
         return _Rows(
-            self._bits([needs for needs, _, _ in found]).reshape(len(found), width),
-            self._bits([unless for _, unless, _ in found]).reshape(len(found), width),
-            np.array([block for _, _, block in found], dtype=np.int64),
+            needs,
+            unless,
+            also,
+            np.array([one[-1] for one in found], dtype=np.int64),
             starts,
             np.array([storage.bytes for storage in self.storages], dtype=np.int64),
         )
@@ -259,6 +267,7 @@ class RetainedTable:
                 and 0 <= saver.needs < 1 << bits
                 and -1 <= saver.adapter < bits - 1
                 and 0 <= saver.unless < 1 << bits
+                and 0 <= saver.also < 1 << bits
                 for storage in self.storages
                 for saver in storage.savers
             )

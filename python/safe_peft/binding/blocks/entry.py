@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...distributed.wrappers import walk
 from ..adapters import peft_kind
 from ..class_swap import STATE, Swapped, is_bound
-from .trains import modules_in, waits_for_gradient
+from .trains import may_ask_for_gradient, modules_in, waits_for_gradient
 
 _LEAF_MAKERS = ("make_inputs_require_grads", "make_inputs_require_grad")
 _PACKAGES = ("transformers", "peft")
@@ -115,15 +115,12 @@ class Entry:
         """
         if not hidden.requires_grad or _is_watched(hidden):
             return False
-        if waits_for_gradient(self.before) or any(map(_may_be_seen, self.before)):
+        # A hook on the embeddings is looked at when these are called.
+        seen = [module for module in self.before if not isinstance(module, SafeEmbedding)]
+        if waits_for_gradient(self.before) or may_ask_for_gradient(seen):
             return False
         known = [leaf for ref in self._leaves if (leaf := ref()) is not None and not _is_watched(leaf)]
         return bool(known) and all(any(leaf is one for one in known) for leaf in _leaves(hidden))
-
-
-def _may_be_seen(module: nn.Module) -> bool:
-    """Whether a hook may keep what a module gives; those on the embeddings are looked at when these are called."""
-    return bool(module._forward_hooks) and not isinstance(module, SafeEmbedding)
 
 
 def _makes_leaves(hook: Any) -> bool:

@@ -16,7 +16,7 @@ from .arguments import leaves, may_carry
 from .checkpointing import Checkpointing, checkpoints
 from .entry import Entry
 from .recompute import Run
-from .trains import modules_in, trains, waits_for_gradient
+from .trains import may_ask_for_gradient, modules_in, trains, waits_for_gradient
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
@@ -122,9 +122,9 @@ class Block:
         return hidden.detach()
 
     def _is_waited_for(self) -> bool:
-        """Whether a backward hook sits where no gradient would come: up to and in the lowest block that trains."""
+        """Whether a hook sits where no gradient would come: up to and in the lowest block that trains."""
         for block in self.stack:
-            if waits_for_gradient(modules_in(block)):
+            if waits_for_gradient(modules_in(block)) or may_ask_for_gradient(modules_in(block)):
                 return True
             if trains(block):
                 return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as global_hooks
@@ -45,3 +46,26 @@ def waits_for_gradient(modules: Iterable[nn.Module]) -> bool:
     if global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks:
         return True
     return any(module._backward_hooks or module._backward_pre_hooks for module in modules)
+
+
+_ASK_FOR_NOTHING = ("torch", "transformers", "peft", "accelerate", "safe_peft")
+
+
+def may_ask_for_gradient(modules: Iterable[nn.Module]) -> bool:
+    """Whether a forward hook is on any of these modules, or on all modules there are, other than these libraries' own.
+
+    It can put a hook on the output, retain its gradient, or add something that trains, and no module shows it.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> _ = layer.register_forward_hook(lambda module, inputs, output: output.retain_grad())
+        >>> may_ask_for_gradient([layer])
+        True
+    """
+    everywhere = (global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks)
+    own = ((module._forward_hooks, module._forward_pre_hooks) for module in modules)
+    return any(_is_foreign(hook) for kinds in (everywhere, *own) for kind in kinds for hook in kind.values())
+
+
+def _is_foreign(hook: Any) -> bool:
+    return (getattr(hook, "__module__", None) or "").partition(".")[0] not in _ASK_FOR_NOTHING
