@@ -29,6 +29,9 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
     announce_reader(x);
     ctx->save_for_backward({x, weight, rstd});
     ctx->saved_data["weight_offset"] = weight_offset;
+    // transformers adds the offset in forward and keeps the sum, which a later change of the weight does not reach.
+    const auto values = weight_offset == 0.0 ? std::nullopt : fingerprint_of({x, weight}, /*end=*/2);
+    if (values.has_value()) ctx->saved_data[PARAMETERS] = *values;
     return {out, rstd};
   }
 
