@@ -57,7 +57,7 @@ struct CastCopy : Note {
 // Undefined where x itself is to be kept: where it has a graph, the norm that made it keeps it as well.
 inline Tensor find_cast_copy(const Tensor& x) {
   const auto device = x.device().type();
-  if (x.requires_grad() || !at::autocast::is_autocast_enabled(device)) return {};
+  if (x.requires_grad() || x.is_meta() || !at::autocast::is_autocast_enabled(device)) return {};
   const auto dtype = at::autocast::get_autocast_dtype(device);
   if (!x.is_floating_point() || x.is_inference() || c10::elementSize(dtype) >= static_cast<size_t>(x.element_size()))
     return {};
