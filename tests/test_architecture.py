@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 KERNELS, POLICY, NATIVE = ROOT / "safe_kernels", ROOT / "python" / "safe_peft", ROOT / "csrc"
 PYTHON = sorted(path for folder in (KERNELS, POLICY, ROOT / "tests", ROOT / "bench") for path in folder.rglob("*.py"))
 CPP = sorted(path for kind in ("*.cpp", "*.h") for path in NATIVE.rglob(kind))
-MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 500, 60, 120
+MAX_FILE, MAX_FUNCTION, MAX_KERNEL = 350, 60, 120
 
 
 def name_of(path: Path) -> str:
