@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from safe_kernels import _C
 
-__all__ = ["LIMIT", "invertible", "marks"]
+__all__ = ["LIMIT", "invertible", "leave_hooks", "marks"]
 
 LIMIT = 3.0
 """Largest |bias| / |weight| that keeps the gradient as exact as PyTorch's own: measured, see `invertible`."""
@@ -99,6 +102,32 @@ def marks(tensor: Tensor) -> tuple[int, ...] | None:
     """
     found = _held(tensor)
     return None if found is None or found[0] != _ALONE else found[1:]
+
+
+def leave_hooks(x: Tensor, unpack: Callable[..., Any]) -> None:
+    """Says that `x` was made under saved-tensor hooks which have ended, and that what reads it now is not under them.
+
+    Where `x` is the output of a norm, a reader under the hooks that are current now counts then as one under the
+    norm's own hooks would.
+
+    Args:
+        x: any tensor; nothing happens to other ones.
+        unpack: the object that was given to `torch.autograd.graph.saved_tensors_hooks` for unpacking.
+
+    Example:
+        >>> import safe_kernels
+        >>> from safe_kernels.retention import announce_reader
+        >>> x, weight, get = torch.ones(2, 8, requires_grad=True), torch.ones(8), lambda kept: kept[0]
+        >>> def run(leave):
+        ...     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor,), get):
+        ...         y = safe_kernels.rms_norm(x * 1.0, weight, 1e-6)
+        ...     leave(y, get)
+        ...     announce_reader(y)
+        ...     return y
+        >>> run(leave_hooks).grad_fn is not None
+        True
+    """
+    _C.leave_hooks(x, unpack)
 
 
 def _held(tensor: Tensor) -> tuple[int, ...] | None:

@@ -19,17 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safe_kernels import _C
 
-__all__ = [
-    "Recorder",
-    "RetainedTensor",
-    "Retention",
-    "Save",
-    "announce_reader",
-    "leave_hooks",
-    "living",
-    "measure",
-    "record",
-]
+__all__ = ["Recorder", "RetainedTensor", "Retention", "Save", "announce_reader", "living", "measure", "record"]
 
 T = TypeVar("T")
 
@@ -267,31 +257,6 @@ def announce_reader(x: Tensor) -> None:
         (104, 168)
     """
     _C.announce_reader(x)
-
-
-def leave_hooks(x: Tensor, unpack: Callable[..., Any]) -> None:
-    """Says that `x` was made under saved-tensor hooks which have ended, and that what reads it now is not under them.
-
-    Where `x` is the output of a norm, a reader under the hooks that are current now counts then as one under the
-    norm's own hooks would.
-
-    Args:
-        x: any tensor; nothing happens to other ones.
-        unpack: the object that was given to `torch.autograd.graph.saved_tensors_hooks` for unpacking.
-
-    Example:
-        >>> import safe_kernels
-        >>> x, weight, get = torch.ones(2, 8, requires_grad=True), torch.ones(8), lambda kept: kept[0]
-        >>> def run(leave):
-        ...     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: (tensor,), get):
-        ...         y = safe_kernels.rms_norm(x * 1.0, weight, 1e-6)
-        ...     leave(y, get)
-        ...     announce_reader(y)
-        ...     return y
-        >>> run(leave_hooks).grad_fn is not None
-        True
-    """
-    _C.leave_hooks(x, unpack)
 
 
 class _Saved:

@@ -16,14 +16,18 @@
 
 namespace safe_kernels {
 
+// Autocast's dtype where it is on; the meta device, for one, has none.
+inline std::optional<at::ScalarType> autocast_dtype(c10::DeviceType device) {
+  if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) return std::nullopt;
+  return at::autocast::get_autocast_dtype(device);
+}
+
 // h, in the dtype in which PEFT's own lora_B would keep it.
 inline Tensor make_hidden(const Tensor& x, const Tensor& lora_A, double dropout_p,
                           const std::optional<Tensor>& rng_state) {
   auto dtype = lora_A.scalar_type();
-  if (at::autocast::is_autocast_enabled(x.device().type())) {
-    const auto cast = at::autocast::get_autocast_dtype(x.device().type());
-    if (c10::elementSize(cast) < c10::elementSize(dtype)) dtype = cast;
-  }
+  const auto cast = autocast_dtype(x.device().type());
+  if (cast.has_value() && c10::elementSize(*cast) < c10::elementSize(dtype)) dtype = *cast;
   const auto rank = lora_A.sym_size(0);
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.back() = rank;
@@ -56,18 +60,16 @@ struct CastCopy : Note {
 
 // Undefined where x itself is to be kept: where it has a graph, the norm that made it keeps it as well.
 inline Tensor find_cast_copy(const Tensor& x) {
-  const auto device = x.device().type();
-  if (x.requires_grad() || !at::autocast::is_autocast_enabled(device)) return {};
-  const auto dtype = at::autocast::get_autocast_dtype(device);
-  if (!x.is_floating_point() || x.is_inference() || c10::elementSize(dtype) >= static_cast<size_t>(x.element_size()))
-    return {};
+  const auto dtype = autocast_dtype(x.device().type());
+  if (x.requires_grad() || x.is_inference() || !dtype.has_value()) return {};
+  if (!x.is_floating_point() || c10::elementSize(*dtype) >= static_cast<size_t>(x.element_size())) return {};
   const auto* note = find_note<CastCopy>(x);
   if (note == nullptr) {
-    if (!attach_note(x, c10::make_intrusive<CastCopy>(x.to(dtype), x._version()))) return {};
+    if (!attach_note(x, c10::make_intrusive<CastCopy>(x.to(*dtype), x._version()))) return {};
     note = find_note<CastCopy>(x);
   }
-  const bool is_current = note->version == x._version() && note->aliases == 0 && note->copy.scalar_type() == dtype;
-  return is_current ? note->copy : x.to(dtype);
+  const bool is_current = note->version == x._version() && note->aliases == 0 && note->copy.scalar_type() == *dtype;
+  return is_current ? note->copy : x.to(*dtype);
 }
 
 // Puts into saved[0], and at the end of `saved`, what stands for x.

@@ -33,6 +33,11 @@ bool keeps_mean(const Tensor& x, const std::optional<Tensor>& weight) {
          (given(weight) && !at::isReducedFloatingType(weight->scalar_type()));
 }
 
+variable_list to_save(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
+                      const Tensor& mean, const Tensor& rstd) {
+  return {x, or_undefined(weight), or_undefined(bias), keeps_mean(x, weight) ? mean : Tensor(), rstd};
+}
+
 struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
   static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& weight,
                                const std::optional<Tensor>& bias, double eps, bool retain_output) {
@@ -40,8 +45,9 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({mean, rstd});
     announce_reader(x);
-    ctx->save_for_backward(
-        {x, or_undefined(weight), or_undefined(bias), keeps_mean(x, weight) ? mean : Tensor(), rstd});
+    variable_list saved = to_save(x, weight, bias, mean, rstd);
+    if (retain_output && !requires_grad(weight) && !requires_grad(bias)) note_parameters(ctx, saved, /*end=*/3);
+    ctx->save_for_backward(std::move(saved));
     return {out, mean, rstd};
   }
 
@@ -49,7 +55,6 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
     variable_list result(5);
     if (!grads[0].defined()) return result;
     const auto saved = unpack_saved(ctx, NORM_WRITTEN_TO);
-    check_parameters(ctx, saved, /*end=*/3);
     const auto weight = or_none(saved[1]), bias = or_none(saved[2]);
     // Indices of needs_input_grad count the tensors that were given.
     const size_t bias_index = weight.has_value() ? 2 : 1;
@@ -57,6 +62,7 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
                                      bias.has_value() && ctx->needs_input_grad(bias_index)};
     if (!wanted[0] && !wanted[1] && !wanted[2]) return result;
     const bool from_output = is_from_output(saved[0], saved[4]);
+    if (from_output) check_parameters(ctx, saved, /*end=*/3);
     std::optional<Tensor> mean;
     if (!from_output) mean = saved[3].defined() ? saved[3] : saved[0].mean(-1, /*keepdim=*/false, at::kFloat);
     auto [grad_x, grad_weight, grad_bias] = layer_norm_backward(
@@ -100,9 +106,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, const st
   auto outputs = LayerNormFunction::apply(x, weight, bias, eps, retain_output);
   if (!requires_grad(weight) && !requires_grad(bias)) {
     constexpr size_t mean_at = 3, rstd_at = 4;
-    const Tensor mean = keeps_mean(x, weight) ? outputs[1] : Tensor();
-    variable_list saved{x, or_undefined(weight), or_undefined(bias), mean, outputs[2]};
-    attach_norm_output<LayerNormFunction>(outputs[0], std::move(saved), retain_output, mean_at, rstd_at);
+    attach_norm_output<LayerNormFunction>(outputs[0], to_save(x, weight, bias, outputs[1], outputs[2]), retain_output,
+                                          mean_at, rstd_at);
   }
   return {outputs[0], outputs[1], outputs[2]};
 }

@@ -29,7 +29,15 @@ inline std::optional<int64_t> fingerprint_of(const torch::autograd::variable_lis
   return sum;
 }
 
-// Backward from the output divides by the weight that made it. A write through .data counts no version.
+// For backward to compare: a write through .data counts no version.
+inline void note_parameters(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& saved,
+                            size_t end) {
+  const auto values = fingerprint_of(saved, end);
+  if (values.has_value()) ctx->saved_data[PARAMETERS] = *values;
+}
+
+// To be called where backward needs the parameters of the forward: from the output it divides by the weight that made
+// that, for instance.
 inline void check_parameters(const torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& saved,
                              size_t end) {
   const auto found = ctx->saved_data.find(PARAMETERS);
@@ -52,14 +60,11 @@ struct NormOutput : OutputNote {
     saved_ = std::move(saved);
     for (const Tensor& tensor : saved_) versions_.push_back(tensor.defined() ? tensor._version() : 0);
     is_invertible_ = is_invertible;
-    // Now, and not when a reader comes: FSDP has let go of the weights by then.
-    if (is_invertible) fingerprint_ = fingerprint_of(saved_, mean_at);
     hooks_ = current_hooks();
     mean_at_ = mean_at;
     rstd_at_ = rstd_at;
-    save_ = [](torch::autograd::Node& node, torch::autograd::variable_list&& again, std::optional<int64_t> values) {
+    save_ = [](torch::autograd::Node& node, torch::autograd::variable_list&& again) {
       auto& own = dynamic_cast<torch::autograd::CppNode<Function>&>(node);
-      if (values.has_value()) own.ctx_.saved_data[PARAMETERS] = *values;
       own.ctx_.save_for_backward(std::move(again));
       own.save_variables_to_ctx();
     };
@@ -75,13 +80,12 @@ struct NormOutput : OutputNote {
     if (saved_.empty() || out.grad_fn() == nullptr || out.grad_fn().get() != node) return;
     for (size_t i = 0; i < saved_.size(); ++i)
       if (saved_[i].defined() && saved_[i]._version() != versions_[i]) return;
-    const bool from_output = is_invertible_ && is_unchanged(out);
-    if (from_output) {
+    if (is_invertible_ && is_unchanged(out)) {
       saved_[0] = out;
       saved_[rstd_at_] = saved_[rstd_at_].unsqueeze(0);
       if (saved_[mean_at_].defined()) saved_[mean_at_] = saved_[rstd_at_];
     }
-    save_(*out.grad_fn(), std::exchange(saved_, {}), from_output ? fingerprint_ : std::nullopt);
+    save_(*out.grad_fn(), std::exchange(saved_, {}));
   }
 
   // The output has left the part of the model that saves under `hook`: a reader that comes now is outside of it.
@@ -102,10 +106,9 @@ struct NormOutput : OutputNote {
   torch::autograd::variable_list saved_;  // empty once a reader has come
   std::vector<int64_t> versions_;
   bool is_invertible_ = false;
-  std::optional<int64_t> fingerprint_;
   const void* hooks_ = nullptr;
   size_t mean_at_ = 0, rstd_at_ = 0;
-  void (*save_)(torch::autograd::Node&, torch::autograd::variable_list&&, std::optional<int64_t>) = nullptr;
+  void (*save_)(torch::autograd::Node&, torch::autograd::variable_list&&) = nullptr;
 };
 
 // For a norm's output that has just got its node: see `NormOutput::set`.

@@ -27,7 +27,10 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
     ctx->set_materialize_grads(false);
     ctx->mark_non_differentiable({rstd});
     announce_reader(x);
-    ctx->save_for_backward({x, weight, rstd});
+    variable_list saved{x, weight, rstd};
+    // transformers adds an offset in forward and keeps the sum, which a later change of the weight does not reach.
+    if ((retain_output && !weight.requires_grad()) || weight_offset != 0.0) note_parameters(ctx, saved, /*end=*/2);
+    ctx->save_for_backward(std::move(saved));
     ctx->saved_data["weight_offset"] = weight_offset;
     return {out, rstd};
   }
@@ -38,11 +41,11 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
     const std::array<bool, 2> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1)};
     if (!wanted[0] && !wanted[1]) return result;
     const auto saved = unpack_saved(ctx, NORM_WRITTEN_TO);
-    check_parameters(ctx, saved, /*end=*/2);
     const bool from_output = is_from_output(saved[0], saved[2]);
-    auto [grad_x, grad_weight] =
-        rms_norm_backward(grads[0], saved[0], saved[1], from_output ? saved[2].squeeze(0) : saved[2],
-                          ctx->saved_data["weight_offset"].toDouble(), from_output, wanted);
+    const double weight_offset = ctx->saved_data["weight_offset"].toDouble();
+    if (from_output || weight_offset != 0.0) check_parameters(ctx, saved, /*end=*/2);
+    auto [grad_x, grad_weight] = rms_norm_backward(
+        grads[0], saved[0], saved[1], from_output ? saved[2].squeeze(0) : saved[2], weight_offset, from_output, wanted);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[1] = grad_weight;
     return result;

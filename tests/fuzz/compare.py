@@ -11,7 +11,7 @@ from program import Outcome, play
 from torch import Tensor
 
 TOLERANCE = {"fp32": 2e-5, "fp64": 1e-5}  # transformers' RMSNorms compute in fp32 whatever the weights are
-NOISE = {"fp32": 5e-6, "fp64": 1e-6, "bf16": 2e-2, "fp16": 3e-3, "autocast": 2e-2}
+NOISE = {"fp32": 1e-6, "fp64": 1e-6, "bf16": 2e-2, "fp16": 3e-3, "autocast": 2e-2}
 """Of a case's largest gradient: below it a gradient is made of rounding."""
 KINKED = {"t5", "opt"}
 """Families with ReLUs: in 16 bits rounding switches some of them, and moves single gradients, on both sides."""
@@ -27,31 +27,31 @@ def run(case: Case) -> list[str]:
         >>> run(Case(family="llama", trains="top"))
         []
     """
-    stock, ours = play(_right(case), bound=False), play(case, bound=True, recompute=case.recompute)
-    wrong = _errors(case, stock, ours)
-    if stock.error is None and ours.error is None:
-        if not case.draws:
-            wrong += _values(case, stock, ours)
-        if stock.bytes is not None and ours.bytes is not None and ours.bytes > stock.bytes:
-            wrong.append(f"bytes: stock retains {stock.bytes}, ours {ours.bytes}")
+    ours = play(case, bound=True, recompute=case.recompute)
+    wrong = _unlike_stock(case, case, ours)
+    if wrong and case.calls == "disabled" and case.checkpointing == "reentrant":
+        # There stock PEFT is wrong itself: it runs a forward without adapters again with them.
+        wrong = _unlike_stock(case, replace(case, checkpointing="none", input_grads=True), ours)
     if case.recompute and not case.compiled:
         wrong += _to_the_bit(play(case, bound=True), ours)
     return wrong
 
 
-def _right(case: Case) -> Case:
-    """What stock PEFT gets right: reentrant checkpointing runs a forward without adapters again with them."""
-    wrong = case.calls == "disabled" and case.checkpointing == "reentrant"
-    return replace(case, checkpointing="none", input_grads=True) if wrong else case
+def _unlike_stock(case: Case, program: Case, ours: Outcome) -> list[str]:
+    stock = play(program, bound=False)
+    wrong = _errors(case, stock, ours)
+    if stock.error is None and ours.error is None:
+        if not case.draws:
+            wrong += _values(program, stock, ours)
+        if stock.bytes is not None and ours.bytes is not None and ours.bytes > stock.bytes:
+            wrong.append(f"bytes: stock retains {stock.bytes}, ours {ours.bytes}")
+    return wrong
 
 
 def _errors(case: Case, stock: Outcome, ours: Outcome) -> list[str]:
     if ours.error is None:
-        return (
-            []
-            if stock.error is None or _is_spared(case, str(stock.error))
-            else [f"error: stock raises {_told(stock.error)}, ours nothing"]
-        )
+        fine = stock.error is None or _is_spared(case, str(stock.error))
+        return [] if fine else [f"error: stock raises {_told(stock.error)}, ours nothing"]
     if stock.error is None:
         return [] if _helps(case, str(ours.error)) else [f"error: stock none, ours {_told(ours.error)}"]
     if type(stock.error) is not type(ours.error):
@@ -168,7 +168,7 @@ def _off(a: Tensor, b: Tensor, exact: Tensor | None) -> float:
 
 
 def _allowed(case: Case, a: Tensor, exact: Tensor | None, largest: float) -> float:
-    noise = NOISE[case.precision] * largest
+    noise = NOISE[case.precision] * largest * (10 if a.numel() == 1 else 1)  # a sum over all that the model computes
     return noise + (TOLERANCE[case.precision] * _peak(a) if exact is None else 2.0 * _off(exact, a, None))
 
 

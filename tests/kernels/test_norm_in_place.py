@@ -120,6 +120,15 @@ def test_a_weight_that_changed_after_the_forward(kind: str, name: str, change: C
     block.gradients(out)
 
 
+def test_an_offset_is_added_in_forward() -> None:
+    """transformers keeps the sum of weight and offset: what changes the weight later does not reach it."""
+    p = norm("rms-offset").require("x")
+    out = p.call()
+    p.weight.data.mul_(2)
+    with pytest.raises(RuntimeError, match=r"(?s)bound norm.*between forward and backward"):
+        torch.autograd.grad(out, p.x, p.grad)
+
+
 @pytest.mark.parametrize(
     "readers", [(), ("adapter",), ("whole", "adapter"), ("adapter", "whole"), ("adapter", "adapter")]
 )

@@ -90,7 +90,7 @@ def backward(out: Tensor) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize(("op", "wanted"), SUBSETS, ids=lambda part: part if isinstance(part, str) else "+".join(part))
 def test_gradients_and_what_is_retained_for_them(op: str, wanted: tuple[str, ...]) -> None:
-    """To the byte what the same call retains on a CPU."""
+    """To the byte what the same call retains on a CPU, where a `layer_norm` of 16 bits keeps no mean."""
     call = CALLS[op][1]
     real = tensors(op, "cpu", wanted)
     parameters = {name for name in real if len(SHAPES[name]) < 3}
@@ -99,8 +99,10 @@ def test_gradients_and_what_is_retained_for_them(op: str, wanted: tuple[str, ...
         fake = tensors(op, "cuda", wanted)
         retained = measure(lambda: call(*fake.values()), exclude=[fake[name] for name in parameters])
         grads = backward(retained.output)
-    assert retained.bytes == expected.bytes
-    assert sorted(tensor[:3] for tensor in retained.tensors) == sorted(tensor[:3] for tensor in expected.tensors)
+    kept = [tensor[:3] for tensor in expected.tensors]
+    kept += [((2, ROWS // 2), SINGLE, 4 * ROWS)] if op == "layer_norm" else []
+    assert retained.bytes == sum(nbytes for *_, nbytes in kept)
+    assert sorted((tensor[:3] for tensor in retained.tensors), key=str) == sorted(kept, key=str)
     assert {id(leaf) for leaf, _ in grads} == {id(fake[name]) for name in wanted}
     assert all((g.shape, g.dtype, g.device) == (leaf.shape, leaf.dtype, leaf.device) for leaf, g in grads)
     assert retained.output.device.type == "cuda"

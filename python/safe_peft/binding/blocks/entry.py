@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from ...distributed.wrappers import walk
 from ..adapters import peft_kind
 from ..class_swap import STATE, Swapped, is_bound
-from .trains import may_ask_for_gradient, modules_in, waits_for_gradient
+from .trains import may_ask_for_gradient, modules_in, package_of, waits_for_gradient
 
 _LEAF_MAKERS = ("make_inputs_require_grads", "make_inputs_require_grad")
 _PACKAGES = ("transformers", "peft")
@@ -125,8 +125,7 @@ class Entry:
 
 def _makes_leaves(hook: Any) -> bool:
     """Whether a hook is the one of `enable_input_require_grads`, or PEFT's of the same purpose."""
-    package = getattr(hook, "__module__", "").partition(".")[0]
-    return getattr(hook, "__name__", "") in _LEAF_MAKERS and package in _PACKAGES
+    return getattr(hook, "__name__", "") in _LEAF_MAKERS and package_of(hook) in _PACKAGES
 
 
 def _is_watched(tensor: Tensor) -> bool:

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from safe_kernels.retention import leave_hooks
+from safe_kernels.inversion import leave_hooks
 
 from .arguments import Given, TensorsUsed
 from .moment import Moment

@@ -124,7 +124,8 @@ class Block:
     def _is_waited_for(self) -> bool:
         """Whether a hook sits where no gradient would come: up to and in the lowest block that trains."""
         for block in self.stack:
-            if waits_for_gradient(modules_in(block)) or may_ask_for_gradient(modules_in(block)):
+            modules = list(modules_in(block))
+            if waits_for_gradient(modules) or may_ask_for_gradient(modules):
                 return True
             if trains(block):
                 return False

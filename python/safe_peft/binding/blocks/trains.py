@@ -58,14 +58,25 @@ def may_ask_for_gradient(modules: Iterable[nn.Module]) -> bool:
 
     Example:
         >>> layer = nn.Linear(2, 2)
-        >>> _ = layer.register_forward_hook(lambda module, inputs, output: output.retain_grad())
+        >>> _ = layer.register_forward_hook(print)
         >>> may_ask_for_gradient([layer])
         True
     """
     everywhere = (global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks)
     own = ((module._forward_hooks, module._forward_pre_hooks) for module in modules)
-    return any(_is_foreign(hook) for kinds in (everywhere, *own) for kind in kinds for hook in kind.values())
+    return any(
+        package_of(hook) not in _ASK_FOR_NOTHING
+        for kinds in (everywhere, *own)
+        for kind in kinds
+        for hook in kind.values()
+    )
 
 
-def _is_foreign(hook: Any) -> bool:
-    return (getattr(hook, "__module__", None) or "").partition(".")[0] not in _ASK_FOR_NOTHING
+def package_of(hook: Any) -> str:
+    """The top package that a hook is from; "" if it does not say.
+
+    Example:
+        >>> package_of(nn.functional.relu)
+        'torch'
+    """
+    return (getattr(hook, "__module__", None) or "").partition(".")[0]
