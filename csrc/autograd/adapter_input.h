@@ -2,7 +2,7 @@
 //   of an x that an activation has just made, the activation's inputs, which it retains anyway
 //   only lora_B trains    h = dropout(x) A', r numbers a row
 //   x with dropout, cut from a larger tensor    a copy: PEFT keeps the dropped copy and its mask, and no more
-//   x without a graph, wider than autocast's dtype    one copy in that dtype: PEFT keeps one for every reader
+//   x wider than autocast's dtype, not kept by a norm    one copy in that dtype: PEFT keeps one for every reader
 //   else                  x itself, shared with every other reader
 
 #pragma once
@@ -51,25 +51,40 @@ inline bool exceeds_dropped_copy(const Tensor& x) {
   return bytes.has_value() && *bytes > x.numel() * element;
 }
 
-// A copy of x for all its readers.
+// A copy of x for all its readers, while one of them keeps it: hooks on what is saved keep a storage alive, or drop it.
 struct CastCopy : Note {
-  Tensor copy;
+  c10::weak_intrusive_ptr<c10::StorageImpl> storage;
+  std::vector<int64_t> strides;
+  at::ScalarType dtype;
   int64_t version;
-  CastCopy(Tensor copy, int64_t version) : copy(std::move(copy)), version(version) {}
+
+  CastCopy(const Tensor& copy, int64_t version)
+      : storage(copy.unsafeGetTensorImpl()->unsafe_storage().getWeakStorageImpl()),
+        strides(copy.strides().vec()),
+        dtype(copy.scalar_type()),
+        version(version) {}
+
+  // Undefined where no reader keeps it, or x has changed since.
+  Tensor of(const Tensor& x, at::ScalarType wanted) const {
+    if (wanted != dtype || version != x._version() || aliases != 0) return {};
+    auto alive = storage.lock();
+    if (!alive || alive->nbytes() == 0) return {};
+    return at::empty({0}, x.options().dtype(dtype)).set_(c10::Storage(std::move(alive)), 0, x.sizes(), strides);
+  }
 };
 
-// Undefined where x itself is to be kept: where it has a graph, the norm that made it keeps it as well.
+// Undefined where x itself is to be kept.
 inline Tensor find_cast_copy(const Tensor& x) {
   const auto dtype = autocast_dtype(x.device().type());
-  if (x.requires_grad() || x.is_inference() || !dtype.has_value()) return {};
+  if (x.is_inference() || !dtype.has_value()) return {};
   if (!x.is_floating_point() || c10::elementSize(*dtype) >= static_cast<size_t>(x.element_size())) return {};
-  const auto* note = find_note<CastCopy>(x);
-  if (note == nullptr) {
-    if (!attach_note(x, c10::make_intrusive<CastCopy>(x.to(*dtype), x._version()))) return {};
-    note = find_note<CastCopy>(x);
+  if (const auto* note = find_note<CastCopy>(x)) {
+    if (const Tensor copy = note->of(x, *dtype); copy.defined()) return copy;
+    x.unsafeGetTensorImpl()->set_backend_meta(nullptr);
   }
-  const bool is_current = note->version == x._version() && note->aliases == 0 && note->copy.scalar_type() == *dtype;
-  return is_current ? note->copy : x.to(*dtype);
+  const Tensor copy = x.to(*dtype);
+  if (storage_of(copy) == nullptr || copy.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return copy;
+  return attach_note(x, c10::make_intrusive<CastCopy>(copy, x._version())) ? copy : Tensor();
 }
 
 // Puts into saved[0], and at the end of `saved`, what stands for x.
@@ -86,8 +101,8 @@ inline void keep_adapter_input(torch::autograd::AutogradContext* ctx, torch::aut
   } else if (dropout_p > 0.0 && exceeds_dropped_copy(x)) {
     saved[0] = x.clone(at::MemoryFormat::Contiguous);
   } else {
-    announce_reader(x);
-    saved[0] = may_cast ? find_cast_copy(x) : Tensor();
+    const bool is_kept = announce_reader(x);
+    saved[0] = may_cast && !is_kept ? find_cast_copy(x) : Tensor();
     if (!saved[0].defined()) saved[0] = x;
   }
 }

@@ -34,7 +34,7 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     ctx->mark_non_differentiable({statistics});
     const bool adapter_trains = lora_A.requires_grad() || lora_B.requires_grad();
     const bool any = adapter_trains || x.requires_grad();
-    variable_list saved{Tensor(), any ? lora_A : Tensor(), any ? lora_B : Tensor(), Tensor()};
+    variable_list saved{Tensor(), any ? as_read(lora_A) : Tensor(), any ? as_read(lora_B) : Tensor(), Tensor()};
     if (adapter_trains)
       keep_adapter_input(ctx, saved, x, lora_A, !lora_A.requires_grad(), dropout_p, rng_state, /*may_cast=*/true);
     const bool makes_mask = dropout_p > 0.0 && (x.requires_grad() || (adapter_trains && !keeps_hidden(ctx)));

@@ -37,7 +37,7 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     const bool reads_x = weight.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad();
     const bool drops = dropout_p > 0.0 && (x.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad());
     const bool only_B = !weight.requires_grad() && !lora_A.requires_grad();
-    variable_list saved{Tensor(), weight, lora_A, lora_B, Tensor()};
+    variable_list saved{Tensor(), as_read(weight), as_read(lora_A), as_read(lora_B), Tensor()};
     // The base layer's weight reads x as it is: where that trains PyTorch keeps x too.
     const double input_dropout_p = weight.requires_grad() ? 0.0 : dropout_p;
     if (reads_x)

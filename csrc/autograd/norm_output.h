@@ -74,18 +74,21 @@ struct NormOutput : OutputNote {
   // they must be as many when it runs the forward again. So the first reader has the node save as many as before,
   // whether they are made of the input or of the output. A reader under other hooks than the norm's changes nothing: it
   // is in another checkpointed part of the model, which finds no note on its input when it runs again.
-  void keep(const Tensor& out) {
+  // Returns whether the node keeps it now.
+  bool keep(const Tensor& out) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (current_hooks() != hooks_) return;
-    if (saved_.empty() || out.grad_fn() == nullptr || out.grad_fn().get() != node) return;
+    if (current_hooks() != hooks_) return false;
+    if (saved_.empty() || out.grad_fn() == nullptr || out.grad_fn().get() != node) return is_kept_;
     for (size_t i = 0; i < saved_.size(); ++i)
-      if (saved_[i].defined() && saved_[i]._version() != versions_[i]) return;
+      if (saved_[i].defined() && saved_[i]._version() != versions_[i]) return false;
     if (is_invertible_ && is_unchanged(out)) {
+      is_kept_ = true;
       saved_[0] = out;
       saved_[rstd_at_] = saved_[rstd_at_].unsqueeze(0);
       if (saved_[mean_at_].defined()) saved_[mean_at_] = saved_[rstd_at_];
     }
     save_(*out.grad_fn(), std::exchange(saved_, {}));
+    return is_kept_;
   }
 
   // The output has left the part of the model that saves under `hook`: a reader that comes now is outside of it.
@@ -105,7 +108,7 @@ struct NormOutput : OutputNote {
   std::mutex mutex_;
   torch::autograd::variable_list saved_;  // empty once a reader has come
   std::vector<int64_t> versions_;
-  bool is_invertible_ = false;
+  bool is_invertible_ = false, is_kept_ = false;
   const void* hooks_ = nullptr;
   size_t mean_at_ = 0, rstd_at_ = 0;
   void (*save_)(torch::autograd::Node&, torch::autograd::variable_list&&) = nullptr;
@@ -125,12 +128,13 @@ void attach_norm_output(const Tensor& out, torch::autograd::variable_list saved,
 inline bool is_from_output(const Tensor& saved, const Tensor& rstd) { return rstd.dim() == saved.dim(); }
 
 // To be called before x is saved for a backward: x may be the output of a norm, or a view of all of it, which FSDP2 and
-// other hooks of a module hand on.
-inline void announce_reader(const Tensor& x) {
+// other hooks of a module hand on. Returns whether the norm keeps it too.
+inline bool announce_reader(const Tensor& x) {
   if (auto* note = find_note<NormOutput>(x)) return note->keep(x);
-  if (!x.is_view() || x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return;
+  if (!x.is_view() || x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return false;
   const Tensor base(x._base());
-  if (auto* note = find_note<NormOutput>(base); note != nullptr && x.numel() == base.numel()) note->keep(base);
+  auto* note = find_note<NormOutput>(base);
+  return note != nullptr && x.numel() == base.numel() && note->keep(base);
 }
 
 inline void leave_hooks(const Tensor& out, const void* hook) {

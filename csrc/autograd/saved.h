@@ -2,6 +2,7 @@
 
 #pragma once
 
+#include <ATen/FunctionalTensorWrapper.h>
 #include <c10/util/Exception.h>
 #include <torch/csrc/autograd/custom_function.h>
 
@@ -19,6 +20,17 @@ inline constexpr char ADAPTER_INPUT_WRITTEN_TO[] =
 inline constexpr char PRE_ACTIVATION_WRITTEN_TO[] =
     "A bound activation (safe_kernels) keeps its input, and a ReLU its output. Write to a clone of that tensor, or "
     "leave activations as they are: safe_peft.bind(model, parts=...) without \"mlps\".";
+
+// A weight as forward reads it, to be saved: the values stay the same where `parameter.data` is replaced before
+// backward
+// (`model.half()`, for one), as in PyTorch's linear layers, which save a view. Writes in place are noticed as before.
+inline at::Tensor as_read(const at::Tensor& weight) {
+  auto* impl = weight.unsafeGetTensorImpl();
+  if (impl->is_python_dispatch() || weight.is_inference() || at::functionalization::impl::isFunctionalTensor(weight))
+    return weight;
+  at::Tensor alias(impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/false));
+  return alias.set_requires_grad(weight.requires_grad());  // a backward that is itself recorded depends on it
+}
 
 // Unpacks them; where autograd finds a version changed, `words` says what is kept and how to go on.
 inline torch::autograd::variable_list unpack_saved(const torch::autograd::AutogradContext* ctx, const char* words) {

@@ -179,7 +179,12 @@ def _zero(norm: nn.Module, layer: nn.Module, model: nn.Module) -> None:
 def _half_and_back(norm: nn.Module, layer: nn.Module, model: nn.Module) -> None:
     dtype = norm.weight.dtype
     norm.weight.data[:3] = 1e-9  # nothing in half precision
+    gradients = {p: p.grad for p in model.parameters()}
+    for parameter in gradients:
+        parameter.grad = None  # rounded too, it would differ in a digit of fp16 where it did in the last of fp32
     model.half().to(dtype)
+    for parameter, grad in gradients.items():
+        parameter.grad = grad
 
 
 def _scaling(norm: nn.Module, layer: nn.Module, model: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from case import Case, sensible
 from compare import run
 from hypothesis import Phase, given, settings
@@ -12,6 +13,22 @@ from search import QUIET, Failure, cases, simplest
 @given(cases())
 def test_a_bound_model_does_what_stock_peft_does(case: Case) -> None:
     assert run(case) == [], f"{case!r}: `make fuzz` looks for more like it"
+
+
+FOUND = [
+    Case(family="mpnet", trains="one"),
+    Case(recompute=True, trains="embeddings", change="global hook", when="between", calls="disabled"),
+    Case(recompute=True, trains="embeddings", change="prune", when="between", calls="disabled"),
+    Case(trains="one", change="half and back", when="between", calls="two"),
+    Case(input_grads=True, targets="head too", hook="backward pre", spot="layer", high=True, calls="disabled"),
+    Case(family="falcon", checkpointing="non-reentrant", hook="input in place", spot="mlp"),
+]
+"""What a search has found, of kinds that the few cases above may miss."""
+
+
+@pytest.mark.parametrize("case", FOUND, ids=repr)
+def test_what_a_search_has_found(case: Case) -> None:
+    assert run(case) == []
 
 
 def test_a_failing_case_is_made_simple() -> None:

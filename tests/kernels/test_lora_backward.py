@@ -143,6 +143,30 @@ def test_an_input_changed_after_forward_is_noticed() -> None:
         out.backward(p.grad)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+@pytest.mark.parametrize("op", ["lora", "lora_linear"])
+def test_gradients_are_of_the_weights_that_forward_read(op: str, trains: bool) -> None:
+    """As in PyTorch's linear layers, where `.data` is replaced between forward and backward."""
+    x, weight, A, B = (torch.randn(shape) for shape in ((7, 6), (5, 6), (3, 6), (5, 3)))
+    A.requires_grad_(trains)
+    B.requires_grad_(trains)
+    x.requires_grad_()
+
+    def compute(fused: bool) -> list[torch.Tensor]:
+        a, b, w = (t.detach().clone().requires_grad_(t.requires_grad) for t in (A, B, weight))
+        if not fused:
+            out = torch.nn.functional.linear(x, w) + torch.nn.functional.linear(torch.nn.functional.linear(x, a), b)
+        elif op == "lora":
+            out = safe_kernels.lora(x, torch.nn.functional.linear(x, w), a, b, 1.0)
+        else:
+            out = safe_kernels.lora_linear(x, w, None, a, b, 1.0)
+        for parameter in (a, b, w):
+            parameter.data = parameter.data * 2
+        return list(torch.autograd.grad(out.sin().sum(), [t for t in (x, a, b) if t.requires_grad]))
+
+    torch.testing.assert_close(compute(fused=True), compute(fused=False))
+
+
 def test_a_frozen_adapters_input_may_be_changed() -> None:
     p = problem(MIDDLE).require(A=False, B=False)
     source = p.x.detach().clone().requires_grad_()

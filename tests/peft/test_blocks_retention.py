@@ -59,7 +59,7 @@ BLOCKS = {
     "distilbert": Block(mlp=1, adapters=6, dropouts=1),
     "gpt2": Block(mlp=1, adapters=4, dropouts=2),
     "vit": Block(mlp=1, adapters=6, dropouts=2),
-    "mpnet": BERT,  # its attention goes through SDPA
+    "mpnet": Block(mlp=1, adapters=6, dropouts=2, attention=0),  # its attention is computed again in backward
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from test_blocks_recompute import freeze_block
 from test_recompute_exact import IDS, Stack, compare, frozen_above_the_first, llama, made, same, step
 from tiny import randomise_adapters
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 from safe_kernels.retention import measure
 from safe_peft import Binding, bind
@@ -22,7 +24,7 @@ from safe_peft import Binding, bind
 # ---------------------------------------------------------------- between forward and backward
 
 
-def later(model: PeftModel, what: str, binding: Binding) -> Callable[[], Tensor]:
+def later(model: PeftModel, what: str, binding: Binding, undo: ExitStack) -> Callable[[], Tensor]:
     """A loss whose backward comes when something else has happened to the model."""
 
     def compute() -> Tensor:
@@ -41,6 +43,8 @@ def later(model: PeftModel, what: str, binding: Binding) -> Callable[[], Tensor]
                     module.p = 0.9
         elif what == "hook":
             model.base_model.model.model.layers[2].register_forward_hook(lambda module, args, out: out * 3)
+        elif what == "hook on all modules":
+            undo.callback(nn.modules.module.register_module_forward_hook(lambda *given: given[-1] * 3).remove)
         elif what == "forward":
             model.base_model.model.model.layers[2].mlp.forward = lambda x: x
         elif what == "detached":
@@ -50,7 +54,9 @@ def later(model: PeftModel, what: str, binding: Binding) -> Callable[[], Tensor]
     return compute
 
 
-@pytest.mark.parametrize("what", ["eval", "dropout", "hook", "forward", "detached", "adapter disabled"])
+@pytest.mark.parametrize(
+    "what", ["eval", "dropout", "hook", "hook on all modules", "forward", "detached", "adapter disabled"]
+)
 def test_modules_are_as_they_were_in_forward(what: str) -> None:
     results = []
     for again in (False, True):
@@ -59,12 +65,22 @@ def test_modules_are_as_they_were_in_forward(what: str) -> None:
             llama(attention_dropout=0.2), LoraConfig(r=4, target_modules=["q_proj"], lora_dropout=0.3)
         )
         randomise_adapters(model.train())
-        with frozen_above_the_first(model) as binding:
+        with frozen_above_the_first(model) as binding, ExitStack() as undo:
             if again:
                 binding.recompute.update(binding.blocks)
             torch.manual_seed(5)
-            results.append(step(model, later(model, what, binding)))
+            results.append(step(model, later(model, what, binding, undo)))
     same(*results)
+
+
+def test_a_parameter_that_is_pruned_in_between_is_refused() -> None:
+    model = made("llama")
+    with frozen_above_the_first(model) as binding:
+        binding.recompute.update(binding.blocks)
+        loss = model(input_ids=IDS, labels=IDS).loss
+        prune.l1_unstructured(model.base_model.model.model.layers[2].input_layernorm, "weight", amount=0.3)
+        with pytest.raises(RuntimeError, match=r"weight of a LlamaRMSNorm in .*layers\.2 was replaced between"):
+            loss.backward()
 
 
 def test_an_optimizer_that_steps_in_between_is_refused_as_by_autograd() -> None:

@@ -1,4 +1,8 @@
-"""Attention that is written out, with a bias by position (MPNet), computed by SDPA, which retains no probabilities."""
+"""Attention that is written out, with a bias by position (MPNet), computed by SDPA, and once more in backward.
+
+The probabilities are not retained, but the sum of mask and bias, which is as large, once for all layers. SDPA alone
+would retain its output too; it runs inside `torch.utils.checkpoint`.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..class_swap import STATE, Swapped, is_bound, original_type, own_forward
 from .base import Part, agrees, is_dropout, is_linear, sample, small_linear, stand_in
@@ -81,14 +86,16 @@ class Attention(Part):
         """The whole of it."""
         layers: Any = [module._modules[name] for name in self.layers]
         shape = (*x.shape[:-1], -1, module.attention_head_size)
-        query, key, value = (layer(x).view(shape).transpose(1, 2) for layer in layers[:3])
-        added = self._add(mask, bias)
-        added = added if added is None or added.dtype == query.dtype else added.to(query.dtype)
-        out = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=added)
+        given = (*(layer(x).view(shape).transpose(1, 2) for layer in layers[:3]), self._add(mask, bias))
+        has_graph = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
+        if has_graph and not torch.compiler.is_compiling():
+            out = checkpoint(_sdpa, *given, use_reentrant=False, preserve_rng_state=False)
+        else:
+            out = _sdpa(*given)
         return layers[3](out.transpose(1, 2).flatten(2))
 
     def _add(self, mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """Mask and bias: one sum for all layers of a forward, since every layer's SDPA retains what it is given.
+        """Mask and bias: one sum for all layers of a forward, which every layer retains.
 
         The mask holds it, which is made in a forward and gone after it.
         """
@@ -111,3 +118,8 @@ class Attention(Part):
         """Where the module's own code serves it after all."""
         dropout: Any = module._modules[self.dropout]
         return "written out while training: attention dropout is on" if dropout.p > 0 else ""
+
+
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:
+    added = added if added is None or added.dtype == query.dtype else added.to(query.dtype)
+    return nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=added)

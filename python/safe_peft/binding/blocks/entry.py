@@ -71,10 +71,12 @@ class Entry:
     Attributes:
         running: how many calls of the model are under way.
         before: what a model computes with before its first block, such as a norm of the embeddings.
+        after: all its other modules.
     """
 
     running: int = 0
     before: list[nn.Module] = field(default_factory=list, repr=False)
+    after: list[nn.Module] = field(default_factory=list, repr=False)
     _leaves: list[weakref.ref[Tensor]] = field(default_factory=list)
 
     @contextmanager

@@ -9,6 +9,7 @@ from operator import is_
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.modules import module as global_hooks
 
 from ..adapters import LayerState
 from ..class_swap import STATE
@@ -16,6 +17,11 @@ from .arguments import version
 
 _ENGINES = frozenset({"_parameters", "_buffers"})
 """FSDP puts other parameters there before each call, and knows itself when."""
+_HOOKS_ON_ALL: tuple[dict[int, Any], ...] = tuple(
+    hooks
+    for name, hooks in vars(global_hooks).items()
+    if name.startswith("_global_") and name.endswith(("_hooks", "_called"))
+)
 
 
 class Moment:
@@ -32,6 +38,8 @@ class Moment:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._modules = modules
         self._then = [_look(module) for module in modules]
+        self._on_all = [hooks.copy() for hooks in _HOOKS_ON_ALL]
+        self._names = [tuple(module._parameters) for module in modules]
         self._buffers = self._buffer_versions()
         self._parameters = {
             id(p): version(p) for module in modules for p in module._parameters.values() if p is not None
@@ -45,7 +53,7 @@ class Moment:
         return self._buffer_versions() != self._buffers
 
     def check_parameters(self, name: str) -> None:
-        """See that no parameter was written in place since.
+        """See that no parameter was written in place since, or taken away, as parametrizing and pruning do.
 
         Args:
             name: what the message calls the block.
@@ -53,7 +61,13 @@ class Moment:
         Raises:
             RuntimeError: One was, as autograd would have it of one that it saved.
         """
-        for module in self._modules:
+        for module, names in zip(self._modules, self._names, strict=True):
+            if gone := [key for key in names if key not in module._parameters]:
+                raise RuntimeError(
+                    f"{gone[0]} of a {type(module).__name__} in {name} was replaced between forward and backward, and "
+                    "the block runs again in backward; change the model after backward, or take the block out of "
+                    "`binding.recompute`."
+                )
             for key, parameter in module._parameters.items():
                 if parameter is None:
                     continue
@@ -75,12 +89,15 @@ class Moment:
             _look(module) if is_other else then
             for module, then, is_other in zip(self._modules, self._then, changed, strict=True)
         ]
+        on_all = [hooks.copy() for hooks in _HOOKS_ON_ALL]
         try:
             for state in states:
                 state.observe = {}
             self._put(self._then)
+            _put_on_all(self._on_all)
             yield
         finally:
+            _put_on_all(on_all)
             self._put(now)
             for state, observe in zip(states, observed, strict=True):
                 state.observe = observe
@@ -89,6 +106,13 @@ class Moment:
         for module, look in zip(self._modules, looks, strict=True):
             if not _is_as(module, look):
                 _restore(module, look)
+
+
+def _put_on_all(wanted: Sequence[dict[int, Any]]) -> None:
+    for hooks, those in zip(_HOOKS_ON_ALL, wanted, strict=True):
+        if hooks != those:
+            hooks.clear()
+            hooks.update(those)
 
 
 class _Look(NamedTuple):

@@ -122,14 +122,14 @@ class Block:
         return hidden.detach()
 
     def _is_waited_for(self) -> bool:
-        """Whether a hook sits where no gradient would come: up to and in the lowest block that trains."""
+        """Whether a hook is where no gradient would come: up to and in the lowest block that trains, or anywhere."""
         for block in self.stack:
             modules = list(modules_in(block))
             if waits_for_gradient(modules) or may_ask_for_gradient(modules):
                 return True
             if trains(block):
                 return False
-        return False
+        return waits_for_gradient(self.entry.after) or may_ask_for_gradient(self.entry.after)
 
 
 def _replace_hidden(
