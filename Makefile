@@ -36,11 +36,12 @@ matrix: ## the tests with older and newer torch, transformers and peft (CORNERS=
 clients: ## the recipes inside TRL, sentence-transformers, diffusers, Lightning, timm and accelerate (ARGS= goes to pytest)
 	@ARGS="$(ARGS)" bash .ci/clients.sh
 
-lint: setup ## ruff, clang-format and mypy
+lint: setup ## ruff, clang-format, mypy, and words that are hard to read
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
 	@$(BIN)/mypy
+	@bash .ci/words.sh
 
 format: setup ## format Python and C++ in place
 	@$(BIN)/ruff check --quiet --fix .

@@ -85,7 +85,7 @@ def scoring_table(results: dict[str, Any]) -> list[str]:
     for row in rows_of(results, "test_scoring"):
         share = 100 * row["extra_info"]["share_of_training"]
         rows.append([str(row["params"]["p"]), ratio(row), str(row["extra_info"]["scorings"]), f"{share:.1f} %"])
-    return table(["dropout", "scoring step / other step", "scorings in 160 steps", "share of training, at most"], rows)
+    return table(["dropout", "scoring step / other step", "scoring steps in 160", "share of training, at most"], rows)
 
 
 def retention_table(results: dict[str, Any]) -> list[str]:
