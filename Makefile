@@ -1,7 +1,7 @@
 # Every target does the set-up it needs; a second run finds it done. `make` alone lists the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test fuzz processes kernels matrix clients lint format sanitize bench bench-table clean
+.PHONY: help setup demo test fuzz processes kernels matrix clients lint format sanitize bench bench-table wheel clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -36,11 +36,12 @@ matrix: ## the tests with older and newer torch, transformers and peft (CORNERS=
 clients: ## the recipes inside TRL, sentence-transformers, diffusers, Lightning, timm and accelerate (ARGS= goes to pytest)
 	@ARGS="$(ARGS)" bash .ci/clients.sh
 
-lint: setup ## ruff, clang-format and mypy
+lint: setup ## ruff, clang-format, mypy, and words that are hard to read
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
 	@$(BIN)/mypy
+	@bash .ci/words.sh
 
 format: setup ## format Python and C++ in place
 	@$(BIN)/ruff check --quiet --fix .
@@ -58,8 +59,12 @@ bench: setup ## measure memory, training steps and ops beside stock PEFT (ARGS= 
 	@$(BENCH) bench/training $(MEMORY:%=--ignore=%) --benchmark-json=bench/results/cpu-training.json $(ARGS)
 	@$(BENCH) bench/kernels --benchmark-json=bench/results/cpu-kernels.json $(ARGS)
 
-bench-table: setup ## write the README's tables from the newest results
-	@$(BIN)/python bench/table.py $(patsubst %,bench/results/cpu-%.json,memory training kernels) --write README.md
+bench-table: setup ## write the tables of docs/benchmarks.md and the README's picture from the newest results
+	@$(BIN)/python bench/table.py $(patsubst %,bench/results/cpu-%.json,memory training kernels) --write docs/benchmarks.md
+	@$(BIN)/python bench/picture.py bench/results/cpu-memory.json docs/retained.svg
+
+wheel: setup ## a wheel for the torch that is installed: dist/
+	@$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean: ## remove the set-up and everything built, not the cache of models and data
 	@rm -rf $(VENV) build *.egg-info safe_kernels/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks

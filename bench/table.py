@@ -1,6 +1,6 @@
-"""Prints the README's tables from the results of `make bench`, or writes them between the README's markers.
+"""Prints the tables of docs/benchmarks.md from the results of `make bench`, or writes them between its markers.
 
-python bench/table.py bench/results/cpu-*.json [--write README.md]
+python bench/table.py bench/results/cpu-*.json [--write docs/benchmarks.md]
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 INTRODUCTION = (
     "By `make bench`. Times are ratios to stock PEFT with the same adapters frozen, in fp32, run in turns, medians; "
-    "*noise* is PEFT beside itself."
+    "*noise* is PEFT compared with itself."
 )
 Benchmark = dict[str, Any]
 
@@ -85,11 +85,11 @@ def scoring_table(results: dict[str, Any]) -> list[str]:
     for row in rows_of(results, "test_scoring"):
         share = 100 * row["extra_info"]["share_of_training"]
         rows.append([str(row["params"]["p"]), ratio(row), str(row["extra_info"]["scorings"]), f"{share:.1f} %"])
-    return table(["dropout", "scoring step / other step", "scorings in 160 steps", "share of training, at most"], rows)
+    return table(["dropout", "scoring step / other step", "scoring steps in 160", "share of training, at most"], rows)
 
 
 def retention_table(results: dict[str, Any]) -> list[str]:
-    """What a forward retains, beside stock PEFT with the same adapters frozen and with none."""
+    """What a forward retains, compared with stock PEFT with the same adapters frozen and with none."""
     rows = []
     for row in rows_of(results, "test_retention"):
         params, facts = row["params"], row["extra_info"]
@@ -186,17 +186,17 @@ def render(results: dict[str, Any], source: str) -> str:
     return "\n\n".join([f"*{where}*", *(f"{text}\n\n" + "\n".join(make(results)) for text, make in found)])
 
 
-def write(readme: Path, text: str) -> None:
-    """Put the tables between the README's markers."""
-    before, rest = readme.read_text(encoding="utf-8").split(BEGIN)
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+def write(page: Path, text: str) -> None:
+    """Put the tables between the page's markers."""
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    page.write_text(f"{before}{BEGIN}\n{text}\n{END}{rest.split(END)[1]}", encoding="utf-8")
 
 
 def main() -> None:
     """Read the arguments, print or write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="+")
-    parser.add_argument("--write", type=Path, help="the README to write into")
+    parser.add_argument("--write", type=Path, help="the page to write into")
     arguments = parser.parse_args()
     files = [(json.loads(path.read_text(encoding="utf-8")), path.as_posix()) for path in arguments.results]
     text = "\n\n".join([INTRODUCTION, *(render(results, source) for results, source in files)])

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
+from pip._internal.commands import create_command
 from torch.distributed.run import get_args_parser
 from typer.core import TyperCommand
 
@@ -30,7 +31,7 @@ def commands(page: Path) -> list[str]:
     return [*in_blocks, *in_prose]
 
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = [
     pytest.param(shlex.split(line, comments=True), id=f"{page.name}-{line[:50]}")
     for page in PAGES
@@ -75,6 +76,9 @@ def call(program: str, args: list[str], monkeypatch: pytest.MonkeyPatch) -> None
             get_args_parser().parse_args(args)
         script = next(index for index, word in enumerate(args) if word.endswith(".py"))
         call("python", args[script:], monkeypatch)
+    elif program == "python" and args[:2] == ["-m", "pip"]:
+        create_command(args[2]).parse_args(args[3:])
+        stop()
     elif program == "python" and args[0] == "-m":
         monkeypatch.setattr(sys, "argv", args[1:])
         monkeypatch.syspath_prepend(str(ROOT))

@@ -25,7 +25,7 @@ def tree(tmp_path: Path) -> Path:
     """A copy of what the set-up reads."""
     target = tmp_path / "tree"
     target.mkdir()
-    for name in ("Makefile", "pyproject.toml", "setup.py"):
+    for name in ("LICENSE", "Makefile", "README.md", "pyproject.toml", "setup.py"):
         shutil.copy2(ROOT / name, target)
     for name in (".ci", "csrc", "safe_kernels", "python"):
         shutil.copytree(ROOT / name, target / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))

@@ -21,6 +21,7 @@ FOUND = [
     Case(recompute=True, trains="embeddings", change="prune", when="between", calls="disabled"),
     Case(trains="one", change="half and back", when="between", calls="two"),
     Case(input_grads=True, targets="head too", hook="backward pre", spot="layer", high=True, calls="disabled"),
+    Case(recompute=True, hook="input data", embeds="leaf", calls="disabled"),
     Case(family="falcon", checkpointing="non-reentrant", hook="input in place", spot="mlp"),
 ]
 """What a search has found, of kinds that the few cases above may miss."""

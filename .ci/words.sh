@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Finds words that make a sentence hard to read for people whose first language is not English: see CONTRIBUTING.md.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly WORDS='beside|whoever|whatever|nobody|a freezing|freezings|scorings|mend|mended|bytes a row|numbers a row'
+if grep -nwiE "$WORDS" ./*.md docs/*.md; then
+  printf 'make lint: write these sentences with the subject first and the usual words (docs/glossary.md).\n' >&2
+  exit 1
+fi
