@@ -13,7 +13,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib import pyplot as plt
 
 STATES = {"nothing": "nothing frozen", "lower half": "lower half frozen"}
 COLOURS = {"stock PEFT": "#9a9a9a", "safe_kernels": "#2b6cb0"}
@@ -24,7 +24,12 @@ def sizes(results: dict[str, Any], p: float) -> dict[str, list[float]]:
     found = {}
     for row in results["benchmarks"]:
         params, facts = row["params"], row["extra_info"]
-        if params.get("shape") == "llama" and params["dtype"] == "fp32" and params["p"] == p and not params["recompute"]:
+        if (params.get("shape"), params.get("dtype"), params["p"], params.get("recompute")) == (
+            "llama",
+            "fp32",
+            p,
+            False,
+        ):
             found[params["frozen"]] = (facts["stock_same_bytes"] / 2**20, facts["retained_bytes"] / 2**20)
     pairs = [found[state] for state in STATES]
     return {name: [pair[index] for pair in pairs] for index, name in enumerate(COLOURS)}
