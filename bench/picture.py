@@ -16,6 +16,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 STATES = {"nothing": "nothing frozen", "lower half": "lower half frozen"}
+SHOWN = {"shape": "llama", "dtype": "fp32", "recompute": False}
 COLOURS = {"stock PEFT": "#9a9a9a", "safe_kernels": "#2b6cb0"}
 
 
@@ -24,12 +25,7 @@ def sizes(results: dict[str, Any], p: float) -> dict[str, list[float]]:
     found = {}
     for row in results["benchmarks"]:
         params, facts = row["params"], row["extra_info"]
-        if (params.get("shape"), params.get("dtype"), params["p"], params.get("recompute")) == (
-            "llama",
-            "fp32",
-            p,
-            False,
-        ):
+        if all(params.get(name) == value for name, value in (SHOWN | {"p": p}).items()):
             found[params["frozen"]] = (facts["stock_same_bytes"] / 2**20, facts["retained_bytes"] / 2**20)
     pairs = [found[state] for state in STATES]
     return {name: [pair[index] for pair in pairs] for index, name in enumerate(COLOURS)}
