@@ -86,6 +86,7 @@ std::optional<Marks> marks(const Tensor& tensor) {
 void bind_inversion(py::module_& m) {
   m.def("invertible", &invertible);
   m.def("marks", &marks);
+  m.def("fingerprint", &fingerprint);
 }
 
 }  // namespace safe_kernels

@@ -16,6 +16,7 @@ def invertible(  # csrc/inversion.cpp
     weight: Tensor | None, bias: Tensor | None, offset: float, limit: float, smallest: float
 ) -> bool | None: ...
 def marks(tensor: Tensor) -> tuple[int, ...] | None: ...
+def fingerprint(tensor: Tensor) -> int | None: ...  # csrc/readable.h
 
 _Launch = tuple[int, tuple[int, int, int], int, int, list[tuple[int, int]]]
 _View = tuple[int, list[int], list[int], int]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from safe_kernels import _C
 
-__all__ = ["LIMIT", "invertible", "leave_hooks", "marks"]
+__all__ = ["LIMIT", "fingerprint", "invertible", "leave_hooks", "marks"]
 
 LIMIT = 3.0
 """Largest |bias| / |weight| that keeps the gradient as exact as PyTorch's own: measured, see `invertible`."""
@@ -102,6 +102,27 @@ def marks(tensor: Tensor) -> tuple[int, ...] | None:
     """
     found = _held(tensor)
     return None if found is None or found[0] != _ALONE else found[1:]
+
+
+def fingerprint(tensor: Tensor) -> int | None:
+    """A number that changes with a tensor's values, also where they are written through ``tensor.data``.
+
+    It reads them all, so it is meant for what is small: the weights of norms, and biases.
+
+    Args:
+        tensor: any.
+
+    Returns:
+        Values to compare with those of an earlier call; None where the values cannot be read without waiting for a
+        device, or without making a copy.
+
+    Example:
+        >>> weight = torch.nn.Parameter(torch.ones(4))
+        >>> before = fingerprint(weight)
+        >>> before == fingerprint(weight), weight.data.zero_().sum().item(), before == fingerprint(weight)
+        (True, 0.0, False)
+    """
+    return _C.fingerprint(tensor)
 
 
 def leave_hooks(x: Tensor, unpack: Callable[..., Any]) -> None:

@@ -82,9 +82,11 @@ inline Tensor find_cast_copy(const Tensor& x) {
     if (const Tensor copy = note->of(x, *dtype); copy.defined()) return copy;
     x.unsafeGetTensorImpl()->set_backend_meta(nullptr);
   }
+  const bool has_memory = storage_of(x) != nullptr && !x.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
+  if (has_memory && x.unsafeGetTensorImpl()->get_backend_meta() != nullptr) return {};  // no room to share a copy
   const Tensor copy = x.to(*dtype);
-  if (storage_of(copy) == nullptr || copy.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return copy;
-  return attach_note(x, c10::make_intrusive<CastCopy>(copy, x._version())) ? copy : Tensor();
+  if (has_memory) attach_note(x, c10::make_intrusive<CastCopy>(copy, x._version()));
+  return copy;
 }
 
 // Puts into saved[0], and at the end of `saved`, what stands for x.

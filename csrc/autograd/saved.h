@@ -21,9 +21,8 @@ inline constexpr char PRE_ACTIVATION_WRITTEN_TO[] =
     "A bound activation (safe_kernels) keeps its input, and a ReLU its output. Write to a clone of that tensor, or "
     "leave activations as they are: safe_peft.bind(model, parts=...) without \"mlps\".";
 
-// A weight as forward reads it, to be saved: the values stay the same where `parameter.data` is replaced before
-// backward
-// (`model.half()`, for one), as in PyTorch's linear layers, which save a view. Writes in place are noticed as before.
+// A weight as forward reads it, to be saved. The values stay the same where `parameter.data` is replaced before
+// backward (`model.half()`, for one), as in PyTorch's linear layers, which save a view. Writes in place are noticed.
 inline at::Tensor as_read(const at::Tensor& weight) {
   auto* impl = weight.unsafeGetTensorImpl();
   if (impl->is_python_dispatch() || weight.is_inference() || at::functionalization::impl::isFunctionalTensor(weight))

@@ -33,7 +33,7 @@ def rms_norm(
         retain_output: whether backward may be made from the output.
 
     Returns:
-        A new tensor shaped and typed like `x`.
+        A new tensor shaped and typed like `x`, and with its strides where x is dense.
 
     Raises:
         ValueError: shapes do not fit together, or `eps` is negative.
@@ -49,4 +49,20 @@ def rms_norm(
         (1.0, torch.Size([1, 2]))
     """
     check_number(weight_offset, "weight_offset")
-    return torch.ops.safe_kernels.rms_norm(x, weight, eps, weight_offset, retain_output)[0]
+    order = _order_in_memory(x)
+    if order is None:
+        return torch.ops.safe_kernels.rms_norm(x, weight, eps, weight_offset, retain_output)[0]
+    out = torch.ops.safe_kernels.rms_norm(x.permute(order), weight, eps, weight_offset, retain_output)[0]
+    return out.permute([order.index(dim) for dim in range(x.dim())])
+
+
+def _order_in_memory(x: Tensor) -> list[int] | None:
+    """How the dimensions of a dense x lie in memory, where that is not their own order; the last stays the last.
+
+    The result lies in memory as x does, as that of elementwise code: attention heads that are one after another there
+    need no copy when they are joined.
+    """
+    if not isinstance(x, Tensor) or x.is_contiguous():
+        return None
+    order = sorted(range(x.dim()), key=x.stride, reverse=True)
+    return order if order[-1] == x.dim() - 1 and x.permute(order).is_contiguous() else None

@@ -26,14 +26,14 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "adapter": ("lora", "dora", "rslora", "dropout", "bias", "head", "two"),
     "dropout": (0.0, 0.3),
     "hook": (
-        *("none", "record", "replace", "in place", "data", "vector", "backward", "backward pre", "tensor"),
-        *("retain_grad", "input in place", "input data"),
+        *("none", "record", "replace", "in place", "no grad", "data", "vector", "backward", "backward pre", "tensor"),
+        *("retain_grad", "input in place", "input no grad", "input data"),
     ),
     "spot": SPOTS,
     "high": (False, True),
     "asks": ("nothing", "hidden", "attentions", "router"),
     "entry": ("model", "backbone"),
-    "writes": ("nothing", "result", "result data", "embeddings"),
+    "writes": ("nothing", "result", "result no grad", "result data", "embeddings"),
     "change": (
         *(
             "nothing",

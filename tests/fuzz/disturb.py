@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 from unittest.mock import patch
@@ -95,17 +95,21 @@ def _note_order(model: nn.Module, seen: Seen) -> None:
 def _write_input(case: Case, args: Any, kwargs: Any) -> None:
     tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.is_floating_point()]
     if tensors:
-        (tensors[0].data if case.hook == "input data" else tensors[0]).mul_(1.25)
+        scale(tensors[0], case.hook.removeprefix("input "))
+
+
+def scale(tensor: Tensor, how: str) -> None:
+    """Writes to a tensor: noted in the graph, counted as a version, or neither."""
+    with torch.no_grad() if how == "no grad" else nullcontext():
+        (tensor.data if how == "data" else tensor).mul_(1.25)
 
 
 def _after(case: Case, seen: Seen, name: str, out: Any) -> Any:
     tensor = _first(out)
     if case.hook == "record":
         seen.in_loss.append(tensor)
-    elif case.hook == "in place":
-        tensor.mul_(1.25)
-    elif case.hook == "data":
-        tensor.data.mul_(1.25)
+    elif case.hook in ("in place", "no grad", "data"):
+        scale(tensor, case.hook)
     elif case.hook == "replace":
         return _with_first(out, tensor * 1.25)
     elif case.hook == "vector":

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from case import Case
-from disturb import Seen, add_hook, change, spot_of
+from disturb import Seen, add_hook, change, scale, spot_of
 from peft import PeftModel
 from torch import Tensor
 
@@ -83,8 +83,8 @@ class Run:
     def _write(self, result: Tensor) -> None:
         if self.case.writes == "result":
             result[..., result.shape[-1] // 2 :] = 0
-        elif self.case.writes == "result data":
-            result.data.mul_(1.25)
+        elif self.case.writes.startswith("result"):
+            scale(result, self.case.writes.removeprefix("result "))
 
     def _add(self, loss: Tensor, out: Any) -> Tensor:
         """What else the case has in its loss."""

@@ -96,6 +96,16 @@ def test_an_optimizer_that_steps_in_between_is_refused_as_by_autograd() -> None:
             loss.backward()
 
 
+def test_a_norm_that_is_written_to_through_data_in_between_is_noticed() -> None:
+    model = made("llama")
+    with frozen_above_the_first(model) as binding:
+        binding.recompute.update(binding.blocks)
+        loss = model(input_ids=IDS, labels=IDS).loss
+        model.base_model.model.model.layers[2].input_layernorm.weight.data[0] = 0.0
+        with pytest.raises(RuntimeError, match=r"weight of a LlamaRMSNorm in .*layers\.2 was modified"):
+            loss.backward()
+
+
 def test_an_argument_that_is_written_to_later_is_named() -> None:
     torch.manual_seed(0)
     model = get_peft_model(Stack("plain"), LoraConfig(target_modules=["lin"], init_lora_weights=False)).train()

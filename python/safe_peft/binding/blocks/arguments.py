@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
@@ -25,6 +26,7 @@ class Given:
 
     Args:
         value: any structure of arguments.
+        compares: whether `was_written` compares values as well: a write through .data counts no version.
 
     Attributes:
         tensors: the tensors in it, each once.
@@ -35,14 +37,20 @@ class Given:
         >>> cache["keys"].append(torch.zeros(3))
         >>> given.rebuild(given.tensors)
         (tensor([1., 1.]), {'keys': []})
+        >>> x = torch.ones(2)
+        >>> given = Given(x, compares=True)
+        >>> _ = x.data.add_(1.0)
+        >>> given.was_written()
+        True
     """
 
-    def __init__(self, value: Any) -> None:
+    def __init__(self, value: Any, *, compares: bool = False) -> None:
         self.tensors: list[Tensor] = []
         self._slots: dict[int, _Slot] = {}
         self._direct = {id(leaf) for leaf in leaves(value) if isinstance(leaf, Tensor)}
         self._value = _copied(value, self._take, {})
         self._versions = [version(tensor) for tensor in self.tensors]
+        self._copies = [(t, t.detach().clone()) for t in self.tensors if compares and _has_values(t)]
 
     def _take(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -58,8 +66,11 @@ class Given:
         return [tensor for tensor in self.tensors if id(tensor) not in self._direct]
 
     def was_written(self) -> bool:
-        """Whether any of the tensors was written in place since."""
-        return [version(tensor) for tensor in self.tensors] != self._versions
+        """Whether any of the tensors was written in place since; to be asked once, as it drops what it compares."""
+        copies, self._copies = self._copies, []
+        if [version(tensor) for tensor in self.tensors] != self._versions:
+            return True
+        return any(not torch.equal(tensor, then) for tensor, then in copies)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """Return the arguments as they were, with other tensors in the places of `self.tensors`."""
@@ -91,6 +102,10 @@ class TensorsUsed(TorchFunctionMode):
         if name not in _SHAPES_ONLY and (name != "__get__" or isinstance(result, Tensor)):
             self._seen.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return result
+
+
+def _has_values(tensor: Tensor) -> bool:
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def version(tensor: Tensor) -> int:

@@ -121,7 +121,8 @@ def bind_blocks(model: nn.Module, parts: Collection[str] = PARTS) -> tuple[list[
 def _bind_entry(model: nn.Module, entry: Entry, blocks: list[nn.Module]) -> Iterator[nn.Module]:
     """Bind the input embeddings and the models that call them; yields what was bound."""
     entry.before = before_blocks(model, blocks)
-    entry.after = [module for _, module in walk(model) if not any(module is one for one in entry.before)]
+    known = set(map(id, entry.before))
+    entry.after = [module for _, module in walk(model) if id(module) not in known]
     for embeddings, owners in input_embeddings(model).items():
         for module, mixin in [(embeddings, SafeEmbedding), *((owner, SafeOwner) for owner in owners)]:
             if not is_bound(module):

@@ -8,8 +8,10 @@ from contextlib import contextmanager
 from operator import is_
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
+
+from safe_kernels.inversion import fingerprint
 
 from ..adapters import LayerState
 from ..class_swap import STATE
@@ -42,7 +44,7 @@ class Moment:
         self._names = [tuple(module._parameters) for module in modules]
         self._buffers = self._buffer_versions()
         self._parameters = {
-            id(p): version(p) for module in modules for p in module._parameters.values() if p is not None
+            id(p): _values(p) for module in modules for p in module._parameters.values() if p is not None
         }
 
     def _buffer_versions(self) -> list[tuple[int, int]]:
@@ -54,6 +56,8 @@ class Moment:
 
     def check_parameters(self, name: str) -> None:
         """See that no parameter was written in place since, or taken away, as parametrizing and pruning do.
+
+        Writes through .data are seen where parameters have one dimension and lie on a CPU: norms, biases.
 
         Args:
             name: what the message calls the block.
@@ -71,7 +75,7 @@ class Moment:
             for key, parameter in module._parameters.items():
                 if parameter is None:
                     continue
-                now = version(parameter)
+                now = _values(parameter)
                 if self._parameters.get(id(parameter), now) != now:
                     raise RuntimeError(
                         f"{key} of a {type(module).__name__} in {name} was modified by an inplace operation between "
@@ -106,6 +110,11 @@ class Moment:
         for module, look in zip(self._modules, looks, strict=True):
             if not _is_as(module, look):
                 _restore(module, look)
+
+
+def _values(parameter: Tensor) -> tuple[int, int | None]:
+    """What a write changes."""
+    return version(parameter), fingerprint(parameter) if parameter.dim() == 1 else None
 
 
 def _put_on_all(wanted: Sequence[dict[int, Any]]) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
@@ -65,8 +64,8 @@ class Run:
 
     def __init__(self, call: Callable[..., Any], block: nn.Module | None = None, name: str = "the block") -> None:
         self._call, self._name = call, name
-        self._modules = [] if block is None else list(modules_in(block))
-        self._moment = Moment(self._modules)
+        modules = [] if block is None else list(modules_in(block))
+        self._moment, self._is_hooked = Moment(modules), may_ask_for_gradient(modules)
         self._handles: list[weakref.ref[_Handle]] = []
         self._shapes: list[tuple[torch.Size, torch.dtype]] = []
         self._saved: dict[int, Tensor] = {}
@@ -79,12 +78,11 @@ class Run:
 
     def first(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Make the call, and drop what its graph saved."""
-        self._given = given = Given((tuple(args), dict(kwargs)))
+        self._given = given = Given((tuple(args), dict(kwargs)), compares=self._is_hooked)
         self._device = next((tensor.device.type for tensor in given.tensors), "cpu")
         self._autocast = autocast_now(self._device)
         before, (self._devices, states) = torch.get_rng_state(), get_device_states(*given.tensors)
         objects = given.in_objects
-        before_hooks = [tensor.detach().clone() for tensor in given.tensors] if self._may_be_hooked() else []
         unpack = self._unpack
         try:
             with saved_tensors_hooks(self._pack, unpack), TensorsUsed() if objects else nullcontext() as used:
@@ -93,8 +91,7 @@ class Run:
             self._saved = {}  # what nodes have made: their hooks lead here, in a cycle that no collector sees
             raise
         drew = bool(self._devices) or not torch.equal(before, torch.get_rng_state())
-        wrote = any(not torch.equal(one, two) for one, two in zip(before_hooks, given.tensors, strict=False))
-        self._settle([before, *states] if drew else [], {id(t) for t in objects if used and not used.has(t)}, wrote)
+        self._settle([before, *states] if drew else [], {id(t) for t in objects if used and not used.has(t)})
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):  # `_kept` keeps the hooks around this call alive as long as its graph
                 leave_hooks(leaf, unpack)
@@ -107,17 +104,13 @@ class Run:
         self._saved[handle.index] = tensor
         return handle
 
-    def _may_be_hooked(self) -> bool:
-        """Whether a hook of the user may write into the arguments through .data, which counts no version."""
-        return may_ask_for_gradient(self._modules) and not any(isinstance(t, FakeTensor) for t in self._given.tensors)
-
-    def _settle(self, states: list[Tensor], unread: set[int], wrote: bool) -> None:
+    def _settle(self, states: list[Tensor], unread: set[int]) -> None:
         """Drop what was saved if the call can run again, and keep what that takes."""
         saved = {index: tensor for index, tensor in self._saved.items() if self._handles[index]() is not None}
         self._saved = {}
         if not saved:
             return
-        self.reason = WROTE if wrote or self._given.was_written() else COUNTED if self._moment.buffers_changed() else ""
+        self.reason = WROTE if self._given.was_written() else COUNTED if self._moment.buffers_changed() else ""
         if self.reason:
             # Detached: what a node has made itself would keep that node alive in a cycle.
             self._places = list(saved)
