@@ -58,7 +58,6 @@ FLOORS = (
     {"errors"},
     {"files", "distributed"},
     {"binding"},
-    {"loss_check"},
     {"loss"},
     {"planning"},
     {"report"},

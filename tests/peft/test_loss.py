@@ -18,7 +18,7 @@ from safe_kernels import retention
 from safe_peft import AdapterFreezer, ConfigError, SafeConfig, bind, chunked_loss, plan_memory
 from safe_peft.finetune import measure
 from safe_peft.loss import own_loss
-from safe_peft.loss_check import CHECKED_TOKENS
+from safe_peft.loss.check import CHECKED_TOKENS
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="PyTorch has no such loss before 2.13"
@@ -139,7 +139,7 @@ def test_nothing_is_left_behind() -> None:
     head = model.get_output_embeddings()
     modes = [module.training for module in model.modules()]
     state = torch.get_rng_state()
-    safe_peft.loss.check(model, given)
+    safe_peft.loss.check.check(model, given)
     assert torch.equal(torch.get_rng_state(), state) and [module.training for module in model.modules()] == modes
     with pytest.raises(RuntimeError, match="Expected tensor for argument #1 'indices'"):
         chunked_loss(model, {**given, "input_ids": given["input_ids"].float()})

@@ -212,8 +212,8 @@ def test_what_changes_after_the_first_call_is_seen(name: str, change: Callable[[
 
 
 def test_a_call_is_compared_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, calls, compare = made("llama"), [], safe_peft.loss_check._compare
-    monkeypatch.setattr(safe_peft.loss_check, "_compare", lambda *args: (calls.append(1), compare(*args)))
+    model, calls, compare = made("llama"), [], safe_peft.loss.check._compare
+    monkeypatch.setattr(safe_peft.loss.check, "_compare", lambda *args: (calls.append(1), compare(*args)))
     for items in (1, 2, 3):
         chunked_loss(model, {**batch(), "num_items_in_batch": items})
         chunked_loss(model, batch(padded=True))

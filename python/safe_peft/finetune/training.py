@@ -18,7 +18,7 @@ from torch import nn
 from ..errors import PlanError, SafeError
 from ..freezing.config import SafeConfig
 from ..loss import BY_NAME, Loss
-from ..loss_check import IGNORED, check
+from ..loss.check import IGNORED, check
 from ..report.records import AdapterRecord, RunRecord
 from ..report.report import FreezeReport
 from . import measure

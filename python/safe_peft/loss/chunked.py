@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .loss_check import IGNORED, cast, check, parameters, see_one
+from .check import IGNORED, cast, check, parameters, see_one
 
 Loss = Callable[[nn.Module, dict[str, Any]], Any]
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
-from .binding.class_swap import autocasts
-from .distributed.fsdp import is_spread
-from .distributed.wrappers import unwrap
-from .errors import ConfigError
+from ..binding.class_swap import autocasts
+from ..distributed.fsdp import is_spread
+from ..distributed.wrappers import unwrap
+from ..errors import ConfigError
 
 CHECKED_TOKENS = 32
 IGNORED = -100  # the target that PyTorch's cross-entropy leaves out
