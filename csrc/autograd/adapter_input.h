@@ -8,6 +8,7 @@
 #pragma once
 
 #include <ATen/autocast_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "autograd/norm_output.h"
@@ -73,11 +74,19 @@ struct CastCopy : Note {
   }
 };
 
+// A compiler that traces what runs has no memory to share yet, and finds equal copies itself.
+inline bool is_traced() {
+  using c10::impl::TorchDispatchModeKey;
+  return c10::impl::TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::FUNCTIONAL).has_value() ||
+         c10::impl::TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value();
+}
+
 // Undefined where x itself is to be kept.
 inline Tensor find_cast_copy(const Tensor& x) {
   const auto dtype = autocast_dtype(x.device().type());
   if (x.is_inference() || !dtype.has_value()) return {};
   if (!x.is_floating_point() || c10::elementSize(*dtype) >= static_cast<size_t>(x.element_size())) return {};
+  if (is_traced()) return x.to(*dtype);
   if (const auto* note = find_note<CastCopy>(x)) {
     if (const Tensor copy = note->of(x, *dtype); copy.defined()) return copy;
     x.unsafeGetTensorImpl()->set_backend_meta(nullptr);

@@ -106,7 +106,7 @@ def _helps(case: Case, said: str) -> bool:
         if case.checkpointing != "none" and re.search("Recomputed values for|number of tensors was saved", said):
             return True
     writes = case.writes != "nothing" or case.hook in WRITING
-    between = case.when == "between" and (case.change == "half and back" or case.change.startswith("norm "))
+    between = case.when == "between" and case.change.startswith(("half and back", "norm ", "parametrize"))
     about = re.search(r"in.?place|written|overw|changed between forward and backward", said)
     return (writes or between) and bool(about and re.search(r"safe_peft|bind\(|parts|binding\.recompute", said))
 
@@ -118,6 +118,7 @@ def _told(error: Exception | None) -> str:
 def _to_the_bit(case: Case, plain: Outcome, again: Outcome) -> list[str]:
     if plain.error is not None or again.error is not None:
         same = type(plain.error) is type(again.error) or _helps(case, str(again.error))
+        same |= again.error is None and _is_spared(case, str(plain.error))
         return [] if same else [f"recompute: {_told(again.error)} where without it is {_told(plain.error)}"]
     pairs = [*zip(plain.losses, again.losses, strict=True)]
     wrong = [f"recompute: loss {i} differs" for i, (a, b) in enumerate(pairs) if not _equal(a, b)]

@@ -23,6 +23,8 @@ FOUND = [
     Case(input_grads=True, targets="head too", hook="backward pre", spot="layer", high=True, calls="disabled"),
     Case(recompute=True, hook="input data", embeds="leaf", calls="disabled"),
     Case(family="falcon", checkpointing="non-reentrant", hook="input in place", spot="mlp"),
+    Case(precision="autocast", compiled=True),
+    Case(hook="data", spot="act", embeds="fresh"),
     Case(family="gemma3", targets="attention", parts="norms", hook="record"),
     Case(recompute=True, trains="alternate", high=True, change="norm zero", when="between", calls="two"),
     Case(family="t5", precision="autocast", trains="alternate", asks="attentions"),

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as global_hooks
 from torch.utils.checkpoint import get_device_states
 
 from safe_kernels import AdapterStatistics
@@ -167,9 +168,16 @@ def _announce(layer: Any, args: tuple[Any, ...]) -> None:
         if type(lora_A) is not nn.Linear or layer.disable_adapters or layer.merged:
             continue
         dropout, weight = modules["lora_dropout"]._modules[key], lora_A._parameters.get("weight")
+        if any(map(_has_forward_hooks, (modules["base_layer"], dropout, lora_A))):
+            continue  # they may write to x before lora_A keeps it
         drops = dropout.training and getattr(dropout, "p", 0.0) > 0.0
         if weight is not None and weight.requires_grad and weight.dtype == x.dtype and not drops:
             announce_reader(x)
+
+
+def _has_forward_hooks(module: nn.Module) -> bool:
+    everywhere = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
+    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
 
 
 @contextmanager
