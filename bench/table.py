@@ -168,7 +168,7 @@ SECTIONS = (
     ("`lora` alone, forward and backward:", "test_lora", op_table),
     (
         "What a call of a GPU's op costs the processor, over a driver that runs nothing (no GPU is needed); the same "
-        "launches, made by Triton's launcher from Python and by `csrc/cuda`:",
+        "launches, made by Triton's launcher from Python and by `csrc/launch_replay`:",
         "test_launches",
         launch_table,
     ),

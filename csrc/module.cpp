@@ -5,8 +5,8 @@
 #include <torch/version.h>
 
 #include "autograd/norm_output.h"
-#include "cuda/served.h"
 #include "inversion.h"
+#include "launch_replay/served.h"
 #include "living.h"
 
 PYBIND11_MODULE(_C, m) {
@@ -18,5 +18,5 @@ PYBIND11_MODULE(_C, m) {
         [](const at::Tensor& out, pybind11::handle hook) { safe_kernels::leave_hooks(out, hook.ptr()); });
   safe_kernels::bind_inversion(m);
   safe_kernels::bind_living(m);
-  safe_kernels::cuda::bind(m);
+  safe_kernels::launch_replay::bind(m);
 }

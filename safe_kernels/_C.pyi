@@ -22,7 +22,7 @@ _Launch = tuple[int, tuple[int, int, int], int, int, list[tuple[int, int]]]
 _View = tuple[int, list[int], list[int], int]
 _Product = tuple[_View, _View, _View]
 
-class Plan:  # csrc/cuda/plan.h
+class Plan:  # csrc/launch_replay/plan.h
     def __init__(
         self,
         allocations: list[tuple[list[int], torch.dtype, int, int]],

@@ -22,7 +22,7 @@ from safe_kernels.functional import activation, dropout, gated_activation, layer
 from safe_kernels.fusion import prefers_fused
 from safe_kernels.inversion import invertible
 from safe_kernels.statistics import AdapterStatistics, RowBlocks
-from safe_kernels.triton.tuning import autotune
+from safe_kernels.triton.runtime.tuning import autotune
 
 # The library object must live as long as its registrations.
 _REFERENCE = torch.library.Library("safe_kernels", "IMPL")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from safe_kernels.functional.lora import lora
 from safe_kernels.functional.lora_linear import lora_linear
-from safe_kernels.triton import tuning
+from safe_kernels.triton.runtime import tuning
 
 
 def prefers_fused(
@@ -76,7 +76,7 @@ def _offer(
     x: Tensor, weight: Tensor, bias: Tensor | None, lora_A: Tensor, lora_B: Tensor, dropout_p: float
 ) -> tuple[str, dict[str, tuning.Run]]:
     """A step of each form on leaves of its own; it draws no random numbers."""
-    from safe_kernels.triton import configs
+    from safe_kernels.triton.runtime import configs
 
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     options: Any = {"dropout_p": dropout_p, "rng_state": torch.zeros(2, dtype=torch.int64, device=x.device)}

@@ -148,7 +148,15 @@ def test_the_extension_is_loaded_in_one_place() -> None:
     }
     # The doctor's inspection only asks it how it was built; plans are made of its classes, tensors found by it, and the
     # values of norms read by it.
-    assert loaders <= {"__init__.py", "plans.py", "retention.py", "inspection.py", "inversion.py"}
+    assert loaders <= {"__init__.py", "launch_replay.py", "retention.py", "inspection.py", "inversion.py"}
+
+
+def test_triton_ops_are_built_on_lib_and_lib_on_runtime() -> None:
+    folder = KERNELS / "triton"
+    for room, below in (("lib", {"lib", "runtime"}), ("runtime", {"runtime"})):
+        for path in (folder / room).glob("*.py"):
+            inside = [module.split(".") for module, _ in imports(path) if module.startswith("safe_kernels.triton")]
+            assert {module[2] for module in inside} <= below, name_of(path)
 
 
 def test_no_device_branches() -> None:
@@ -231,7 +239,7 @@ def test_schema_and_triton_function_name_the_same_arguments(op: str) -> None:
 
 def test_a_kernel_for_gpus_is_named_so() -> None:
     """`_xxx_kernel` runs on the GPU, helpers of kernels begin with an underscore, and host functions do not."""
-    for path in (KERNELS / "triton").glob("*.py"):
+    for path in (KERNELS / "triton").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.FunctionDef) and any("jit" in ast.unparse(d) for d in node.decorator_list):
                 assert node.name.startswith("_"), node.name

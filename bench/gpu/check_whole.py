@@ -14,7 +14,7 @@ from torch import Tensor
 
 import safe_kernels
 from safe_kernels import _C, AdapterStatistics, RowBlocks
-from safe_kernels.triton import sweep
+from safe_kernels.triton.lib import skinny_matmul
 
 from .check_cases import HALF, SINGLE, SMALL, Case, fused, lora, normal, state
 
@@ -51,7 +51,7 @@ def check_replay(device: torch.device, case: Case) -> list[str]:
 
     first, later = results(), []
     torch.cuda.synchronize(device)
-    launch, sweep.launch = sweep.launch, forbidden
+    launch, skinny_matmul.launch = skinny_matmul.launch, forbidden
     try:
         again, stream = results(), torch.cuda.Stream(device)
 
@@ -61,13 +61,13 @@ def check_replay(device: torch.device, case: Case) -> list[str]:
 
         if _C.plan_counts()["lora"] + _C.plan_counts()["lora_linear"] == 0:
             return ["no plan was made"]
-        sweep.launch = launch  # a thread without a context asks Python once
+        skinny_matmul.launch = launch  # a thread without a context asks Python once
         thread = threading.Thread(target=work)
         thread.start()
         thread.join()
         torch.cuda.synchronize(device)
     finally:
-        sweep.launch = launch
+        skinny_matmul.launch = launch
     same = all(torch.equal(a, b) for other in (again, later) for a, b in zip(first, other, strict=True))
     return [] if same else ["a replayed call has other bits"]
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 import safe_kernels
-from safe_kernels.triton import tuning
+from safe_kernels.triton.runtime import tuning
 
 from .machine import arguments, ceilings, device_ms, device_of, median_ms, under_load
 from .op_cases import Case, Shapes, linear_case, lora_cases, score_case

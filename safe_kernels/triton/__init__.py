@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 from safe_kernels import _C
-from safe_kernels.triton import plans
+from safe_kernels.triton.runtime import launch_replay
 
 STEMS: dict[str, tuple[str, ...]] = {
     "activation": ("activation", "activation_backward"),
@@ -92,7 +92,7 @@ def serve(op: str, key: str) -> None:
         >>> serve("lora", "CUDA")  # doctest: +SKIP
     """
     host = _deferred(op)
-    _C.serve(op, host, plans.recorded(host), key)
+    _C.serve(op, host, launch_replay.recorded(host), key)
 
 
 def _deferred(op: str) -> Callable[..., Any]:

@@ -7,9 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from safe_kernels import reference
-from safe_kernels.triton import launch
-from safe_kernels.triton.elementwise import _dropped, _pull_back, _read, _tile, _value, _write
-from safe_kernels.triton.plans import empty
+from safe_kernels.triton.lib.elementwise import _dropped, _pull_back, _read, _tile, _value, _write
+from safe_kernels.triton.runtime import host
+from safe_kernels.triton.runtime.launch_replay import empty
 
 
 @triton.jit
@@ -60,18 +60,18 @@ def _activation_backward_kernel(
     _write(grad_x, row, column, columns, values, inside)
 
 
-@launch.served_by(reference.activation)
+@host.served_by(reference.activation)
 def activation(x: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor | None = None) -> Tensor:
     """See `safe_kernels.reference.activation`."""
     out = empty(x, x.shape)
-    launch.elementwise(_activation_kernel, [x], [out], launch.dropout(dropout_p, rng_state), KIND=kind)
+    host.elementwise(_activation_kernel, [x], [out], host.dropout(dropout_p, rng_state), KIND=kind)
     return out
 
 
-@launch.served_by(reference.activation_backward)
+@host.served_by(reference.activation_backward)
 def activation_backward(grad: Tensor, x: Tensor, kind: str, dropout_p: float, rng_state: Tensor | None) -> Tensor:
     """See `safe_kernels.reference.activation_backward`."""
     grad_x = empty(x, x.shape)
-    drop = launch.dropout(dropout_p, rng_state)
-    launch.elementwise(_activation_backward_kernel, [grad, x], [grad_x], drop, KIND=kind)
+    drop = host.dropout(dropout_p, rng_state)
+    host.elementwise(_activation_backward_kernel, [grad, x], [grad_x], drop, KIND=kind)
     return grad_x

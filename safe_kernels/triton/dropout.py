@@ -7,9 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from safe_kernels import reference
-from safe_kernels.triton import launch
-from safe_kernels.triton.elementwise import _dropped, _read, _tile, _write
-from safe_kernels.triton.plans import empty
+from safe_kernels.triton.lib.elementwise import _dropped, _read, _tile, _write
+from safe_kernels.triton.runtime import host
+from safe_kernels.triton.runtime.launch_replay import empty
 
 
 @triton.jit
@@ -33,9 +33,9 @@ def _dropout_kernel(
     _write(out, row, column, columns, values, inside)
 
 
-@launch.served_by(reference.dropout)
+@host.served_by(reference.dropout)
 def dropout(x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
     """See `safe_kernels.reference.dropout`."""
     out = empty(x, x.shape)
-    launch.elementwise(_dropout_kernel, [x], [out], launch.dropout(dropout_p, rng_state))
+    host.elementwise(_dropout_kernel, [x], [out], host.dropout(dropout_p, rng_state))
     return out

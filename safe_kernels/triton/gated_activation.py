@@ -7,9 +7,9 @@ import triton.language as tl
 from torch import Tensor
 
 from safe_kernels import reference
-from safe_kernels.triton import launch
-from safe_kernels.triton.elementwise import _dropped, _pull_back, _read, _tile, _value, _write
-from safe_kernels.triton.plans import empty
+from safe_kernels.triton.lib.elementwise import _dropped, _pull_back, _read, _tile, _value, _write
+from safe_kernels.triton.runtime import host
+from safe_kernels.triton.runtime.launch_replay import empty
 
 
 @triton.jit
@@ -74,18 +74,18 @@ def _gated_activation_backward_kernel(
         _write(grad_up, row, column, columns, values * _value(x, KIND), inside)
 
 
-@launch.served_by(reference.gated_activation)
+@host.served_by(reference.gated_activation)
 def gated_activation(
     gate: Tensor, up: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor | None = None
 ) -> Tensor:
     """See `safe_kernels.reference.gated_activation`."""
     out = empty(gate, gate.shape)
-    drop = launch.dropout(dropout_p, rng_state)
-    launch.elementwise(_gated_activation_kernel, [gate, up], [out], drop, KIND=kind)
+    drop = host.dropout(dropout_p, rng_state)
+    host.elementwise(_gated_activation_kernel, [gate, up], [out], drop, KIND=kind)
     return out
 
 
-@launch.served_by(reference.gated_activation_backward)
+@host.served_by(reference.gated_activation_backward)
 def gated_activation_backward(
     grad: Tensor,
     gate: Tensor,
@@ -99,11 +99,11 @@ def gated_activation_backward(
     wants_gate, wants_up = output_mask
     grad_gate, grad_up = empty(gate, gate.shape if wants_gate else 0), empty(up, up.shape if wants_up else 0)
     if wants_gate or wants_up:
-        launch.elementwise(
+        host.elementwise(
             _gated_activation_backward_kernel,
             [grad, gate, up],
             [grad_gate, grad_up],
-            launch.dropout(dropout_p, rng_state),
+            host.dropout(dropout_p, rng_state),
             KIND=kind,
             COMPUTE_GATE=wants_gate,
             COMPUTE_UP=wants_up,

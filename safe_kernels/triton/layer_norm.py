@@ -1,13 +1,13 @@
-"""LayerNorm on a GPU, by the kernels of safe_kernels/triton/norms.py."""
+"""LayerNorm on a GPU, by the kernels of safe_kernels/triton/lib/norms.py."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
 from safe_kernels import reference
-from safe_kernels.triton.launch import served_by
-from safe_kernels.triton.norms import LONGEST, Affine, norm_backward, norm_forward
-from safe_kernels.triton.plans import empty
+from safe_kernels.triton.lib.norms import LONGEST, Affine, norm_backward, norm_forward
+from safe_kernels.triton.runtime.host import served_by
+from safe_kernels.triton.runtime.launch_replay import empty
 
 
 @served_by(reference.layer_norm, longest=LONGEST)

@@ -1,6 +1,6 @@
 """LoRA on a GPU.
 
-Forward is one pass over x and one over the base layer's output; backward stands in safe_kernels/triton/gradients.py.
+Forward is one pass over x and one over the base layer's output. Backward is in triton/lib/lora_gradients.py.
 Dropout's mask is made anew in every pass, and what is not wanted is neither allocated nor computed.
 """
 
@@ -14,10 +14,11 @@ import triton.language as tl
 from torch import Tensor
 
 from safe_kernels import reference
-from safe_kernels.triton.cka import block_sums
-from safe_kernels.triton.configs import Config, rank_tile, splits
-from safe_kernels.triton.gradients import adapter_gradients
-from safe_kernels.triton.launch import (
+from safe_kernels.triton.lib.cka import block_sums
+from safe_kernels.triton.lib.lora_gradients import adapter_gradients
+from safe_kernels.triton.lib.skinny_matmul import _load_narrow, _load_parts, joined, sweep
+from safe_kernels.triton.runtime.configs import Config, rank_tile, splits
+from safe_kernels.triton.runtime.host import (
     TYPES,
     Product,
     ceil_div,
@@ -29,8 +30,7 @@ from safe_kernels.triton.launch import (
     served_by,
     tuned,
 )
-from safe_kernels.triton.plans import empty, launch
-from safe_kernels.triton.sweep import _load_narrow, _load_parts, joined, sweep
+from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 
 @triton.jit

@@ -22,10 +22,13 @@ import triton.language as tl
 from torch import Tensor
 
 from safe_kernels import reference
-from safe_kernels.triton.cka import block_sums
-from safe_kernels.triton.configs import NO_TILES, Config, rank_tile
-from safe_kernels.triton.gradients import NOTHING_DROPPED, adapter_gradients, at_the_input
-from safe_kernels.triton.launch import (
+from safe_kernels.triton.lib.cka import block_sums
+from safe_kernels.triton.lib.lora_gradients import NOTHING_DROPPED, adapter_gradients, at_the_input
+from safe_kernels.triton.lib.philox import _keep
+from safe_kernels.triton.lib.skinny_matmul import _load_narrow, _load_parts, padded, sweep
+from safe_kernels.triton.lora import apply
+from safe_kernels.triton.runtime.configs import NO_TILES, Config, rank_tile
+from safe_kernels.triton.runtime.host import (
     TYPES,
     Dropout,
     ceil_div,
@@ -38,10 +41,7 @@ from safe_kernels.triton.launch import (
     served_by,
     tuned,
 )
-from safe_kernels.triton.lora import apply
-from safe_kernels.triton.philox import _keep
-from safe_kernels.triton.plans import empty, launch, multiply_add
-from safe_kernels.triton.sweep import _load_narrow, _load_parts, padded, sweep
+from safe_kernels.triton.runtime.launch_replay import empty, launch, multiply_add
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from linears import linear
 from oracle import Shape
 
 import safe_kernels
-from safe_kernels.triton import tuning
+from safe_kernels.triton.runtime import tuning
 
 
 def test_a_cpu_composes_and_never_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

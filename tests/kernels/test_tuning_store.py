@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 import safe_kernels
-from safe_kernels.triton import store as module
-from safe_kernels.triton import tuning
-from safe_kernels.triton.store import Store
+from safe_kernels.triton.runtime import tuning
+from safe_kernels.triton.runtime import tuning_store as module
+from safe_kernels.triton.runtime.tuning_store import Store
 
 HEADER = {"device": "cuda-90-132", "triton": "3.7.1", "code": "abc"}
 FORK = multiprocessing.get_context("fork")

@@ -55,7 +55,7 @@ def test_this_environment_is_healthy() -> None:
     assert diagnosis.exit_status == 0, diagnosis.problems
     assert named(diagnosis, "safe_kernels::lora on cpu").found == "csrc/cpu/lora.cpp"
     assert "reference" in named(diagnosis, "safe_kernels::lora on meta").found
-    assert named(diagnosis, "safe_kernels::lora on cuda").found == "csrc/cuda/served.cpp"
+    assert named(diagnosis, "safe_kernels::lora on cuda").found == "csrc/launch_replay/served.cpp"
     assert "OpenMP" not in {check.name for check in diagnosis.checks}, "one process, one OpenMP runtime"
 
 
@@ -120,10 +120,10 @@ def test_it_tells_what_tuning_has_found(found: Callable[..., Diagnosis], tuning:
 
 def test_tuning_is_counted_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    from safe_kernels.triton import store, tuning
+    from safe_kernels.triton.runtime import tuning, tuning_store
 
     monkeypatch.setenv("SAFE_KERNELS_CACHE", str(tmp_path))
-    store.Store(*tuning._place(tmp_path, "cuda-90-132")).add("key", "64x64")
+    tuning_store.Store(*tuning._place(tmp_path, "cuda-90-132")).add("key", "64x64")
     assert inspection.inspect_in_process().tuning == {"cuda-90-132": 1}
     monkeypatch.setenv("SAFE_KERNELS_CACHE", str(tmp_path / "autotune-cuda-90-132.json"))
     assert inspection.inspect_in_process().tuning == {}, "no folder: the cache's own check tells"

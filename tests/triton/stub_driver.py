@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
 from safe_kernels.triton import STEMS, host_function, serve
-from safe_kernels.triton.plans import parameter_bytes
+from safe_kernels.triton.runtime.launch_replay import parameter_bytes
 
 KEY = "XPU"
 """The ops are served where no tensor of these tests would look for them, and called there by name."""

@@ -102,7 +102,7 @@ def _triton() -> tuple[str, str]:
 
 
 def _tuning() -> dict[str, int]:
-    from safe_kernels.triton import tuning
+    from safe_kernels.triton.runtime import tuning
 
     try:
         return tuning.remembered()

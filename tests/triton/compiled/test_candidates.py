@@ -12,7 +12,9 @@ import torch
 from compiling import SHARED_KIB, cells, collecting, compile_call, meta, problems
 from torch import Tensor
 
-from safe_kernels.triton import configs, gradients, launch, lora, lora_linear, sweep
+from safe_kernels.triton import lora, lora_linear
+from safe_kernels.triton.lib import lora_gradients, skinny_matmul
+from safe_kernels.triton.runtime import configs, host
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 ROWS, WIDTH = 8192, 4096
@@ -21,23 +23,23 @@ Launch = Callable[[configs.Config], Any]
 
 def launches(kernel: str, operand: torch.dtype, rank: int) -> Iterator[Launch]:
     """A kernel in the forms that hold most at a time, over a base of half precision."""
-    arithmetic = launch.product(HALF, operand)
+    arithmetic = host.product(HALF, operand)
     x, h = meta(ROWS, WIDTH), meta(1, ROWS, rank, dtype=SINGLE)
     grad_h = meta(ROWS, rank, dtype=operand)
     A, B = meta(rank, WIDTH, dtype=operand), meta(WIDTH, rank, dtype=operand)
-    keep, drop = launch.Dropout(None, 0, 1.0), launch.Dropout(meta(2, dtype=torch.int64), 1, 1.1)
+    keep, drop = host.Dropout(None, 0, 1.0), host.Dropout(meta(2, dtype=torch.int64), 1, 1.1)
     if kernel == "lora_sweep":
-        yield partial(sweep._sweep, x, A, arithmetic, keep, 1.0, None)
+        yield partial(skinny_matmul._sweep, x, A, arithmetic, keep, 1.0, None)
     elif kernel == "lora_sweep_dropped":
-        yield partial(sweep._sweep, x, A, arithmetic, drop, 1.0, None)
+        yield partial(skinny_matmul._sweep, x, A, arithmetic, drop, 1.0, None)
     elif kernel == "lora_sweep_both":
-        yield partial(sweep._sweep, x, A, arithmetic, keep, 1.0, h)
+        yield partial(skinny_matmul._sweep, x, A, arithmetic, keep, 1.0, h)
     elif kernel == "lora_apply":
         yield partial(lora._apply, x, None, x, B, h, 2.0, arithmetic)
         yield partial(lora._apply, None, meta(WIDTH), x, B, h, 2.0, arithmetic)
     elif kernel == "lora_input":
-        yield partial(gradients._input_gradients, x, x, A, grad_h, drop, True, True, arithmetic)
-        yield partial(gradients._input_gradients, x, x, A, grad_h, keep, False, True, arithmetic)
+        yield partial(lora_gradients._input_gradients, x, x, A, grad_h, drop, True, True, arithmetic)
+        yield partial(lora_gradients._input_gradients, x, x, A, grad_h, keep, False, True, arithmetic)
     else:
         weight: Tensor = meta(WIDTH, WIDTH)
         yield partial(lora_linear._multiply, x, weight.t(), meta(WIDTH), h, B.t(), keep, 2.0)

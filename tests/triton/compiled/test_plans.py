@@ -30,7 +30,7 @@ from torch import Tensor
 
 import safe_kernels
 from safe_kernels import _C, reference
-from safe_kernels.triton import plans
+from safe_kernels.triton.runtime import launch_replay
 from safe_peft.planning.live_bytes import LiveBytes
 
 
@@ -62,8 +62,8 @@ def test_a_plan_does_what_its_host_function_does(name: str, driver: Stub, monkey
     counts = {op: count for op, count in _C.plan_counts().items() if count}
     assert counts == {op: 1}
     expected, by_host = driver.watched(lambda: driver.hosted(op, *second))
-    monkeypatch.setattr(plans.Recorder, "plan", forbid)
-    monkeypatch.setattr(plans, "launch", forbid)
+    monkeypatch.setattr(launch_replay.Recorder, "plan", forbid)
+    monkeypatch.setattr(launch_replay, "launch", forbid)
     found, by_plan = driver.watched(lambda: driver.served(op, *second))
     assert traces(by_plan, tensors(second)) == traces(by_host, tensors(second))
     assert outputs(found, by_plan) == outputs(expected, by_host)
@@ -157,7 +157,7 @@ def test_a_copy_or_a_sum_by_pytorch_has_no_plan(op: str, arguments: Arguments, d
     for _ in range(2):
         _, watch = driver.watched(lambda: driver.served(op, *arguments))
         assert watch.launches
-    monkey = plans.recorded(lambda *args: driver.hosted(op, *args))
+    monkey = launch_replay.recorded(lambda *args: driver.hosted(op, *args))
     assert monkey(*arguments)[1:] == (None, True)
 
 
@@ -185,8 +185,8 @@ def test_a_thread_without_a_context_asks_python(driver: Stub, monkeypatch: pytes
     arguments = CASES["dropout"][1]()
     driver.served("dropout", *arguments)
     context, asked = ctypes.c_void_p.in_dll(driver.library, "stub_context"), []
-    launch = plans.launch
-    monkeypatch.setattr(safe_kernels.triton.launch, "launch", lambda *a, **b: (asked.append(1), launch(*a, **b)))
+    launch = launch_replay.launch
+    monkeypatch.setattr(safe_kernels.triton.runtime.host, "launch", lambda *a, **b: (asked.append(1), launch(*a, **b)))
     driver.served("dropout", *arguments)
     assert asked == []
     context.value = None
@@ -198,9 +198,9 @@ def test_a_thread_without_a_context_asks_python(driver: Stub, monkeypatch: pytes
 
 
 def test_the_switch(driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(plans.SWITCH, "0")
+    monkeypatch.setenv(launch_replay.SWITCH, "0")
     arguments = CASES["dropout"][1]()
-    assert plans.recorded(lambda *args: driver.hosted("dropout", *args))(*arguments)[1:] == (None, True)
+    assert launch_replay.recorded(lambda *args: driver.hosted("dropout", *args))(*arguments)[1:] == (None, True)
 
 
 def test_tuning_forgets_plans(driver: Stub, tmp_path: Any) -> None:
@@ -242,13 +242,13 @@ def test_notes_that_cannot_be_taken_fail_no_call(lost: str, driver: Stub, monkey
         facts.pop(lost, None)
         launched(self, kernel, SimpleNamespace(**facts), *args)
 
-    launched = plans.Recorder.launched
-    monkeypatch.setattr(plans.Recorder, "launched", note)
+    launched = launch_replay.Recorder.launched
+    monkeypatch.setattr(launch_replay.Recorder, "launched", note)
     arguments = CASES["dropout"][1]()
     for _ in range(2):
         _, watch = driver.watched(lambda: driver.served("dropout", *arguments))
         assert len(watch.launches) == 1
-    assert plans.recorded(lambda *args: driver.hosted("dropout", *args))(*arguments)[1:] == (None, True)
+    assert launch_replay.recorded(lambda *args: driver.hosted("dropout", *args))(*arguments)[1:] == (None, True)
 
 
 def test_a_number_too_large_for_a_kernel_is_infinite(driver: Stub) -> None:
@@ -265,7 +265,7 @@ def test_what_plans_launch_is_not_unloaded(driver: Stub) -> None:
     arguments = CASES["dropout"][1]()
     driver.served("dropout", *arguments)
     _, watch = driver.watched(lambda: driver.served("dropout", *arguments))
-    assert watch.launches and all(launch.function in plans._LOADED for launch in watch.launches)
+    assert watch.launches and all(launch.function in launch_replay._LOADED for launch in watch.launches)
 
 
 def test_the_first_call_needs_no_more_memory_than_the_host_function(driver: Stub) -> None:
@@ -276,7 +276,7 @@ def test_the_first_call_needs_no_more_memory_than_the_host_function(driver: Stub
 
 
 def test_tensors_on_several_devices_have_no_plan() -> None:
-    recorder = plans.Recorder([torch.zeros(1), torch.zeros(1, device="meta")])
+    recorder = launch_replay.Recorder([torch.zeros(1), torch.zeros(1, device="meta")])
     made = torch.zeros(1)
     recorder.allocated(made)
     assert recorder.plan(made) is None
@@ -286,7 +286,7 @@ def test_tensors_on_several_devices_have_no_plan() -> None:
 
 def test_what_is_gone_owns_nothing(driver: Stub) -> None:
     """A tensor of somebody else's at the address of one that was allocated and let go."""
-    recorder = plans.Recorder([])
+    recorder = launch_replay.Recorder([])
     address = (made := torch.zeros(1024)).data_ptr()
     recorder.allocated(made)
     assert recorder._address(made) == (0, 0) and recorder._address(made[3:]) == (0, 12)
@@ -295,13 +295,15 @@ def test_what_is_gone_owns_nothing(driver: Stub) -> None:
     others = [torch.zeros(1024) for _ in range(8)]
     for other in others:
         assert not recorder.allocations[0].holds(other), "even one at the same address" * (other.data_ptr() == address)
-        with pytest.raises(plans.Unplannable):
+        with pytest.raises(launch_replay.Unplannable):
             recorder._address(other)
 
 
 def test_what_is_forgotten_while_it_is_noted_leaves_no_plan(driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = plans.Recorder.plan
-    monkeypatch.setattr(plans.Recorder, "plan", lambda self, result: (plans.forget(), plan(self, result))[1])
+    plan = launch_replay.Recorder.plan
+    monkeypatch.setattr(
+        launch_replay.Recorder, "plan", lambda self, result: (launch_replay.forget(), plan(self, result))[1]
+    )
     driver.served("dropout", *CASES["dropout"][1]())
     assert _C.plan_counts()["dropout"] == 0
 

@@ -16,7 +16,7 @@ import shim_numbers
 import torch
 
 from safe_kernels import triton
-from safe_kernels.triton import configs
+from safe_kernels.triton.runtime import configs
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before Python starts: make kernels does"
 shim_numbers.install()

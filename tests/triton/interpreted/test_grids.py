@@ -9,7 +9,8 @@ import pytest
 import torch
 from shim_memory import MOST_ACROSS
 
-from safe_kernels.triton import cka, launch
+from safe_kernels.triton.lib import cka
+from safe_kernels.triton.runtime import host
 
 
 class Recorder:
@@ -42,5 +43,5 @@ def test_blocks_of_as_many_rows_as_are_allowed_and_many_blocks(
 @pytest.mark.parametrize("shape", [(1, 2**25), (2**25, 1)], ids=str)
 def test_rows_as_long_as_can_be_and_as_many(shape: tuple[int, int]) -> None:
     kernel: Any = Recorder()
-    launch.elementwise(kernel, [torch.zeros(1, 1).expand(shape)], [], launch.dropout(0.0, None))
+    host.elementwise(kernel, [torch.zeros(1, 1).expand(shape)], [], host.dropout(0.0, None))
     kernel.check(1)

@@ -11,7 +11,7 @@ from oracle import DTYPES, Dtypes, Shape, one_minus_cka, problem
 
 import safe_kernels
 from safe_kernels import AdapterStatistics, RowBlocks
-from safe_kernels.triton import configs
+from safe_kernels.triton.runtime import configs
 
 MIDDLE = Shape(37, 90, 77, 5)
 TRAINED = [dtypes for dtypes in DTYPES if dtypes.x != torch.float64]

@@ -9,7 +9,7 @@ from oracle import DTYPES, Dtypes, Problem, Shape, one_minus_cka, problem
 
 import safe_kernels
 from safe_kernels import AdapterStatistics, RowBlocks, reference
-from safe_kernels.triton import configs
+from safe_kernels.triton.runtime import configs
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 SHAPE = Shape(96, 40, 56, 5)

@@ -21,8 +21,10 @@ import safe_kernels
 import safe_peft
 from safe_kernels import AdapterStatistics, RowBlocks
 from safe_kernels.retention import measure
-from safe_kernels.triton import configs, gradients, lora, lora_linear, sweep, tuning
-from safe_kernels.triton.configs import Config
+from safe_kernels.triton import lora, lora_linear
+from safe_kernels.triton.lib import lora_gradients, skinny_matmul
+from safe_kernels.triton.runtime import configs, tuning
+from safe_kernels.triton.runtime.configs import Config
 
 HALF = DTYPES[2]
 MIDDLE = Shape(20, 18, 17, 5)
@@ -81,7 +83,12 @@ def taken(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
         return recorded
 
-    places = ((sweep, "_sweep"), (lora, "_apply"), (gradients, "_input_gradients"), (lora_linear, "_multiply"))
+    places = (
+        (skinny_matmul, "_sweep"),
+        (lora, "_apply"),
+        (lora_gradients, "_input_gradients"),
+        (lora_linear, "_multiply"),
+    )
     for module, name in places:
         monkeypatch.setattr(module, name, spy(getattr(module, name)))
     return found

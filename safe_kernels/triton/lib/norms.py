@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from safe_kernels.triton.configs import row_config
-from safe_kernels.triton.launch import ceil_div, flat, guard, require_shape
-from safe_kernels.triton.plans import empty, launch
+from safe_kernels.triton.runtime.configs import row_config
+from safe_kernels.triton.runtime.host import ceil_div, flat, guard, require_shape
+from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 LONGEST = 8192
 """Elements of the longest row that registers hold."""

@@ -1,4 +1,4 @@
-#include "cuda/plan.h"
+#include "launch_replay/plan.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -6,7 +6,7 @@
 #include <c10/core/impl/VirtualGuardImpl.h>
 #include <c10/util/SmallVector.h>
 
-namespace safe_kernels::cuda {
+namespace safe_kernels::launch_replay {
 
 namespace {
 
@@ -25,7 +25,7 @@ void carry_out(const Plan::Launch& launch, const std::vector<Tensor>& tensors, v
   }
   c10::SmallVector<void*, 32> parameters;
   for (auto& value : values) parameters.push_back(&value);
-  cuda::launch(reinterpret_cast<void*>(launch.function), launch.grid, stream, parameters.data());
+  launch_replay::launch(reinterpret_cast<void*>(launch.function), launch.grid, stream, parameters.data());
 }
 
 Tensor view(const Plan::View& view, const std::vector<Tensor>& tensors) {
@@ -64,4 +64,4 @@ std::vector<Tensor> replay(const Plan& plan, std::vector<Tensor> tensors) {
   return results;
 }
 
-}  // namespace safe_kernels::cuda
+}  // namespace safe_kernels::launch_replay

@@ -2,7 +2,7 @@
 
 Launching through Python costs tens of microseconds a kernel, more than most of an adapter's kernels run for. What a
 host function does follows from its arguments' shapes, strides, dtypes, alignments and numbers; so the first call of
-each kind is noted as a plan, and csrc/cuda/ carries that out for every call like it, with the new addresses.
+each kind is noted as a plan, and csrc/launch_replay/ carries that out for every call like it, with the new addresses.
 
 Host functions allocate through `empty`, launch through `launch`, and have PyTorch multiply through `multiply_add`. A
 call that does anything else to what reaches its kernels or results (a copy of a tensor, a sum by PyTorch) has no plan,

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from safe_kernels.triton.configs import Config, config, rank_tile, splits
-from safe_kernels.triton.launch import TYPES, Dropout, Product, ceil_div, tuned
-from safe_kernels.triton.philox import _keep
-from safe_kernels.triton.plans import empty, launch
+from safe_kernels.triton.lib.philox import _keep
+from safe_kernels.triton.runtime.configs import Config, config, rank_tile, splits
+from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, ceil_div, tuned
+from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 
 @triton.jit

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from safe_kernels.reference.importance import check_blocks
-from safe_kernels.triton.cka_kernels import (
+from safe_kernels.triton.lib.cka_kernels import (
     _block_grams_kernel,
     _block_h_kernel,
     _block_means_kernel,
@@ -26,9 +26,9 @@ from safe_kernels.triton.cka_kernels import (
     _block_sums_kernel,
     _block_total_kernel,
 )
-from safe_kernels.triton.configs import Config, config, float32_precision, rank_tile, splits
-from safe_kernels.triton.launch import ceil_div
-from safe_kernels.triton.plans import empty, launch
+from safe_kernels.triton.runtime.configs import Config, config, float32_precision, rank_tile, splits
+from safe_kernels.triton.runtime.host import ceil_div
+from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 MOST_BLOCKS = 65535
 """Programs that CUDA takes along a grid's second axis."""

@@ -9,9 +9,9 @@
 #include <variant>
 #include <vector>
 
-#include "cuda/driver.h"
+#include "launch_replay/driver.h"
 
-namespace safe_kernels::cuda {
+namespace safe_kernels::launch_replay {
 
 using at::Tensor;
 
@@ -54,4 +54,4 @@ struct Plan {
 // Carries a plan out on the current stream of the tensors' device.
 std::vector<Tensor> replay(const Plan& plan, std::vector<Tensor> tensors);
 
-}  // namespace safe_kernels::cuda
+}  // namespace safe_kernels::launch_replay

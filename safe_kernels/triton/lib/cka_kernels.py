@@ -1,11 +1,11 @@
-"""The kernels behind safe_kernels/triton/cka.py: means, Gram matrices and sums of sampled blocks of rows."""
+"""The kernels behind safe_kernels/triton/lib/cka.py: means, Gram matrices and sums of sampled blocks of rows."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
-from safe_kernels.triton.sweep import _load_parts
+from safe_kernels.triton.lib.skinny_matmul import _load_parts
 
 
 @triton.jit

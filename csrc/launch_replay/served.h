@@ -4,9 +4,9 @@
 
 #include <pybind11/pybind11.h>
 
-namespace safe_kernels::cuda {
+namespace safe_kernels::launch_replay {
 
 // Adds `serve`, `forget_plans`, `plan_counts` and `Plan` to the module.
 void bind(pybind11::module_& m);
 
-}  // namespace safe_kernels::cuda
+}  // namespace safe_kernels::launch_replay

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from safe_kernels.triton.plans import forget
-from safe_kernels.triton.store import Store
+from safe_kernels.triton.runtime.launch_replay import forget
+from safe_kernels.triton.runtime.tuning_store import Store
 
 Run = Callable[[], Any]
 Offer = Callable[[], tuple[str, Mapping[Any, Run]]]

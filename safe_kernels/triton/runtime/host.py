@@ -11,8 +11,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from safe_kernels.triton import configs, tuning
-from safe_kernels.triton.plans import launch, may_change, unrecorded
+from safe_kernels.triton.runtime import configs, tuning
+from safe_kernels.triton.runtime.launch_replay import launch, may_change, unrecorded
 
 Result = TypeVar("Result")
 TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}

@@ -8,9 +8,9 @@
 #include <string>
 #include <vector>
 
-#include "cuda/plan.h"
+#include "launch_replay/plan.h"
 
-namespace safe_kernels::cuda {
+namespace safe_kernels::launch_replay {
 
 struct Signature {
   std::string key;
@@ -20,4 +20,4 @@ struct Signature {
 // Nothing if an argument is of a kind that no op here takes, or no tensor is given.
 std::optional<Signature> signature_of(c10::ArrayRef<c10::IValue> arguments);
 
-}  // namespace safe_kernels::cuda
+}  // namespace safe_kernels::launch_replay

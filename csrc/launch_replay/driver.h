@@ -6,7 +6,7 @@
 #include <array>
 #include <cstdint>
 
-namespace safe_kernels::cuda {
+namespace safe_kernels::launch_replay {
 
 struct Grid {
   std::array<unsigned, 3> programs;
@@ -20,4 +20,4 @@ bool can_launch();
 // Starts a kernel; `function` and `stream` are the driver's handles, `parameters` addresses of the kernel's arguments.
 void launch(void* function, const Grid& grid, void* stream, void** parameters);
 
-}  // namespace safe_kernels::cuda
+}  // namespace safe_kernels::launch_replay

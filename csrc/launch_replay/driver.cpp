@@ -1,4 +1,4 @@
-#include "cuda/driver.h"
+#include "launch_replay/driver.h"
 
 #include <c10/util/Exception.h>
 
@@ -6,7 +6,7 @@
 #include <dlfcn.h>
 #endif
 
-namespace safe_kernels::cuda {
+namespace safe_kernels::launch_replay {
 
 namespace {
 
@@ -60,4 +60,4 @@ void launch(void* function, const Grid& grid, void* stream, void** parameters) {
   TORCH_CHECK(false, "safe_kernels cannot launch a kernel: CUDA error ", error, " (", text, ")");
 }
 
-}  // namespace safe_kernels::cuda
+}  // namespace safe_kernels::launch_replay

@@ -1,10 +1,10 @@
-#include "cuda/signature.h"
+#include "launch_replay/signature.h"
 
 #include <ATen/Context.h>
 
 #include <cstring>
 
-namespace safe_kernels::cuda {
+namespace safe_kernels::launch_replay {
 
 namespace {
 
@@ -89,4 +89,4 @@ std::optional<Signature> signature_of(c10::ArrayRef<c10::IValue> arguments) {
   return found;
 }
 
-}  // namespace safe_kernels::cuda
+}  // namespace safe_kernels::launch_replay

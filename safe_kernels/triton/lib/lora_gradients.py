@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from safe_kernels.triton.configs import Config, rank_tile, splits
-from safe_kernels.triton.launch import TYPES, Dropout, Product, ceil_div, flat, product, tuned
-from safe_kernels.triton.philox import _keep
-from safe_kernels.triton.plans import empty, launch
-from safe_kernels.triton.sweep import _load_narrow, _load_parts, joined, reduce, sweep
+from safe_kernels.triton.lib.philox import _keep
+from safe_kernels.triton.lib.skinny_matmul import _load_narrow, _load_parts, joined, reduce, sweep
+from safe_kernels.triton.runtime.configs import Config, rank_tile, splits
+from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, ceil_div, flat, product, tuned
+from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 NOTHING_DROPPED = Dropout(None, 0, 1.0)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from safe_kernels.triton.philox import _keep
+from safe_kernels.triton.lib.philox import _keep
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-#include "cuda/served.h"
+#include "launch_replay/served.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/stl.h>
@@ -10,11 +10,11 @@
 #include <mutex>
 #include <unordered_map>
 
-#include "cuda/signature.h"
+#include "launch_replay/signature.h"
 
 namespace py = pybind11;
 
-namespace safe_kernels::cuda {
+namespace safe_kernels::launch_replay {
 
 namespace {
 
@@ -201,4 +201,4 @@ void bind(py::module_& m) {
   m.def("plan_counts", &plan_counts);
 }
 
-}  // namespace safe_kernels::cuda
+}  // namespace safe_kernels::launch_replay

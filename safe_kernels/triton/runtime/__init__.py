@@ -1,0 +1,1 @@
+"""How kernels are launched: checks, tiles, tuning, and the replay of launches from C++."""
