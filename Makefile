@@ -1,7 +1,7 @@
 # Every target does the set-up it needs; a second run finds it done. `make` alone lists the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup demo test fuzz processes kernels matrix clients lint format sanitize bench bench-table wheel clean
+.PHONY: help setup tools demo test fuzz processes kernels matrix clients lint format sanitize bench bench-table wheel clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -11,8 +11,11 @@ export VENV
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-setup: ## virtual environment, torch, dependencies, extension (PYTHON=, TORCH=, CXX=, MAX_JOBS= choose others)
+setup: ## virtual environment, torch, what the demo needs, extension (PYTHON=, TORCH=, CXX=, MAX_JOBS= choose others)
 	@bash .ci/setup.sh
+
+tools: ## the same, and what the tests need
+	@bash .ci/setup.sh dev
 
 demo: setup ## fine-tune MiniLM on film reviews, stock PEFT beside SAFE (ARGS="--help" for its options)
 	@$(BIN)/safe-peft demo $(ARGS)
@@ -20,13 +23,13 @@ demo: setup ## fine-tune MiniLM on film reviews, stock PEFT beside SAFE (ARGS="-
 test: lint ## lint, types and every test (ARGS= goes to pytest)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
 
-fuzz: setup ## random programs over stock PEFT and over bound models, for MINUTES=30 (ARGS="--seed 1" repeats a run)
+fuzz: tools ## random programs over stock PEFT and over bound models, for MINUTES=30 (ARGS="--seed 1" repeats a run)
 	@$(BIN)/python tests/fuzz/fuzz.py --minutes $(or $(MINUTES),30) $(ARGS)
 
-processes: setup ## DDP and FSDP2 on four processes, and a compiled model on two (ARGS= goes to pytest)
+processes: tools ## DDP and FSDP2 on four processes, and a compiled model on two (ARGS= goes to pytest)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/peft/distributed/slow_processes.py $(ARGS)
 
-kernels: setup ## the kernels for GPUs, without one: run in Triton's interpreter, compiled for each kind of GPU
+kernels: tools ## the kernels for GPUs, without one: run in Triton's interpreter, compiled for each kind of GPU
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/triton/interpreted $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/triton/compiled $(ARGS)
 
@@ -36,34 +39,34 @@ matrix: ## the tests with older and newer torch, transformers and peft (CORNERS=
 clients: ## the recipes inside TRL, sentence-transformers, diffusers, Lightning, timm and accelerate (ARGS= goes to pytest)
 	@ARGS="$(ARGS)" bash .ci/clients.sh
 
-lint: setup ## ruff, clang-format, mypy, and words that are hard to read
+lint: tools ## ruff, clang-format, mypy, and words that are hard to read
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
 	@$(BIN)/mypy
 	@bash .ci/words.sh
 
-format: setup ## format Python and C++ in place
+format: tools ## format Python and C++ in place
 	@$(BIN)/ruff check --quiet --fix .
 	@$(BIN)/ruff format --quiet .
 	@$(BIN)/clang-format -i $(CPP)
 
-sanitize: setup ## the extension's tests under AddressSanitizer and UBSan
+sanitize: tools ## the extension's tests under AddressSanitizer and UBSan
 	@PYTHON="$(abspath $(BIN))/python" bash tests/cpp/run_sanitized.sh $(ARGS)
 
 BENCH := HF_HUB_OFFLINE=1 $(BIN)/pytest --benchmark-columns=median
 MEMORY := bench/training/bench_retention.py bench/training/bench_peak.py
 
-bench: setup ## measure memory, training steps and ops beside stock PEFT (ARGS= goes to pytest)
+bench: tools ## measure memory, training steps and ops beside stock PEFT (ARGS= goes to pytest)
 	@$(BENCH) $(MEMORY) --benchmark-json=bench/results/cpu-memory.json $(ARGS)
 	@$(BENCH) bench/training $(MEMORY:%=--ignore=%) --benchmark-json=bench/results/cpu-training.json $(ARGS)
 	@$(BENCH) bench/kernels --benchmark-json=bench/results/cpu-kernels.json $(ARGS)
 
-bench-table: setup ## write the tables of docs/benchmarks.md and the README's picture from the newest results
+bench-table: tools ## write the tables of docs/benchmarks.md and the README's picture from the newest results
 	@$(BIN)/python bench/table.py $(patsubst %,bench/results/cpu-%.json,memory training kernels) --write docs/benchmarks.md
 	@$(BIN)/python bench/picture.py bench/results/cpu-memory.json docs/retained.svg
 
-wheel: setup ## a wheel for the torch that is installed: dist/
+wheel: tools ## a wheel for the torch that is installed: dist/
 	@$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 clean: ## remove the set-up and everything built, not the cache of models and data

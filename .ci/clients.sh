@@ -10,7 +10,7 @@ bash .ci/copy_tree.sh "$FOLDER"
 cd "$FOLDER"
 # No client may bring another torch, or another version of what another client needs.
 export PIP_CONSTRAINT=$PWD/tests/clients/requirements.txt VENV=.venv
-bash .ci/setup.sh
+bash .ci/setup.sh dev
 readonly STAMP=.venv/.clients
 wanted=$(cksum <"$PIP_CONSTRAINT")
 if [[ ! -f $STAMP || $(<"$STAMP") != "$wanted" ]]; then

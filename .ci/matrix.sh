@@ -27,7 +27,7 @@ run_corner() { # name, Python, torch, other releases
     cd "$folder"
     export PIP_CONSTRAINT=$PWD/constraints.txt PYTHON TORCH=$3
     PYTHON=$(pythons "$2")
-    bash .ci/setup.sh
+    bash .ci/setup.sh dev
     .venv/bin/python -c 'if True:
       import sys, torch, peft, transformers
       print("Python", sys.version.split()[0], "torch", torch.__version__, "peft", peft.__version__,

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes the virtual environment, installs what pyproject.toml asks for and builds the extension. Does nothing when all
 # of that is done and nothing it depends on has changed; leaves nothing half-made when it fails.
+# Argument: `dev` installs the tools of `make test` too, which the demo does not need.
 # Environment: PYTHON, TORCH (a pip requirement for another torch), VENV, VENV_ARGS, CXX, MAX_JOBS, and pip's own.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -8,6 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 readonly VENV=${VENV:-.venv} DEFAULT_TORCH="torch==2.13.0" LOG=build/setup.log
 readonly PIP=("$VENV/bin/python" -m pip --disable-pip-version-check --no-input)
 readonly DEPENDENCIES="$VENV/.dependencies" EXTENSION="$VENV/.extension" # stamps: what was installed, what was built
+readonly TOOLS="$VENV/.tools"
 readonly PYTHONS=${PYTHON:-python3 python3.13 python3.12 python3.11 python} COMPILERS=${CXX:-c++ g++ clang++}
 half_made=""
 
@@ -113,16 +115,17 @@ install_torch() {
   pip_install torch "$wanted"
 }
 
-# The project's and its tools' requirements; torch, installed before, satisfies theirs and is not replaced.
-requirements() {
-  "$VENV/bin/python" - <<'PYTHON'
+# What pyproject.toml asks for, with these extras; torch, installed before, satisfies it and is not replaced.
+requirements() { # extras...
+  "$VENV/bin/python" - "$@" <<'PYTHON'
+import sys
 import tomllib
 
 with open("pyproject.toml", "rb") as file:
     settings = tomllib.load(file)
 project = settings["project"]
-names = settings["build-system"]["requires"] + project["dependencies"] + project["optional-dependencies"]["dev"]
-print(*names, sep="\n")
+names = settings["build-system"]["requires"] + project["dependencies"]
+print(*names, *(name for extra in sys.argv[1:] for name in project["optional-dependencies"][extra]), sep="\n")
 PYTHON
 }
 
@@ -131,12 +134,19 @@ install_dependencies() {
   venv_works || make_venv
   install_torch
   say "installing the dependencies"
-  requirements >"$VENV/requirements.txt"
+  requirements cli report >"$VENV/requirements.txt"
   pip_install "a dependency" --requirement "$VENV/requirements.txt"
   # The packages themselves, in place; the extension follows by itself, so that later builds compile what changed only.
   SAFE_KERNELS_SKIP_EXTENSION=1 pip_install safe_kernels --no-build-isolation --no-deps --editable .
   dependencies_key >"$DEPENDENCIES"
   half_made=""
+}
+
+install_tools() {
+  say "installing the tools of the tests"
+  requirements cli report dev >"$VENV/requirements.txt"
+  pip_install "a tool" --requirement "$VENV/requirements.txt"
+  cat "$DEPENDENCIES" >"$TOOLS"
 }
 
 build_extension() {
@@ -163,5 +173,6 @@ if command -v flock >/dev/null; then # of two runs at once the second waits, and
   fi
 fi
 if ! venv_works || ! is_current "$DEPENDENCIES" "$(dependencies_key)"; then install_dependencies; fi
+if [[ ${1:-} == dev ]] && ! is_current "$TOOLS" "$(<"$DEPENDENCIES")"; then install_tools; fi
 is_built() { compgen -G "safe_kernels/_C*.so" >/dev/null && is_current "$EXTENSION" "$(extension_key)"; }
 if ! is_built; then build_extension; fi

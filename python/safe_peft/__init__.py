@@ -6,7 +6,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .binding.explain import explain
-from .errors import AssetError, BindingError, ConfigError, PlanError, SafeError, ScoreError, StateError
+from .errors import (
+    AssetError,
+    BindingError,
+    ConfigError,
+    MissingPackageError,
+    PlanError,
+    SafeError,
+    ScoreError,
+    StateError,
+)
 
 if TYPE_CHECKING:
     from .binding.bind import Binding, bind
@@ -26,6 +35,7 @@ __all__ = [
     "ConfigError",
     "FreezeReport",
     "MemoryPlan",
+    "MissingPackageError",
     "PlanError",
     "SafeCallback",
     "SafeConfig",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+
 
 class SafeError(Exception):
     """Base of every error this package raises on purpose."""
@@ -31,8 +33,35 @@ class PlanError(SafeError, RuntimeError):
     """A model's memory cannot be planned: it does not run without values, or is not known how to be called."""
 
 
+class MissingPackageError(SafeError, ImportError):
+    """An optional package is not installed."""
+
+
 EXPECTED = (SafeError, OSError, ImportError)
 """What a user can mend: a wrong option or file, a full disk, a missing package."""
+
+
+def require(package: str, extra: str) -> None:
+    """See that an optional package is there.
+
+    Args:
+        package: the package to import.
+        extra: the extra of safe-kernels that installs it.
+
+    Raises:
+        MissingPackageError: It is not installed; the message has the command that installs it.
+
+    Example:
+        >>> require("json", "report")
+    """
+    try:
+        import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name != package:
+            raise
+        raise MissingPackageError(
+            f"{package} is not installed. Install what this function needs: pip install 'safe-kernels[{extra}]'"
+        ) from None
 
 
 def sentence(error: Exception) -> str:
@@ -48,6 +77,6 @@ def sentence(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         place = f"{error.filename}: " if error.filename else ""
         return f"{place}{error.strerror}."
-    if isinstance(error, ImportError):
+    if isinstance(error, ImportError) and not isinstance(error, SafeError):
         return f"{error}. Run safe-peft doctor to see what is missing."
     return str(error)

@@ -26,7 +26,8 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
     rows = [assets.Example(row["text"], int(row["label"] == "positive")) for row in sentences(320)]
     monkeypatch.setattr(assets, "load_film_reviews", lambda: (rows[:256], rows[256:]))
     model = bert_folder(tmp_path / "bert")
-    return DemoConfig(str(tmp_path / "out"), model, rows=80, test_rows=32, batch_size=8, lora_dropout=0.1)
+    methods = ("stock", "safe", "bytes", "random")
+    return DemoConfig(str(tmp_path / "out"), model, methods, rows=80, test_rows=32, batch_size=8, lora_dropout=0.1)
 
 
 def in_this_process(config: FinetuneConfig) -> FreezeReport:

@@ -15,7 +15,7 @@ from safe_peft.cli import doctor, inspection
 from safe_peft.cli.doctor import Check, Diagnosis
 from safe_peft.cli.inspection import Findings
 
-PACKAGES = Path(doctor.__file__).parents[1]
+PACKAGES = Path(doctor.__file__).parents[2]
 
 
 def healthy() -> Findings:

@@ -1,1 +1,21 @@
 """The commands."""
+
+from __future__ import annotations
+
+from ..errors import MissingPackageError, require
+
+
+def main() -> None:
+    """Run `safe-peft`, or say what is missing for it.
+
+    Example:
+        >>> main()  # doctest: +SKIP
+    """
+    try:
+        for package in ("typer", "rich", "datasets"):
+            require(package, "cli")
+    except MissingPackageError as error:
+        raise SystemExit(f"safe-peft: {error}") from None
+    from .main import main as run
+
+    run()

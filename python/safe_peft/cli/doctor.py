@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AssetError
+from ..errors import AssetError, MissingPackageError, require
 from ..finetune import assets
 from .inspection import Findings, inspect_in_process
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 BUILD = "pip install --no-build-isolation -e ."
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")  # without these nothing works
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")  # without these nothing works
 _OPTIONAL = ("triton", "gguf")
 
 
@@ -265,6 +265,10 @@ def main() -> int:
         >>> main()  # doctest: +SKIP
         0
     """
+    try:
+        require("rich", "cli")
+    except MissingPackageError as error:
+        raise SystemExit(f"safe-peft doctor: {error}") from None
     from rich.console import Console
 
     diagnosis = diagnose()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, require
 
 NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how datasets and pyarrow put it
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -72,6 +72,7 @@ def _no_rows(path: Path) -> ConfigError:
 
 def _load_quietly(path: Path, kind: str) -> dict[str, list[Any]]:
     """Load a file through `datasets`, in a cache that is dropped again so that an edited file is never read from it."""
+    require("datasets", "cli")
     import datasets
 
     options = _csv_options(path) if kind == "csv" else {}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import require
 from .retained import MIB, PARTS, merged
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ def draw_plans(plans: Sequence[tuple[str, MemoryPlan]]) -> Figure:
     Example:
         >>> draw_plans([("", plan)]).savefig("plan.png")  # doctest: +SKIP
     """
+    require("matplotlib", "report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -33,7 +33,7 @@ COSTS = (
     Measure("peak RSS, MiB", lambda run: mebibytes(run.peak_rss), "{:,.0f}"),
     Measure("GFLOPs/step, start", lambda run: run.flops_start / 1e9, "{:,.1f}"),
     Measure("GFLOPs/step, end", lambda run: run.flops_end / 1e9, "{:,.1f}"),
-    Measure("seconds of training", lambda run: run.seconds, "{:,.1f}"),
+    Measure("processor seconds of training", lambda run: run.seconds, "{:,.1f}"),
     Measure("adapters frozen", lambda run: run.frozen, "{:.0f}", ratio=False),
 )
 
@@ -131,7 +131,7 @@ def _cost_sentence(method: str, group: list[RunRecord], stock: list[RunRecord]) 
     frozen, adapters = statistics.fmean(run.frozen for run in group), group[0].adapters
     return (
         f"{title(method)} ended with {frozen:.0f} of {adapters} adapters frozen; a step then retained {retained:.2f} "
-        f"times the bytes it does in stock PEFT, and the training took {seconds:.2f} times as long."
+        f"times the bytes it does in stock PEFT, and the training took {seconds:.2f} times the processor time."
     )
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..errors import require
 from .comparison import title
 from .records import AdapterRow, mebibytes
 
@@ -44,6 +45,7 @@ def draw(report: FreezeReport) -> Figure:
         >>> draw(FreezeReport("m", {}, 1, ())).get_axes()[0].get_title(loc="left")
         'no adapter was scored'
     """
+    require("matplotlib", "report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

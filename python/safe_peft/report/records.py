@@ -41,7 +41,8 @@ class RunRecord:
     """What one training run gave and cost.
 
     Retained bytes and FLOPs are those of one step on a fixed batch, before the first and after the last training step.
-    Seconds are those of the training steps alone, scoring and freezing included, evaluation and measuring not.
+    Seconds are those of the training steps alone, scoring and freezing included, evaluation and measuring not: on a CPU
+    the processor's time in all threads, on a GPU the time by the clock.
     """
 
     method: str

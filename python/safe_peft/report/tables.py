@@ -6,13 +6,14 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from rich.table import Table
-
+from ..errors import require
 from ..planning.plan import MemoryPlan, parts_cells
 from .comparison import comparison
 from .records import RunRecord
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .report import FreezeReport
 
 
@@ -97,6 +98,9 @@ def plans_table(plans: Sequence[tuple[str, MemoryPlan]]) -> Table:
 
 
 def _table(rows: list[list[str]], title: str, left: int) -> Table:
+    require("rich", "report")
+    from rich.table import Table
+
     table = Table(title=title or None, title_justify="left")
     for i, head in enumerate(rows[0]):
         table.add_column(head, justify="left" if i < left else "right", overflow="fold")

@@ -1,0 +1,71 @@
+"""What is optional is missed by the functions that need it alone, and they say in one sentence how to get it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import safe_peft
+from safe_peft import FreezeReport, MissingPackageError
+from safe_peft.report.tables import adapter_table
+
+EXTRAS = ("typer", "rich", "datasets", "matplotlib")
+TRAINS = """
+import sys
+sys.modules |= dict.fromkeys({extras})
+import torch
+from torch import nn
+from peft import LoraConfig, get_peft_model
+import safe_peft
+from safe_peft.report.report import FreezeReport
+
+layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+model = get_peft_model(layers, LoraConfig(target_modules=["0", "2"]))
+optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+freezer = safe_peft.AdapterFreezer(model, optimizer, safe_peft.SafeConfig(target_fraction=0.5), total_steps=6)
+for _ in range(6):
+    model(torch.ones(4, 8)).sum().backward()
+    optimizer.step()
+    freezer.step()
+print(len(freezer.report().adapters), safe_peft.explain(model) is not None)
+"""
+
+
+def run(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+
+
+def test_a_training_needs_no_extra() -> None:
+    done = run(TRAINS.replace("{extras}", repr(EXTRAS)))
+    assert done.stdout.split() == ["2", "True"], done.stderr
+
+
+def test_the_kernels_need_torch_alone() -> None:
+    done = run(
+        "import sys; sys.modules |= dict.fromkeys(('transformers', 'peft', 'accelerate', 'safetensors', 'triton'))\n"
+        "import torch, safe_kernels; print(safe_kernels.rms_norm(torch.ones(2, 4), torch.ones(4), 1e-6).shape)"
+    )
+    assert done.stdout.strip() == "torch.Size([2, 4])", done.stderr
+
+
+@pytest.mark.parametrize("package", ["typer", "rich", "datasets"])
+def test_the_command_says_what_is_missing(package: str) -> None:
+    done = run(f"import sys; sys.modules['{package}'] = None\nfrom safe_peft.cli import main; main()")
+    assert done.returncode == 1
+    assert done.stderr.strip() == (
+        f"safe-peft: {package} is not installed. Install what this function needs: pip install 'safe-kernels[cli]'"
+    )
+
+
+@pytest.mark.parametrize(
+    "package, use",
+    [("rich", adapter_table), ("matplotlib", lambda report: report.save_png("report.png"))],
+    ids=["table", "picture"],
+)
+def test_a_report_says_what_is_missing(package: str, use: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=rf"{package} is not installed\. .*'safe-kernels\[report\]'"):
+        use(FreezeReport("m", {}, 1, ()))  # type: ignore[operator]
+    assert issubclass(MissingPackageError, ImportError) and safe_peft.MissingPackageError is MissingPackageError
