@@ -6,12 +6,12 @@ import argparse
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
 import pytest
-from pip._internal.commands import create_command
 from torch.distributed.run import get_args_parser
 from typer.core import TyperCommand
 
@@ -77,7 +77,8 @@ def call(program: str, args: list[str], monkeypatch: pytest.MonkeyPatch) -> None
         script = next(index for index, word in enumerate(args) if word.endswith(".py"))
         call("python", args[script:], monkeypatch)
     elif program == "python" and args[:2] == ["-m", "pip"]:
-        create_command(args[2]).parse_args(args[3:])
+        # In a process of its own: pip takes setuptools' distutils away from the process that imports it.
+        assert subprocess.run([sys.executable, *args, "--help"], capture_output=True).returncode == 0
         stop()
     elif program == "python" and args[0] == "-m":
         monkeypatch.setattr(sys, "argv", args[1:])
