@@ -17,7 +17,7 @@ setup: ## virtual environment, torch, what the demo needs, extension (PYTHON=, T
 tools: ## the same, and what the tests need
 	@bash .ci/setup.sh dev
 
-demo: setup ## fine-tune MiniLM on film reviews, stock PEFT beside SAFE (ARGS="--help" for its options)
+demo: setup ## fine-tune MiniLM on film reviews, with stock PEFT and with SAFE (ARGS="--help" for its options)
 	@$(BIN)/safe-peft demo $(ARGS)
 
 test: lint ## lint, types and every test (ARGS= goes to pytest)
@@ -57,7 +57,7 @@ sanitize: tools ## the extension's tests under AddressSanitizer and UBSan
 BENCH := HF_HUB_OFFLINE=1 $(BIN)/pytest --benchmark-columns=median
 MEMORY := bench/training/bench_retention.py bench/training/bench_peak.py
 
-bench: tools ## measure memory, training steps and ops beside stock PEFT (ARGS= goes to pytest)
+bench: tools ## measure memory, training steps and ops, compared with stock PEFT (ARGS= goes to pytest)
 	@$(BENCH) $(MEMORY) --benchmark-json=bench/results/cpu-memory.json $(ARGS)
 	@$(BENCH) bench/training $(MEMORY:%=--ignore=%) --benchmark-json=bench/results/cpu-training.json $(ARGS)
 	@$(BENCH) bench/kernels --benchmark-json=bench/results/cpu-kernels.json $(ARGS)

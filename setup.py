@@ -65,7 +65,7 @@ def compile_flags(compiler: str, torch_includes: list[str]) -> list[str]:
     # -g0: Python's own flags ask for debug information, which takes more than half of the compiler's time.
     flags = ["-O1", "-g", "-fno-omit-frame-pointer"] if SANITIZE else ["-O3", "-g0"]
     flags += ["-Wall", "-Wextra", "-Werror", "-fvisibility=hidden"]
-    # Nobody asks which floating-point exceptions were raised, and GCC makes vector code of comparisons only then.
+    # No code asks which floating-point exceptions were raised, and GCC makes vector code of comparisons only then.
     flags.append("-fno-trapping-math")
     flags.append(f"-ffile-prefix-map={ROOT}/=")  # the dispatcher tells where a kernel was registered: csrc/...
     for folder in torch_includes:

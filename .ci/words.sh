@@ -4,7 +4,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly WORDS='beside|whoever|whatever|nobody|a freezing|freezings|scorings|mend|mended|bytes a row|numbers a row'
-if grep -nwiE "$WORDS" ./*.md docs/*.md; then
+readonly IN_SOURCE='beside|whoever|nobody|mend|mends|mended|a freezing|bytes a row|numbers a row'
+if grep -nwiE "$WORDS" ./*.md docs/*.md || grep -rnwiE "$IN_SOURCE" csrc safe_kernels python bench --include='*.[hp]*'; then
   printf 'make lint: write these sentences with the subject first and the usual words (docs/glossary.md).\n' >&2
   exit 1
 fi

@@ -20,7 +20,7 @@ def compare(benchmark: BenchmarkFixture, run: Run, competitor: Run, *, rounds: i
         run: what is measured.
         competitor: what it is measured against.
         rounds: pairs of runs.
-        facts: further figures to keep beside the times.
+        facts: further figures to store with the times.
 
     Returns:
         The median over pairs of (time of run / time of competitor), kept as `ratio`; a provider compared with itself

@@ -58,7 +58,7 @@ inline void check_dropout(double dropout_p, const std::optional<at::Tensor>& rng
   check_device(*rng_state, "rng_state", like, like_name);
 }
 
-// What a norm multiplies or adds: one number a feature of x.
+// What a norm multiplies or adds: one number per feature of x.
 inline void check_per_feature(const at::Tensor& tensor, const char* name, const at::Tensor& x, const char* like) {
   check_floating(tensor, name);
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_size(0) == x.sym_size(-1), name, " must have shape [",
@@ -67,11 +67,12 @@ inline void check_per_feature(const at::Tensor& tensor, const char* name, const 
   check_device(tensor, name, x, like);
 }
 
-// A statistic of a norm: one number a row of x.
+// A statistic of a norm: one number per row of x.
 inline void check_per_row(const at::Tensor& tensor, const char* name, const at::Tensor& x, const char* like) {
   check_floating(tensor, name);
   TORCH_CHECK_VALUE(tensor.sym_sizes() == x.sym_sizes().slice(0, x.dim() - 1), name, " must have shape ",
-                    x.sym_sizes().slice(0, x.dim() - 1), ", one number a row of ", like, ", got ", tensor.sym_sizes());
+                    x.sym_sizes().slice(0, x.dim() - 1), ", one number per row of ", like, ", got ",
+                    tensor.sym_sizes());
   check_device(tensor, name, x, like);
 }
 

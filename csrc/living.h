@@ -1,4 +1,4 @@
-// Objects that live in this process, for those who have to find what nobody hands them.
+// Objects that live in this process, for code that has to find what it is not given.
 
 #pragma once
 

@@ -25,7 +25,7 @@ def prefers_fused(
     On a GPU it does the same products by the same library and moves fewer bytes: the layer's output is not read again,
     and the two gradients of x are not added by autograd. So it is preferred there; with `autotune` on, the first call
     of each size times both, forward and backward. On a CPU it is composed of the two; a compiled graph keeps `lora`,
-    beside which the compiler may fuse, and so does a layer whose weight trains, as autograd does that best.
+    since the compiler fuses around it, and so does a layer whose weight trains, as autograd does that best.
 
     Args:
         x: [..., d_in], as for `lora_linear`.
@@ -104,6 +104,6 @@ def _same(tensor: Tensor) -> Tensor:
 
 
 def _is_unseen() -> bool:
-    """Whether a graph beside the caller's would be nobody's business: no mode sees its ops, and hooks can be set."""
+    """Whether a graph other than the caller's would go unseen: no mode sees its ops, and hooks can be set."""
     disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message()
     return disabled is None and not torch._C._len_torch_dispatch_stack()

@@ -179,7 +179,7 @@ COMPOSED_ON_CPU = {"lora_linear"}
 
 def test_an_op_has_the_same_stem_everywhere() -> None:
     assert stems("ops") == stems("autograd")
-    assert stems("ops") - COMPOSED_ON_CPU <= stems("cpu"), "beside the ops, building blocks that several of them use"
+    assert stems("ops") - COMPOSED_ON_CPU <= stems("cpu"), "besides the ops, building blocks that several of them use"
     assert {path.stem for path in (NATIVE / "ops").glob("*.h")} == stems("ops")
 
 

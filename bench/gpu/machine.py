@@ -157,7 +157,7 @@ def device_ms(run: Run, device: torch.device, before: Run = lambda: None) -> flo
 
 
 def ceilings(device: torch.device) -> dict[str, float]:
-    """Bytes a second of a large copy, and FLOPs a second of a large bf16 product of random numbers."""
+    """Bytes per second of a large copy, and FLOPs per second of a large bf16 product of random numbers."""
     size = 2**20 if device.type == "cpu" else 2**30
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)

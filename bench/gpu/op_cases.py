@@ -1,4 +1,4 @@
-"""The ops by themselves, bf16, beside PEFT's operations, torch.compile of those, Liger, and cuBLAS."""
+"""The ops by themselves, bf16, compared with PEFT's operations, torch.compile of those, Liger, and cuBLAS."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def lora_cases(s: Shapes, size: dict[str, Any], compiles: bool, kind: str = "lor
 
 
 def linear_case(s: Shapes, size: dict[str, Any], compiles: bool, state: str) -> Case:
-    """A whole layer, beside cuBLAS doing its base alone."""
+    """A whole layer, compared with cuBLAS for its base alone."""
     tensors = (s.x, s.weight, s.A, s.B, size["p"])
     forwards: Providers = {
         "peft": partial(peft_linear, *tensors),

@@ -69,7 +69,7 @@ def measure(
 
 
 def all_cases(dry: bool, device: torch.device) -> Iterator[Case]:
-    """The middle size first, then its neighbours, then other ranks; torch.compile beside rank 16 alone."""
+    """The middle size first, then its neighbours, then other ranks; torch.compile only for rank 16."""
     rows, widths, ranks = (64, (32,), (8,)) if dry else (8192, (4096, 2048, 8192), (16, 64, 8))
     for rank, width, p in product(ranks, widths, (0.1, 0.0)):
         size, compiles = {"rows": rows, "d": width, "r": rank, "p": p}, rank == ranks[0]

@@ -1,4 +1,4 @@
-"""Peak memory of the training steps, planned without a GPU, beside what one measured of the same step.
+"""Peak memory of the training steps, planned without a GPU, compared with what one measured of the same step.
 
 python -m bench.gpu.planned [--sizes 1B 8B] [--measured bench/results/gpu.json]
 
@@ -28,7 +28,7 @@ OPTIMIZER_STATES = 2
 
 
 class Row(NamedTuple):
-    """Bytes of one step; `measured` is 0 where nobody has."""
+    """Bytes of one step; `measured` is 0 where it was not measured."""
 
     size: str
     provider: str

@@ -52,7 +52,7 @@ def update(path: Path, part: str, facts: dict[str, Any]) -> None:
 
 
 def seconds_left() -> float:
-    """Until the part has to end; bench/gpu.sh says when, and nobody says so by hand."""
+    """Until the part has to end; bench/gpu.sh says when."""
     return float(os.environ.get("DEADLINE", "inf")) - time.time()
 
 
@@ -75,7 +75,7 @@ def so_far(path: Path, part: str) -> dict[str, Any]:
 
 @contextmanager
 def recording(path: Path, part: str) -> Iterator[None]:
-    """What stops a part is written down beside what it measured."""
+    """What stops a part is written down with what it measured."""
     try:
         yield
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Norms, gates and dropout, beside their stock operations, torch.compile of those, and Liger."""
+"""Norms, gates and dropout, compared with their stock operations, torch.compile of those, and Liger."""
 
 from __future__ import annotations
 

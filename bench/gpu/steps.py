@@ -1,4 +1,4 @@
-"""Training steps of Llama shapes with random weights: time and peak memory beside PEFT, Liger and torch.compile."""
+"""Training steps of Llama shapes with random weights: time and peak memory, with PEFT, Liger and torch.compile."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ def cell(found: dict[str, Any]) -> str:
 
 
 def op_lines(part: dict[str, Any]) -> list[str]:
-    """Each case's median beside its floor."""
+    """Each case's median, compared with its floor."""
     lines = []
     for row in part.get("rows", []):
         size = f"d {row['d']} r {row['r']} p {row['p']}"
@@ -27,7 +27,7 @@ def op_lines(part: dict[str, Any]) -> list[str]:
 
 
 def step_lines(part: dict[str, Any]) -> list[str]:
-    """Each step beside PEFT's with the same adapters frozen, and its memory beside PEFT's with nothing frozen."""
+    """Each step compared with PEFT's with the same adapters frozen, and its memory with PEFT's with nothing frozen."""
     rows = [row for row in part.get("rows", []) if "ms" in row]
     time = {(row["size"], row["frozen"]): row["ms"]["p50"] for row in rows if row["provider"] == "peft"}
     unscored = {(row["size"], row["frozen"]): row["ms"]["p50"] for row in rows if row["provider"] == "safe"}

@@ -1,4 +1,4 @@
-"""The activations and dropout, forward and backward, beside PyTorch's own functions and the references."""
+"""The activations and dropout, forward and backward, compared with PyTorch's own functions and the references."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a processor spends on a call of the GPU's ops: replayed from C++, beside the same launches made by Python.
+"""Processor time of a call of the GPU's ops: replayed from C++, compared with the same launches made by Python.
 
 No GPU is needed: Triton's own launcher, and ours, call a driver that runs nothing (tests/triton/libcuda.c).
 """

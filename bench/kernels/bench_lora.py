@@ -1,4 +1,4 @@
-"""The op alone, forward and backward, beside the same adapter in PEFT's terms and in the reference's."""
+"""The op alone, forward and backward, compared with the same adapter in PEFT's terms and in the reference's."""
 
 from __future__ import annotations
 

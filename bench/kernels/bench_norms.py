@@ -1,4 +1,4 @@
-"""The norms, forward and backward, beside what stock models run and the reference."""
+"""The norms, forward and backward, compared with what stock models run and the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Peak of a process's memory: SmolLM2, 4 x 512 tokens, fresh processes, ours beside stock PEFT with the same loss."""
+"""Peak memory of a process: SmolLM2, 4 x 512 tokens, fresh processes, ours and stock PEFT with the same loss."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a training forward retains, ours beside stock PEFT: with the same adapters frozen, and with nothing frozen."""
+"""What a training forward retains, ours and stock PEFT: with the same adapters frozen, and with nothing frozen."""
 
 from __future__ import annotations
 

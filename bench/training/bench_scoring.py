@@ -1,4 +1,4 @@
-"""What scoring costs: a step that scores every adapter beside one that scores none, and the share of a training."""
+"""What scoring costs: a step that scores every adapter compared with one that scores none, and its share of a run."""
 
 from __future__ import annotations
 

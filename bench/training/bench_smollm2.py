@@ -1,4 +1,4 @@
-"""A whole training step of SmolLM2, ours beside stock PEFT with the same adapters frozen."""
+"""A whole training step of SmolLM2, ours compared with stock PEFT with the same adapters frozen."""
 
 from __future__ import annotations
 

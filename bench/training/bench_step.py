@@ -1,4 +1,4 @@
-"""A whole training step of MiniLM, ours beside stock PEFT with the same adapters frozen."""
+"""A whole training step of MiniLM, ours compared with stock PEFT with the same adapters frozen."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 // What an adapter keeps of its input for the gradients of lora_A and lora_B:
 //   of an x that an activation has just made, the activation's inputs, which it retains anyway
-//   only lora_B trains    h = dropout(x) A', r numbers a row
+//   only lora_B trains    h = dropout(x) A', r numbers per row
 //   x with dropout, cut from a larger tensor    a copy: PEFT keeps the dropped copy and its mask, and no more
 //   x wider than autocast's dtype, not kept by a norm    one copy in that dtype: PEFT keeps one for every reader
 //   else                  x itself, shared with every other reader
@@ -44,7 +44,7 @@ inline Tensor grad_of_B(const Tensor& grad, const Tensor& h, const Tensor& lora_
   return std::get<2>(lora_backward(grad, h, identity, lora_B, scaling, 0.0, std::nullopt, {false, false, true}));
 }
 
-// Whether x keeps alive more than the dropped copy and the mask, one byte an element, that PEFT keeps.
+// Whether x keeps alive more than the dropped copy and the mask, one byte per element, that PEFT keeps.
 inline bool exceeds_dropped_copy(const Tensor& x) {
   if (storage_of(x) == nullptr || x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return false;
   const auto bytes = storage_of(x)->sym_nbytes().maybe_as_int();

@@ -4,9 +4,9 @@
 //
 // The recipe hangs on the output itself and dies with it. In the activation's node it would not do: what a node has
 // saved may be unpacked in backward only, and once (saved_tensors_hooks, activation checkpointing), and is gone when
-// another reader's backward has freed it; and inputs held there beside what was saved would outlive a checkpointed
-// forward. A reader saves the inputs itself, as any node saves a tensor, so that every hook and every check of versions
-// applies.
+// another reader's backward has freed it; and inputs held there in addition to what was saved would outlive a
+// checkpointed forward. A reader saves the inputs itself, as any node saves a tensor, so that every hook and every
+// check of versions applies.
 
 #pragma once
 

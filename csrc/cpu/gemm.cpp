@@ -17,7 +17,7 @@ struct Simd {
 // its length, and the inner dimension of an adapter may be 14,336.
 constexpr int64_t kSumLength = 128;
 
-// P is read again for every few rows of C while it fits into the L2 cache beside them; a larger one is walked in
+// P is read again for every few rows of C while it fits into the L2 cache with them; a larger one is walked in
 // pieces.
 constexpr int64_t kPanelBytes = 128 * 1024;
 

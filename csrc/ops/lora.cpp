@@ -45,7 +45,7 @@ void check_blocks(const Tensor& x, const Tensor& block_starts, int64_t block_row
   check_dense(*row_weight, "row_weight");
   const auto rows = c10::multiply_integers(x.sym_sizes().slice(0, x.dim() - 1));
   TORCH_CHECK_VALUE(row_weight->dim() == 1 && row_weight->sym_size(0) == rows, "row_weight must have shape [", rows,
-                    "], one number a row of x, got ", row_weight->sym_sizes());
+                    "], one number per row of x, got ", row_weight->sym_sizes());
   check_device(*row_weight, "row_weight", x, "x");
 }
 

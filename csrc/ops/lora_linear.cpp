@@ -39,7 +39,7 @@ void check_lora_linear(const Tensor& x, const Tensor& weight, const std::optiona
   if (given(bias)) {
     check_dense(*bias, "bias");
     TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "bias must have shape [",
-                      weight.sym_size(0), "], one number a row of weight, got ", bias->sym_sizes());
+                      weight.sym_size(0), "], one number per row of weight, got ", bias->sym_sizes());
     check_dtype(*bias, "bias", weight);
     check_device(*bias, "bias", weight, "weight");
   }

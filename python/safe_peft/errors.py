@@ -1,4 +1,4 @@
-"""The errors this package raises; each message names what is wrong and how to mend it."""
+"""The errors this package raises; each message names what is wrong and how to fix it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class MissingPackageError(SafeError, ImportError):
 
 
 EXPECTED = (SafeError, OSError, ImportError)
-"""What a user can mend: a wrong option or file, a full disk, a missing package."""
+"""What a user can fix: a wrong option or file, a full disk, a missing package."""
 
 
 def require(package: str, extra: str) -> None:

@@ -16,7 +16,7 @@ def rms_norm(
     ``rstd = 1 / sqrt(mean(x^2) + eps)``. Sums are made in float32 (float64 for float64), and the result is rounded
     once. What autograd retains follows from which arguments require grad:
 
-    * only x does (a frozen weight): the output, which the layers that read it retain anyway, and rstd, 4 bytes a row
+    * only x does (a frozen weight): the output, which the layers that read it retain anyway, and rstd, 4 bytes per row
       (8 for float64). Backward finds the normalised row again as ``out / (weight + weight_offset)``.
     * weight does, or `retain_output` is False: x and rstd.
     * neither does: there is no graph node.

@@ -7,7 +7,7 @@ product is added to it::
     backward    grad_x = mask * (grad_h) A / (1 - p) + grad W      grad_h = scaling * grad B
 
 Either the small product is written by the adapter's own kernels, and the vendor's library adds the large one as it
-stores its tiles: beside `lora` over a layer that saves a reading of the output, a second output, and autograd's
+stores its tiles: compared with `lora` over a layer that saves a reading of the output, a second output, and autograd's
 addition of two gradients. Or one kernel here makes a tile of both, and nothing is written twice; its product of
 matrices is not the library's (on an H200 at d 8192 it took half as long again), so tuning has to find it faster.
 """

@@ -16,7 +16,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def once(gate: Tensor, up: Tensor, grad: Tensor, kind: str, dropout_p: float, seed: int) -> None:
-    """Every op on these rows, beside its reference."""
+    """Every op on these rows, compared with its reference."""
     state = torch.tensor([seed, -seed])
     what = f"{list(gate.shape)} {gate.dtype} {kind} p {dropout_p}"
     calls = {

@@ -157,7 +157,7 @@ def outcome(call: Callable[..., Any], arguments: dict[str, Any]) -> tuple[Tensor
 
 
 def check(op: str, arguments: dict[str, Any], told: list[str]) -> bool:
-    """Call an op beside its reference; returns whether it answered at all.
+    """Call an op and its reference; returns whether it answered at all.
 
     Raises:
         AssertionError: What it answered is not what the reference did, or an error says nothing.

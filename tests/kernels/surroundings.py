@@ -1,4 +1,4 @@
-"""Every public op on a few rows beside the same in plain PyTorch: what surrounds a call is tried on all alike."""
+"""Every public op on a few rows, and the same in plain PyTorch: what surrounds a call is tried on all alike."""
 
 from __future__ import annotations
 

@@ -53,7 +53,7 @@ def test_the_reference_agrees_too(kind: str, dtype: torch.dtype, dropout_p: floa
 @pytest.mark.parametrize("low", [-100.0, -12.0, -1.0])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_stretch_of_the_axis(kind: str, low: float) -> None:
-    """Densely, and each stretch by itself, since an error is judged by the largest value beside it."""
+    """Densely, and each stretch by itself, since an error is judged by the largest value near it."""
     x = torch.linspace(low, -low, 200_001)
     check(kind, x, torch.ones_like(x))
 

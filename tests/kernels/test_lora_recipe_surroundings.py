@@ -1,4 +1,4 @@
-"""The recipe of `lora`'s input beside changes in place, hooks, checkpoints, compilation and threads."""
+"""The recipe of `lora`'s input with changes in place, hooks, checkpoints, compilation and threads."""
 
 from __future__ import annotations
 

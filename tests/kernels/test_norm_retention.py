@@ -1,4 +1,4 @@
-"""What the norms retain, to the byte: one storage with what their readers retain, and 4 bytes a row."""
+"""What the norms retain, to the byte: one storage with what their readers retain, and 4 bytes per row."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_float64_statistics_take_8_bytes(names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[4]], ids=str)
 @pytest.mark.parametrize("kind", ["rms", "layer"])
 def test_the_output_is_what_its_readers_retain(kind: str, dtypes: Dtypes) -> None:
-    """The norm before q, k and v: one tensor for four nodes, and 4 bytes a row."""
+    """The norm before q, k and v: one tensor for four nodes, and 4 bytes per row."""
     p = norm(kind, dtypes=dtypes).require("x")
     adapters = [[nn.Parameter(torch.randn(4, 33)), nn.Parameter(torch.randn(20, 4))] for _ in range(3)]
     base = torch.randn(MIDDLE[0], 20).to(dtypes.x)

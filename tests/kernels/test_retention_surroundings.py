@@ -1,4 +1,4 @@
-"""The measure beside other hooks, other threads and other kinds of tensors."""
+"""The measure with other hooks, other threads and other kinds of tensors."""
 
 from __future__ import annotations
 

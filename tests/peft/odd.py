@@ -1,4 +1,4 @@
-"""A small model with a layer of every kind that LoRA adapts beside nn.Linear: an embedding, convolutions, experts."""
+"""A small model with every kind of layer that LoRA adapts, other than nn.Linear: embedding, convolutions, experts."""
 
 from __future__ import annotations
 

@@ -23,8 +23,8 @@ class Block:
     Args:
         features: norm outputs, query, key, value and attention output, in units of d.
         mlp: gate and up, or the pre-activation, in units of f.
-        norms: how many norms keep a 1/std of four bytes a row.
-        attention: bytes a token of the attention's own statistics.
+        norms: how many norms keep a 1/std of four bytes per row.
+        attention: bytes per token of the attention's own statistics.
         adapters: LoRA layers, each with 16 bytes of random state when it drops.
         dropouts: the model's own.
     """

@@ -100,7 +100,7 @@ def test_checkpoints_by_hand_draw_the_same_dropout(way: str, frozen: tuple[int, 
 
 
 def test_reentrant_checkpoints_over_an_input_without_grad_are_warned_of_as_in_stock_peft() -> None:
-    """Called by hand they hide the block's call from the binding; of those that transformers calls it mends this."""
+    """Called by hand they hide the block's call from the binding; of those that transformers calls it fixes this."""
     for bound in (False, True):
         model, batch = toy(), next(pairs(1))
         model.base_model.model.around = by_hand(use_reentrant=True)

@@ -1,4 +1,4 @@
-"""The command line: what a user can mend is one sentence and exit status 2, never a traceback."""
+"""The command line: what a user can fix is one sentence and exit status 2, never a traceback."""
 
 from __future__ import annotations
 

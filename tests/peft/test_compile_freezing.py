@@ -111,7 +111,7 @@ def test_an_event_recompiles_once_and_a_scoring_not_at_all(way: Callable[..., nn
     for step, graphs in seen["graphs"].items():
         if step > 1 and step not in SCORED:
             blocks = {name.split(".")[1] for name in pending}
-            # Beside a block that changed, the one above it may have lost the gradient of its input.
+            # Next to a block that changed, the one above it may have lost the gradient of its input.
             assert graphs <= (2 * len(blocks) if way in (block_by_block, regions) else min(1, len(pending))), step
             pending = set()
         pending |= set(seen["frozen"][step])

@@ -69,7 +69,7 @@ def test_every_asset_is_listed(found: Callable[..., Diagnosis], tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    ("changes", "name", "mend"),
+    ("changes", "name", "fix"),
     [
         ({"torch_error": "libc10.so: cannot open"}, "import torch", "pip install"),
         ({"extension_error": "undefined symbol: _ZN3c10"}, "safe_kernels._C", doctor.BUILD),
@@ -77,14 +77,14 @@ def test_every_asset_is_listed(found: Callable[..., Diagnosis], tmp_path: Path) 
     ],
 )
 def test_what_nothing_works_without(
-    found: Callable[..., Diagnosis], changes: dict[str, object], name: str, mend: str
+    found: Callable[..., Diagnosis], changes: dict[str, object], name: str, fix: str
 ) -> None:
     diagnosis = found(**changes)
     check = named(diagnosis, name)
     assert (check.ok, check.essential) == (False, True)
-    assert mend in check.mend
+    assert fix in check.fix
     assert diagnosis.exit_status == 1
-    assert f"-> {check.mend}" in str(diagnosis)
+    assert f"-> {check.fix}" in str(diagnosis)
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_a_package_too_old_is_named_with_what_is_needed(
     monkeypatch.setattr(doctor, "_requirements", lambda: {"peft": ">=999"})
     diagnosis = found()
     assert ">=999" in named(diagnosis, "peft").found
-    assert named(diagnosis, "peft").mend == "pip install 'peft>=999'"
+    assert named(diagnosis, "peft").fix == "pip install 'peft>=999'"
     assert diagnosis.exit_status == 1
 
 

@@ -1,4 +1,4 @@
-"""PeftModel of every task type, adapters without a PeftModel, and methods beside LoRA."""
+"""PeftModel of every task type, adapters without a PeftModel, and methods other than LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA over quantised layers: what stock PEFT computes, and the retention contract beside what the base retains."""
+"""LoRA over quantised layers: what stock PEFT computes, and the retention contract without what the base retains."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_a_copy_is_an_ordinary_peft_model(kind: str) -> None:
 
 
 def storages_of(layer: nn.Module, x: Tensor) -> int:
-    return measure(lambda: layer(x * 1)).bytes  # x * 1: as in a model, whoever does not save it lets it go
+    return measure(lambda: layer(x * 1)).bytes  # x * 1: as in a model, code that does not save it lets it go
 
 
 ROWS_OF_THE_DOCS = {

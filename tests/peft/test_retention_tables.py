@@ -19,7 +19,7 @@ TOKENS = ROWS * LENGTH
 STATES = ("something trains", "frozen, the gradient passes", "nothing below it trains")
 READERS = 3
 INPUT, WIDE, ROW, RANK, RANDOM = 4 * TOKENS * D, 4 * TOKENS * F, 4 * TOKENS, 4 * TOKENS * 4, 16
-"""Bytes in fp32: d or f elements a token, a number a row, r = 4 numbers a row, a random state."""
+"""Bytes in fp32: d or f elements per token, a number per row, r = 4 numbers per row, a random state."""
 
 WORDS: dict[str, list[int] | None] = {
     "its input, once however many layers read it; with dropout 16 bytes": [INPUT, INPUT + READERS * RANDOM],
@@ -69,7 +69,7 @@ def lora_with_a_frozen_A(state: str) -> list[int | None]:
 
 
 def lora_behind_an_activation(state: str) -> list[int | None]:
-    """Beside what the activation retains alone."""
+    """In addition to what the activation alone retains."""
     trains = state == STATES[0]
     A, B = weight(4, F, trains=trains), weight(D, 4, trains=trains)
     x, base = leaf(F, state), torch.randn(TOKENS, D)

@@ -17,7 +17,7 @@ VOCABULARY = 50
 
 
 def bert(layers: int = 2, **lora: Any) -> PeftModel:
-    """BERT with six LoRA adapters a layer; `classifier` trains whole, as PEFT does for sequence classification."""
+    """BERT with six LoRA adapters per layer; `classifier` trains whole, as PEFT does for sequence classification."""
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCABULARY,

@@ -43,7 +43,7 @@ class Toy(nn.Module):
 
 
 def toy(blocks: int = 2, **lora: Any) -> PeftModel:
-    """Two adapters a block; the head trains whole. The adapters do something from the start."""
+    """Two adapters per block; the head trains whole. The adapters do something from the start."""
     torch.manual_seed(0)
     options = {"r": 2, "lora_alpha": 4, "target_modules": ["up", "down"], "modules_to_save": ["head"]} | lora
     model = get_peft_model(Toy(blocks), LoraConfig(**options)).train()

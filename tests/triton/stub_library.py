@@ -21,7 +21,7 @@ WATCHER = ctypes.CFUNCTYPE(
 
 
 def load() -> tuple[ctypes.CDLL, Path]:
-    """The library, which whoever looks for libcuda.so.1 finds from now on, and the folder it lies in."""
+    """The library, which code that looks for libcuda.so.1 finds from now on, and its folder it lies in."""
     folder = Path(tempfile.mkdtemp(prefix="stub-driver-"))
     library = folder / "libcuda.so.1"
     command = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-O1", "-Wall", "-Wextra", "-Werror"]

@@ -137,8 +137,8 @@ class Binding:
 def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
     """Bind every adapter layer of a model that has a fast path, and what retains more than it needs around them.
 
-    Nothing is frozen or scored. Beside the adapters this serves norms, MLPs and dropouts, and lets the graph begin at
-    the lowest transformer block in which anything trains.
+    Nothing is frozen or scored. In addition to the adapters this serves norms, MLPs and dropouts, and lets the graph
+    begin at the lowest transformer block in which anything trains.
 
     The model object, its state dict's keys, `save_pretrained`, `isinstance` and what is printed stay as they are. A
     call that the fast path does not cover runs PEFT's own code; `explain` says which and why. Copies and pickles of a
@@ -146,7 +146,7 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
 
     Args:
         model: a PEFT model, or anything that holds its layers; DDP's wrapper and `torch.compile`'s are looked through.
-        parts: what to serve beside the adapters: "norms", "mlps" (with their activations), "attention" (that
+        parts: what to serve in addition to the adapters: "norms", "mlps" (with their activations), "attention" (that
             which is written out in Python) and "dropouts".
 
     Returns:

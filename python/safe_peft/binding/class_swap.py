@@ -19,7 +19,7 @@ class Swapped(nn.Module):
     """Base of the classes that binding puts on instances; `original` is the class that the instance had."""
 
     original: ClassVar[type[nn.Module]]
-    # Whoever wraps or compiles a bound module keeps its method, and may call that when the module is bound no more:
+    # Code that wraps or compiles a bound module keeps its method, and may call it when the module is bound no more:
     # then each `forward` and `__call__` passes the call on to the module's own class.
 
     def _get_name(self) -> str:

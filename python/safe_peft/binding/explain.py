@@ -41,7 +41,7 @@ class LayerPath:
 
 @dataclass(frozen=True)
 class PartPath:
-    """Which path serves one part of a transformer block beside its adapters.
+    """Which path serves one part of a transformer block other than its adapters.
 
     Args:
         name: its path in the model.

@@ -40,7 +40,7 @@ class DemoConfig:
         epochs: passes over the training sentences.
         seed: the first seed.
         seeds: how many seeds to repeat everything over.
-        batch_size: rows a batch.
+        batch_size: rows per batch.
         learning_rate: of AdamW.
         lora_dropout: of the adapters.
         target_fraction: share of the adapters that "safe" and "random" freeze, and of the bytes that "bytes" frees.

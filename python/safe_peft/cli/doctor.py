@@ -1,4 +1,4 @@
-"""Says what is installed, which kernel serves which device, whether the extension can be built, and what to mend."""
+"""Says what is installed, which kernel serves which device, whether the extension can be built, and what to fix."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Check:
         found: what was found.
         ok: False for a problem, None for a plain fact.
         essential: whether the package cannot work with this problem.
-        mend: the command or step that mends the problem.
+        fix: the command or step that fixes the problem.
     """
 
     group: str
@@ -44,7 +44,7 @@ class Check:
     found: str
     ok: bool | None = None
     essential: bool = False
-    mend: str = ""
+    fix: str = ""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Diagnosis:
         """Lay everything out for the terminal.
 
         Returns:
-            A table; each problem is followed by what mends it.
+            A table; each problem is followed by what fixes it.
 
         Example:
             >>> rich.print(diagnose().table())  # doctest: +SKIP
@@ -93,7 +93,7 @@ class Diagnosis:
             "ellipsis",
             "ellipsis",
             "fold",
-        ):  # what was found is often a path, which nobody can use in part
+        ):  # what was found is often a path, which is of no use in part
             table.add_column(overflow=overflow)
         group = ""
         for check in self.checks:
@@ -102,8 +102,8 @@ class Diagnosis:
                 table.add_row(Text(f"\n{group}", style="bold"))
             mark, style = {True: ("ok", "green"), False: ("!!", "red"), None: ("", "")}[check.ok]
             found = Text(check.found)
-            if check.ok is False and check.mend:
-                found.append(f"\n-> {check.mend}", style="yellow")
+            if check.ok is False and check.fix:
+                found.append(f"\n-> {check.fix}", style="yellow")
             table.add_row(Text(f"  {check.name}"), Text(mark, style=style), found)
         return table
 
@@ -130,12 +130,12 @@ def _versions() -> Iterator[Check]:
     wanted = _requirements()
     for name in _PACKAGES:
         version, need = _version(name), wanted.get(name, "")
-        mend = f"pip install '{name}{need}'"
+        fix = f"pip install '{name}{need}'"
         if version is None:
-            yield Check(group, name, "missing", False, True, mend)
+            yield Check(group, name, "missing", False, True, fix)
         else:
             good = _satisfies(version, need)
-            yield Check(group, name, version if good else f"{version}, but {need} is needed", good, True, mend)
+            yield Check(group, name, version if good else f"{version}, but {need} is needed", good, True, fix)
     for name in _OPTIONAL:
         yield Check(group, name, _version(name) or "not installed (optional)")
 
@@ -211,8 +211,8 @@ def _build(findings: Findings) -> Iterator[Check]:
     found = _first_line([ninja, "--version"]) if ninja else "missing; the build is slower without it"
     yield Check(group, "ninja", found, ninja is not None, False, "pip install ninja")
     header = Path(sysconfig.get_path("include"), "Python.h")
-    mend = "apt-get install python3-dev (Debian, Ubuntu)"
-    yield Check(group, "Python headers", str(header.parent), header.exists(), essential, mend)
+    fix = "apt-get install python3-dev (Debian, Ubuntu)"
+    yield Check(group, "Python headers", str(header.parent), header.exists(), essential, fix)
     setuptools = _version("setuptools")
     good = setuptools is not None and _satisfies(setuptools, ">=70")
     yield Check(group, "setuptools", setuptools or "missing", good, essential, "pip install 'setuptools>=70'")
@@ -234,8 +234,8 @@ def _machine(findings: Findings) -> Iterator[Check]:
         yield Check(group, "OpenMP", found, False, False, BUILD)
     unused = not findings.gpus and shutil.which("nvidia-smi") is not None
     found = ", ".join(findings.gpus) or ("present, but this torch cannot use it" if unused else "none")
-    mend = f"install a build of torch for this GPU, then: {BUILD}"
-    yield Check(group, "GPU", found, False if unused else None, False, mend)
+    fix = f"install a build of torch for this GPU, then: {BUILD}"
+    yield Check(group, "GPU", found, False if unused else None, False, fix)
 
 
 def _cache() -> Iterator[Check]:

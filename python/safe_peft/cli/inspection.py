@@ -1,4 +1,4 @@
-"""Looks at torch and the extension from a process of its own: a broken build may crash whoever loads it."""
+"""Looks at torch and the extension from a process of its own: a broken build may crash the process that loads it."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 
 
 def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a user can mend into one sentence on standard error and exit status 2.
+    """Turn what a user can fix into one sentence on standard error and exit status 2.
 
     Args:
         command: a command's function.
@@ -101,7 +101,7 @@ def demo(
     )
     report = comparison.demo(config)
     console = Console()
-    console.print(runs_table(report.runs, f"{report.model}, {report.total_steps} steps a run"), highlight=False)
+    console.print(runs_table(report.runs, f"{report.model}, {report.total_steps} steps per run"), highlight=False)
     console.print(verdict(report.runs), highlight=False)
     if report.plans:
         console.print(plans_table(report.plans), highlight=False)

@@ -168,9 +168,9 @@ class Engine:
         return flat[: -len(tail)].view_as(values), count, batch_mark * batch_mark != count * batch_square
 
     def _find_ddp(self) -> DistributedDataParallel | None:
-        """Look for a wrapper that may have come late: for the first scoring, at a freezing, and for the scoring after.
+        """Look for a wrapper that came late: at the first scoring step, at a freeze event, at the scoring step after.
 
-        To look at each scoring would cost a second a million objects.
+        To look at each scoring step would cost a second per million objects.
         """
         if self._ddp is None and self._search and _is_initialized() and not fsdp.fsdp_groups(self._model):
             self._search = False

@@ -226,7 +226,7 @@ def path_of(path: str | os.PathLike[str], argument: str = "path") -> Path:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file beside its final place and move it there only when it is complete and on the disk.
+    """Write a file next to its final place and move it there only when it is complete and on the disk.
 
     Args:
         path: where the file shall be; its folder is made when missing.

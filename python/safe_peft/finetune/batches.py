@@ -66,7 +66,7 @@ class Examples:
         """Yield all rows in batches, in order.
 
         Args:
-            batch_size: rows a batch.
+            batch_size: rows per batch.
 
         Example:
             >>> len(list(Examples([[1]] * 5, None, 0).in_order(2)))
@@ -79,7 +79,7 @@ class Examples:
         """Yield training batches without end, every epoch in a new order that the seed alone decides.
 
         Args:
-            batch_size: rows a batch; the last batch of an epoch may be smaller.
+            batch_size: rows per batch; the last batch of an epoch may be smaller.
             seed: of the order. Torch's own generator is neither read nor moved, so whatever a method draws from it
                 (dropout) leaves the batches as they are.
 
@@ -101,7 +101,7 @@ def tokenize(
 
     Args:
         tokenizer: with a padding token.
-        texts: one a row.
+        texts: one per row.
         labels: a class index a row, or None for language modelling; then rows of a single token, which hold nothing to
             predict, are left out.
         max_length: tokens after which a text is cut.

@@ -44,7 +44,7 @@ class FinetuneConfig:
         lora: options of `peft.LoraConfig`, by PEFT's own names.
         epochs: passes over the training file.
         max_steps: optimizer steps, instead of epochs.
-        batch_size: rows a batch.
+        batch_size: rows per batch.
         learning_rate: of AdamW, reached after `warmup_ratio` of the steps and falling linearly to zero.
         weight_decay: of AdamW.
         warmup_ratio: share of the steps over which the learning rate rises.

@@ -183,7 +183,7 @@ def class_names(labels: Sequence[str]) -> list[str]:
     """Return the classes in a stable order: by value if all are integers, else by name.
 
     Args:
-        labels: one a row.
+        labels: one per row.
 
     Raises:
         ConfigError: There are fewer than two classes.
@@ -205,7 +205,7 @@ def class_indices(path: str | Path, labels: Sequence[str], names: Sequence[str])
 
     Args:
         path: where the labels are from, for errors.
-        labels: one a row.
+        labels: one per row.
         names: the classes.
 
     Raises:

@@ -15,7 +15,7 @@ class EagerForwards:
     """Has compiled models run their Python code, uncompiled, while a scoring looks at their forwards.
 
     A graph that scores is another graph than one that does not: every freezing would compile two. Scorings are rare,
-    so they do without. The stance that was set before is set again when nobody needs this any longer: at `end`, or
+    so they do without. The stance that was set before is set again when this is not needed any longer: at `end`, or
     when a training that was broken off in the middle of a scoring is forgotten.
     """
 
@@ -41,7 +41,7 @@ def _release(holder: int) -> None:
 
 
 def allow_recompilations(frozen: Collection[str], blocks: Collection[str]) -> None:
-    """Raise torch's limit on recompilations by what a freezing may need; at the limit it would stop compiling for good.
+    """Raise torch's limit on recompilations by what a freeze event may need; at the limit torch stops compiling.
 
     A model compiled whole compiles once more, in training and once in evaluation. Of blocks compiled one by one those
     do in which something froze, and the one above if no gradient reaches it any longer; all share one limit.

@@ -70,7 +70,7 @@ def way(curve: str, step: int, start: int, end: int) -> float:
     """
     share = _CURVES[curve](step, start, end)
     if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
-        raise ConfigError(f"curve {curve!r}: expected a share between 0 and 1 at step {step}, got {share!r}; mend it.")
+        raise ConfigError(f"curve {curve!r}: expected a share between 0 and 1 at step {step}, got {share!r}; fix it.")
     return share
 
 

@@ -50,7 +50,7 @@ class Ledger:
         self.scorings.append(Scoring(step, threshold, dict(importance)))
 
     def record_freezing(self, step: int, name: str, threshold: float | None = None) -> None:
-        """Add a freezing, with the importance the adapter had at the latest scoring.
+        """Add a freeze event, with the importance the adapter had at the latest scoring.
 
         Args:
             step: optimizer steps done.

@@ -74,15 +74,15 @@ class NonFinite:
             return None
         parts = sorted({part for found in broken.values() for part in found})
         what = f"{len(broken)} adapters have a score that is not finite at step {step}: NaN or Inf in {_list(parts)}"
-        mend = "lower the learning rate, clip gradients, or look for broken rows"
+        fix = "lower the learning rate, clip gradients, or look for broken rows"
         if self._raises:
             return ScoreError(
-                f"{what} of {_some(list(broken))}; {mend}. The freezer stays usable; on_nonfinite='warn' goes on "
+                f"{what} of {_some(list(broken))}; {fix}. The freezer stays usable; on_nonfinite='warn' goes on "
                 "without freezing these."
             )
         if new := self._new(broken, True):
             why = "%s of %s, which stay trainable; %s, or stop with on_nonfinite='raise'."
-            logger.warning(why, what, _some(new), mend)
+            logger.warning(why, what, _some(new), fix)
         return None
 
     def note_postponed(self, step: int) -> None:

@@ -1,4 +1,4 @@
-"""What optimizers know of adapters that froze, and how they forget it, whoever holds it."""
+"""What optimizers know of adapters that froze, and how they forget it, wherever they are held."""
 
 from __future__ import annotations
 

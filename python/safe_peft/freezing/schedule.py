@@ -37,7 +37,7 @@ def resolve(config: SafeConfig, total_steps: int | None = None) -> Schedule:
         The same schedule in steps; intervals are at least one step.
 
     Raises:
-        ConfigError: A share is used and nobody states the number of steps, or the moments are out of order.
+        ConfigError: A share is used and the number of steps is not given, or the moments are out of order.
 
     Example:
         >>> resolve(SafeConfig(), total_steps=1000).freeze_end
@@ -140,7 +140,7 @@ def choose(
 
 
 def rank(config: SafeConfig, importance: Mapping[str, float]) -> list[str]:
-    """Who may freeze, the least important first: whose importance is known, and whom nobody spares.
+    """The adapters that may freeze, the least important first: their importance is known, and no option spares them.
 
     Example:
         >>> rank(SafeConfig(never_freeze=("a",)), {"a": 0.1, "b": 0.3, "c": 0.2, "d": math.nan})

@@ -187,7 +187,7 @@ class Scorer:
             value = float(made)
         except (TypeError, ValueError, OverflowError):
             name = self._adapters[index].name
-            raise ScoreError(f"the score of {name!r} must be a number, got {made!r}; mend its function.") from None
+            raise ScoreError(f"the score of {name!r} must be a number, got {made!r}; fix its function.") from None
         if math.isfinite(value):
             return value
         if parts := broken_parts(evidence):

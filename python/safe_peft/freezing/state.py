@@ -212,7 +212,7 @@ def _check_agreement(saved: Saved, owner: Owner) -> None:
         (ledger.last_step <= saved.step, "its ledger tells of steps that were not done"),
         (set(ledger.names) <= names, "its ledger names adapters that it lacks"),
         (all(len(row) == 4 for row in saved.evidence.sums), "evidence.sums has a row that is not of four"),
-        (len(saved.evidence.sums) in (0, len(names)), "evidence.sums is not of one row an adapter"),
+        (len(saved.evidence.sums) in (0, len(names)), "evidence.sums is not of one row per adapter"),
         (saved.evidence.importance.keys() <= names, "evidence.importance names adapters that it lacks"),
         (saved.evidence.broken.keys() <= names, "evidence.broken names adapters that it lacks"),
         (set(saved.planned.recompute) <= set(owner.blocks), "planned.recompute names blocks that the model lacks"),

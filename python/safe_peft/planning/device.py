@@ -49,7 +49,7 @@ def as_on(kind: str, here: torch.device) -> AbstractContextManager[Any]:
 class AsOnGpu(TorchFunctionMode):
     """PyTorch's ops keep for backward what their kernels need, and some of CUDA's need other things than the CPU's.
 
-    - `dropout`: one kernel, and a mask of a byte an element; on the CPU the mask is of the input's dtype.
+    - `dropout`: one kernel, and a mask of one byte per element; on the CPU the mask is of the input's dtype.
     - `scaled_dot_product_attention` with a dropout: two seeds; on the CPU all probabilities and a mask of them.
 
     Example:
@@ -73,7 +73,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **others: Any
 ) -> Tensor:
-    """There are no values to drop, so the dropout only has to draw: whoever asks sees that the block is random."""
+    """There are no values to drop, so the dropout only has to draw: the random state shows that the block is random."""
     if dropout_p:
         torch.rand(1, device=query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask, **others)

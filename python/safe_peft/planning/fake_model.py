@@ -112,7 +112,7 @@ class FakeModel:
 
 
 class _Copying(FakeCopyMode):
-    """Copies tensors that modules hold beside their parameters and buffers, as quantised layers do."""
+    """Copies tensors that modules hold in addition to their parameters and buffers, as quantised layers do."""
 
     def __init__(self, model: FakeModel) -> None:
         super().__init__(model.mode)

@@ -1,4 +1,4 @@
-"""The shapes of a training batch: for a model that nobody has called yet, or as a training shows them."""
+"""The shapes of a training batch: for a model that was not called yet, or as a training shows them."""
 
 from __future__ import annotations
 
@@ -123,8 +123,8 @@ def inputs_for(model: nn.Module, batch_size: int, sequence_length: int | None, *
 
     Args:
         model: a model of transformers, or PEFT's around one.
-        batch_size: rows a batch.
-        sequence_length: tokens a row, of encoder and decoder alike; pictures have a size of their own.
+        batch_size: rows per batch.
+        sequence_length: tokens per row, of encoder and decoder alike; pictures have a size of their own.
         padded: some rows are shorter, and attention has to mask them.
 
     Raises:

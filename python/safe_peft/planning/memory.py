@@ -48,8 +48,8 @@ def plan_memory(
 
     Args:
         model: a PEFT model on any device, bound or not; it is not changed.
-        batch_size: rows a batch.
-        sequence_length: tokens a row; None where the model takes pictures.
+        batch_size: rows per batch.
+        sequence_length: tokens per row; None where the model takes pictures.
         frozen: shell patterns of adapters to freeze, or a share of them in [0, 1], lowest first.
         recompute: shell patterns of blocks that run again in backward once they are frozen.
         batch: a model's arguments, of which the shapes count, instead of the two sizes.
@@ -78,7 +78,7 @@ def plan_memory(
     if batch is not None:
         inputs = Inputs.of(batch)
     elif batch_size is None:
-        raise PlanError("batch_size: needed beside the model, or else batch=..., a batch whose shapes count.")
+        raise PlanError("batch_size: needed in addition to the model, or else batch=..., a batch whose shapes count.")
     else:
         inputs = inputs_for(model, batch_size, sequence_length, padded=padded)
     kind = device_kind(device)

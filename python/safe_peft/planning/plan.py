@@ -40,7 +40,7 @@ class GroupRow:
     Args:
         block: the transformer block, or "" outside.
         adapters: their names.
-        holds: bytes they hold for their own gradients, whoever else holds them.
+        holds: bytes they hold for their own gradients, even if others hold them too.
         frees: bytes that ours would retain less with all of them frozen besides what is frozen.
         stock_frees: the same for stock PEFT.
     """

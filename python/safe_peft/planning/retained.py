@@ -56,7 +56,7 @@ class Saver:
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes that somebody may hold; without savers they are a block's input that nobody holds yet."""
+    """Bytes that somebody may hold; without savers they are a block's input that is not held yet."""
 
     bytes: int
     savers: tuple[Saver, ...]
@@ -189,7 +189,7 @@ class RetainedTable:
         starts: list[int] = []
         for storage in self.storages:
             starts.append(len(found))
-            # One that nobody holds yet needs a row as well, for its place among the sums.
+            # One that is not held yet needs a row as well, for its place among the sums.
             savers = {(saver.needs, saver.unless, saver.also, saver.block) for saver in storage.savers}
             found += sorted(savers) or [(0, 0, 0, -1)]
         width = len(self.adapters) + 1
@@ -293,7 +293,7 @@ class RetainedTable:
         return [tuple(names) for names in found.values()]
 
     def held_by(self, adapters: Iterable[str]) -> int:
-        """Return the bytes that these adapters hold for their own gradients, whoever else holds them."""
+        """Return the bytes that these adapters hold for their own gradients, even if others hold them too."""
         indices = {self.adapters.index(name) for name in adapters}
         return sum(s.bytes for s in self.storages if any(saver.adapter in indices for saver in s.savers))
 

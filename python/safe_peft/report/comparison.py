@@ -62,13 +62,13 @@ def title(method: str) -> str:
 
 
 def comparison(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """Lay the runs out as a table of text: a header, then one row a measure and one column a method.
+    """Lay the runs out as a table of text: a header, then one row per measure and one column per method.
 
     Args:
         runs: the measured runs; several seeds of one method give their mean and standard deviation.
 
     Returns:
-        Rows of equal length; beside stock PEFT, costs carry their ratio to it.
+        Rows of equal length; next to stock PEFT, costs carry their ratio to it.
 
     Example:
         >>> comparison([])

@@ -1,4 +1,4 @@
-"""A report's picture: importance of every adapter over time, the threshold, and the retained bytes a step."""
+"""A report's picture: importance of every adapter over time, the threshold, and the retained bytes per step."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _log_range(values: np.ndarray[Any, Any]) -> tuple[float, float]:
 
 
 def _draw_importance(report: FreezeReport, figure: Figure, axes: Axes) -> None:
-    """Draw the heat map: one row an adapter, the first layer at the bottom, as data flows through the model."""
+    """Draw the heat map: one row per adapter, the first layer at the bottom, as data flows through the model."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
@@ -214,7 +214,7 @@ def _steps(axes: Axes, report: FreezeReport, retained: tuple[tuple[int, int], ..
 
 
 def _legend(axes: Axes) -> None:
-    """Put the legend above the panel, beside its title, where it hides nothing."""
+    """Put the legend above the panel, next to its title, where it hides nothing."""
     entries = len(axes.get_legend_handles_labels()[0])
     if entries:
         place: Any = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}

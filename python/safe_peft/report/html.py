@@ -108,7 +108,7 @@ def _plans(report: FreezeReport) -> list[str]:
     buffer = io.BytesIO()
     draw_plans(report.plans).savefig(buffer, format="png", dpi=DPI)
     batch = escape(f"Planned without values for {report.plans[0][1].batch}.")
-    alt = "Bars of the bytes that one step retains by what keeps them and by block, stock PEFT beside ours"
+    alt = "Bars of the bytes that one step retains by what keeps them and by block, stock PEFT and ours"
     return [f'<p class="soft">{batch}</p>', _table(parts_cells(report.plans), words=1), _image(buffer.getvalue(), alt)]
 
 

@@ -78,7 +78,7 @@ class FreezeReport:
         """List the adapters by layer, each with a label that is short and still unambiguous within its layer.
 
         Returns:
-            One row an adapter: its layer (the first number in its name, or -1), label, name and parameters.
+            One row per adapter: its layer (the first number in its name, or -1), label, name and parameters.
 
         Example:
             >>> FreezeReport("m", {}, 1, (AdapterRecord("bert.layer.2.query", 8),)).rows()[0][:2]
@@ -145,7 +145,7 @@ class FreezeReport:
         jsonio.write_json(path, self.to_dict())
 
     def table(self) -> Table:
-        """Return a table for the terminal with one line an adapter: parameters, importance, and when it froze.
+        """Return a table for the terminal with one line per adapter: parameters, importance, and when it froze.
 
         Example:
             >>> FreezeReport("m", {}, 1, ()).table().row_count
@@ -177,7 +177,7 @@ class FreezeReport:
         return True
 
     def save_png(self, path: str | os.PathLike[str]) -> None:
-        """Draw importance over time, the threshold and the retained bytes a step into a PNG file, atomically.
+        """Draw importance over time, the threshold and the retained bytes per step into a PNG file, atomically.
 
         Args:
             path: the file to write or replace.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def adapter_cells(report: FreezeReport) -> list[list[str]]:
-    """Lay the adapters out as text: a header, then one row an adapter, ordered by layer.
+    """Lay the adapters out as text: a header, then one row per adapter, ordered by layer.
 
     Args:
         report: the report.
@@ -56,7 +56,7 @@ def _importance(value: float | None) -> str:
 
 
 def adapter_table(report: FreezeReport) -> Table:
-    """Return one line an adapter: parameters, first and last importance, the step it froze after.
+    """Return one line per adapter: parameters, first and last importance, the step it froze after.
 
     Args:
         report: the report.
@@ -71,7 +71,7 @@ def adapter_table(report: FreezeReport) -> Table:
 
 
 def runs_table(runs: Sequence[RunRecord], title: str = "") -> Table:
-    """Return the measured runs side by side, one column a method.
+    """Return the measured runs side by side, one column per method.
 
     Args:
         runs: the runs.
@@ -85,7 +85,7 @@ def runs_table(runs: Sequence[RunRecord], title: str = "") -> Table:
 
 
 def plans_table(plans: Sequence[tuple[str, MemoryPlan]]) -> Table:
-    """Return where each byte of a step goes, stock PEFT beside ours.
+    """Return where each byte of a step goes, stock PEFT and ours.
 
     Args:
         plans: with a heading each, such as "start".

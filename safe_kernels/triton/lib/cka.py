@@ -33,7 +33,7 @@ from safe_kernels.triton.runtime.launch_replay import empty, launch
 MOST_BLOCKS = 65535
 """Programs that CUDA takes along a grid's second axis."""
 MOST_AT_ONCE = 64
-"""Blocks up to which one program a block is worth K's 64 KiB for each part of it."""
+"""Blocks up to which one program per block is worth K's 64 KiB for each part of it."""
 
 
 def block_sums(

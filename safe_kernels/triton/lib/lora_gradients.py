@@ -159,7 +159,7 @@ def in_one_sweep(operand: torch.dtype, rank: int) -> bool:
     """Whether one pass over grad makes grad_h and grad_B, or each has its own.
 
     grad_h is summed over columns and grad_B over rows, so that a pass that makes both writes sums of tiles of the one
-    or the other: 4 r / rows bytes an element, and reads them again. A tile has as many rows as registers hold for
+    or the other: 4 r / rows bytes per element, and reads them again. A tile has as many rows as registers hold for
     grad_h; only a narrow rank costs less than reading grad twice, in time and in memory.
 
     Args:

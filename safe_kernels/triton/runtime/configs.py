@@ -124,7 +124,7 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
         Config(32, 32, inner=32, stages=1),
     ),
 }
-"""What tuning tries beside the table's choice; held to the same limits by the same tests."""
+"""What tuning tries in addition to the table's choice; held to the same limits by the same tests."""
 SWEEPS = ("lora_sweep", "lora_sweep_dropped", "lora_sweep_both", "lora_apply", "lora_input")
 """Kernels whose time is that of reading: they take twice the rank at a time, and read as rarely."""
 
@@ -287,7 +287,7 @@ def row_config(columns: int) -> Config:
         columns: of the rows.
 
     Returns:
-        Several short rows a program, or a long one and more warps.
+        Several short rows per program, or a long one and more warps.
 
     Example:
         >>> row_config(576).rows, row_config(8192).warps

@@ -223,7 +223,7 @@ def elementwise(kernel: Any, inputs: list[Tensor], outputs: list[Tensor], drop: 
         constants: further constexprs.
     """
     for tensor in inputs[1:]:
-        require_shape("a tensor beside the first", tensor, tuple(inputs[0].shape))
+        require_shape("a tensor after the first", tensor, tuple(inputs[0].shape))
     matrices = [flat(tensor) for tensor in inputs]
     rows, columns = matrices[0].shape
     chosen = configs.elementwise_config(columns)

@@ -102,7 +102,7 @@ def test_a_scoring_is_one_all_reduce_and_another_step_is_none() -> None:
 
 
 def search(rank: int) -> dict[str, Any]:
-    """Eight steps without DDP on the same batches; then a DDP of which nobody tells the freezer."""
+    """Eight steps without DDP on the same batches; then a DDP that the freezer is not given."""
     step, found = 0, []
     find_ddp = ddp_engine.find_ddp
     ddp_engine.find_ddp = lambda model: (found.append(step), find_ddp(model))[1]  # type: ignore[assignment]
@@ -123,7 +123,7 @@ def test_a_wrapper_is_looked_for_where_it_matters_and_not_at_every_scoring() -> 
     first, second = together(search)
     assert first == second, "parameters stay the same: the reducer of a DDP that came late is made anew"
     assert sorted({step for step, _ in first["events"]}) == [7, 10, 12]
-    assert first["searched"] == [1, 7, 8], "the first scoring, a freezing, and the scoring after it"
+    assert first["searched"] == [1, 7, 8], "the first scoring step, a freeze event, and the scoring step after it"
 
 
 def train_in_groups_of_one(rank: int, explicit: bool) -> list[list[Any]]:

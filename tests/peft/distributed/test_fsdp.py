@@ -63,7 +63,7 @@ def test_a_model_bound_before_it_is_sharded_equals_one_process(reshard: bool) ->
     assert_equal(together(train_sharded, {"reshard_after_forward": reshard}, {}, True), expected())
 
 
-# ---------------------------------------------------------------- beside other options
+# ---------------------------------------------------------------- with other options
 
 
 SANDWICH = {"target_fraction": 1 / 3, "never_freeze": ("*.layer.0.*", "*.layer.2.*"), "recompute": "frozen"}

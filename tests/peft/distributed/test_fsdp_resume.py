@@ -1,4 +1,4 @@
-"""Going on under FSDP2 after a freezing: optimizer states by their own state dict, and through torch's DCP."""
+"""Going on under FSDP2 after a freeze event: optimizer states by their own state dict, and through torch's DCP."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HSDP and tensor parallel: freezing equals one process, and whoever shares a layer decides the same."""
+"""HSDP and tensor parallel: freezing equals one process, and processes that share a layer decide the same."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ class Dying(TrainerCallback):
 
 
 def die_in_save() -> None:
-    """Die before the random state is written: the last file of this process, beside those of the first one."""
+    """Die before the random state is written: the last file of this process, next to those of the first one."""
     save = torch.save
 
     def saving(parts: Any, path: Any, **options: Any) -> None:

@@ -1,4 +1,4 @@
-"""What backward allocates beside its results is a small share of what it reads, at sizes of real training."""
+"""What backward allocates in addition to its results is a small share of what it reads, at sizes of real training."""
 
 from __future__ import annotations
 

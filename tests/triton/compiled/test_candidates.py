@@ -47,7 +47,7 @@ def launches(kernel: str, operand: torch.dtype, rank: int) -> Iterator[Launch]:
 
 
 def others(kernel: str, operand: torch.dtype, rank: int, target: str) -> list[configs.Config]:
-    """Candidates beside the table's choice, which has its tests."""
+    """Candidates other than the table's choice, which has its tests."""
     with collecting(target):
         return configs.candidates(kernel, operand, rank)[1:]
 

@@ -117,7 +117,7 @@ class Adapter(ABC):
         return adapter_parameters(self.layer, self.key)
 
     def traits(self) -> dict[str, Any]:
-        """Return, as JSON values, what a saved state has to find again: what is computed, beside the weights."""
+        """Return, as JSON values, what a saved state has to find again: what is computed, without the weights."""
         return {"shapes": [list(parameter.shape) for parameter in self.parameters()]}
 
     def dropouts(self) -> list[nn.Dropout]:

@@ -41,7 +41,7 @@ class Evidence:
         lora_A: [r, d_in].
         lora_B: [d_out, r].
         scaling: what the product is multiplied by.
-        base_weight: the frozen weight the adapter stands beside, in either orientation; None where it is quantised.
+        base_weight: the frozen weight that the adapter is added to, in either orientation; None where it is quantised.
         grad_A: gradient of lora_A before the optimizer's step.
         grad_B: gradient of lora_B before the optimizer's step.
         generator: seeded for this adapter alone, and independent of every global generator.

@@ -131,7 +131,7 @@ def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | N
 
 
 def _plain(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a base layer that computes ``x W' + bias`` alone, and whose call nobody would miss."""
+    """Weight and bias of a base layer that computes ``x W' + bias`` alone, and whose call has no other effect."""
     if type(base) is not nn.Linear or is_hooked(base) or autocasts(x):
         return None
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias", x)
@@ -202,7 +202,7 @@ class LoraAdapter(Adapter):
     layer: Any
 
     def traits(self) -> dict[str, Any]:
-        """Return, as JSON values, what a saved state has to find again: what is computed, beside the weights."""
+        """Return, as JSON values, what a saved state has to find again: what is computed, without the weights."""
         return {**super().traits(), "r": self.layer.r[self.key], "scaling": float(self.layer.scaling[self.key])}
 
     def dropouts(self) -> list[nn.Dropout]:
@@ -241,7 +241,7 @@ class LoraAdapter(Adapter):
         return B
 
     def base_weight(self) -> Tensor | None:
-        """The weight that the adapter stands beside, if it can be read."""
+        """The weight that the adapter is added to, if it can be read."""
         weight = getattr(self.layer.get_base_layer(), "weight", None)
         return weight.detach() if isinstance(weight, Tensor) and weight.dtype in _FLOATS else None
 

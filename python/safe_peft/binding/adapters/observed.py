@@ -182,7 +182,7 @@ def _has_forward_hooks(module: nn.Module) -> bool:
 
 @contextmanager
 def aside(layer: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
-    """Compute something beside the forward: no graph, the same random numbers after it, and nothing observed in it."""
+    """Compute outside of the forward: no graph, the same random numbers after it, and nothing observed in it."""
     states = [state for module in layer.modules() if isinstance(state := module.__dict__.get(STATE), LayerState)]
     observed = [state.observe for state in states]
     for state in states:

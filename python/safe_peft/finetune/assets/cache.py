@@ -1,6 +1,6 @@
 """Fetches assets into the cache. A folder there is complete or absent.
 
-Everything is made in a hidden folder beside its place and renamed at the end, under a lock, so that processes may race
+Everything is made in a hidden folder next to its place and renamed at the end, under a lock, so that processes may race
 and any of them may be killed; what a killed one left is swept by the next fetch of that asset.
 """
 
@@ -89,7 +89,7 @@ def fetch(name: str) -> Path:
 
     Raises:
         AssetError: The name is unknown; or the network, a hash, the disk or a missing package is in the way, which the
-            message tells with what mends it. Nothing half-made is left.
+            message tells with what fixes it. Nothing half-made is left.
 
     Example:
         >>> AutoModelForSequenceClassification.from_pretrained(fetch("minilm"))  # doctest: +SKIP
@@ -123,7 +123,7 @@ def _explained(name: str, cache: Path) -> Iterator[None]:
             raise AssetError(f"{name}: the disk is full; {MORE_SPACE}") from error
         raise AssetError(
             f"{name}: the cache {cache} cannot be written ({error.strerror or error}); "
-            "mend its permissions, or set SAFE_KERNELS_CACHE to another folder."
+            "fix its permissions, or set SAFE_KERNELS_CACHE to another folder."
         ) from error
 
 
@@ -166,7 +166,7 @@ def _check_hash(name: str, path: Path, expected: str) -> None:
 
 
 def _note(asset: Asset, folder: Path) -> None:
-    """Say beside the files what they are: a cache outlives the knowledge of what filled it."""
+    """Write next to the files what they are: a cache outlives the knowledge of what filled it."""
     note = {
         "name": asset.name,
         "about": asset.about,

@@ -25,7 +25,7 @@ _NETWORK = re.compile(
 _ABSENT = re.compile(r"No matching distribution found|Could not find a version", re.IGNORECASE)
 
 
-# What mends a full disk.
+# What fixes a full disk.
 MORE_SPACE = "free some space, or set SAFE_KERNELS_CACHE to a folder on another disk, and try again."
 
 
@@ -124,7 +124,7 @@ def _find(archive: Archive, folder: Path) -> Path:
 
 
 def _reason(archives: Sequence[Archive], output: str) -> str:
-    """One sentence for what pip said, with what mends it."""
+    """One sentence for what pip said, with what fixes it."""
     names = ", ".join(f"{archive.package}=={archive.version}" for archive in archives)
     if "No module named pip" in output:
         return f"pip is missing from this environment; install it with: {sys.executable} -m ensurepip"
