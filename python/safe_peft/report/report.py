@@ -144,6 +144,11 @@ class FreezeReport:
         """
         jsonio.write_json(path, self.to_dict())
 
+    def __str__(self) -> str:
+        from .tables import as_text
+
+        return as_text(self.table())
+
     def table(self) -> Table:
         """Return a table for the terminal with one line per adapter: parameters, importance, and when it froze.
 

@@ -97,6 +97,21 @@ def plans_table(plans: Sequence[tuple[str, MemoryPlan]]) -> Table:
     return _table(parts_cells(plans), f"where each byte goes: {plans[0][1].batch}" if plans else "", left=1)
 
 
+def as_text(table: Table) -> str:
+    """Return what a terminal shows of a table, without colours.
+
+    Example:
+        >>> as_text(runs_table([], "runs")).splitlines()[0].strip()
+        'runs'
+    """
+    from rich.console import Console
+
+    console = Console(no_color=True, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
 def _table(rows: list[list[str]], title: str, left: int) -> Table:
     require("rich", "report")
     from rich.table import Table
