@@ -8,9 +8,9 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import pkgutil
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -145,8 +145,9 @@ def _sizes(function: int) -> list[int]:
 
 @cache
 def _kernels() -> list[Any]:
-    names = (path.stem for path in Path(host_function.__code__.co_filename).parent.glob("*.py"))
-    modules = [importlib.import_module(f"safe_kernels.triton.{name}") for name in names if name != "__init__"]
+    package = importlib.import_module(host_function.__module__)
+    names = (found.name for found in pkgutil.walk_packages(package.__path__, f"{package.__name__}."))
+    modules = [importlib.import_module(name) for name in names]
     found = {id(value): value for module in modules for value in vars(module).values()}
     return [value for value in found.values() if isinstance(value, triton.JITFunction)]
 

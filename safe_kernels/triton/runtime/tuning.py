@@ -211,7 +211,7 @@ def _place(folder: Path, device: str) -> tuple[Path, dict[str, str]]:
 def _code() -> str:
     """What the kernels and their candidates are: a change of either makes old choices worthless."""
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
