@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pkgutil
 import signal
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -167,3 +169,12 @@ def test_what_is_remembered_is_counted_by_device(tmp_path: Path) -> None:
     Store(*tuning._place(tmp_path, "cuda-90-132")).add("key", "64x64")
     Store(tmp_path / "autotune-cuda-80-108.json", {"triton": "1.0"}).add("key", "64x64")
     assert tuning.remembered(tmp_path) == {"cuda-90-132": 1}
+
+
+def test_the_version_of_what_was_stored_is_of_every_file_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (read.append(path), b"")[1])
+    tuning._code.__wrapped__()
+    modules = pkgutil.walk_packages(safe_kernels.triton.__path__, "safe_kernels.triton.")
+    names = {"safe_kernels.triton", *(module.name for module in modules)}
+    assert {find_spec(name).origin for name in names} == set(map(str, read))  # type: ignore[union-attr]

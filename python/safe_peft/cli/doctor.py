@@ -69,12 +69,9 @@ class Diagnosis:
         return 0 if self.healthy else 1
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from ..report.tables import as_text  # which needs no extension
 
-        console = Console(no_color=True, highlight=False)
-        with console.capture() as capture:
-            console.print(self.table())
-        return capture.get().rstrip()
+        return as_text(self.table())
 
     def table(self) -> Table:
         """Lay everything out for the terminal.

@@ -88,8 +88,8 @@ def fetch(name: str) -> Path:
         A folder; a model's can be given to `from_pretrained`.
 
     Raises:
-        AssetError: The name is unknown; or the network, a hash, the disk or a missing package is in the way, which the
-            message tells with what fixes it. Nothing half-made is left.
+        AssetError: The name is unknown; or the network, a hash, the disk or a missing package is in the way. The
+            message says which one, and how to fix it. Nothing half-made is left.
 
     Example:
         >>> AutoModelForSequenceClassification.from_pretrained(fetch("minilm"))  # doctest: +SKIP
