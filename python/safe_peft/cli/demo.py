@@ -56,7 +56,7 @@ class DemoConfig:
     output: str
     model: str = "minilm"
     methods: tuple[str, ...] = ("stock", "safe", "random")
-    rows: int = 3200
+    rows: int = 5120
     test_rows: int = 2000
     epochs: int = 1
     seed: int = 0

@@ -70,7 +70,7 @@ def demo(
     methods: Annotated[
         str, typer.Option(help="Some of stock, bind (fast path, no freezing), safe, bytes and random, with commas.")
     ] = "stock,safe,random",
-    rows: Annotated[int, typer.Option(help="Training sentences, at most 8,566.")] = 3200,
+    rows: Annotated[int, typer.Option(help="Training sentences, at most 8,566.")] = 5120,
     test_rows: Annotated[int, typer.Option(help="Held-out sentences, at most 2,000.")] = 2000,
     epochs: Annotated[int, typer.Option(help="Passes over the training sentences.")] = 1,
     batch_size: Annotated[int, typer.Option(help="Rows a batch.")] = 32,
