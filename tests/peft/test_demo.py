@@ -44,7 +44,7 @@ def test_trainings_differ_in_the_method_alone() -> None:
 
 @pytest.mark.slow
 def test_the_report_holds_every_run_and_shows_the_first_safe_one(
-    run: Callable[..., FreezeReport], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: Callable[..., FreezeReport], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     report = run()
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
@@ -62,7 +62,7 @@ def test_the_report_holds_every_run_and_shows_the_first_safe_one(
     assert report.retained == safe.retained
     assert report.config["score"] == "cka"
     assert "SAFE ended with 10 of 13 adapters frozen" in verdict(report.runs)
-    assert "SAFE ended with 10 of 13 adapters frozen" in " ".join(capsys.readouterr().out.split())
+    assert "SAFE ended with 10 of 13 adapters frozen" in " ".join(capfd.readouterr().out.split())
 
 
 def test_several_seeds_repeat_every_method(run: Callable[..., FreezeReport], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,15 +88,14 @@ def test_several_seeds_repeat_every_method(run: Callable[..., FreezeReport], mon
 def test_a_run_that_fails_says_so_and_leaves_no_output(
     run: Callable[..., FreezeReport],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    capfd: pytest.CaptureFixture[str],
     change: Any,
-    code: int,
     says: str,
 ) -> None:
     with pytest.raises(typer.Exit) as caught:
         run(**change)
     assert (caught.value.exit_code, (tmp_path / "out").exists()) == (2, False)
-    assert says in capsys.readouterr().err
+    assert says in capfd.readouterr().err
 
 
 def test_names_of_methods_may_have_spaces() -> None:
