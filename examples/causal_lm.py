@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import typer
+from assets import fetch, load_film_reviews
 from peft import LoraConfig, TaskType, get_peft_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,7 +20,6 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 import safe_kernels
 from safe_peft import AdapterFreezer, SafeConfig
-from safe_peft.finetune.assets import fetch, load_film_reviews
 
 
 def batches(tokenizer: Tokenizer, texts: list[str], rows: int, length: int) -> Iterator[dict[str, Tensor]]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import typer
+from assets import Example, fetch, load_film_reviews
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.utils.data import Dataset
 from transformers import (
@@ -23,7 +24,6 @@ from transformers import (
 )
 
 from safe_peft import SafeCallback, SafeConfig
-from safe_peft.finetune.assets import Example, fetch, load_film_reviews
 
 
 class Sentences(Dataset[dict[str, list[int] | int]]):

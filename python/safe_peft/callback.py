@@ -1,4 +1,4 @@
-"""The method inside a transformers Trainer; the only file that imports its classes."""
+"""The method inside a transformers Trainer."""
 
 from __future__ import annotations
 

@@ -25,10 +25,6 @@ class ScoreError(SafeError, RuntimeError):
     """Adapters cannot be scored: NaN or Inf reached a score and the options say to stop, or it is no number."""
 
 
-class AssetError(SafeError, RuntimeError):
-    """A model or a data set cannot be fetched, or is not what it should be."""
-
-
 class PlanError(SafeError, RuntimeError):
     """A model's memory cannot be planned: it does not run without values, or is not known how to be called."""
 

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from safe_peft.finetune.assets import cache, fetch, unpack
-from safe_peft.finetune.assets.download import Archive
-from safe_peft.finetune.assets.table import Asset
+from assets import cache, fetch, unpack
+from assets.download import Archive
+from assets.table import Asset
 
 WEIGHTS = b"weights" * 1000
 

@@ -15,13 +15,11 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import assets
 import fake_asset
 import pytest
-
-from safe_peft.errors import AssetError
-from safe_peft.finetune import assets
-from safe_peft.finetune.assets import cache, download, gguf, unpack
-from safe_peft.finetune.assets.download import Archive
+from assets import AssetError, cache, download, gguf, unpack
+from assets.download import Archive
 
 
 @pytest.fixture

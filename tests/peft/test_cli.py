@@ -95,7 +95,7 @@ def test_options_go_where_they_belong() -> None:
     given = {
         "train": "t.csv",
         "eval": "e.csv",
-        "model": "minilm",
+        "model": "my-folder",
         "r": 4,
         "target_modules": "query, value",
         "use_rslora": True,
@@ -109,7 +109,9 @@ def test_options_go_where_they_belong() -> None:
     assert config.lora == {"r": 4, "target_modules": ["query", "value"], "use_rslora": True}
     assert config.safe == {"warmup": 100, "freeze_end": 0.5, "seed": 3}
     assert (config.method, config.seed) == ("safe", 3)
-    assert configure(given | {"no_freeze": True}).method == "bind"
+    assert configure(given | {"method": "stock"}).method == "stock"
+    with pytest.warns(FutureWarning, match="--no-freeze is --method bind now"):
+        assert configure(given | {"no_freeze": True}).method == "bind"
 
 
 def test_report_shows_the_tables_and_draws_again(tmp_path: Path) -> None:
@@ -157,7 +159,7 @@ def test_an_interruption_is_no_traceback(tmp_path: Path, monkeypatch: pytest.Mon
     assert call("report", tmp_path)[::2] == (130, "safe-peft: interrupted; nothing half-made was kept.\n")
 
 
-@pytest.mark.parametrize("command", ["finetune", "plan", "demo", "report", "doctor"])
+@pytest.mark.parametrize("command", ["finetune", "plan", "report", "doctor"])
 def test_every_command_explains_itself(command: str) -> None:
     status, out, _ = call(command, "--help")
     assert status == 0

@@ -9,11 +9,9 @@ from typing import Any
 
 import pandas
 import pytest
-import torch
 
 from safe_peft import ConfigError
 from safe_peft.finetune import data
-from safe_peft.finetune.batches import Examples
 
 # Files
 
@@ -87,31 +85,3 @@ def test_classes_are_ordered_by_value_or_name_and_unknown_ones_refused() -> None
         data.class_names(["a", "a"])
     with pytest.raises(ConfigError, match="'c'; the classes are a, b"):
         data.class_indices("eval.csv", ["a", "c"], ["a", "b"])
-
-
-# Batches
-
-
-def test_batches_depend_on_the_seed_alone() -> None:
-    examples = Examples([[i] * (i % 5 + 1) for i in range(1, 21)], list(range(20)), pad_id=0)
-
-    def rows(seed: int, noise: bool = False) -> list[int]:
-        batches = examples.shuffled(6, seed)
-        found = []
-        for _ in range(8):
-            torch.rand(int(noise))
-            found += next(batches)["labels"].tolist()
-        return found
-
-    assert rows(3) == rows(3, noise=True) != rows(4)
-    assert sorted(rows(3)[:20]) == list(range(20))
-    assert rows(3)[:20] != rows(3)[20:40]
-    before = torch.get_rng_state()
-    next(examples.shuffled(6, 0))
-    assert torch.equal(before, torch.get_rng_state())
-
-
-def test_padding_is_no_target() -> None:
-    batch = Examples([[5, 0, 6], [7]], None, pad_id=0).batch([0, 1])
-    assert batch["labels"].tolist() == [[5, 0, 6], [7, -100, -100]]  # a real token may be the padding token
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]

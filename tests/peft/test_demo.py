@@ -1,59 +1,60 @@
-"""The demo: runs of one seed differ in the method alone, and what it writes holds all of them."""
+"""The demo: the trainings of one seed differ in the method alone, and the report holds all of them."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import assets
+import demo
 import pytest
-from rich.console import Console
+import typer
 from texts import bert_folder, sentences
 
-from safe_peft import ConfigError, FreezeReport, SafeError
-from safe_peft.cli import demo
-from safe_peft.cli.demo import DemoConfig, run_config
-from safe_peft.finetune import assets
-from safe_peft.finetune.config import FinetuneConfig
+from safe_peft import ConfigError, FreezeReport
 from safe_peft.report.comparison import verdict
 from safe_peft.report.records import RunRecord
 
-QUIET = Console(quiet=True)
+METHODS = "stock,safe,bytes,random"
 
 
 @pytest.fixture
-def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DemoConfig:
-    """A tiny model and made-up reviews in place of the real ones."""
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FreezeReport]:
+    """Run the demo on a tiny model, with made-up reviews in place of the real ones."""
     rows = [assets.Example(row["text"], int(row["label"] == "positive")) for row in sentences(320)]
-    monkeypatch.setattr(assets, "load_film_reviews", lambda: (rows[:256], rows[256:]))
+    monkeypatch.setattr(demo, "load_film_reviews", lambda: (rows[:256], rows[256:]))
     model = bert_folder(tmp_path / "bert")
-    methods = ("stock", "safe", "bytes", "random")
-    return DemoConfig(str(tmp_path / "out"), model, methods, rows=80, test_rows=32, batch_size=8, lora_dropout=0.1)
+
+    def run(**changes: Any) -> FreezeReport:
+        options = {"output": str(tmp_path / "out"), "model": model, "rows": 80, "test_rows": 32, "batch_size": 8}
+        demo.demo(**options | {"max_length": 16, "methods": METHODS} | changes)
+        return FreezeReport.load(tmp_path / "out" / "report.json")
+
+    return run
 
 
-def in_this_process(config: FinetuneConfig) -> FreezeReport:
-    from safe_peft.finetune.run import finetune
-
-    return finetune(replace(config, max_length=16), QUIET)
-
-
-def test_runs_of_one_seed_differ_in_the_method_alone(config: DemoConfig) -> None:
-    stock, safe, by_bytes, control = (run_config(config, Path("data"), method, 5) for method in config.methods)
-    assert replace(stock, method="safe") == safe
-    assert replace(control, safe=safe.safe) == safe
-    assert safe.safe | {"score": "random"} == control.safe
-    assert [run.label for run in (stock, safe, by_bytes, control)] == ["stock", "safe", "bytes", "random"]
+def test_trainings_differ_in_the_method_alone() -> None:
+    stock, safe, by_bytes, control = (demo.command({"model": "m", "seed": 5}, name) for name in METHODS.split(","))
+    assert safe[-4:] == ["--model", "m", "--seed", "5"]
+    assert stock == [*safe, "--method", "stock"]
+    assert by_bytes == [*safe, "--target", "bytes"]
+    assert control == [*safe, "--score", "random"]
 
 
+@pytest.mark.slow
 def test_the_report_holds_every_run_and_shows_the_first_safe_one(
-    config: DemoConfig, monkeypatch: pytest.MonkeyPatch
+    run: Callable[..., FreezeReport], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "run_isolated", in_this_process)
-    report = demo.demo(config, QUIET)
-    output = Path(config.output)
-    assert {path.name for path in output.iterdir()} == {"report.json", "report.png", "memory.png", "report.html"}
+    report = run()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.json",
+        "report.png",
+        "memory.png",
+        "report.html",
+    }
     assert [(name, len(plan.frozen)) for name, plan in report.plans] == [("start", 0), ("end", 10)]
-    assert FreezeReport.load(output / "report.json") == report
-    assert [(run.method, run.seed) for run in report.runs] == [(method, 0) for method in config.methods]
+    assert [(run.method, run.seed) for run in report.runs] == [(method, 0) for method in METHODS.split(",")]
     stock, safe, by_bytes, control = report.runs
     assert (stock.frozen, safe.frozen, control.frozen) == (0, 10, 10)
     assert by_bytes.retained[-1][1] < safe.retained[-1][1], "what freezing is to free, it frees"
@@ -61,44 +62,43 @@ def test_the_report_holds_every_run_and_shows_the_first_safe_one(
     assert report.retained == safe.retained
     assert report.config["score"] == "cka"
     assert "SAFE ended with 10 of 13 adapters frozen" in verdict(report.runs)
+    assert "SAFE ended with 10 of 13 adapters frozen" in " ".join(capfd.readouterr().out.split())
 
 
-def test_several_seeds_repeat_every_method(config: DemoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fake(config: FinetuneConfig) -> FreezeReport:
-        retained = ((0, 5), (4, 4))
-        run = RunRecord(
-            config.label, config.seed, "accuracy", 0.5, 10, 4, 2, 1, 1.0, 9, retained, flops_start=1, flops_end=1
-        )
-        return FreezeReport(f"{config.label} {config.seed}", {}, 4, (), runs=(run,))
+def test_several_seeds_repeat_every_method(run: Callable[..., FreezeReport], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(options: dict[str, Any], method: str) -> FreezeReport:
+        retained, seed = ((0, 5), (4, 4)), options["seed"]
+        run = RunRecord(method, seed, "accuracy", 0.5, 10, 4, 2, 1, 1.0, 9, retained, flops_start=1, flops_end=1)
+        return FreezeReport(f"{method} {seed}", {}, 4, (), runs=(run,))
 
-    monkeypatch.setattr(demo, "run_isolated", fake)
-    report = demo.demo(replace(config, seed=3, seeds=2, methods=("stock", "safe")), QUIET)
+    monkeypatch.setattr(demo, "train", fake)
+    report = run(seed=3, seeds=2, methods="stock, safe")
     assert [(run.method, run.seed) for run in report.runs] == [("stock", 3), ("safe", 3), ("stock", 4), ("safe", 4)]
-    assert report.model == "safe 3"
-
-
-def test_a_run_that_fails_leaves_no_output(config: DemoConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(config: FinetuneConfig) -> FreezeReport:
-        raise SafeError("the safe run was killed by the system")
-
-    monkeypatch.setattr(demo, "run_isolated", fail)
-    with pytest.raises(SafeError, match="killed"):
-        demo.demo(config, QUIET)
-    assert not Path(config.output).exists()
 
 
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"methods": ("stock", "magic")}, "methods must be some of"),
-        ({"methods": ("stock", "stock")}, "each once"),
-        ({"methods": ()}, "methods must be some of"),
-        ({"rows": 0}, "rows must lie between 1 and 8,566"),
-        ({"test_rows": 9999}, "test_rows must lie between"),
-        ({"seeds": 0}, "seeds must lie between"),
-        ({"lora_dropout": float("nan")}, r"lora_dropout must lie in \[0, 1\], got nan"),
+        ({"methods": "stock,magic"}, "methods must be some of stock, bind, safe, bytes, random, each once"),
+        ({"methods": "stock,stock"}, "each once"),
+        ({"methods": ""}, "methods must be some of"),
+        ({"lora_dropout": float("nan"), "methods": "safe"}, "the training with method safe failed."),
     ],
 )
-def test_an_option_that_cannot_work_is_named(change: dict[str, object], says: str) -> None:
-    with pytest.raises(ConfigError, match=says):
-        DemoConfig("out", **change)  # type: ignore[arg-type]
+def test_a_run_that_fails_says_so_and_leaves_no_output(
+    run: Callable[..., FreezeReport],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    change: Any,
+    says: str,
+) -> None:
+    with pytest.raises(typer.Exit) as caught:
+        run(**change)
+    assert (caught.value.exit_code, (tmp_path / "out").exists()) == (2, False)
+    assert says in capfd.readouterr().err
+
+
+def test_names_of_methods_may_have_spaces() -> None:
+    assert demo.checked("stock, safe") == ["stock", "safe"]
+    with pytest.raises(ConfigError):
+        demo.checked("stock safe")

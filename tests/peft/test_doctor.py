@@ -59,15 +59,6 @@ def test_this_environment_is_healthy() -> None:
     assert "OpenMP" not in {check.name for check in diagnosis.checks}, "one process, one OpenMP runtime"
 
 
-def test_every_asset_is_listed(found: Callable[..., Diagnosis], tmp_path: Path) -> None:
-    folder = tmp_path / "cache" / "minilm-0.1.0"
-    folder.mkdir(parents=True)
-    (folder / "weights").write_bytes(bytes(2_000_000))
-    diagnosis = found()
-    assert named(diagnosis, "minilm").found == "2.0 MB"
-    assert named(diagnosis, "film-reviews").found == "not fetched yet"
-
-
 @pytest.mark.parametrize(
     ("changes", "name", "fix"),
     [

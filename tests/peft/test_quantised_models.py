@@ -7,6 +7,7 @@ from itertools import repeat
 from pathlib import Path
 from typing import Any
 
+import assets
 import pytest
 import torch
 from families import family
@@ -18,7 +19,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safe_kernels.retention import measure
 from safe_peft import AdapterFreezer, SafeConfig, bind, explain, plan_memory
-from safe_peft.finetune import assets
 from safe_peft.planning.live_bytes import LiveBytes
 
 kinds = pytest.mark.parametrize("kind", KINDS)

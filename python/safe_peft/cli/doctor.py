@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import AssetError, MissingPackageError, require
-from ..finetune import assets
+from ..errors import MissingPackageError, require
 from .inspection import Findings, inspect_in_process
 
 if TYPE_CHECKING:
@@ -116,7 +115,7 @@ def diagnose() -> Diagnosis:
         'Python'
     """
     findings = inspect_in_process()
-    parts = (_versions(), _extension(findings), _kernels(findings), _build(findings), _machine(findings), _cache())
+    parts = (_versions(), _extension(findings), _kernels(findings), _build(findings), _machine(findings))
     return Diagnosis(tuple(check for part in parts for check in part))
 
 
@@ -233,23 +232,6 @@ def _machine(findings: Findings) -> Iterator[Check]:
     found = ", ".join(findings.gpus) or ("present, but this torch cannot use it" if unused else "none")
     fix = f"install a build of torch for this GPU, then: {BUILD}"
     yield Check(group, "GPU", found, False if unused else None, False, fix)
-
-
-def _cache() -> Iterator[Check]:
-    group = "cache of models and data"
-    try:
-        folder = assets.cache_dir()
-    except AssetError as error:
-        yield Check(group, "folder", str(error), False, False, "set SAFE_KERNELS_CACHE to a folder")
-        return
-    yield Check(group, "folder", f"{folder}{'' if folder.exists() else ' (made by the first fetch)'}")
-    for name in assets.available():
-        where = assets.cached(name)
-        yield Check(group, name, f"{_megabytes(where)} MB" if where else "not fetched yet")
-
-
-def _megabytes(folder: Path) -> str:
-    return f"{sum(path.stat().st_size for path in folder.rglob('*') if path.is_file()) / 1e6:.1f}"
 
 
 def main() -> int:

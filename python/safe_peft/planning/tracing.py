@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,13 +23,15 @@ from ..binding.adapters import Adapter, adapter_of
 from ..binding.bind import Binding, bind
 from ..distributed.wrappers import parameters_of, short_name, walk
 from ..errors import PlanError
-from ..loss import Loss
 from .accounts import Accounts
 from .device import as_on
 from .fake_model import FakeModel, MaskAnswers, first_line, ordinary_positions
 from .inputs import Inputs
 from .live_bytes import LiveBytes
 from .retained import RetainedTable
+
+if TYPE_CHECKING:
+    from ..loss import Loss
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import IO
 
-from ...errors import AssetError
+from .errors import AssetError
 
 _CHUNK = 1 << 20
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from ...errors import AssetError
 from .download import MORE_SPACE, download
+from .errors import AssetError
 from .table import ASSETS, Asset
 
 _NOTE = "asset.json"

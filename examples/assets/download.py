@@ -14,7 +14,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from ...errors import AssetError
+from .errors import AssetError
 
 _SPACE = re.compile(r"No space left on device|Errno 28\b|Disk quota exceeded", re.IGNORECASE)
 _HASHES = re.compile(r"DO NOT MATCH THE HASHES", re.IGNORECASE)

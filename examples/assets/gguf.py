@@ -9,7 +9,7 @@ import json
 import sys
 from pathlib import Path
 
-from ...errors import AssetError
+from .errors import AssetError
 
 FILE = "model.gguf"
 
