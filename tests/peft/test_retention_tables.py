@@ -22,9 +22,9 @@ INPUT, WIDE, ROW, RANK, RANDOM = 4 * TOKENS * D, 4 * TOKENS * F, 4 * TOKENS, 4 *
 """Bytes in fp32: d or f elements per token, a number per row, r = 4 numbers per row, a random state."""
 
 WORDS: dict[str, list[int] | None] = {
-    "its input, once however many layers read it; with dropout 16 bytes": [INPUT, INPUT + READERS * RANDOM],
+    "its input, once for all layers that read it; with dropout 16 bytes": [INPUT, INPUT + READERS * RANDOM],
     "nothing; with dropout left on 16 bytes": [0, READERS * RANDOM],
-    "what that activation retains anyway: its input is computed again": [0],
+    "only what that activation retains: its input is recomputed": [0],
     "nothing": [0],
     "x A' (r numbers per row); with dropout 16 bytes more": [READERS * RANK, READERS * (RANK + RANDOM)],
     "once a reader retains the output: that output, and 4 bytes per row": [INPUT + ROW, INPUT + ROW],
@@ -146,7 +146,7 @@ MEASURED: dict[str, Callable[[str], list[int | None]]] = {
     "`activation` (GELU, SiLU)": plain,
     "`activation` (ReLU)": partial(plain, kind="relu"),
     "`dropout`": dropout,
-    "a whole frozen block that runs again in backward": frozen_block,
+    "a whole frozen block that is recomputed in backward": frozen_block,
 }
 
 
