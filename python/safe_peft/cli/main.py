@@ -135,7 +135,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.j
 @app.command()
 @clear_errors
 def doctor() -> None:
-    """Say what is installed, which kernels serve which device, and whether the extension can be built here."""
+    """Say what is installed, whether the extension loads, which kernels serve which device, and what to fix."""
     from .doctor import main as diagnose
 
     raise typer.Exit(diagnose())
