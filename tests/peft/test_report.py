@@ -100,21 +100,13 @@ def remove(key: str) -> Any:
         (set_at("extra", value=1), "extra"),
         (set_at("model", value=3), "report.model"),
         (set_at("total_steps", value=True), "report.total_steps"),
-        (set_at("total_steps", value=5), "steps must lie in"),
         (set_at("scorings", 0, "step", value="2"), "scorings[0].step"),
-        (set_at("scorings", 0, "step", value=19), "must not go back"),
-        (set_at("scorings", 0, "importance", value={"nobody": 1.0}), "unknown adapter"),
         (set_at("scorings", 0, "importance", value=[1.0]), "scorings[0].importance"),
-        (set_at("freezings", 0, "name", value="nobody"), "adapters lacks"),
-        (set_at("freezings", 1, "name", value="base_model.model.encoder.layer.0.attention.query"), "freezes once"),
-        (set_at("adapters", 1, "name", value="base_model.model.encoder.layer.0.attention.query"), "occurs twice"),
-        (set_at("adapters", 0, "parameters", value=-1), "below zero"),
         (set_at("retained", 0, value=[0]), "retained[0]"),
-        (set_at("retained", 0, value=[0, -5]), "below zero"),
         (set_at("runs", 0, "seconds", value="fast"), "runs[0].seconds"),
     ],
 )
-def test_a_report_that_was_tampered_with_is_refused_and_the_place_named(change: Any, says: str) -> None:
+def test_a_report_of_another_form_is_refused_and_the_place_named(change: Any, says: str) -> None:
     data = deepcopy(make_report().to_dict())
     change(data)
     with pytest.raises(StateError, match=re.escape(says)):
