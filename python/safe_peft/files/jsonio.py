@@ -8,8 +8,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -141,30 +140,27 @@ def path_of(path: str | os.PathLike[str], argument: str = "path") -> Path:
         raise StateError(f"{argument}: expected a path, got {path!r}.") from None
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file next to its final place and move it there only when it is complete and on the disk.
+def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write a file next to its final place, and move it there only when it is complete and on the disk.
 
     Args:
         path: where the file shall be; its folder is made when missing.
-
-    Yields:
-        The path to write to. Whatever stops the block leaves the file that was there before, and nothing half-made.
+        data: what it shall hold.
 
     Raises:
-        StateError: It cannot be written there.
+        StateError: It cannot be written there; what was there before is untouched.
 
     Example:
-        >>> with replacing("notes.txt") as partial:  # doctest: +SKIP
-        ...     partial.write_text("complete")
+        >>> replace_file("notes.txt", b"complete")  # doctest: +SKIP
     """
     path = path_of(path)
     partial = path.parent / f".{path.stem}-{uuid4().hex[:12]}{path.suffix}"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            yield partial
-            with partial.open("rb+") as stream:
+            with partial.open("wb") as stream:
+                stream.write(data)
+                stream.flush()
                 os.fsync(stream.fileno())
             partial.replace(path)
             _sync_folder(path.parent)
@@ -202,5 +198,4 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         >>> write_json("state.json", {"step": 3})  # doctest: +SKIP
     """
     text = json.dumps(encode(value), indent=1, allow_nan=False)
-    with replacing(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    replace_file(path, f"{text}\n".encode())

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, require
+from ..errors import ConfigError, first_line, require
 
 NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how datasets and pyarrow put it
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -57,7 +57,7 @@ def _load(path: Path) -> dict[str, list[Any]]:
     except ConfigError:
         raise
     except Exception as error:  # readers raise whatever their libraries raise
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         if any(text in reason for text in NO_ROWS):
             raise _no_rows(path) from None
         raise ConfigError(f"{path} cannot be read as {kind}: {reason}") from error

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..files.staging import staged
 from ..report.records import mebibytes
 from ..report.report import FreezeReport
@@ -76,7 +76,7 @@ def _device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
-        raise ConfigError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu.") from error
+        raise ConfigError(f"device: {name!r} cannot be used ({first_line(error)}); try cpu.") from error
 
 
 def _save(prepared: Prepared, report: FreezeReport, stage: Path) -> None:

@@ -8,15 +8,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import StateError
 from ..files import jsonio
 from ..planning.plan import MemoryPlan
 from .records import AdapterRecord, AdapterRow, Freezing, RunRecord, Scoring
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 FORMAT = "safe_peft.report"
 VERSION = 1
@@ -124,17 +121,6 @@ class FreezeReport:
         jsonio.write_json(path, self.to_dict())
 
     def __str__(self) -> str:
-        from .tables import as_text
-
-        return as_text(self.table())
-
-    def table(self) -> Table:
-        """Return a table for the terminal with one line per adapter: parameters, importance, and when it froze.
-
-        Example:
-            >>> FreezeReport("m", {}, 1, ()).table().row_count
-            0
-        """
         from .tables import adapter_table
 
         return adapter_table(self)
@@ -154,10 +140,9 @@ class FreezeReport:
         """
         if not self.plans:
             return False
-        from ..planning.figure import DPI, draw_plans
+        from ..planning.figure import draw_plans, png_of
 
-        with jsonio.replacing(path) as partial:
-            draw_plans(self.plans).savefig(partial, format="png", dpi=DPI)
+        jsonio.replace_file(path, png_of(draw_plans(self.plans)))
         return True
 
     def save_png(self, path: str | os.PathLike[str]) -> None:
@@ -169,10 +154,10 @@ class FreezeReport:
         Example:
             >>> report.save_png("runs/demo/report.png")  # doctest: +SKIP
         """
-        from .figure import DPI, draw
+        from ..planning.figure import png_of
+        from .figure import draw
 
-        with jsonio.replacing(path) as partial:
-            draw(self).savefig(partial, format="png", dpi=DPI)
+        jsonio.replace_file(path, png_of(draw(self)))
 
     def save_html(self, path: str | os.PathLike[str], *, picture: str | os.PathLike[str] | None = None) -> None:
         """Write one self-contained HTML page: the tables, the picture and the configuration.
@@ -187,8 +172,7 @@ class FreezeReport:
         from .html import render
 
         text = render(self, None if picture is None else Path(picture).read_bytes())
-        with jsonio.replacing(path) as partial:
-            partial.write_text(text, encoding="utf-8")
+        jsonio.replace_file(path, text.encode())
 
 
 def _place(name: str) -> tuple[int, str]:
