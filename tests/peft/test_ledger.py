@@ -3,9 +3,6 @@ from __future__ import annotations
 import json
 import math
 
-import pytest
-
-from safe_peft import StateError
 from safe_peft.files import jsonio
 from safe_peft.freezing.ledger import Ledger
 
@@ -32,18 +29,6 @@ def test_json_round_trip_with_an_unknown_importance() -> None:
     again = jsonio.decode(Ledger, json.loads(text), "ledger")
     assert json.dumps(jsonio.encode(again), allow_nan=False) == text
     assert math.isnan(again.scorings[0].importance["b"])
-
-
-def test_an_adapter_freezes_once() -> None:
-    ledger = example()
-    with pytest.raises(StateError, match="'a' is frozen already"):
-        ledger.record_freezing(5, "a")
-
-
-def test_steps_do_not_go_back() -> None:
-    ledger = example()
-    with pytest.raises(StateError, match="step 3 comes after one at step 4"):
-        ledger.record_scoring(3, {})
 
 
 def test_an_empty_ledger() -> None:

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
 
-from ..errors import StateError
 from ..report.records import Freezing, Scoring
 
 
@@ -39,12 +38,7 @@ class Ledger:
             step: optimizer steps done.
             importance: by adapter name; nan where it could not be told.
             threshold: the one in force, if any.
-
-        Raises:
-            StateError: `step` lies before an earlier scoring.
         """
-        if self.scorings and step < self.scorings[-1].step:
-            raise StateError(f"scoring at step {step} comes after one at step {self.scorings[-1].step}.")
         self.scorings.append(Scoring(step, threshold, dict(importance)))
 
     def record_freezing(self, step: int, name: str, threshold: float | None = None) -> None:
@@ -54,12 +48,7 @@ class Ledger:
             step: optimizer steps done.
             name: the adapter.
             threshold: the one it did not exceed, if any.
-
-        Raises:
-            StateError: The adapter is frozen already.
         """
-        if name in self.frozen:
-            raise StateError(f"adapter {name!r} is frozen already; an adapter freezes once.")
         self.freezings.append(Freezing(step, name, self.importance.get(name, math.nan), threshold))
 
     @property

@@ -37,8 +37,8 @@ def new_figure(height: float, title: str) -> Figure:
         title: its heading.
 
     Example:
-        >>> new_figure(3.0, "plan").get_figheight()
-        3.0
+        >>> new_figure(3.0, "plan").get_size_inches().tolist()
+        [11.0, 3.0]
     """
     require("matplotlib", "report")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
