@@ -124,11 +124,10 @@ def combine(reports: Sequence[FreezeReport]) -> FreezeReport:
 
 def show(report: FreezeReport) -> None:
     """Print the tables."""
-    console = Console()
-    console.print(runs_table(report.runs, f"{report.model}, {report.total_steps} steps per run"), highlight=False)
-    console.print(verdict(report.runs), highlight=False)
+    print(runs_table(report.runs, f"{report.model}, {report.total_steps} steps per run"))
+    print(verdict(report.runs))
     if report.plans:
-        console.print(plans_table(report.plans), highlight=False)
+        print(plans_table(report.plans))
 
 
 if __name__ == "__main__":

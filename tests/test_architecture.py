@@ -146,9 +146,9 @@ def test_the_extension_is_loaded_in_one_place() -> None:
         for path in [*KERNELS.rglob("*.py"), *POLICY.rglob("*.py")]
         if any("_C" in (name, module.split(".")[-1]) and "safe_kernels" in module for module, name in imports(path))
     }
-    # The doctor's inspection only asks it how it was built; plans are made of its classes, tensors found by it, and the
+    # The doctor only asks it how it was built; plans are made of its classes, tensors found by it, and the
     # values of norms read by it.
-    assert loaders <= {"__init__.py", "launch_replay.py", "retention.py", "inspection.py", "inversion.py"}
+    assert loaders <= {"__init__.py", "launch_replay.py", "retention.py", "doctor.py", "inversion.py"}
 
 
 def test_triton_ops_are_built_on_lib_and_lib_on_runtime() -> None:

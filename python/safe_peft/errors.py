@@ -60,6 +60,19 @@ def require(package: str, extra: str) -> None:
         ) from None
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error of another library, which may print pages.
+
+    Args:
+        error: the error.
+
+    Example:
+        >>> first_line(ValueError("no such file")), first_line(KeyError())
+        ('no such file', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+
 def sentence(error: Exception) -> str:
     """Put an expected error into one sentence.
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from safe_peft import ConfigError
-from safe_peft.freezing.sizes import parse_size
+from safe_peft.freezing.config import parse_size
 from safe_peft.planning.greedy import bytes_limit, fit
 from safe_peft.planning.retained import BlockFacts, RetainedTable, Saver, Storage
 

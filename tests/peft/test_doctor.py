@@ -1,123 +1,120 @@
-"""The doctor must answer whatever is broken: that is when it is asked."""
+"""The doctor must answer, however broken the installation is: that is when it is asked."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
-from safe_peft.cli import doctor, inspection
-from safe_peft.cli.doctor import Check, Diagnosis
-from safe_peft.cli.inspection import Findings
+import safe_kernels._C
+from safe_peft.cli import doctor
+from safe_peft.cli.doctor import BUILD, Check
 
 PACKAGES = Path(doctor.__file__).parents[2]
+GPU = SimpleNamespace(name="a GPU", major=9, minor=0, total_memory=80 * 2**30)
 
 
-def healthy() -> Findings:
-    return Findings(
-        torch="2.13.0+cpu",
-        extension_file="safe_kernels/_C.so",
-        extension_torch="2.13.0",
-        extension_compiler="12.2.0",
-        kernels={"safe_kernels::lora": {"cpu": "csrc/cpu/lora.cpp"}},
-        threads=2,
-        openmp=["libgomp.so.1"],
-    )
-
-
-@pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Diagnosis]:
-    """Diagnose with some findings changed, and the cache in an empty folder."""
-    monkeypatch.setenv("SAFE_KERNELS_CACHE", str(tmp_path / "cache"))
-
-    def diagnose(**changes: object) -> Diagnosis:
-        findings = healthy()
-        for name, value in changes.items():
-            setattr(findings, name, value)
-        monkeypatch.setattr(doctor, "inspect_in_process", lambda: findings)
-        return doctor.diagnose()
-
-    return diagnose
-
-
-def named(diagnosis: Diagnosis, name: str) -> Check:
-    (check,) = [check for check in diagnosis.checks if check.name == name]
+def named(name: str) -> Check:
+    (check,) = [check for check in doctor.diagnose() if check.name == name]
     return check
 
 
-def test_this_environment_is_healthy() -> None:
-    diagnosis = doctor.diagnose()
-    assert diagnosis.exit_status == 0, diagnosis.problems
-    assert named(diagnosis, "safe_kernels::lora on cpu").found == "csrc/cpu/lora.cpp"
-    assert "reference" in named(diagnosis, "safe_kernels::lora on meta").found
-    assert named(diagnosis, "safe_kernels::lora on cuda").found == "csrc/launch_replay/served.cpp"
-    assert "OpenMP" not in {check.name for check in diagnosis.checks}, "one process, one OpenMP runtime"
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: GPU)
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Why modules cannot be imported, by name; the others can."""
+    errors: dict[str, str] = {}
+    monkeypatch.setattr(doctor, "_import_error", lambda module: errors.get(module, ""))
+    return errors
+
+
+def test_this_environment_is_healthy(capsys: pytest.CaptureFixture[str]) -> None:
+    assert doctor.main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert not [line for line in lines if line.startswith("!!")]
+    cpu, gpus = [line for line in lines if "kernels on" in line]
+    assert "csrc/cpu: activation, dropout, gated_activation, layer_norm, lora, rms_norm;" in cpu
+    assert "csrc/launch_replay: activation, dropout, gated_activation, layer_norm, lora, lora_linear" in gpus
+
+
+def test_one_process_has_one_openmp_runtime() -> None:
+    """Two of them are two thread pools that fight for the cores."""
+    maps = "open('/proc/self/maps').read()"
+    code = f"import re, safe_kernels; print(len(set(re.findall(r'\\S*/lib(?:gomp|iomp5|omp)[-.]\\S*', {maps}))))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "1\n"
 
 
 @pytest.mark.parametrize(
-    ("changes", "name", "fix"),
+    ("module", "error", "name", "fix"),
     [
-        ({"torch_error": "libc10.so: cannot open"}, "import torch", "pip install"),
-        ({"extension_error": "undefined symbol: _ZN3c10"}, "safe_kernels._C", doctor.BUILD),
-        ({"extension_torch": "2.12.0"}, "built for torch", doctor.BUILD),
+        ("torch", "libc10.so: cannot open", "import torch", "pip install"),
+        ("safe_kernels", "undefined symbol: _ZN3c10", "safe_kernels._C", BUILD),
     ],
 )
 def test_what_nothing_works_without(
-    found: Callable[..., Diagnosis], changes: dict[str, object], name: str, fix: str
+    broken: dict[str, str], capsys: pytest.CaptureFixture[str], module: str, error: str, name: str, fix: str
 ) -> None:
-    diagnosis = found(**changes)
-    check = named(diagnosis, name)
-    assert (check.ok, check.essential) == (False, True)
-    assert fix in check.fix
-    assert diagnosis.exit_status == 1
-    assert f"-> {check.fix}" in str(diagnosis)
+    broken[module] = error
+    assert named(name).found == error
+    assert doctor.main() == 1
+    assert f"-> {fix}" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("changes", "ok", "words"),
-    [
-        ({"triton": "3.7.1", "gpus": ["a GPU"]}, None, "3.7.1 compiles the kernels for GPUs"),
-        ({}, None, "not installed; the reference serves GPUs"),
-        ({"gpus": ["a GPU"]}, False, "not installed; the reference serves GPUs"),
-        ({"triton_error": "libtriton.so: cannot open"}, False, "cannot be imported: libtriton.so"),
-    ],
-)
+def test_an_extension_for_another_torch_is_a_problem(broken: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.99.0+cpu")
+    check = named("safe_kernels._C")
+    assert (check.fix, check.fatal) == (BUILD, True)
+
+
 def test_a_missing_triton_matters_only_to_a_gpu(
-    found: Callable[..., Diagnosis], changes: dict[str, object], ok: bool | None, words: str
+    broken: dict[str, str], monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    diagnosis = found(**changes)
-    check = named(diagnosis, "Triton")
-    assert check.ok is ok
-    assert words in check.found
-    assert diagnosis.exit_status == 0, "the reference serves"
+    find = doctor.importlib.util.find_spec
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None if name == "triton" else find(name))
+    assert named("Triton") == Check("Triton", "not installed; the reference serves GPUs")
+    request.getfixturevalue("gpu")
+    check = named("Triton")
+    assert "pip install triton" in check.fix and not check.fatal, "the reference serves"
+    assert named("GPU").found == "a GPU (sm_90, 80 GiB)"
 
 
-@pytest.mark.parametrize(
-    ("tuning", "words"),
-    [
-        ({}, "nothing measured; tiles come from a table"),
-        ({"cuda-90-132": 12, "cuda-80-108": 3}, "12 choices for cuda-90-132, 3 choices for cuda-80-108"),
-    ],
-)
-def test_it_tells_what_tuning_has_found(found: Callable[..., Diagnosis], tuning: dict[str, int], words: str) -> None:
-    assert named(found(triton="3.7.1", tuning=tuning), "autotune").found == words
-    assert "autotune" not in {check.name for check in found(tuning=tuning).checks}, "there is nothing to tune"
+def test_a_triton_that_cannot_be_imported_is_a_problem(broken: dict[str, str]) -> None:
+    pytest.importorskip("triton")
+    assert named("Triton").found.endswith("compiles the kernels for GPUs")
+    broken["triton"] = "libtriton.so: cannot open"
+    check = named("Triton")
+    assert check.found == "libtriton.so: cannot open" and check.fix and not check.fatal
+    assert "autotune" not in {check.name for check in doctor.diagnose()}, "there is nothing to tune"
 
 
-def test_tuning_is_counted_where_it_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_gpu_that_this_torch_cannot_use_is_a_problem(broken: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert "this torch cannot use it" in named("GPU").found and BUILD in named("GPU").fix
+
+
+def test_tuning_is_counted_where_it_is_kept(broken: object, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton")
     from safe_kernels.triton.runtime import tuning, tuning_store
 
     monkeypatch.setenv("SAFE_KERNELS_CACHE", str(tmp_path))
-    tuning_store.Store(*tuning._place(tmp_path, "cuda-90-132")).add("key", "64x64")
-    assert inspection.inspect_in_process().tuning == {"cuda-90-132": 1}
+    assert named("autotune").found == "nothing measured; tiles come from a table"
+    for device, choices in (("cuda-80-108", 1), ("cuda-90-132", 2)):
+        for number in range(choices):
+            tuning_store.Store(*tuning._place(tmp_path, device)).add(f"key {number}", "64x64")
+    assert named("autotune").found == "1 choices for cuda-80-108, 2 choices for cuda-90-132"
     monkeypatch.setenv("SAFE_KERNELS_CACHE", str(tmp_path / "autotune-cuda-90-132.json"))
-    assert inspection.inspect_in_process().tuning == {}, "no folder: the cache's own check tells"
+    assert "SAFE_KERNELS_CACHE" in named("autotune").fix, "no folder"
 
 
 def test_without_triton_the_reference_serves_gpus(tmp_path: Path) -> None:
@@ -125,73 +122,37 @@ def test_without_triton_the_reference_serves_gpus(tmp_path: Path) -> None:
     hide = (
         "import sys, importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if n == 'triton' else f(n)"
     )
-    ask = "import torch, safe_kernels; print(torch._C._dispatch_dump_table('safe_kernels::lora'))"
+    ask = "import safe_kernels; from safe_peft.cli.doctor import _kernels; print(_kernels('CUDA'))"
     done = subprocess.run([sys.executable, "-c", f"{hide}\n{ask}"], capture_output=True, text=True, check=True)
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("CUDA:")]
-    assert line.endswith("[default backend kernel]")
+    assert done.stdout.startswith("the reference in PyTorch: activation, dropout") and ";" not in done.stdout
 
 
-def test_two_openmp_runtimes_are_a_problem_but_no_fatal_one(found: Callable[..., Diagnosis]) -> None:
-    diagnosis = found(openmp=["libgomp.so.1", "libomp.so.5"])
-    assert named(diagnosis, "OpenMP").ok is False
-    assert diagnosis.exit_status == 0
-
-
-def test_a_missing_compiler_matters_only_when_there_is_something_to_build(
-    found: Callable[..., Diagnosis], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CXX", "no-such-compiler")
-    assert named(found(), "C++ compiler").ok is False
-    assert found().exit_status == 0
-    assert named(found(extension_error="not built"), "C++ compiler").essential
-
-
-def test_a_package_too_old_is_named_with_what_is_needed(
-    found: Callable[..., Diagnosis], monkeypatch: pytest.MonkeyPatch
+def test_a_package_too_old_or_missing_is_named_with_what_is_needed(
+    broken: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(doctor, "_requirements", lambda: {"peft": ">=999"})
-    diagnosis = found()
-    assert ">=999" in named(diagnosis, "peft").found
-    assert named(diagnosis, "peft").fix == "pip install 'peft>=999'"
-    assert diagnosis.exit_status == 1
-
-
-def test_a_missing_package_is_named(found: Callable[..., Diagnosis], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ">=999" in named("peft").found
+    assert named("peft").fix == "pip install 'peft>=999'" and doctor.main() == 1
     monkeypatch.setattr(doctor, "_PACKAGES", ("no-such-package",))
-    assert named(found(), "no-such-package").found == "missing"
-
-
-def copy_of_packages(folder: Path) -> Path:
-    """Both packages without the extension, on a path of their own."""
-    ignore = shutil.ignore_patterns("_C*", "__pycache__")
-    shutil.copytree(PACKAGES / "safe_peft", folder / "safe_peft", ignore=ignore)
-    import safe_kernels
-
-    shutil.copytree(Path(safe_kernels.__file__).parent, folder / "safe_kernels", ignore=ignore)
-    return folder
+    assert named("no-such-package").found == "missing" and doctor.main() == 1
 
 
 @pytest.mark.parametrize("content", [None, b"this is no shared library"])
 def test_without_a_usable_extension_the_doctor_still_answers(tmp_path: Path, content: bytes | None) -> None:
-    folder = copy_of_packages(tmp_path)
+    ignore = shutil.ignore_patterns("_C*", "__pycache__")
+    shutil.copytree(PACKAGES / "safe_peft", tmp_path / "safe_peft", ignore=ignore)
+    shutil.copytree(Path(safe_kernels.__file__).parent, tmp_path / "safe_kernels", ignore=ignore)
     if content is not None:
-        import safe_kernels._C
-
-        (folder / "safe_kernels" / Path(safe_kernels._C.__file__).name).write_bytes(content)
-    command = [sys.executable, "-c", "from safe_peft.cli.doctor import main; raise SystemExit(main())"]
-    environment = {"PYTHONPATH": str(folder), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "COLUMNS": "200"}
+        (tmp_path / "safe_kernels" / Path(safe_kernels._C.__file__).name).write_bytes(content)
+    command = [sys.executable, "-m", "safe_peft.cli.doctor"]
+    environment = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
     assert ("not built" if content is None else "/safe_kernels/_C.") in done.stdout
-    assert doctor.BUILD in done.stdout
+    assert BUILD in done.stdout
 
 
-def test_a_crash_of_the_inspecting_process_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inspection, "_COMMAND", "import os; os.abort()")
-    assert "-6" in inspection.inspect_in_process().extension_error
-
-
-def test_chatter_of_imports_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
-    answer = json.dumps({"torch": "9.9"})
-    monkeypatch.setattr(inspection, "_COMMAND", f"print('chatter'); print({answer!r})")
-    assert inspection.inspect_in_process().torch == "9.9"
+def test_a_crash_of_the_importing_process_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "crashing.py").write_text("import os; os.abort()")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "-6" in doctor._import_error("crashing")

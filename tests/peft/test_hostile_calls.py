@@ -105,7 +105,7 @@ def test_parts_that_are_none(parts: Any) -> None:
     refused(lambda: bind(MODEL, parts=parts), "parts: expected some of")
 
 
-@pytest.mark.parametrize("path", [None, 3, b"x", "\0", Path("a\0b")], ids=repr)
+@pytest.mark.parametrize("path", [None, 3, b"x"], ids=repr)
 def test_paths_that_are_none(path: Any) -> None:
     made = freezer()
     report = made.report()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import re
@@ -15,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
 
 from safe_peft import StateError
 from safe_peft.files import jsonio
+from safe_peft.planning.retained import MIB
 from safe_peft.report.comparison import comparison, standard_error, verdict
 from safe_peft.report.records import AdapterRecord, Freezing, RunRecord, Scoring
 from safe_peft.report.report import FreezeReport
 from safe_peft.report.tables import runs_table
 
-MIB = 2**20
 PARTS = ("attention.query", "attention.key", "output.dense")
 
 
@@ -100,21 +98,13 @@ def remove(key: str) -> Any:
         (set_at("extra", value=1), "extra"),
         (set_at("model", value=3), "report.model"),
         (set_at("total_steps", value=True), "report.total_steps"),
-        (set_at("total_steps", value=5), "steps must lie in"),
         (set_at("scorings", 0, "step", value="2"), "scorings[0].step"),
-        (set_at("scorings", 0, "step", value=19), "must not go back"),
-        (set_at("scorings", 0, "importance", value={"nobody": 1.0}), "unknown adapter"),
         (set_at("scorings", 0, "importance", value=[1.0]), "scorings[0].importance"),
-        (set_at("freezings", 0, "name", value="nobody"), "adapters lacks"),
-        (set_at("freezings", 1, "name", value="base_model.model.encoder.layer.0.attention.query"), "freezes once"),
-        (set_at("adapters", 1, "name", value="base_model.model.encoder.layer.0.attention.query"), "occurs twice"),
-        (set_at("adapters", 0, "parameters", value=-1), "below zero"),
         (set_at("retained", 0, value=[0]), "retained[0]"),
-        (set_at("retained", 0, value=[0, -5]), "below zero"),
         (set_at("runs", 0, "seconds", value="fast"), "runs[0].seconds"),
     ],
 )
-def test_a_report_that_was_tampered_with_is_refused_and_the_place_named(change: Any, says: str) -> None:
+def test_a_report_of_another_form_is_refused_and_the_place_named(change: Any, says: str) -> None:
     data = deepcopy(make_report().to_dict())
     change(data)
     with pytest.raises(StateError, match=re.escape(says)):
@@ -134,14 +124,20 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         FreezeReport.load(tmp_path / "report.json")
 
 
-def test_writing_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_writing_that_fails_leaves_the_old_file_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "report.json"
     path.write_text("old")
-    with pytest.raises(RuntimeError), jsonio.replacing(path) as partial:
-        partial.write_text("half")
-        raise RuntimeError
+    monkeypatch.setattr(Path, "replace", failing)
+    with pytest.raises(RuntimeError):
+        jsonio.replace_file(path, b"new")
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def failing(*_: Any) -> None:
+    raise RuntimeError
 
 
 def test_rows_are_ordered_by_layer_not_by_name() -> None:
@@ -150,18 +146,16 @@ def test_rows_are_ordered_by_layer_not_by_name() -> None:
     assert [(row.layer, row.label) for row in rows] == [(-1, "head"), (2, "query"), (2, "key"), (10, "query")]
 
 
-def show(table: Any) -> str:
-    console = Console(width=200, file=io.StringIO())
-    console.print(table)
-    return console.file.getvalue()
-
-
 def test_the_table_names_every_adapter_and_when_it_froze() -> None:
     report = make_report()
-    text = show(report.table())
-    assert report.table().row_count == len(report.adapters) == 36
-    assert "18 of 36 adapters frozen in 20 steps" in text
-    assert "undefined" in text  # the one with no finite importance
+    title, heads, *rows = str(report).splitlines()
+    assert title == "18 of 36 adapters frozen in 20 steps"
+    assert heads.split("  ")[-1].strip() == "frozen after step" and len(rows) == len(report.adapters) == 36
+    assert all(
+        adapter.name.rpartition("layer.")[2].split(".", 1)[1] in row
+        for adapter, row in zip(report.adapters, rows, strict=True)
+    )
+    assert "undefined" in rows[-1]  # the one with no finite importance
 
 
 def size_of_png(data: bytes) -> tuple[int, int]:
@@ -200,7 +194,7 @@ EMPTY = FreezeReport("m", {}, 10, (AdapterRecord("layer.0.query", 4),))
 def test_unusual_reports_are_drawn_too(tmp_path: Path, report: FreezeReport) -> None:
     report.save_png(tmp_path / "report.png")
     report.save_html(tmp_path / "report.html")
-    assert show(report.table())
+    assert str(report)
 
 
 def test_the_page_holds_the_numbers_and_needs_nothing_outside_itself(tmp_path: Path) -> None:
@@ -218,7 +212,7 @@ def test_reading_and_drawing_a_report_touches_neither_torch_nor_pyplot(tmp_path:
     make_report(2).save_json(tmp_path / "report.json")
     code = (
         "import sys; from safe_peft import FreezeReport\n"
-        f"r = FreezeReport.load({str(tmp_path / 'report.json')!r}); r.table()\n"
+        f"r = FreezeReport.load({str(tmp_path / 'report.json')!r}); str(r)\n"
         f"r.save_png({str(tmp_path / 'report.png')!r})\n"
         "sys.exit(any(name in sys.modules for name in ('torch', 'peft', 'matplotlib.pyplot')))"
     )
@@ -237,7 +231,7 @@ def test_the_comparison_gives_ratios_to_stock_and_spread_over_seeds() -> None:
     assert rows["accuracy"] == ["0.850 ± 0.071", "0.800 ± 0.000"]
     assert rows["retained MiB/step, end"] == ["100.0 ± 0.0", "50.0 ± 14.1  (0.50×)"]
     assert rows["adapters frozen"] == ["0 ± 0 of 36", "18 ± 0 of 36"]
-    assert runs_table(runs).row_count == 8
+    assert len(runs_table(runs).splitlines()) == 9
 
 
 @pytest.mark.parametrize(

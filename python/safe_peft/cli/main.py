@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..errors import EXPECTED, sentence
 from .finetune import finetune
@@ -72,24 +71,23 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.j
 
     path = folder if folder.suffix == ".json" else folder / "report.json"
     found = FreezeReport.load(path)
-    console = Console()
-    console.print(found.table(), highlight=False)
+    parts = [str(found)]
     if found.runs:
-        console.print(runs_table(found.runs), highlight=False)
-        if says := verdict(found.runs):
-            console.print(says, highlight=False)
+        parts.append(runs_table(found.runs))
+        parts += filter(None, [verdict(found.runs)])
     if found.plans:
-        console.print(plans_table(found.plans), highlight=False)
+        parts.append(plans_table(found.plans))
+    typer.echo("\n\n".join(parts))
     found.save_png(path.with_name("report.png"))
     found.save_memory_png(path.with_name("memory.png"))
     found.save_html(path.with_name("report.html"), picture=path.with_name("report.png"))
-    console.print(f"drawn again: {path.with_name('report.png')}, {path.with_name('report.html')}", highlight=False)
+    typer.echo(f"drawn again: {path.with_name('report.png')}, {path.with_name('report.html')}")
 
 
 @app.command()
 @clear_errors
 def doctor() -> None:
-    """Say what is installed, which kernels serve which device, and whether the extension can be built here."""
+    """Say what is installed, whether the extension loads, which kernels serve which device, and what to fix."""
     from .doctor import main as diagnose
 
     raise typer.Exit(diagnose())

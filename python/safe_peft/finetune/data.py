@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, require
+from ..errors import ConfigError, first_line, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,7 +62,7 @@ def _load(path: Path) -> dict[str, list[Any]]:
     except ConfigError:
         raise
     except Exception as error:  # readers raise whatever their libraries raise
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         if any(text in reason for text in NO_ROWS):
             raise _no_rows(path) from None
         raise ConfigError(f"{path} cannot be read as {kind}: {reason}") from error

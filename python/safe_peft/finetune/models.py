@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, SafeError
+from ..errors import ConfigError, SafeError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,7 +49,7 @@ def _loading(model: str, what: str) -> Iterator[None]:
     except SafeError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         hint = "; it is no folder here, and the hub is off" if not Path(model).exists() and _is_offline() else ""
         raise ConfigError(
             f"model: the {what} of {model!r} cannot be loaded{hint} ({reason}). "
@@ -213,7 +213,7 @@ def add_lora(model: PreTrainedModel, task: str, options: Mapping[str, Any]) -> n
         with quiet():
             return peft.get_peft_model(model, peft.LoraConfig(task_type=kind, **options))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigError(f"LoRA options: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"LoRA options: {first_line(error)}") from error
 
 
 def positions(model: PreTrainedModel) -> int | None:

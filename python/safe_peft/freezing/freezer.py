@@ -21,7 +21,6 @@ from ..distributed.wrappers import trains_besides, unwrap
 from ..errors import BindingError, SafeError, StateError
 from ..files import jsonio
 from ..files.checkpoints import fingerprints
-from ..files.checksum import signed
 from ..report.records import AdapterRecord
 from ..report.report import FreezeReport
 from .byte_planner import Planner
@@ -277,7 +276,7 @@ class AdapterFreezer:
         self.binding.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to go on after a restart, as JSON values with a checksum.
+        """Return all that is needed to go on after a restart, as JSON values.
 
         Example:
             >>> json.dumps(freezer.state_dict())  # doctest: +SKIP
@@ -293,7 +292,7 @@ class AdapterFreezer:
             state: what `state_dict` returned, for the same options, optimizer and adapters; `total_steps` may differ.
 
         Raises:
-            StateError: It belongs to something else, is damaged or was edited; nothing is changed then.
+            StateError: It belongs to something else or is damaged; nothing is changed then.
             BindingError: The freezer is detached, or PEFT has deleted an adapter or unloaded the model.
         """
         self._check_attached()
@@ -325,7 +324,7 @@ class AdapterFreezer:
             >>> freezer.save("checkpoint-8/safe_state.json")  # doctest: +SKIP
         """
         found = fingerprints(jsonio.path_of(path).parent, files)
-        jsonio.write_json(path, signed({**self.state_dict(), **({FILES: found} if found else {})}))
+        jsonio.write_json(path, self.state_dict() | ({FILES: found} if found else {}))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote; see `load_state_dict`.
@@ -334,7 +333,7 @@ class AdapterFreezer:
             path: the file.
 
         Raises:
-            StateError: It is missing or damaged, was edited, or belongs to something else; nothing is changed then.
+            StateError: It is missing or damaged, or belongs to something else; nothing is changed then.
             BindingError: The freezer is detached.
 
         Example:
@@ -347,4 +346,4 @@ class AdapterFreezer:
             raise StateError(f"{path}: {error}") from error
 
     def _owner(self) -> Owner:
-        return Owner(self.config, self._optimizers.kinds, self._traits, self.binding.blocks, self._engine.process)
+        return Owner(self.config, self._optimizers.kinds, self._traits, self._engine.process)

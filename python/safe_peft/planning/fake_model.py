@@ -20,7 +20,7 @@ from ..binding.blocks import parts_of
 from ..binding.blocks.norms import INVERTS, Norm
 from ..distributed.fsdp import is_spread
 from ..distributed.wrappers import buffers_of, parameters_of, walk
-from ..errors import PlanError
+from ..errors import PlanError, first_line
 from .sharded import check_sharding, copy_units, whole_dtypes
 
 _ALL, _ANY = torch.ops.aten.all.default, torch.ops.aten.any.default
@@ -183,7 +183,3 @@ class MaskAnswers(TorchDispatchMode):
         if func in (_ALL, _ANY) and args[0].dim() == 2 and args[0].shape[0] in self.rows:
             self._asked[out] = self.padded == (func is _ANY)
         return out
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

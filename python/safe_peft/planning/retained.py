@@ -253,26 +253,6 @@ class RetainedTable:
         ]
         return RetainedTable(self.adapters, tuple(blocks), (*self.storages, *other.storages))
 
-    def agrees(self, adapters: Collection[str]) -> bool:
-        """Whether a table that was read from a file is of a model with these adapters, and of one piece."""
-        blocks, bits, count = len(self.blocks), len(self.adapters) + 1, len(self.storages)
-        return (
-            set(self.adapters) <= set(adapters)
-            and all(storage.bytes >= 0 for storage in self.storages)
-            and all(0 <= block.holds < 1 << bits and 0 <= block.passes < 1 << bits for block in self.blocks)
-            and all(0 <= index < count for block in self.blocks for index in block.inputs)
-            and all(
-                saver.part in PARTS
-                and -1 <= saver.block < blocks
-                and 0 <= saver.needs < 1 << bits
-                and -1 <= saver.adapter < bits - 1
-                and 0 <= saver.unless < 1 << bits
-                and 0 <= saver.also < 1 << bits
-                for storage in self.storages
-                for saver in storage.savers
-            )
-        )
-
     def groups(self) -> list[tuple[str, ...]]:
         """Return the live adapters in groups that read the same tensors: its members free little one by one."""
         leader = list(range(len(self.adapters)))

@@ -22,10 +22,10 @@ from safe_kernels.retention import Recorder, storages
 from ..binding.adapters import Adapter, adapter_of
 from ..binding.bind import Binding, bind
 from ..distributed.wrappers import parameters_of, short_name, walk
-from ..errors import PlanError
+from ..errors import PlanError, first_line
 from .accounts import Accounts
 from .device import as_on
-from .fake_model import FakeModel, MaskAnswers, first_line, ordinary_positions
+from .fake_model import FakeModel, MaskAnswers, ordinary_positions
 from .inputs import Inputs
 from .live_bytes import LiveBytes
 from .retained import RetainedTable
