@@ -1,7 +1,7 @@
 # Every target does the set-up it needs; a second run finds it done. `make` alone lists the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup tools demo test fuzz processes kernels matrix clients lint format sanitize bench bench-table wheel clean
+.PHONY: help setup tools demo test test-gpu fuzz processes kernels matrix clients lint format sanitize bench bench-table wheel clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -22,6 +22,9 @@ demo: setup ## fine-tune MiniLM on film reviews, with stock PEFT and with SAFE (
 
 test: lint ## lint, types and every test (ARGS= goes to pytest)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
+
+test-gpu: tools ## the kernels on this machine's GPUs, compared with float64 and with the CPU kernels (ARGS= goes to pytest)
+	@HF_HUB_OFFLINE=1 $(BIN)/pytest tests/gpu $(ARGS)
 
 fuzz: tools ## random programs over stock PEFT and over bound models, for MINUTES=30 (ARGS="--seed 1" repeats a run)
 	@$(BIN)/python tests/fuzz/fuzz.py --minutes $(or $(MINUTES),30) $(ARGS)

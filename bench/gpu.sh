@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Builds the extension, checks the kernels on a GPU, times them and whole training steps. One GPU, no network, at most
-# BUDGET seconds: the most valuable parts come first, each gets what is left, and one JSON holds after every case what is
-# known so far. A part that fails stops no other. A short table comes last; the exit status is 1 if any part failed.
+# Builds the extension, checks the kernels on a GPU by the tests in tests/gpu, times them and whole training steps. One
+# GPU, no network, at most BUDGET seconds: the most valuable parts come first, each gets what is left, and one JSON holds
+# after every case what is known so far. A part that fails stops no other. A short table comes last; the exit status is 1
+# if any part failed.
 # On a machine without a GPU, --dry-run goes through it on the CPU, at sizes that say nothing.
 #   bench/gpu.sh [--dry-run] [--out FILE]
 # Environment: BUDGET (default 580), PYTHON (default: .venv's, else python3), MAX_JOBS, SKIP_BUILD=1 (it is built),
@@ -21,7 +22,7 @@ done
 
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || command -v python3)}
 budget=${BUDGET:-580}
-export PYTHONPATH="$PWD:$PWD/python${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/python:$PWD/tests/gpu${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [[ -z $dry ]]; then
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
@@ -34,6 +35,9 @@ out=${out:-$([[ -n $dry ]] && echo "$scratch/dry-run.json" || echo bench/results
 say() { printf '==> %s (%d s)\n' "$*" "$SECONDS" >&2; }
 note() { "$python" -m bench.gpu.results "$out" "$@"; }
 module() { part "$2" "$3" "$python" -m "bench.gpu.$1" $dry --out "$out" --part "$2" "${@:4}"; }
+checks=("$python" -m pytest --quiet -p no:cacheprovider -p bench.gpu.checks $dry --out "$out")
+small=(tests/gpu --ignore tests/gpu/test_large.py) large=(tests/gpu/test_large.py)
+[[ -z $dry ]] || { export SAFE_KERNELS_TEST_DEVICE=cpu && large+=(-k 1000x); }
 
 finish() {
   local status=$?
@@ -78,7 +82,7 @@ sanitizer() {
   found=$(PATH="$PATH:/usr/local/cuda/bin" command -v compute-sanitizer)
   [[ -n $dry || -z $found ]] && note "$tool" "status=not run: no compute-sanitizer, or a dry run" && return
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 part "$tool" 120 "$found" --tool "$tool" --error-exitcode 9 \
-    "$python" -m bench.gpu.check --out "$out" --part "$tool"
+    "${checks[@]}" --part "$tool" "${small[@]}"
 }
 
 [[ -n ${ONLY:-} ]] || rm -f "$out"
@@ -89,11 +93,11 @@ else
   MAX_JOBS=${MAX_JOBS:-$(getconf _NPROCESSORS_ONLN)} part build 300 "$python" setup.py --quiet build_ext --inplace
 fi
 module warm warm 90
-module check check 90
+part check 90 "${checks[@]}" --part check "${small[@]}"
 module ops ops 150
 module steps steps 210
-module check check_large 40 --large
-module check check_tuned 40 --autotune
+part check_large 40 "${checks[@]}" --part check_large "${large[@]}"
+part check_tuned 40 "${checks[@]}" --part check_tuned "${small[@]}" --autotune
 module ops ops_tuned 60 --autotune
 sanitizer memcheck
 sanitizer racecheck

@@ -15,10 +15,12 @@ from typing import Any
 
 import pytest
 import torch
-from gpu import check, machine, ops
-from gpu.check_cases import Case as Check
+from gpu import machine, ops
 from gpu.op_cases import Case
 from gpu.results import AGAIN, PARTS, read, update
+from gpu_cases import Case as Check
+from gpu_cases import Normal
+from gpu_checks import problems
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -64,7 +66,7 @@ def test_every_part_is_named_even_if_there_is_no_time_for_it(tmp_path: Path) -> 
 
 
 def test_a_part_that_fails_stops_no_other(tmp_path: Path) -> None:
-    running = script(tmp_path / "out.json", PYTHON=stand_in(tmp_path, "*check) exit 1 ;;"))
+    running = script(tmp_path / "out.json", PYTHON=stand_in(tmp_path, "pytest) exit 1 ;;"))
     printed, _ = running.communicate(timeout=60)
     status = {name: part["status"] for name, part in read(tmp_path / "out.json")["parts"].items()}
     assert running.returncode == 1, printed
@@ -82,18 +84,15 @@ def test_a_script_that_is_told_to_stop_prints_what_there_is(tmp_path: Path) -> N
     assert read(tmp_path / "out.json")["machine"]["gpu"] == "none (dry run)"
 
 
+def checks(out: Path, tests: Path, **environment: str) -> subprocess.Popen[str]:
+    """The tests of a file or folder, recorded as the script records them."""
+    command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.checks", str(tests), "--dry-run", "--out", str(out)]
+    environment = {**ENVIRONMENT, "SAFE_KERNELS_TEST_DEVICE": "cpu", **environment}
+    return subprocess.Popen([*command, "--part", "check"], env=environment, cwd=ROOT, text=True)
+
+
 def test_a_part_that_is_killed_leaves_what_it_measured(tmp_path: Path) -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "bench.gpu.check",
-        "--dry-run",
-        "--out",
-        str(tmp_path / "out.json"),
-        "--part",
-        "check",
-    ]
-    running: subprocess.Popen[str] = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, text=True)
+    running = checks(tmp_path / "out.json", ROOT / "tests/gpu/test_values.py")
     await_checks(tmp_path / "out.json", running)
     running.kill()
     running.wait()
@@ -112,8 +111,8 @@ def test_a_provider_that_cannot_run_says_why() -> None:
 
 def test_a_check_that_fails_says_what_is_wrong() -> None:
     calls = iter(range(4))
-    drifting = Check("drifting", lambda x: x * (1.0 + 0.1 * next(calls)), [torch.ones(4)])
-    wrong = check.check(drifting, torch.device("cpu"))
+    drifting = Check("drifting", lambda x: x * (1.0 + 0.1 * next(calls)), [Normal((4,), torch.float32)])
+    wrong = problems(drifting, torch.device("cpu"))
     assert any("against float64" in problem for problem in wrong)
     assert any("other bits in a second run" in problem for problem in wrong)
 
@@ -128,21 +127,39 @@ def test_a_part_that_has_no_time_left_measures_nothing(monkeypatch: pytest.Monke
     assert noted["left_out"].startswith("from lora forward")
 
 
-def test_after_a_fault_another_process_goes_on_behind_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def faults() -> list[str]:
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+FAULTY = """
+def test_a() -> None:
+    pass
 
-    done: list[str] = []
-    verified = [("a", lambda: done.append("a") or []), ("b", faults), ("c", lambda: done.append("c") or [])]
-    monkeypatch.setattr(check, "checks", lambda *arguments: iter(verified))
-    monkeypatch.setattr(sys, "argv", ["check", "--dry-run", "--out", str(tmp_path / "out.json"), "--part", "check"])
-    with pytest.raises(SystemExit, match=str(AGAIN)):
-        check.main()
-    monkeypatch.setenv("GOES_ON", "1")
-    with pytest.raises(SystemExit, match="True"):
-        check.main()
+def test_b() -> None:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+def test_c() -> None:
+    assert False, "another reason\\nand a long story"
+"""
+
+
+def test_after_a_fault_another_process_goes_on_behind_it(tmp_path: Path) -> None:
+    (tests := tmp_path / "test_faulty.py").write_text(FAULTY)
+    out = tmp_path / "out.json"
+    assert checks(out, tests).wait() == AGAIN
+    assert read(out)["parts"]["check"]["checked"] == 2
+    assert checks(out, tests, GOES_ON="1").wait() == 1
+    part = read(out)["parts"]["check"]
+    wrong = {name.rpartition("::")[2]: problems for name, problems in part["wrong"].items()}
+    assert part["checked"] == 3
+    assert wrong == {
+        "test_b": ["RuntimeError: CUDA error: an illegal memory access was encountered"],
+        "test_c": ["AssertionError: another reason"],
+    }
+    assert checks(out, tests, GOES_ON="1").wait() == 1, "nothing is left to do, and some of it was wrong"
+
+
+def test_checks_that_have_no_time_left_do_not_run(tmp_path: Path) -> None:
+    (tests := tmp_path / "test_faulty.py").write_text(FAULTY)
+    assert checks(tmp_path / "out.json", tests, DEADLINE=str(time.time())).wait() == 0
     part = read(tmp_path / "out.json")["parts"]["check"]
-    assert (done, part["checked"], list(part["wrong"])) == (["a", "c"], 3, ["b"])
+    assert part["left_out"].endswith("test_faulty.py::test_a on") and "checked" not in part
 
 
 def test_the_script_starts_a_part_again_that_asks_for_it(tmp_path: Path) -> None:

@@ -23,15 +23,19 @@ Run = Callable[[], Any]
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """What every script here takes."""
+    """What a script here takes."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--dry-run", action="store_true", help="on the CPU, at tiny sizes: times mean nothing")
-    parser.add_argument("--large", action="store_true", help="checks at sizes that fill a GPU")
-    parser.add_argument("--autotune", action="store_true", help="tiles by measurement; of the ops, our own alone")
     parser.add_argument("--shard", type=int, nargs=2, help="warming: which share of the cases, and of how many")
-    parser.add_argument("--out", type=Path, required=True, help="JSON to add to")
-    parser.add_argument("--part", choices=PARTS, required=True, help="under which name")
+    add_options(parser.add_argument)
     return parser.parse_args()
+
+
+def add_options(add: Callable[..., Any]) -> None:
+    """What every part takes."""
+    add("--dry-run", action="store_true", help="on the CPU, at tiny sizes: times mean nothing")
+    add("--autotune", action="store_true", help="tiles by measurement; of the ops, our own alone")
+    add("--out", type=Path, required=True, help="JSON to add to")
+    add("--part", choices=PARTS, required=True, help="under which name")
 
 
 def device_of(options: argparse.Namespace) -> torch.device:

@@ -62,9 +62,14 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
 
 
+def lost_the_gpu(problem: str) -> bool:
+    """Whether an error left its whole process without a GPU, as a fault of a kernel does."""
+    return "CUDA error" in problem or "Triton Error [CUDA]" in problem
+
+
 def go_on_after(problem: str) -> None:
-    """A fault of a kernel leaves its whole process without a GPU: the rest is for another one."""
-    if "CUDA error" in problem or "Triton Error [CUDA]" in problem:
+    """The rest is for another process, if this one has lost the GPU."""
+    if lost_the_gpu(problem):
         sys.exit(AGAIN)
 
 

@@ -11,9 +11,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from gpu_cases import large_cases, small_cases
+from gpu_checks import run
 
-from .check import run
-from .check_cases import large_cases, small_cases
 from .machine import arguments, device_of
 from .ops import OWN, all_cases
 from .results import seconds_left
@@ -26,7 +26,7 @@ def calls(dry: bool, device: torch.device) -> Iterator[Callable[[], Any]]:
     yield from (partial(run, case, device) for case in small_cases())
     for timed in all_cases(dry, device):
         yield from (timed.runs[provider] for provider in OWN if provider in timed.runs)
-    yield from (partial(run, case, device) for case in large_cases(dry))
+    yield from (partial(run, case, device) for case in large_cases() if not dry)
 
 
 def warm(dry: bool, device: torch.device, shard: int, shards: int) -> None:

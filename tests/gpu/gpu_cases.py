@@ -1,4 +1,4 @@
-"""What is checked on a GPU: every op, dtype and shape that has code of its own."""
+"""The calls that are checked on a GPU: every op, dtype and shape that has code of its own."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,19 @@ ADAPTERS = ((HALF, HALF), (HALF, SINGLE), (torch.float16, torch.float16), (SINGL
 Size = tuple[int, int, int, int]
 SMALL: Size = (130, 96, 80, 5)
 """Rows, features in, features out, rank."""
+LARGE: tuple[Size, ...] = ((1000, 1030, 770, 17), (4096, 2048, 2048, 16))
+"""Ragged tiles, and a size that fills a GPU."""
+
+
+class Normal(NamedTuple):
+    """A tensor of random numbers, which does not exist before a call draws it."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    scale: float = 1.0
+
+    def draw(self) -> Tensor:
+        return (torch.randn(*self.shape, dtype=torch.float64) * self.scale).to(self.dtype)
 
 
 @dataclass
@@ -29,36 +42,34 @@ class Case:
     Attributes:
         name: of the case.
         op: what is called.
-        tensors: its arguments, which want gradients.
+        inputs: its arguments, which want gradients.
         options: further arguments.
-        trained: which of the tensors do want gradients; None: all.
+        trained: which of the inputs do want gradients; None: all.
         strided: whether the elements of a row lie apart in memory.
     """
 
     name: str
     op: Callable[..., Tensor]
-    tensors: list[Tensor]
+    inputs: list[Normal]
     options: dict[str, Any] = field(default_factory=dict)
     trained: tuple[int, ...] | None = None
     strided: bool = False
 
+    def __str__(self) -> str:
+        return self.name
+
     def place(
         self, device: torch.device, dtype: torch.dtype | None = None
     ) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        """The call on `device`, in `dtype` or the tensors' own; and the tensors that want gradients."""
-        moved = [tensor.to(device, dtype).detach() for tensor in self.tensors]
+        """The call on `device`, in `dtype` or the inputs' own; and the tensors that want gradients."""
+        torch.manual_seed(0)
+        moved = [normal.draw().to(device, dtype) for normal in self.inputs]
         if self.strided:
             moved = [torch.stack([tensor, tensor], -1)[..., 0] for tensor in moved]
         trained = range(len(moved)) if self.trained is None else self.trained
         leaves = [moved[index].requires_grad_() for index in trained]
-        further = {
-            name: value.to(device) if isinstance(value, Tensor) else value for name, value in self.options.items()
-        }
-        return partial(self.op, *moved, **further), leaves
-
-
-def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-    return (torch.randn(*shape, dtype=torch.float64) * scale).to(dtype)
+        rng_state = {"rng_state": state().to(device)} if self.options.get("dropout_p") else {}
+        return partial(self.op, *moved, **self.options, **rng_state), leaves
 
 
 def state() -> Tensor:
@@ -71,37 +82,33 @@ def linear(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, **options: Any) -> T
 
 def lora(size: Size, dtype: torch.dtype, adapter: torch.dtype, p: float) -> Case:
     rows, d_in, d_out, rank = size
-    x, base = normal(rows, d_in, dtype=dtype), normal(rows, d_out, dtype=dtype)
-    A = normal(rank, d_in, dtype=adapter, scale=d_in**-0.5)
-    B = normal(d_out, rank, dtype=adapter, scale=rank**-0.5)
+    x, base = Normal((rows, d_in), dtype), Normal((rows, d_out), dtype)
+    A, B = Normal((rank, d_in), adapter, d_in**-0.5), Normal((d_out, rank), adapter, rank**-0.5)
     name = f"lora {rows}x{d_in}-{rank}-{d_out} {adapter} over {dtype} p{p}".replace("torch.", "")
-    return Case(name, safe_kernels.lora, [x, base, A, B], {"scaling": 2.0, **dropped(p)})
-
-
-def dropped(p: float) -> dict[str, Any]:
-    return {"dropout_p": p, "rng_state": state() if p else None}
+    return Case(name, safe_kernels.lora, [x, base, A, B], {"scaling": 2.0, "dropout_p": p})
 
 
 def fused(over: Case, bias: bool = False) -> Case:
     """The same adapter with its layer in one."""
-    x, base, A, B = over.tensors
-    weight = normal(base.shape[1], x.shape[1], dtype=x.dtype, scale=x.shape[1] ** -0.5)
-    name = over.name.replace("lora", "lora_linear with bias" if bias else "lora_linear")
+    x, base, A, B = over.inputs
+    (_, d_in), (_, d_out) = x.shape, base.shape
+    weight = Normal((d_out, d_in), x.dtype, d_in**-0.5)
     if bias:
-        return Case(name, safe_kernels.lora_linear, [x, weight, normal(len(base.T), dtype=x.dtype), A, B], over.options)
-    return Case(name, linear, [x, weight, A, B], over.options)
+        name = over.name.replace("lora", "lora_linear with bias")
+        return Case(name, safe_kernels.lora_linear, [x, weight, Normal((d_out,), x.dtype), A, B], over.options)
+    return Case(over.name.replace("lora", "lora_linear"), linear, [x, weight, A, B], over.options)
 
 
 def rowwise(rows: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
-    x, up, row = (normal(*shape, dtype=dtype) for shape in ((rows, width), (rows, width), (width,)))
+    x, row = Normal((rows, width), dtype), Normal((width,), dtype)
     name = f"{rows}x{width} {dtype}".replace("torch.", "")
     yield Case(f"rms_norm {name}", safe_kernels.rms_norm, [x, row], {"eps": 1e-6})
-    yield Case(f"layer_norm {name}", safe_kernels.layer_norm, [x, row, row.clone()], {"eps": 1e-6})
-    yield Case(f"dropout {name}", safe_kernels.dropout, [x], dropped(0.3))
+    yield Case(f"layer_norm {name}", safe_kernels.layer_norm, [x, row, row], {"eps": 1e-6})
+    yield Case(f"dropout {name}", safe_kernels.dropout, [x], {"dropout_p": 0.3})
     # Every kind has the same code around its formula.
     for kind in ("silu", "gelu", "gelu_tanh", "relu") if dtype == HALF else ("silu",):
-        options = {"kind": kind, **dropped(0.1 if kind == "silu" else 0.0)}
-        yield Case(f"gated {kind} {name}", safe_kernels.gated_activation, [x, up], options)
+        options = {"kind": kind, "dropout_p": 0.1 if kind == "silu" else 0.0}
+        yield Case(f"gated {kind} {name}", safe_kernels.gated_activation, [x, x], options)
         yield Case(f"activation {kind} {name}", safe_kernels.activation, [x], options)
 
 
@@ -129,11 +136,15 @@ def small_cases() -> Iterator[Case]:
     yield from unusual()
 
 
-def large_cases(dry: bool) -> Iterator[Case]:
-    """Ragged tiles, and a size that fills a GPU."""
-    sizes: list[Size] = [(300, 133, 70, 17)] if dry else [(1000, 1030, 770, 17), (4096, 2048, 2048, 16)]
-    for size in sizes:
+def large_cases() -> Iterator[Case]:
+    for size in LARGE:
         for dtype, adapter, p in ((HALF, HALF, 0.1), (HALF, SINGLE, 0.1), (HALF, HALF, 0.0), (SINGLE, SINGLE, 0.0)):
             over = lora(size, dtype, adapter, p)
             yield from (over, fused(over))
         yield from rowwise(size[0], size[1], HALF)
+
+
+def without_weight() -> Iterator[Case]:
+    """One adapter, by itself and with its layer, whose weight is left out: cuBLAS may sum its gradient otherwise."""
+    over = lora(SMALL, HALF, HALF, 0.1)
+    yield from (over, replace(fused(over), trained=(0, 2, 3)))
