@@ -19,7 +19,7 @@ from torch.utils.checkpoint import get_device_states
 from safe_kernels import AdapterStatistics
 from safe_kernels.retention import announce_reader
 
-from ..class_swap import STATE, Swapped, is_bound, own_forward
+from ..class_swap import STATE, Swapped, autocasts, is_bound, own_forward
 from .base import LayerState, active_keys, adapter_keys, adapter_parameters, peft_kind
 
 Call = Callable[[], Any]
@@ -163,6 +163,8 @@ def _announce(layer: Any, args: tuple[Any, ...]) -> None:
     if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     modules, x = layer._modules, args[0]
+    if autocasts(x) and torch.get_autocast_dtype(x.device.type) != x.dtype:
+        return  # lora_A keeps a copy of x in autocast's dtype
     for key in active_keys(layer, adapter_keys(layer)):
         lora_A = modules["lora_A"]._modules.get(key) if "lora_A" in modules else None
         if type(lora_A) is not nn.Linear or layer.disable_adapters or layer.merged:
