@@ -173,13 +173,9 @@ def stems(folder: str) -> set[str]:
     return {path.stem for path in (NATIVE / folder).glob("*.cpp")}
 
 
-COMPOSED_ON_CPU = {"lora_linear"}
-"""Ops whose reference serves the CPU: BLAS already multiplies by the base weight there, and `lora` does the rest."""
-
-
 def test_an_op_has_the_same_stem_everywhere() -> None:
     assert stems("ops") == stems("autograd")
-    assert stems("ops") - COMPOSED_ON_CPU <= stems("cpu"), "besides the ops, building blocks that several of them use"
+    assert stems("ops") <= stems("cpu"), "besides the ops, building blocks that several of them use"
     assert {path.stem for path in (NATIVE / "ops").glob("*.h")} == stems("ops")
 
 
@@ -187,7 +183,7 @@ def test_a_kernels_file_registers_it() -> None:
     """Registration is the last block of the kernel's own file; building blocks register nothing."""
     for folder, key in (("cpu", "CPU"), ("autograd", "Autograd")):
         registering = {p.stem for p in (NATIVE / folder).glob("*.cpp") if "TORCH_LIBRARY_IMPL" in p.read_text()}
-        assert registering == stems("ops") - (COMPOSED_ON_CPU if key == "CPU" else set())
+        assert registering == stems("ops")
         for path in (NATIVE / folder).glob("*.cpp"):
             assert re.findall(r"TORCH_LIBRARY_IMPL\(safe_kernels, (\w+),", path.read_text()) in ([], [key])
 
@@ -281,8 +277,6 @@ def test_defaults_agree(op: str) -> None:
 @pytest.mark.parametrize("op", ops())
 @pytest.mark.parametrize("key", ["CPU", "Autograd", "CompositeExplicitAutograd"])
 def test_every_op_has_its_kernels(op: str, key: str) -> None:
-    if key == "CPU" and op.removesuffix("_backward") in COMPOSED_ON_CPU:
-        key = "CompositeExplicitAutograd"
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"safe_kernels::{op}", key)
 
 

@@ -25,8 +25,8 @@ def lora_linear(
     """A linear layer with its LoRA adapter: ``x W' + bias + scaling * (dropout(x) A') B'`` (arXiv 2106.09685).
 
     On a GPU with Triton it is one product of matrices: the adapter is one more step of the sum that makes an element
-    of the output, so that the layer's output without the adapter never exists. Elsewhere it is the composition of
-    PyTorch's products, and `lora` over ``torch.nn.functional.linear`` is the better choice.
+    of the output, so that the layer's output without the adapter never exists. On a CPU it is PyTorch's product with
+    weight, and `lora` over that.
 
     What autograd retains follows from which arguments require grad:
 

@@ -27,11 +27,16 @@ def _one_thread_and_a_seed() -> Iterator[None]:
 def fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The arguments of every call that reached the fast path."""
     calls: list[tuple[Any, ...]] = []
-    real = safe_kernels.lora
 
-    def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
-        calls.append(args)
-        return real(*args, **kwargs)
+    def record(name: str) -> None:
+        real = getattr(safe_kernels, name)
 
-    monkeypatch.setattr(safe_kernels, "lora", recorded)
+        def recorded(*args: Any, **kwargs: Any) -> torch.Tensor:
+            calls.append(args)
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(safe_kernels, name, recorded)
+
+    record("lora")
+    record("lora_linear")
     return calls

@@ -132,7 +132,7 @@ def test_it_tells_frozen_from_fixed() -> None:
     assert {row.name for row in rows if row.frozen} == set(freezer.frozen)
     assert not rows[fixed].frozen and not rows[fixed].trainable
     assert all(row.trainable != row.frozen for row in rows if row.name != fixed)
-    assert all(row.path == "safe_kernels::lora" for row in rows)
+    assert all(row.path == "safe_kernels::lora_linear" for row in rows)
 
 
 def test_other_methods_and_plain_models() -> None:

@@ -285,4 +285,4 @@ def test_an_adapter_added_later_is_served_too(fast_calls: list[Any]) -> None:
     randomise_adapters(model)
     x = torch.randn(3, 16)
     torch.testing.assert_close(layer(x), PeftLinear.forward(layer, x))
-    assert fast_calls and fast_calls[0][2] is layer.lora_A["second"].weight
+    assert fast_calls and fast_calls[0][3] is layer.lora_A["second"].weight

@@ -53,5 +53,5 @@ def test_it_learns_while_three_quarters_freeze(weights: Path) -> None:
     losses = train(model, optimizer, sentences(weights, 40), freezer)
     assert losses[-1] < 0.1 < losses[0]
     assert len(freezer.frozen) == 27 and not freezer.unscored
-    assert all(row.path == "safe_kernels::lora" for row in explain(model))
+    assert all(row.path == "safe_kernels::lora_linear" for row in explain(model))
     assert all(0 < value < 1 for value in freezer.ledger.importance.values())

@@ -1,6 +1,6 @@
 """PEFT's `lora.Linear` with `safe_kernels.lora` for its adapter, over any base layer: only its output is taken.
 
-Over a plain nn.Linear the whole layer may be one op, `safe_kernels.lora_linear`, where that is known to be faster.
+Over a plain nn.Linear the whole layer is one op, `safe_kernels.lora_linear`.
 """
 
 from __future__ import annotations
@@ -166,16 +166,15 @@ class SafeLoraLinear(Observed):
         dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
         statistics = None if observe is None else observe(x)
         plain = None if args or kwargs else _plain(own["base_layer"], x)
-        fused = plain is not None and safe_kernels.prefers_fused(x, *plain, A, B, dropout_p=dropout_p)
-        if fused is not state.fused and not compiling:
-            state.fused = fused
+        if not compiling:
+            state.fused = plain is not None
         options: Any = {"dropout_p": dropout_p, "statistics": statistics}
         base: Any = None
-        if not fused:
+        if plain is None:
             named = {name: value for name, value in kwargs.items() if name not in _ROUTING}
             base = self.base_layer(x, *args, **named)
         try:
-            if plain is not None and fused:
+            if plain is not None:
                 return safe_kernels.lora_linear(x, *plain, A, B, self.scaling[key], **options)
             return safe_kernels.lora(x, base, A, B, self.scaling[key], **options)
         except (TypeError, ValueError) as refused:
