@@ -17,21 +17,21 @@ def _activation_kernel(
     x,
     out,
     rng,
-    rows,
-    columns,
-    x_row,
-    x_column,
+    M,
+    N,
+    stride_x_m,
+    stride_x_n,
     dropout_scale,
     threshold,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    row, first, column, inside = _tile(rows, columns, ROWS, COLUMNS)
-    values = _value(_read(x, row, column, x_row, x_column, inside), KIND)
-    values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
-    _write(out, row, column, columns, values, inside)
+    offs_m, start_n, offs_n, mask = _tile(M, N, BLOCK_M, BLOCK_N)
+    values = _value(_read(x, offs_m, offs_n, stride_x_m, stride_x_n, mask), KIND)
+    values = _dropped(values, rng, offs_m, start_n, threshold, dropout_scale, HAS_DROPOUT)
+    _write(out, offs_m, offs_n, N, values, mask)
 
 
 @triton.jit
@@ -40,24 +40,24 @@ def _activation_backward_kernel(
     x,
     grad_x,
     rng,
-    rows,
-    columns,
-    grad_row,
-    grad_column,
-    x_row,
-    x_column,
+    M,
+    N,
+    stride_grad_m,
+    stride_grad_n,
+    stride_x_m,
+    stride_x_n,
     dropout_scale,
     threshold,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    row, first, column, inside = _tile(rows, columns, ROWS, COLUMNS)
-    values = _read(grad, row, column, grad_row, grad_column, inside)
-    values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
-    values = _pull_back(values, _read(x, row, column, x_row, x_column, inside), KIND)
-    _write(grad_x, row, column, columns, values, inside)
+    offs_m, start_n, offs_n, mask = _tile(M, N, BLOCK_M, BLOCK_N)
+    values = _read(grad, offs_m, offs_n, stride_grad_m, stride_grad_n, mask)
+    values = _dropped(values, rng, offs_m, start_n, threshold, dropout_scale, HAS_DROPOUT)
+    values = _pull_back(values, _read(x, offs_m, offs_n, stride_x_m, stride_x_n, mask), KIND)
+    _write(grad_x, offs_m, offs_n, N, values, mask)
 
 
 @host.served_by(reference.activation)

@@ -17,20 +17,20 @@ def _dropout_kernel(
     x,
     out,
     rng,
-    rows,
-    columns,
-    x_row,
-    x_column,
+    M,
+    N,
+    stride_x_m,
+    stride_x_n,
     dropout_scale,
     threshold,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
-    row, first, column, inside = _tile(rows, columns, ROWS, COLUMNS)
-    values = _read(x, row, column, x_row, x_column, inside)
-    values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
-    _write(out, row, column, columns, values, inside)
+    offs_m, start_n, offs_n, mask = _tile(M, N, BLOCK_M, BLOCK_N)
+    values = _read(x, offs_m, offs_n, stride_x_m, stride_x_n, mask)
+    values = _dropped(values, rng, offs_m, start_n, threshold, dropout_scale, HAS_DROPOUT)
+    _write(out, offs_m, offs_n, N, values, mask)
 
 
 @host.served_by(reference.dropout)

@@ -18,24 +18,24 @@ def _gated_activation_kernel(
     up,
     out,
     rng,
-    rows,
-    columns,
-    gate_row,
-    gate_column,
-    up_row,
-    up_column,
+    M,
+    N,
+    stride_gate_m,
+    stride_gate_n,
+    stride_up_m,
+    stride_up_n,
     dropout_scale,
     threshold,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     KIND: tl.constexpr,
 ):
-    row, first, column, inside = _tile(rows, columns, ROWS, COLUMNS)
-    values = _value(_read(gate, row, column, gate_row, gate_column, inside), KIND)
-    values *= _read(up, row, column, up_row, up_column, inside)
-    values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
-    _write(out, row, column, columns, values, inside)
+    offs_m, start_n, offs_n, mask = _tile(M, N, BLOCK_M, BLOCK_N)
+    values = _value(_read(gate, offs_m, offs_n, stride_gate_m, stride_gate_n, mask), KIND)
+    values *= _read(up, offs_m, offs_n, stride_up_m, stride_up_n, mask)
+    values = _dropped(values, rng, offs_m, start_n, threshold, dropout_scale, HAS_DROPOUT)
+    _write(out, offs_m, offs_n, N, values, mask)
 
 
 @triton.jit
@@ -46,32 +46,32 @@ def _gated_activation_backward_kernel(
     grad_gate,
     grad_up,
     rng,
-    rows,
-    columns,
-    grad_row,
-    grad_column,
-    gate_row,
-    gate_column,
-    up_row,
-    up_column,
+    M,
+    N,
+    stride_grad_m,
+    stride_grad_n,
+    stride_gate_m,
+    stride_gate_n,
+    stride_up_m,
+    stride_up_n,
     dropout_scale,
     threshold,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     KIND: tl.constexpr,
     COMPUTE_GATE: tl.constexpr,
     COMPUTE_UP: tl.constexpr,
 ):
-    row, first, column, inside = _tile(rows, columns, ROWS, COLUMNS)
-    values = _read(grad, row, column, grad_row, grad_column, inside)
-    values = _dropped(values, rng, row, first, threshold, dropout_scale, HAS_DROPOUT)
-    x = _read(gate, row, column, gate_row, gate_column, inside)
+    offs_m, start_n, offs_n, mask = _tile(M, N, BLOCK_M, BLOCK_N)
+    values = _read(grad, offs_m, offs_n, stride_grad_m, stride_grad_n, mask)
+    values = _dropped(values, rng, offs_m, start_n, threshold, dropout_scale, HAS_DROPOUT)
+    x = _read(gate, offs_m, offs_n, stride_gate_m, stride_gate_n, mask)
     if COMPUTE_GATE:
-        before = values * _read(up, row, column, up_row, up_column, inside)
-        _write(grad_gate, row, column, columns, _pull_back(before, x, KIND), inside)
+        before = values * _read(up, offs_m, offs_n, stride_up_m, stride_up_n, mask)
+        _write(grad_gate, offs_m, offs_n, N, _pull_back(before, x, KIND), mask)
     if COMPUTE_UP:
-        _write(grad_up, row, column, columns, values * _value(x, KIND), inside)
+        _write(grad_up, offs_m, offs_n, N, values * _value(x, KIND), mask)
 
 
 @host.served_by(reference.gated_activation)

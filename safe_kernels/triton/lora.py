@@ -35,24 +35,24 @@ from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 @triton.jit
 def _lora_apply_kernel(
-    base,  # [rows, columns]
-    bias,  # [columns]
-    lora_B,  # [columns, rank]
-    h,  # [SPLITS, rows, width]
-    out,  # [rows, columns], contiguous
-    rows,
-    columns,
-    rank,
+    base,  # [M, N]
+    bias,  # [N]
+    lora_B,  # [N, R]
+    h,  # [SPLITS, M, width]
+    out,  # [M, N], contiguous
+    M,
+    N,
+    R,
     width,
-    base_row,
-    base_column,
-    b_column,
-    b_rank,
-    split_columns,
+    stride_base_m,
+    stride_base_n,
+    stride_b_n,
+    stride_b_r,
+    split_n,
     scale,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     SPLITS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -60,34 +60,34 @@ def _lora_apply_kernel(
     HAS_BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row_inside, long_row = (row < rows)[:, None], row.to(tl.int64)[:, None]
-    begin = tl.program_id(1) * split_columns
-    end = tl.minimum(begin + split_columns, columns)
-    r = tl.arange(0, RANK)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    mask_m, offs_m64 = (offs_m < M)[:, None], offs_m.to(tl.int64)[:, None]
+    begin = tl.program_id(1) * split_n
+    end = tl.minimum(begin + split_n, N)
+    offs_r = tl.arange(0, BLOCK_R)
     if ONE_TILE:
-        left = _load_parts(h, row, r, rows, width, SPLITS).to(OPERAND)
-    for first in range(begin, end, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        column_inside, long_column = (column < end)[None, :], column.to(tl.int64)[None, :]
+        left = _load_parts(h, offs_m, offs_r, M, width, SPLITS).to(OPERAND)
+    for start_n in range(begin, end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        mask_n, offs_n64 = (offs_n < end)[None, :], offs_n.to(tl.int64)[None, :]
         if ONE_TILE:
-            right = _load_narrow(lora_B, r, long_column, rank, b_rank, b_column, column_inside).to(OPERAND)
+            right = _load_narrow(lora_B, offs_r, offs_n64, R, stride_b_r, stride_b_n, mask_n).to(OPERAND)
             delta = tl.dot(left, right, input_precision=PRECISION)
         else:
-            delta = tl.zeros([ROWS, COLUMNS], tl.float32)
-            for first_r in range(0, rank, RANK):
-                s = first_r + r
-                some = _load_parts(h, row, s, rows, width, SPLITS).to(OPERAND)
-                right = _load_narrow(lora_B, s, long_column, rank, b_rank, b_column, column_inside).to(OPERAND)
+            delta = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for start_r in range(0, R, BLOCK_R):
+                offs = start_r + offs_r
+                some = _load_parts(h, offs_m, offs, M, width, SPLITS).to(OPERAND)
+                right = _load_narrow(lora_B, offs, offs_n64, R, stride_b_r, stride_b_n, mask_n).to(OPERAND)
                 delta = tl.dot(some, right, delta, input_precision=PRECISION)
-        inside = row_inside & column_inside
+        mask = mask_m & mask_n
         after = delta * scale
         if HAS_BASE:
-            before = tl.load(base + long_row * base_row + long_column * base_column, mask=inside, other=0.0)
+            before = tl.load(base + offs_m64 * stride_base_m + offs_n64 * stride_base_n, mask=mask, other=0.0)
             after += before.to(tl.float32)
         if HAS_BIAS:
-            after += tl.load(bias + column, mask=column < end, other=0.0).to(tl.float32)[None, :]
-        tl.store(out + long_row * columns + long_column, after.to(out.dtype.element_ty), mask=inside)
+            after += tl.load(bias + offs_n, mask=offs_n < end, other=0.0).to(tl.float32)[None, :]
+        tl.store(out + offs_m64 * N + offs_n64, after.to(out.dtype.element_ty), mask=mask)
 
 
 @served_by(reference.lora)
@@ -131,19 +131,19 @@ def apply(
         bias: [d_out], or None.
         like: [..., any]; has the leading dimensions and the dtype of the result.
         lora_B: [d_out, r].
-        h: [parts, N, padded r].
+        h: [parts, M, padded R].
         scaling: as in `lora`.
         arithmetic: how to multiply.
 
     Returns:
         [..., d_out].
     """
-    columns, rank = lora_B.shape
-    is_one_tile = rank <= rank_tile(rank, arithmetic.operand, True)
+    N, R = lora_B.shape
+    is_one_tile = rank_tile(R, arithmetic.operand, True) >= R
     factor = h if is_one_tile else joined(h, arithmetic.operand)[None]
     run = partial(_apply, base, bias, like, lora_B, factor, scaling, arithmetic)
     flags = (base is None and "alone", bias is not None and "bias")
-    return tuned("lora_apply", run, (h.shape[1], columns, rank), arithmetic, like, *flags)
+    return tuned("lora_apply", run, (h.shape[1], N, R), arithmetic, like, *flags)
 
 
 def _apply(
@@ -156,11 +156,11 @@ def _apply(
     arithmetic: Product,
     chosen: Config,
 ) -> Tensor:
-    (columns, rank), rows = lora_B.shape, h.shape[1]
-    out = empty(like, (*like.shape[:-1], columns))
+    (N, R), M = lora_B.shape, h.shape[1]
+    out = empty(like, (*like.shape[:-1], N))
     matrix = None if base is None else flat(base)
-    tile, tiles = rank_tile(rank, arithmetic.operand, True), ceil_div(rows, chosen.rows)
-    parts, split_columns = splits(tiles, columns, chosen.columns, enough=1024, most=32)
+    block_r, tiles = rank_tile(R, arithmetic.operand, True), ceil_div(M, chosen.block_m)
+    parts, split_n = splits(tiles, N, chosen.block_n, enough=1024, most=32)
     launch(
         _lora_apply_kernel,
         (tiles, parts),
@@ -169,21 +169,21 @@ def _apply(
         lora_B,
         h,
         out,
-        rows,
-        columns,
-        rank,
+        M,
+        N,
+        R,
         h.shape[2],
         *((1, 1) if matrix is None else matrix.stride()),
         *lora_B.stride(),
-        split_columns,
+        split_n,
         scaling,
-        ROWS=chosen.rows,
-        COLUMNS=chosen.columns,
-        RANK=tile,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_R=block_r,
         SPLITS=h.shape[0],
         OPERAND=TYPES[arithmetic.operand],
         PRECISION=arithmetic.precision,
-        ONE_TILE=rank <= tile,
+        ONE_TILE=block_r >= R,
         HAS_BASE=matrix is not None,
         HAS_BIAS=bias is not None,
         **chosen.options,

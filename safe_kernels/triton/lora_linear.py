@@ -46,75 +46,75 @@ from safe_kernels.triton.runtime.launch_replay import empty, launch, multiply_ad
 
 @triton.jit
 def _lora_linear_kernel(
-    left,  # [rows, inner]
-    right,  # [inner, columns]
-    bias,  # [columns]
-    narrow_left,  # [SPLITS, rows, width]
-    narrow_right,  # [rank, columns]
+    left,  # [M, K]
+    right,  # [K, N]
+    bias,  # [N]
+    narrow_left,  # [SPLITS, M, width]
+    narrow_right,  # [R, N]
     rng,
-    out,  # [rows, columns], contiguous
-    rows,
-    columns,
-    inner,
-    rank,
+    out,  # [M, N], contiguous
+    M,
+    N,
+    K,
+    R,
     width,
-    left_row,
-    left_inner,
-    right_inner,
-    right_column,
-    narrow_rank,
-    narrow_column,
+    stride_left_m,
+    stride_left_k,
+    stride_right_k,
+    stride_right_n,
+    stride_narrow_r,
+    stride_narrow_n,
     scale,
     dropout_scale,
     threshold,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    INNER: tl.constexpr,
-    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     ONE_TILE: tl.constexpr,  # of the rank: then there is no loop, around which wgmma would wait
-    GROUP: tl.constexpr,
+    GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
-    # Programs that run at the same time share rows and columns: GROUP tiles of rows by all of the columns.
-    row_tiles, column_tiles = tl.cdiv(rows, ROWS), tl.cdiv(columns, COLUMNS)
-    group = tl.program_id(0) // (GROUP * column_tiles)
-    height = tl.minimum(row_tiles - group * GROUP, GROUP)
-    within = tl.program_id(0) % (GROUP * column_tiles)
-    row = (group * GROUP + within % height) * ROWS + tl.arange(0, ROWS)
-    first_column = within // height * COLUMNS
-    column = first_column + tl.arange(0, COLUMNS)
-    row_inside, column_inside = (row < rows)[:, None], (column < columns)[None, :]
-    long_row, long_column = row.to(tl.int64)[:, None], column.to(tl.int64)[None, :]
-    total = tl.zeros([ROWS, COLUMNS], tl.float32)
-    r = tl.arange(0, RANK)
+    # Programs that run at the same time share rows and columns: GROUP_M tiles of rows by all of the columns.
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    group = tl.program_id(0) // (GROUP_M * tiles_n)
+    height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
+    within = tl.program_id(0) % (GROUP_M * tiles_n)
+    offs_m = (group * GROUP_M + within % height) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_n = within // height * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = (offs_m < M)[:, None], (offs_n < N)[None, :]
+    offs_m64, offs_n64 = offs_m.to(tl.int64)[:, None], offs_n.to(tl.int64)[None, :]
+    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    offs_r = tl.arange(0, BLOCK_R)
     if ONE_TILE:
-        thin = (_load_parts(narrow_left, row, r, rows, width, SPLITS) * scale).to(OPERAND)
-        short = _load_narrow(narrow_right, r, long_column, rank, narrow_rank, narrow_column, column_inside).to(OPERAND)
-        total = tl.dot(thin, short, total, input_precision=PRECISION)
+        thin = (_load_parts(narrow_left, offs_m, offs_r, M, width, SPLITS) * scale).to(OPERAND)
+        short = _load_narrow(narrow_right, offs_r, offs_n64, R, stride_narrow_r, stride_narrow_n, mask_n).to(OPERAND)
+        acc = tl.dot(thin, short, acc, input_precision=PRECISION)
     else:
-        for first in range(0, rank, RANK):
-            thin = (_load_parts(narrow_left, row, first + r, rows, width, SPLITS) * scale).to(OPERAND)
-            short = _load_narrow(narrow_right, first + r, long_column, rank, narrow_rank, narrow_column, column_inside)
-            total = tl.dot(thin, short.to(OPERAND), total, input_precision=PRECISION)
+        for start_r in range(0, R, BLOCK_R):
+            thin = (_load_parts(narrow_left, offs_m, start_r + offs_r, M, width, SPLITS) * scale).to(OPERAND)
+            short = _load_narrow(narrow_right, start_r + offs_r, offs_n64, R, stride_narrow_r, stride_narrow_n, mask_n)
+            acc = tl.dot(thin, short.to(OPERAND), acc, input_precision=PRECISION)
     if HAS_DROPOUT:
-        total *= _keep(rng, row, first_column, threshold, COLUMNS).to(tl.float32) * dropout_scale
+        acc *= _keep(rng, offs_m, start_n, threshold, BLOCK_N).to(tl.float32) * dropout_scale
     if HAS_BIAS:
-        total += tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)[None, :]
-    k = tl.arange(0, INNER)
-    left_at = left + long_row * left_row + k.to(tl.int64)[None, :] * left_inner
-    right_at = right + k.to(tl.int64)[:, None] * right_inner + long_column * right_column
-    for first in range(0, inner, INNER):
-        k_inside = first + k < inner
-        a = tl.load(left_at, mask=row_inside & k_inside[None, :], other=0.0).to(OPERAND)
-        b = tl.load(right_at, mask=k_inside[:, None] & column_inside, other=0.0).to(OPERAND)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-        left_at += INNER * left_inner
-        right_at += INNER * right_inner
-    tl.store(out + long_row * columns + long_column, total.to(out.dtype.element_ty), mask=row_inside & column_inside)
+        acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    offs_k = tl.arange(0, BLOCK_K)
+    left_at = left + offs_m64 * stride_left_m + offs_k.to(tl.int64)[None, :] * stride_left_k
+    right_at = right + offs_k.to(tl.int64)[:, None] * stride_right_k + offs_n64 * stride_right_n
+    for start_k in range(0, K, BLOCK_K):
+        mask_k = start_k + offs_k < K
+        a = tl.load(left_at, mask=mask_m & mask_k[None, :], other=0.0).to(OPERAND)
+        b = tl.load(right_at, mask=mask_k[:, None] & mask_n, other=0.0).to(OPERAND)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        left_at += BLOCK_K * stride_left_k
+        right_at += BLOCK_K * stride_right_k
+    tl.store(out + offs_m64 * N + offs_n64, acc.to(out.dtype.element_ty), mask=mask_m & mask_n)
 
 
 @served_by(reference.lora_linear)
@@ -210,8 +210,8 @@ def _backward_form(grad: Tensor, weight: Tensor, lora_A: Tensor, drop: Dropout) 
 
 
 def _size(left: Tensor, right: Tensor, rank: int) -> tuple[int, int, int, int]:
-    rows = math.prod(left.shape[:-1])
-    return rows, right.shape[1], right.shape[0], rank
+    K, N = right.shape
+    return math.prod(left.shape[:-1]), N, K, rank
 
 
 def _multiply(
@@ -224,15 +224,15 @@ def _multiply(
     scale: float,
     tiles: Config,
 ) -> Tensor:
-    """``left right + bias + mask * scale * narrow_left narrow_right``; left [..., inner], right [inner, columns]."""
+    """``left right + bias + mask * scale * narrow_left narrow_right``; left [..., K], right [K, N]."""
     # A float32 adapter over a half-precision layer is rounded here: the result has no more digits.
     arithmetic = product(left.dtype, right.dtype)
     out, matrix = empty(right, (*left.shape[:-1], right.shape[1])), flat(left)
-    (rows, inner), columns, rank = matrix.shape, right.shape[1], narrow_right.shape[0]
-    tile = rank_tile(rank, arithmetic.operand)
+    (M, K), N, R = matrix.shape, right.shape[1], narrow_right.shape[0]
+    block_r = rank_tile(R, arithmetic.operand)
     launch(
         _lora_linear_kernel,
-        (ceil_div(rows, tiles.rows) * ceil_div(columns, tiles.columns),),
+        (ceil_div(M, tiles.block_m) * ceil_div(N, tiles.block_n),),
         matrix,
         right,
         None if bias is None else bias.contiguous(),
@@ -240,10 +240,10 @@ def _multiply(
         narrow_right,
         drop.rng_state,
         out,
-        rows,
-        columns,
-        inner,
-        rank,
+        M,
+        N,
+        K,
+        R,
         narrow_left.shape[2],
         *matrix.stride(),
         *right.stride(),
@@ -251,12 +251,12 @@ def _multiply(
         scale,
         drop.scale,
         drop.threshold,
-        ROWS=tiles.rows,
-        COLUMNS=tiles.columns,
-        INNER=tiles.inner,
-        RANK=tile,
-        ONE_TILE=rank <= tile,
-        GROUP=8,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        BLOCK_K=tiles.block_k,
+        BLOCK_R=block_r,
+        ONE_TILE=block_r >= R,
+        GROUP_M=8,
         SPLITS=narrow_left.shape[0],
         OPERAND=TYPES[arithmetic.operand],
         PRECISION=arithmetic.precision,

@@ -49,13 +49,13 @@ def block_sums(
     """Scores sampled blocks of rows.
 
     Args:
-        base: [N, d_out], features without the adapter, or with it when `swapped`.
-        h: [parts, N, padded r], whose sum times lora_B' times scaling is what the adapter adds.
-        lora_B: [d_out, r].
+        base: [M, N], features without the adapter, or with it when `swapped`.
+        h: [parts, M, padded R], whose sum times lora_B' times scaling is what the adapter adds.
+        lora_B: [N, R].
         scaling: as in `lora`.
         block_starts: int64 [n].
         block_rows: rows in a block.
-        row_weight: [N], zero where a row must not count, or None.
+        row_weight: [M], zero where a row must not count, or None.
         swapped: whether `base` has the adapter's part in it.
 
     Returns:
@@ -81,7 +81,7 @@ def block_sums(
         precision="ieee" if exact else float32_precision("tf32x3"),
     )
     chosen = config("block_parts", base.dtype, lora_B.shape[1])
-    at_once = blocks.block_rows <= chosen.rows and blocks.count <= MOST_AT_ONCE
+    at_once = blocks.block_rows <= chosen.block_m and blocks.count <= MOST_AT_ONCE
     made = _at_once(base, h, lora_B, blocks, chosen) if at_once else _by_tiles(base, h, lora_B, blocks)
     return _total(_sums(*made, blocks, swapped))
 
@@ -92,9 +92,9 @@ class Blocks:
 
     Attributes:
         starts: int64 [n], contiguous.
-        weight: [N] of any dtype, contiguous, zero where a row must not count, or None.
-        block_rows: rows in a block, at most N.
-        base_rows: N.
+        weight: [M] of any dtype, contiguous, zero where a row must not count, or None.
+        block_rows: rows in a block, at most M.
+        base_rows: M.
         scale: what h is multiplied by.
         precision: of products.
     """
@@ -118,11 +118,11 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 def _at_once(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks, chosen: Config) -> Parts:
     """Blocks that one program holds."""
-    (rows, columns), rank, width = base.shape, lora_B.shape[1], h.shape[2]
-    parts, split_columns = splits(blocks.count, columns, chosen.columns, most=16)
-    grams = empty(h, (blocks.count, parts, chosen.rows, chosen.rows))
-    products = empty(h, (blocks.count, parts, chosen.rows, width))
-    centred = empty(h, (blocks.count, chosen.rows, width))
+    (M, N), R, width = base.shape, lora_B.shape[1], h.shape[2]
+    parts, split_n = splits(blocks.count, N, chosen.block_n, most=16)
+    grams = empty(h, (blocks.count, parts, chosen.block_m, chosen.block_m))
+    products = empty(h, (blocks.count, parts, chosen.block_m, width))
+    centred = empty(h, (blocks.count, chosen.block_m, width))
     launch(
         _block_parts_kernel,
         (blocks.count, parts),
@@ -134,20 +134,20 @@ def _at_once(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks, chosen: Co
         grams,
         products,
         centred,
-        rows,
-        columns,
-        rank,
+        M,
+        N,
+        R,
         width,
         blocks.block_rows,
         *base.stride(),
         *lora_B.stride(),
-        split_columns,
+        split_n,
         blocks.scale,
         SPLITS=h.shape[0],
         HAS_WEIGHT=blocks.weight is not None,
-        ROWS=chosen.rows,
-        COLUMNS=chosen.columns,
-        RANK=rank_tile(width, torch.float32),
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_R=rank_tile(width, torch.float32),
         PRECISION=blocks.precision,
         **chosen.options,
     )
@@ -161,59 +161,59 @@ def _by_tiles(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks) -> Parts:
 
 
 def _means(base: Tensor, blocks: Blocks) -> Tensor:
-    """Column means [n, d] of each block of base [N, d]."""
-    (rows, columns), chosen = base.shape, config("block_tiles", torch.float32)
-    means = empty(base, (blocks.count, columns), dtype=torch.float32)
+    """Column means [n, N] of each block of base [M, N]."""
+    (M, N), chosen = base.shape, config("block_tiles", torch.float32)
+    means = empty(base, (blocks.count, N), dtype=torch.float32)
     launch(
         _block_means_kernel,
-        (blocks.count, ceil_div(columns, chosen.columns)),
+        (blocks.count, ceil_div(N, chosen.block_n)),
         base,
         blocks.starts,
         blocks.weight,
         means,
-        rows,
-        columns,
+        M,
+        N,
         blocks.block_rows,
         *base.stride(),
         HAS_WEIGHT=blocks.weight is not None,
-        ROWS=chosen.rows,
-        COLUMNS=chosen.columns,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
         **chosen.options,
     )
     return means
 
 
 def _centred_h(h: Tensor, blocks: Blocks) -> Tensor:
-    (parts, rows, width), chosen = h.shape, config("block_tiles", torch.float32)
-    length = ceil_div(blocks.block_rows, chosen.rows) * chosen.rows
+    (parts, M, width), chosen = h.shape, config("block_tiles", torch.float32)
+    length = ceil_div(blocks.block_rows, chosen.block_m) * chosen.block_m
     centred = empty(h, (blocks.count, length, width))
     launch(
         _block_h_kernel,
-        (blocks.count, ceil_div(width, chosen.columns)),
+        (blocks.count, ceil_div(width, chosen.block_n)),
         h,
         blocks.starts,
         blocks.weight,
         centred,
-        rows,
+        M,
         width,
         blocks.block_rows,
         length,
         blocks.scale,
         SPLITS=parts,
         HAS_WEIGHT=blocks.weight is not None,
-        ROWS=chosen.rows,
-        COLUMNS=chosen.columns,
+        BLOCK_M=chosen.block_m,
+        BLOCK_R=chosen.block_n,
         **chosen.options,
     )
     return centred
 
 
 def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
-    rows, columns = base.shape
+    M, N = base.shape
     chosen = config("block_tiles", torch.float32)
-    tiles = ceil_div(blocks.block_rows, chosen.rows)
-    parts, split_columns = splits(blocks.count * tiles * tiles, columns, chosen.columns)
-    grams = empty(means, (blocks.count, parts, tiles * chosen.rows, tiles * chosen.rows))
+    tiles = ceil_div(blocks.block_rows, chosen.block_m)
+    parts, split_n = splits(blocks.count * tiles * tiles, N, chosen.block_n)
+    grams = empty(means, (blocks.count, parts, tiles * chosen.block_m, tiles * chosen.block_m))
     launch(
         _block_grams_kernel,
         (blocks.count * tiles * tiles, parts),
@@ -222,15 +222,15 @@ def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
         blocks.weight,
         means,
         grams,
-        rows,
-        columns,
+        M,
+        N,
         blocks.block_rows,
         *base.stride(),
-        split_columns,
+        split_n,
         TILES=tiles,
         HAS_WEIGHT=blocks.weight is not None,
-        ROWS=chosen.rows,
-        COLUMNS=chosen.columns,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
         PRECISION=blocks.precision,
         **chosen.options,
     )
@@ -238,10 +238,10 @@ def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
 
 
 def _products(base: Tensor, lora_B: Tensor, means: Tensor, centred: Tensor, blocks: Blocks) -> Tensor:
-    (rows, columns), rank, tile = base.shape, lora_B.shape[1], rank_tile(lora_B.shape[1], torch.float32)
+    (M, N), R, block_r = base.shape, lora_B.shape[1], rank_tile(lora_B.shape[1], torch.float32)
     chosen, (_, length, width) = config("block_tiles", torch.float32), centred.shape
-    tiles = ceil_div(blocks.block_rows, chosen.rows) * ceil_div(rank, tile)
-    parts, split_columns = splits(blocks.count * tiles, columns, chosen.columns)
+    tiles = ceil_div(blocks.block_rows, chosen.block_m) * ceil_div(R, block_r)
+    parts, split_n = splits(blocks.count * tiles, N, chosen.block_n)
     products = empty(centred, (blocks.count, parts, length, width))
     launch(
         _block_products_kernel,
@@ -253,18 +253,18 @@ def _products(base: Tensor, lora_B: Tensor, means: Tensor, centred: Tensor, bloc
         blocks.weight,
         means,
         products,
-        rows,
-        columns,
-        rank,
+        M,
+        N,
+        R,
         width,
         blocks.block_rows,
         *base.stride(),
         *lora_B.stride(),
-        split_columns,
+        split_n,
         HAS_WEIGHT=blocks.weight is not None,
-        ROWS=chosen.rows,
-        COLUMNS=chosen.columns,
-        RANK=tile,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_R=block_r,
         PRECISION=blocks.precision,
         **chosen.options,
     )
@@ -274,7 +274,7 @@ def _products(base: Tensor, lora_B: Tensor, means: Tensor, centred: Tensor, bloc
 def _sums(grams: Tensor, products: Tensor, centred: Tensor, blocks: Blocks, swapped: bool) -> Tensor:
     """(a, b, c, rows) of each block and tile."""
     (_, length, width), chosen = centred.shape, config("block_tiles", torch.float32)
-    tiles = length // chosen.rows
+    tiles = length // chosen.block_m
     sums = empty(centred, (blocks.count, tiles * tiles, 4), dtype=torch.float64)
     launch(
         _block_sums_kernel,
@@ -293,14 +293,14 @@ def _sums(grams: Tensor, products: Tensor, centred: Tensor, blocks: Blocks, swap
         TILES=tiles,
         HAS_WEIGHT=blocks.weight is not None,
         SWAPPED=swapped,
-        ROWS=chosen.rows,
-        RANK=rank_tile(width, torch.float32),
+        BLOCK_M=chosen.block_m,
+        BLOCK_R=rank_tile(width, torch.float32),
         **chosen.options,
     )
     return sums
 
 
 def _total(sums: Tensor) -> Tensor:
-    total = empty(sums, 4)
-    launch(_block_total_kernel, (1,), sums, total, sums.numel() // 4, ROWS=config("block_tiles", torch.float32).rows)
+    total, chosen = empty(sums, 4), config("block_tiles", torch.float32)
+    launch(_block_total_kernel, (1,), sums, total, sums.numel() // 4, BLOCK_M=chosen.block_m)
     return total

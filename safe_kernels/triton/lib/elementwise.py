@@ -48,33 +48,33 @@ def _pull_back(grad, x, KIND: tl.constexpr):
 
 
 @triton.jit
-def _dropped(values, rng, row, first_column, threshold, dropout_scale, HAS_DROPOUT: tl.constexpr):
+def _dropped(values, rng, offs_m, start_n, threshold, dropout_scale, HAS_DROPOUT: tl.constexpr):
     """A tile of float32 values after dropout."""
     if HAS_DROPOUT:
-        keep = _keep(rng, row, first_column, threshold, values.shape[1])
+        keep = _keep(rng, offs_m, start_n, threshold, values.shape[1])
         values = values * (keep.to(tl.float32) * dropout_scale)
     return values
 
 
 @triton.jit
-def _tile(rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """This program's rows, its first column, its columns, and which of their elements exist."""
-    across = tl.cdiv(columns, COLUMNS)
-    row = tl.program_id(0) // across * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(0) % across * COLUMNS
-    column = first + tl.arange(0, COLUMNS)
-    return row, first, column, (row < rows)[:, None] & (column < columns)[None, :]
+    across = tl.cdiv(N, BLOCK_N)
+    offs_m = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_n = tl.program_id(0) % across * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    return offs_m, start_n, offs_n, (offs_m < M)[:, None] & (offs_n < N)[None, :]
 
 
 @triton.jit
-def _read(tensor, row, column, row_stride, column_stride, inside):
+def _read(tensor, offs_m, offs_n, stride_m, stride_n, mask):
     """A tile in float32."""
-    at = tensor + row.to(tl.int64)[:, None] * row_stride + column.to(tl.int64)[None, :] * column_stride
-    return tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = tensor + offs_m.to(tl.int64)[:, None] * stride_m + offs_n.to(tl.int64)[None, :] * stride_n
+    return tl.load(at, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _write(tensor, row, column, columns, values, inside):
+def _write(tensor, offs_m, offs_n, N, values, mask):
     """A tile of a contiguous result, rounded once."""
-    at = tensor + row.to(tl.int64)[:, None] * columns + column[None, :]
-    tl.store(at, values.to(tensor.dtype.element_ty), mask=inside)
+    at = tensor + offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
+    tl.store(at, values.to(tensor.dtype.element_ty), mask=mask)

@@ -1,7 +1,7 @@
 """What the gradients of an adapter take on a GPU: one pass over x for what meets there, and at most two over grad.
 
 A gradient of a factor is summed over all rows. A program holds a tile of columns and walks down a group of rows, so
-that such a sum stays in its registers: what is written is one [d, r] a group, a small share of the matrix that is read.
+that such a sum stays in its registers: what is written is one [N, R] a group, a small share of the matrix that is read.
 """
 
 from __future__ import annotations
@@ -24,26 +24,26 @@ NOTHING_DROPPED = Dropout(None, 0, 1.0)
 
 @triton.jit
 def _lora_input_kernel(
-    x,  # [rows, columns]
-    lora_A,  # [rank, columns]
-    grad_h,  # [rows, width]
+    x,  # [M, N]
+    lora_A,  # [R, N]
+    grad_h,  # [M, width]
     rng,
-    grad_x,  # [rows, columns], contiguous
-    partial,  # [groups of rows, columns, width]
-    rows,
-    columns,
-    rank,
+    grad_x,  # [M, N], contiguous
+    partial,  # [groups of rows, N, width]
+    M,
+    N,
+    R,
     width,
-    x_row,
-    x_column,
-    a_rank,
-    a_column,
-    group_rows,
+    stride_x_m,
+    stride_x_n,
+    stride_a_r,
+    stride_a_n,
+    group_m,
     dropout_scale,
     threshold,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
@@ -52,51 +52,51 @@ def _lora_input_kernel(
     ONE_TILE: tl.constexpr,  # of the rank: then lora_A is read once, and not for every tile of rows
 ):
     """The gradients that meet at x: of x itself, and of lora_A; one sweep, one mask."""
-    first_column = tl.program_id(0) * COLUMNS
-    column = first_column + tl.arange(0, COLUMNS)
-    column_inside, long_column = (column < columns)[None, :], column.to(tl.int64)[None, :]
-    r = tl.program_id(2) * RANK + tl.arange(0, RANK)
-    begin = tl.program_id(1) * group_rows
-    end = tl.minimum(begin + group_rows, rows)
+    start_n = tl.program_id(0) * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    mask_n, offs_n64 = (offs_n < N)[None, :], offs_n.to(tl.int64)[None, :]
+    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    begin = tl.program_id(1) * group_m
+    end = tl.minimum(begin + group_m, M)
     # Where the rank has several tiles each has a program, and the first one's makes grad_x of all: others find it done.
-    first_rank, x_end = tl.program_id(2) * rank, end - tl.program_id(2) * rows
+    first_r, end_x = tl.program_id(2) * R, end - tl.program_id(2) * M
     if COMPUTE_A:
-        total_A = tl.zeros([COLUMNS, RANK], tl.float32)
+        acc_A = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     if COMPUTE_X and ONE_TILE:
-        right = _load_narrow(lora_A, r, long_column, rank, a_rank, a_column, column_inside).to(OPERAND)
-    for first in range(begin, end, ROWS):
-        row = first + tl.arange(0, ROWS)
-        row_inside, long_row = row < end, row.to(tl.int64)
-        inside = row_inside[:, None] & column_inside
-        left = _load_parts(grad_h, row, r, end, width, 1).to(OPERAND)
+        right = _load_narrow(lora_A, offs_r, offs_n64, R, stride_a_r, stride_a_n, mask_n).to(OPERAND)
+    for start_m in range(begin, end, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask_m, offs_m64 = offs_m < end, offs_m.to(tl.int64)
+        mask = mask_m[:, None] & mask_n
+        left = _load_parts(grad_h, offs_m, offs_r, end, width, 1).to(OPERAND)
         if HAS_DROPOUT:
-            keep = _keep(rng, row, first_column, threshold, COLUMNS)
+            keep = _keep(rng, offs_m, start_n, threshold, BLOCK_N)
         if COMPUTE_A:
-            tile = tl.load(x + long_row[:, None] * x_row + long_column * x_column, mask=inside, other=0.0)
+            tile = tl.load(x + offs_m64[:, None] * stride_x_m + offs_n64 * stride_x_n, mask=mask, other=0.0)
             tile = tile.to(OPERAND)
             if HAS_DROPOUT:
                 tile = tile * keep.to(OPERAND)
-            total_A = tl.dot(tl.trans(tile), left, total_A, input_precision=PRECISION)
+            acc_A = tl.dot(tl.trans(tile), left, acc_A, input_precision=PRECISION)
         if COMPUTE_X:
             if ONE_TILE:
-                total = tl.dot(left, right, input_precision=PRECISION)
+                acc = tl.dot(left, right, input_precision=PRECISION)
             else:
-                total = tl.zeros([ROWS, COLUMNS], tl.float32)
-                for first_r in range(first_rank, rank, RANK):
-                    s = first_r + tl.arange(0, RANK)
-                    some = _load_parts(grad_h, row, s, end, width, 1).to(OPERAND)
-                    right = _load_narrow(lora_A, s, long_column, rank, a_rank, a_column, column_inside).to(OPERAND)
-                    total = tl.dot(some, right, total, input_precision=PRECISION)
+                acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+                for start_r in range(first_r, R, BLOCK_R):
+                    offs = start_r + tl.arange(0, BLOCK_R)
+                    some = _load_parts(grad_h, offs_m, offs, end, width, 1).to(OPERAND)
+                    right = _load_narrow(lora_A, offs, offs_n64, R, stride_a_r, stride_a_n, mask_n).to(OPERAND)
+                    acc = tl.dot(some, right, acc, input_precision=PRECISION)
             if HAS_DROPOUT:
-                total = total * keep.to(tl.float32) * dropout_scale
+                acc = acc * keep.to(tl.float32) * dropout_scale
             tl.store(
-                grad_x + long_row[:, None] * columns + long_column,
-                total.to(grad_x.dtype.element_ty),
-                mask=(row < x_end)[:, None] & column_inside,
+                grad_x + offs_m64[:, None] * N + offs_n64,
+                acc.to(grad_x.dtype.element_ty),
+                mask=(offs_m < end_x)[:, None] & mask_n,
             )
     if COMPUTE_A:
-        at = (tl.program_id(1).to(tl.int64) * columns + column)[:, None] * width + r[None, :]
-        tl.store(partial + at, total_A, mask=(column < columns)[:, None] & (r < width)[None, :])
+        at = (tl.program_id(1).to(tl.int64) * N + offs_n)[:, None] * width + offs_r[None, :]
+        tl.store(partial + at, acc_A, mask=(offs_n < N)[:, None] & (offs_r < width)[None, :])
 
 
 def adapter_gradients(
@@ -122,7 +122,7 @@ def adapter_gradients(
         wants_h: whether that of h is wanted by itself.
 
     Returns:
-        The gradient of h = dropout(x) A' in parts [splits, N, padded r], those of x, lora_A and lora_B; what is not
+        The gradient of h = dropout(x) A' in parts [splits, M, padded R], those of x, lora_A and lora_B; what is not
         wanted is empty.
     """
     wants_x, wants_A, wants_B = wanted
@@ -171,11 +171,11 @@ def in_one_sweep(operand: torch.dtype, rank: int) -> bool:
 
 def _summed_over_rows(grad: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """``scaling * grad' h``: lora_B's gradient is lora_A's with grad in x's place."""
-    (columns, rank), arithmetic = lora_B.shape, product(grad.dtype, lora_B.dtype)
+    (N, R), arithmetic = lora_B.shape, product(grad.dtype, lora_B.dtype)
     h, drop = joined(h, arithmetic.operand), NOTHING_DROPPED
     run = partial(_input_gradients, grad, grad, lora_B.t(), h, drop, False, True, arithmetic)
-    _, parts = tuned("lora_input", run, (h.shape[0], columns, rank), arithmetic, grad, "A")
-    return reduce(parts, rank, scaling, lora_B.dtype)
+    _, parts = tuned("lora_input", run, (h.shape[0], N, R), arithmetic, grad, "A")
+    return reduce(parts, R, scaling, lora_B.dtype)
 
 
 def at_the_input(
@@ -187,7 +187,7 @@ def at_the_input(
         grad: [..., d_out].
         x: [..., d_in]; needed for the gradient of lora_A.
         lora_A: [r, d_in].
-        grad_h: [parts, N, padded r], the gradient of h.
+        grad_h: [parts, M, padded R], the gradient of h.
         drop: dropout's numbers.
         wants_x: whether that of x is wanted.
         wants_A: whether that of lora_A is.
@@ -195,13 +195,13 @@ def at_the_input(
     Returns:
         The two; what is not wanted is empty.
     """
-    (rank, columns), like = lora_A.shape, grad if x is None else x
+    (R, N), like = lora_A.shape, grad if x is None else x
     arithmetic = product(like.dtype, lora_A.dtype)
     grad_h = joined(grad_h, arithmetic.operand)
     run = partial(_input_gradients, grad, x, lora_A, grad_h, drop, wants_x, wants_A, arithmetic)
     flags = (wants_x and "x", wants_A and "A", drop.rng_state is not None and "dropout")
-    grad_x, parts = tuned("lora_input", run, (grad_h.shape[0], columns, rank), arithmetic, like, *flags)
-    return grad_x, reduce(parts, rank, drop.scale, lora_A.dtype, transpose=True) if wants_A else empty(lora_A, 0)
+    grad_x, parts = tuned("lora_input", run, (grad_h.shape[0], N, R), arithmetic, like, *flags)
+    return grad_x, reduce(parts, R, drop.scale, lora_A.dtype, transpose=True) if wants_A else empty(lora_A, 0)
 
 
 def _input_gradients(
@@ -215,42 +215,42 @@ def _input_gradients(
     arithmetic: Product,
     chosen: Config,
 ) -> tuple[Tensor, Tensor]:
-    """grad_x, and the parts [groups, d_in, padded r] of grad_A; what is not wanted is empty."""
-    (rank, columns), (rows, width), like = lora_A.shape, grad_h.shape, grad if x is None else x
-    tile, tiles = rank_tile(rank, arithmetic.operand, True), ceil_div(columns, chosen.columns)
-    # A sum is written for each group: with 16 r rows in one these are at most an eighth of a half-precision x.
-    least = max(chosen.rows, 8 * width if wants_A else 0)
-    groups, group_rows = splits(tiles, rows, least, enough=512, most=32)
-    grad_x = empty(like, (*grad.shape[:-1], columns) if wants_x else 0)
-    partial = empty(grad_h, (groups, columns, width) if wants_A else 0, dtype=torch.float32)
+    """grad_x, and the parts [groups, d_in, padded R] of grad_A; what is not wanted is empty."""
+    (R, N), (M, width), like = lora_A.shape, grad_h.shape, grad if x is None else x
+    block_r, tiles = rank_tile(R, arithmetic.operand, True), ceil_div(N, chosen.block_n)
+    # A sum is written for each group: with 16 R rows in one these are at most an eighth of a half-precision x.
+    least = max(chosen.block_m, 8 * width if wants_A else 0)
+    groups, group_m = splits(tiles, M, least, enough=512, most=32)
+    grad_x = empty(like, (*grad.shape[:-1], N) if wants_x else 0)
+    partial = empty(grad_h, (groups, N, width) if wants_A else 0, dtype=torch.float32)
     x_rows = flat(x) if x is not None and wants_A else lora_A
     launch(
         _lora_input_kernel,
-        (tiles, groups, max(1, ceil_div(rank, tile)) if wants_A else 1),
+        (tiles, groups, max(1, ceil_div(R, block_r)) if wants_A else 1),
         x_rows,
         lora_A,
         grad_h,
         drop.rng_state,
         grad_x,
         partial,
-        rows,
-        columns,
-        rank,
+        M,
+        N,
+        R,
         width,
         *x_rows.stride(),
         *lora_A.stride(),
-        group_rows,
+        group_m,
         drop.scale,
         drop.threshold,
-        ROWS=chosen.rows,
-        COLUMNS=chosen.columns,
-        RANK=tile,
+        BLOCK_M=chosen.block_m,
+        BLOCK_N=chosen.block_n,
+        BLOCK_R=block_r,
         OPERAND=TYPES[arithmetic.operand],
         PRECISION=arithmetic.precision,
         HAS_DROPOUT=drop.rng_state is not None,
         COMPUTE_X=wants_x,
         COMPUTE_A=wants_A,
-        ONE_TILE=rank <= tile,
+        ONE_TILE=block_r >= R,
         **chosen.options,
     )
     return grad_x, partial

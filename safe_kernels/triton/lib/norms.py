@@ -22,74 +22,74 @@ LONGEST = 8192
 
 
 @triton.jit
-def _affine(weight, bias, column, columns, offset, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _affine(weight, bias, offs_n, N, offset, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
     """The row that normalised rows are multiplied by, and the one that is added, in float32."""
-    scale = tl.full(column.shape, 1.0, tl.float32)
-    shift = tl.zeros(column.shape, tl.float32)
+    scale = tl.full(offs_n.shape, 1.0, tl.float32)
+    shift = tl.zeros(offs_n.shape, tl.float32)
     if HAS_WEIGHT:
-        scale = tl.load(weight + column, mask=column < columns, other=1.0).to(tl.float32) + offset
+        scale = tl.load(weight + offs_n, mask=offs_n < N, other=1.0).to(tl.float32) + offset
     if HAS_BIAS:
-        shift = tl.load(bias + column, mask=column < columns, other=0.0).to(tl.float32)
+        shift = tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
     return scale, shift
 
 
 @triton.jit
 def _norm_forward_kernel(
-    x,  # [rows, columns]
+    x,  # [M, N]
     weight,
     bias,
-    out,  # [rows, columns], contiguous
-    mean,  # [rows]
-    rstd,  # [rows]
-    rows,
-    columns,
-    x_row,
-    x_column,
+    out,  # [M, N], contiguous
+    mean,  # [M]
+    rstd,  # [M]
+    M,
+    N,
+    stride_x_m,
+    stride_x_n,
     eps,
     offset,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     CENTRED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    column = tl.arange(0, COLUMNS)
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    scale, shift = _affine(weight, bias, column, columns, offset, HAS_WEIGHT, HAS_BIAS)
-    long_row = row.to(tl.int64)[:, None]
-    at = x + long_row * x_row + column.to(tl.int64)[None, :] * x_column
-    values = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
+    scale, shift = _affine(weight, bias, offs_n, N, offset, HAS_WEIGHT, HAS_BIAS)
+    offs_m64 = offs_m.to(tl.int64)[:, None]
+    at = x + offs_m64 * stride_x_m + offs_n.to(tl.int64)[None, :] * stride_x_n
+    values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
     if CENTRED:
-        middle = tl.sum(values, axis=1) / columns
-        values = tl.where(inside, values - middle[:, None], 0.0)
-        tl.store(mean + row, middle, mask=row < rows)
-    inverse = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / columns + eps)
-    tl.store(rstd + row, inverse, mask=row < rows)
+        middle = tl.sum(values, axis=1) / N
+        values = tl.where(mask, values - middle[:, None], 0.0)
+        tl.store(mean + offs_m, middle, mask=offs_m < M)
+    inverse = 1.0 / tl.sqrt(tl.sum(values * values, axis=1) / N + eps)
+    tl.store(rstd + offs_m, inverse, mask=offs_m < M)
     result = values * inverse[:, None] * scale[None, :] + shift[None, :]
-    tl.store(out + long_row * columns + column[None, :], result.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + offs_m64 * N + offs_n[None, :], result.to(out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def _norm_backward_kernel(
-    grad,  # [rows, columns]
-    retained,  # [rows, columns]
+    grad,  # [M, N]
+    retained,  # [M, N]
     weight,
     bias,
-    mean,  # [rows]
-    rstd,  # [rows]
-    grad_x,  # [rows, columns], contiguous
-    partial,  # [2, programs, columns]: of the gradients of weight and bias
-    rows,
-    columns,
-    grad_row,
-    grad_column,
-    retained_row,
-    retained_column,
-    rows_each,
+    mean,  # [M]
+    rstd,  # [M]
+    grad_x,  # [M, N], contiguous
+    partial,  # [2, programs, N]: of the gradients of weight and bias
+    M,
+    N,
+    stride_grad_m,
+    stride_grad_n,
+    stride_retained_m,
+    stride_retained_n,
+    rows_per_program,
     offset,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     CENTRED: tl.constexpr,
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -98,44 +98,44 @@ def _norm_backward_kernel(
     COMPUTE_WEIGHT: tl.constexpr,
     COMPUTE_BIAS: tl.constexpr,
 ):
-    begin = tl.program_id(0) * rows_each
-    end = tl.minimum(begin + rows_each, rows)
-    column = tl.arange(0, COLUMNS)
-    long_column = column.to(tl.int64)[None, :]
-    scale, shift = _affine(weight, bias, column, columns, offset, HAS_WEIGHT, HAS_BIAS)
-    weights = tl.zeros([COLUMNS], tl.float32)
-    biases = tl.zeros([COLUMNS], tl.float32)
-    for first in range(begin, end, ROWS):
-        row = first + tl.arange(0, ROWS)
-        inside = (row < end)[:, None] & (column < columns)[None, :]
-        long_row = row.to(tl.int64)[:, None]
-        g = tl.load(grad + long_row * grad_row + long_column * grad_column, mask=inside, other=0.0).to(tl.float32)
-        normal = tl.load(retained + long_row * retained_row + long_column * retained_column, mask=inside, other=0.0)
+    begin = tl.program_id(0) * rows_per_program
+    end = tl.minimum(begin + rows_per_program, M)
+    offs_n = tl.arange(0, BLOCK_N)
+    offs_n64 = offs_n.to(tl.int64)[None, :]
+    scale, shift = _affine(weight, bias, offs_n, N, offset, HAS_WEIGHT, HAS_BIAS)
+    weights = tl.zeros([BLOCK_N], tl.float32)
+    biases = tl.zeros([BLOCK_N], tl.float32)
+    for start_m in range(begin, end, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        mask = (offs_m < end)[:, None] & (offs_n < N)[None, :]
+        offs_m64 = offs_m.to(tl.int64)[:, None]
+        g = tl.load(grad + offs_m64 * stride_grad_m + offs_n64 * stride_grad_n, mask=mask, other=0.0).to(tl.float32)
+        normal = tl.load(retained + offs_m64 * stride_retained_m + offs_n64 * stride_retained_n, mask=mask, other=0.0)
         normal = normal.to(tl.float32)
-        inverse = tl.load(rstd + row, mask=row < end, other=0.0).to(tl.float32)[:, None]
+        inverse = tl.load(rstd + offs_m, mask=offs_m < end, other=0.0).to(tl.float32)[:, None]
         if FROM_OUTPUT:
             normal = (normal - shift[None, :]) / scale[None, :]
         else:
             if CENTRED:
-                normal -= tl.load(mean + row, mask=row < end, other=0.0).to(tl.float32)[:, None]
+                normal -= tl.load(mean + offs_m, mask=offs_m < end, other=0.0).to(tl.float32)[:, None]
             normal *= inverse
-        normal = tl.where(inside, normal, 0.0)
+        normal = tl.where(mask, normal, 0.0)
         if COMPUTE_WEIGHT:
             weights += tl.sum(g * normal, axis=0)
         if COMPUTE_BIAS:
             biases += tl.sum(g, axis=0)
         if COMPUTE_X:
             g *= scale[None, :]
-            rest = normal * (tl.sum(g * normal, axis=1) / columns)[:, None]
+            rest = normal * (tl.sum(g * normal, axis=1) / N)[:, None]
             if CENTRED:
-                rest += (tl.sum(g, axis=1) / columns)[:, None]
+                rest += (tl.sum(g, axis=1) / N)[:, None]
             result = inverse * (g - rest)
-            tl.store(grad_x + long_row * columns + long_column, result.to(grad_x.dtype.element_ty), mask=inside)
-    to = partial + tl.cast(tl.program_id(0), tl.int64) * columns + column
+            tl.store(grad_x + offs_m64 * N + offs_n64, result.to(grad_x.dtype.element_ty), mask=mask)
+    to = partial + tl.cast(tl.program_id(0), tl.int64) * N + offs_n
     if COMPUTE_WEIGHT:
-        tl.store(to, weights, mask=column < columns)
+        tl.store(to, weights, mask=offs_n < N)
     if COMPUTE_BIAS:
-        tl.store(to + tl.cast(tl.num_programs(0), tl.int64) * columns, biases, mask=column < columns)
+        tl.store(to + tl.cast(tl.num_programs(0), tl.int64) * N, biases, mask=offs_n < N)
 
 
 class Affine(NamedTuple):
@@ -176,7 +176,7 @@ def norm_forward(x: Tensor, affine: Affine, eps: float, centred: bool) -> tuple[
     with guard(x):
         launch(
             _norm_forward_kernel,
-            (ceil_div(rows.shape[0], chosen.rows),),
+            (ceil_div(rows.shape[0], chosen.block_m),),
             rows,
             _contiguous(affine.weight),
             _contiguous(affine.bias),
@@ -187,8 +187,8 @@ def norm_forward(x: Tensor, affine: Affine, eps: float, centred: bool) -> tuple[
             *rows.stride(),
             eps,
             affine.offset,
-            ROWS=chosen.rows,
-            COLUMNS=chosen.columns,
+            BLOCK_M=chosen.block_m,
+            BLOCK_N=chosen.block_n,
             CENTRED=centred,
             HAS_WEIGHT=affine.weight is not None,
             HAS_BIAS=affine.bias is not None,
@@ -223,14 +223,15 @@ def norm_backward(
     _check(retained, affine)
     require_shape("grad", grad, tuple(retained.shape))
     rows, grads = flat(retained), flat(grad)
-    (count, columns), chosen = rows.shape, row_config(rows.shape[1])
+    (M, N), chosen = rows.shape, row_config(rows.shape[1])
     wants_x, wants_weight, wants_bias = wanted
     sums = wants_weight or wants_bias
     # Sums over rows want few programs; without them a program a tile of rows is simplest.
-    rows_each = max(chosen.rows, ceil_div(ceil_div(count, 512), chosen.rows) * chosen.rows) if sums else chosen.rows
-    programs = ceil_div(count, rows_each)
+    tiles = max(1, ceil_div(ceil_div(M, 512), chosen.block_m)) if sums else 1
+    rows_per_program = tiles * chosen.block_m
+    programs = ceil_div(M, rows_per_program)
     grad_x = empty(retained, retained.shape if wants_x else 0)
-    partial = empty(retained, (2, programs, columns) if sums else 0, dtype=torch.float32)
+    partial = empty(retained, (2, programs, N) if sums else 0, dtype=torch.float32)
     mean, rstd = statistics
     flags: dict[str, Any] = {"COMPUTE_X": wants_x, "COMPUTE_WEIGHT": wants_weight, "COMPUTE_BIAS": wants_bias}
     with guard(grad):
@@ -245,14 +246,14 @@ def norm_backward(
             rstd.contiguous(),
             grad_x,
             partial,
-            count,
-            columns,
+            M,
+            N,
             *grads.stride(),
             *rows.stride(),
-            rows_each,
+            rows_per_program,
             affine.offset,
-            ROWS=chosen.rows,
-            COLUMNS=chosen.columns,
+            BLOCK_M=chosen.block_m,
+            BLOCK_N=chosen.block_n,
             CENTRED=centred,
             HAS_WEIGHT=affine.weight is not None,
             HAS_BIAS=affine.bias is not None,

@@ -1,11 +1,11 @@
-"""One sweep over a matrix M [N, d]: its product with a narrow matrix, and its transpose's product with another.
+"""One sweep over a matrix [M, K]: its product with a narrow matrix, and its transpose's product with another.
 
 Both of an adapter's large dimensions are swept this way::
 
-    forward     M = x        product h = dropout(x) A'
-    backward    M = grad     product grad B, and where the rank is narrow the transposed product grad' h
+    forward     of x       product h = dropout(x) A'
+    backward    of grad    product grad B, and where the rank is narrow the transposed product grad' h
 
-Sums over d are cut into `splits` parts and sums over N into tiles of rows; the parts lie in memory one by one and are
+Sums over K are cut into `splits` parts and sums over M into tiles of rows; the parts lie in memory one by one and are
 added in a fixed order, so that results do not depend on the order programs run in. Such a narrow matrix has rows of
 `padded` columns, zero behind the rank: they begin where wide loads may, and need no mask.
 """
@@ -26,113 +26,113 @@ from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 
 @triton.jit
-def _load_parts(parts, row, column, rows, columns, SPLITS: tl.constexpr):
-    """A tile of the sum of parts [SPLITS, rows, columns], zero outside."""
-    inside = (row < rows)[:, None] & (column < columns)[None, :]
-    at = row.to(tl.int64)[:, None] * columns + column[None, :]
-    total = tl.load(parts + at, mask=inside, other=0.0)
+def _load_parts(parts, offs_m, offs_r, M, width, SPLITS: tl.constexpr):
+    """A tile of the sum of parts [SPLITS, M, width], zero outside."""
+    mask = (offs_m < M)[:, None] & (offs_r < width)[None, :]
+    at = offs_m.to(tl.int64)[:, None] * width + offs_r[None, :]
+    acc = tl.load(parts + at, mask=mask, other=0.0)
     for part in tl.static_range(1, SPLITS):
-        total += tl.load(parts + part * tl.cast(rows, tl.int64) * columns + at, mask=inside, other=0.0)
-    return total
+        acc += tl.load(parts + part * tl.cast(M, tl.int64) * width + at, mask=mask, other=0.0)
+    return acc
 
 
 @triton.jit
-def _load_narrow(narrow, r, column, rank, narrow_rank, narrow_column, column_inside):
-    """A tile of the adapter's matrix [rank, columns], zero outside; column and column_inside are [1, COLUMNS]."""
-    at = narrow + r.to(tl.int64)[:, None] * narrow_rank + column * narrow_column
-    return tl.load(at, mask=(r < rank)[:, None] & column_inside, other=0.0)
+def _load_narrow(narrow, offs_r, offs_n, R, stride_narrow_r, stride_narrow_n, mask_n):
+    """A tile of the adapter's matrix [R, N], zero outside; offs_n and mask_n are [1, BLOCK_N]."""
+    at = narrow + offs_r.to(tl.int64)[:, None] * stride_narrow_r + offs_n * stride_narrow_n
+    return tl.load(at, mask=(offs_r < R)[:, None] & mask_n, other=0.0)
 
 
 @triton.jit
 def _lora_sweep_kernel(
-    matrix,  # [rows, columns]
-    narrow,  # [rank, columns]
-    other,  # [OTHER_SPLITS, rows, width]
+    matrix,  # [M, K]
+    narrow,  # [R, K]
+    other,  # [OTHER_SPLITS, M, width]
     rng,
-    product,  # [splits, rows, width]
-    transposed,  # [tiles of rows, columns, width]
-    rows,
-    columns,
-    rank,
+    product,  # [splits, M, width]
+    transposed,  # [tiles of rows, K, width]
+    M,
+    K,
+    R,
     width,
-    matrix_row,
-    matrix_column,
-    narrow_rank,
-    narrow_column,
-    split_columns,
+    stride_matrix_m,
+    stride_matrix_k,
+    stride_narrow_r,
+    stride_narrow_k,
+    split_k,
     product_scale,
     threshold,
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     COMPUTE_TRANSPOSED: tl.constexpr,
     OTHER_SPLITS: tl.constexpr,
 ):
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     part = tl.program_id(1)
-    r = tl.program_id(2) * RANK + tl.arange(0, RANK)
-    row_inside, r_inside = row < rows, r < rank
-    begin = part * split_columns
-    end = tl.minimum(begin + split_columns, columns)
-    matrix_rows = matrix + row.to(tl.int64)[:, None] * matrix_row
-    narrow_rows = narrow + r.to(tl.int64)[None, :] * narrow_rank
-    total = tl.zeros([ROWS, RANK], tl.float32)
+    offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_m, mask_r = offs_m < M, offs_r < R
+    begin = part * split_k
+    end = tl.minimum(begin + split_k, K)
+    matrix_rows = matrix + offs_m.to(tl.int64)[:, None] * stride_matrix_m
+    narrow_rows = narrow + offs_r.to(tl.int64)[None, :] * stride_narrow_r
+    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     if COMPUTE_TRANSPOSED:
-        factor = _load_parts(other, row, r, rows, width, OTHER_SPLITS).to(OPERAND)
-    for first in range(begin, end, COLUMNS):
-        column = first + tl.arange(0, COLUMNS)
-        column_inside = column < end
+        factor = _load_parts(other, offs_m, offs_r, M, width, OTHER_SPLITS).to(OPERAND)
+    for start_k in range(begin, end, BLOCK_K):
+        offs_k = start_k + tl.arange(0, BLOCK_K)
+        mask_k = offs_k < end
         tile = tl.load(
-            matrix_rows + column.to(tl.int64)[None, :] * matrix_column,
-            mask=row_inside[:, None] & column_inside[None, :],
+            matrix_rows + offs_k.to(tl.int64)[None, :] * stride_matrix_k,
+            mask=mask_m[:, None] & mask_k[None, :],
             other=0.0,
         ).to(OPERAND)
         if HAS_DROPOUT:
             # A product, not a choice: what is no number stays none, as in the reference.
-            tile = tile * _keep(rng, row, first, threshold, COLUMNS).to(OPERAND)
+            tile = tile * _keep(rng, offs_m, start_k, threshold, BLOCK_K).to(OPERAND)
         weight = tl.load(
-            narrow_rows + column.to(tl.int64)[:, None] * narrow_column,
-            mask=column_inside[:, None] & r_inside[None, :],
+            narrow_rows + offs_k.to(tl.int64)[:, None] * stride_narrow_k,
+            mask=mask_k[:, None] & mask_r[None, :],
             other=0.0,
         ).to(OPERAND)
-        total = tl.dot(tile, weight, total, input_precision=PRECISION)
+        acc = tl.dot(tile, weight, acc, input_precision=PRECISION)
         if COMPUTE_TRANSPOSED:
             outer = tl.dot(tl.trans(tile), factor, input_precision=PRECISION)
-            at = (tl.program_id(0).to(tl.int64) * columns + column)[:, None] * width + r[None, :]
-            tl.store(transposed + at, outer, mask=column_inside[:, None] & (r < width)[None, :])
-    at = (part.to(tl.int64) * rows + row)[:, None] * width + r[None, :]
+            at = (tl.program_id(0).to(tl.int64) * K + offs_k)[:, None] * width + offs_r[None, :]
+            tl.store(transposed + at, outer, mask=mask_k[:, None] & (offs_r < width)[None, :])
+    at = (part.to(tl.int64) * M + offs_m)[:, None] * width + offs_r[None, :]
     # Behind the rank stands 0, and not the 0 * infinity of a row that overflowed.
-    total = tl.where(r_inside[None, :], total * product_scale, 0.0)
-    tl.store(product + at, total, mask=row_inside[:, None] & (r < width)[None, :])
+    acc = tl.where(mask_r[None, :], acc * product_scale, 0.0)
+    tl.store(product + at, acc, mask=mask_m[:, None] & (offs_r < width)[None, :])
 
 
 @triton.jit
 def _reduce_kernel(
-    parts,  # [count, columns, width]
-    out,  # [columns, rank]
+    parts,  # [count, N, width]
+    out,  # [N, R]
     count,
-    columns,
-    rank,
+    N,
+    R,
     width,
-    out_column,
-    out_rank,
+    stride_out_n,
+    stride_out_r,
     scale,
-    COLUMNS: tl.constexpr,
-    RANK: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
 ):
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    r = tl.program_id(1) * RANK + tl.arange(0, RANK)
-    column_inside = (column < columns)[:, None]
-    inside = column_inside & (r < width)[None, :]
-    at = column.to(tl.int64)[:, None] * width + r[None, :]
-    total = tl.zeros([COLUMNS, RANK], tl.float32)
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    mask_n = (offs_n < N)[:, None]
+    mask = mask_n & (offs_r < width)[None, :]
+    at = offs_n.to(tl.int64)[:, None] * width + offs_r[None, :]
+    acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     for part in range(count):
-        total += tl.load(parts + tl.cast(part, tl.int64) * columns * width + at, mask=inside, other=0.0)
-    to = out + column.to(tl.int64)[:, None] * out_column + r.to(tl.int64)[None, :] * out_rank
-    tl.store(to, (total * scale).to(out.dtype.element_ty), mask=column_inside & (r < rank)[None, :])
+        acc += tl.load(parts + tl.cast(part, tl.int64) * N * width + at, mask=mask, other=0.0)
+    to = out + offs_n.to(tl.int64)[:, None] * stride_out_n + offs_r.to(tl.int64)[None, :] * stride_out_r
+    tl.store(to, (acc * scale).to(out.dtype.element_ty), mask=mask_n & (offs_r < R)[None, :])
 
 
 def sweep(
@@ -146,15 +146,15 @@ def sweep(
     """Launches the sweep.
 
     Args:
-        matrix: [N, d], any strides.
-        narrow: [r, d], any strides.
+        matrix: [M, K], any strides.
+        narrow: [R, K], any strides.
         arithmetic: how to multiply.
         dropout: drops elements of `matrix`, without making the rest grow.
         scale: what the product is multiplied by.
-        other: [parts, N, padded r], the factor of the transposed product; None when that is not wanted.
+        other: [parts, M, padded R], the factor of the transposed product; None when that is not wanted.
 
     Returns:
-        The product's parts [splits, N, padded r], and the transposed product's [tiles, d, padded r], or nothing.
+        The product's parts [splits, M, padded R], and the transposed product's [tiles, K, padded R], or nothing.
     """
     name = "lora_sweep_both" if other is not None else "lora_sweep"
     name = name if dropout.rng_state is None else "lora_sweep_dropped"
@@ -171,32 +171,32 @@ def _sweep(
     other: Tensor | None,
     chosen: Config,
 ) -> tuple[Tensor, Tensor]:
-    (rows, columns), rank = matrix.shape, narrow.shape[0]
-    tiles, tile, width = ceil_div(rows, chosen.rows), rank_tile(rank, arithmetic.operand, True), padded(rank)
-    parts, split_columns = splits(tiles, columns, chosen.columns)
-    result = empty(matrix, (parts, rows, width), dtype=torch.float32)
-    outer = empty(matrix, 0 if other is None else (tiles, columns, width), dtype=torch.float32)
+    (M, K), R = matrix.shape, narrow.shape[0]
+    tiles, block_r, width = ceil_div(M, chosen.block_m), rank_tile(R, arithmetic.operand, True), padded(R)
+    parts, split_k = splits(tiles, K, chosen.block_k)
+    result = empty(matrix, (parts, M, width), dtype=torch.float32)
+    outer = empty(matrix, 0 if other is None else (tiles, K, width), dtype=torch.float32)
     launch(
         _lora_sweep_kernel,
-        (tiles, parts, ceil_div(rank, tile)),
+        (tiles, parts, ceil_div(R, block_r)),
         matrix,
         narrow,
         other,
         dropout.rng_state,
         result,
         outer,
-        rows,
-        columns,
-        rank,
+        M,
+        K,
+        R,
         width,
         *matrix.stride(),
         *narrow.stride(),
-        split_columns,
+        split_k,
         scale,
         dropout.threshold,
-        ROWS=chosen.rows,
-        COLUMNS=chosen.columns,
-        RANK=tile,
+        BLOCK_M=chosen.block_m,
+        BLOCK_K=chosen.block_k,
+        BLOCK_R=block_r,
         OPERAND=TYPES[arithmetic.operand],
         PRECISION=arithmetic.precision,
         HAS_DROPOUT=dropout.rng_state is not None,
@@ -224,11 +224,11 @@ def joined(parts: Tensor, dtype: torch.dtype) -> Tensor:
     """The sum of a product's parts, for a kernel that reads it once for every tile of columns.
 
     Args:
-        parts: [splits, N, padded r].
+        parts: [splits, M, padded R].
         dtype: what that kernel converts it to.
 
     Returns:
-        [N, padded r].
+        [M, padded R].
     """
     return parts[0] if parts.shape[0] == 1 else reduce(parts, parts.shape[2], 1.0, dtype)
 
@@ -237,33 +237,33 @@ def reduce(parts: Tensor, rank: int, scale: float, dtype: torch.dtype, transpose
     """Adds parts in their order.
 
     Args:
-        parts: [count, d, at least r].
-        rank: r.
+        parts: [count, N, at least R].
+        rank: R.
         scale: what the sum is multiplied by.
         dtype: dtype of the result.
-        transpose: whether the result is [r, d] instead of [d, r].
+        transpose: whether the result is [R, N] instead of [N, R].
 
     Returns:
         A new contiguous matrix.
     """
-    count, columns, width = parts.shape
-    out = empty(parts, (rank, columns) if transpose else (columns, rank), dtype=dtype)
-    chosen, tile = config("reduce", dtype), rank_tile(rank, torch.float32)
-    out_column, out_rank = reversed(out.stride()) if transpose else out.stride()
+    count, N, width = parts.shape
+    out = empty(parts, (rank, N) if transpose else (N, rank), dtype=dtype)
+    chosen, block_r = config("reduce", dtype), rank_tile(rank, torch.float32)
+    stride_n, stride_r = reversed(out.stride()) if transpose else out.stride()
     launch(
         _reduce_kernel,
-        (ceil_div(columns, chosen.columns), ceil_div(rank, tile)),
+        (ceil_div(N, chosen.block_n), ceil_div(rank, block_r)),
         parts,
         out,
         count,
-        columns,
+        N,
         rank,
         width,
-        out_column,
-        out_rank,
+        stride_n,
+        stride_r,
         scale,
-        COLUMNS=chosen.columns,
-        RANK=tile,
+        BLOCK_N=chosen.block_n,
+        BLOCK_R=block_r,
         **chosen.options,
     )
     return out

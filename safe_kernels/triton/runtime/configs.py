@@ -19,9 +19,9 @@ class Config:
     """How a kernel is cut into programs.
 
     Attributes:
-        rows: rows of a tile.
-        columns: columns of a tile.
-        inner: columns taken at a time along the dimension that is summed over, where a kernel has one.
+        block_m: rows of a tile.
+        block_n: columns of a tile of the result; 0 where a program makes all of them.
+        block_k: columns taken at a time of what is summed over; 0 where a kernel has no such loop.
         warps: warps a program.
         stages: tiles in flight at a time.
         shared: KiB of shared memory that a program must be able to have.
@@ -29,9 +29,9 @@ class Config:
         rank: widest tile of an adapter's columns it is for.
     """
 
-    rows: int
-    columns: int
-    inner: int = 0
+    block_m: int
+    block_n: int = 0
+    block_k: int = 0
     warps: int = 4
     stages: int = 3
     shared: int = 0
@@ -47,31 +47,31 @@ class Config:
         """What tuning's file calls it."""
         if self == NO_TILES:
             return "no tiles"
-        tiles = "x".join(str(size) for size in (self.rows, self.columns, self.inner) if size)
+        tiles = "x".join(str(size) for size in (self.block_m, self.block_n, self.block_k) if size)
         return f"{tiles} warps {self.warps} stages {self.stages}"
 
 
-NO_TILES = Config(0, 0, rank=2**31)
+NO_TILES = Config(0, rank=2**31)
 """The kernel is not launched: what it does is done otherwise."""
 
 TABLE: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (
-        Config(128, 64, warps=8, shared=160, half=True),
-        Config(64, 64, shared=90, half=True, rank=128),
-        Config(64, 64, stages=2, half=True, rank=128),
-        Config(32, 64, stages=2, rank=32),
-        Config(32, 32, stages=2),
+        Config(128, block_k=64, warps=8, shared=160, half=True),
+        Config(64, block_k=64, shared=90, half=True, rank=128),
+        Config(64, block_k=64, stages=2, half=True, rank=128),
+        Config(32, block_k=64, stages=2, rank=32),
+        Config(32, block_k=32, stages=2),
     ),
     # After dropout a factor lies in registers, where wgmma would wait for it (triton 3.6): 32 rows take mma instead.
     "lora_sweep_dropped": (
-        Config(32, 128, shared=90, half=True, rank=32),
-        Config(32, 64, shared=90, half=True, rank=128),
-        Config(32, 64, stages=2, half=True, rank=128),
-        Config(32, 64, stages=1, rank=32),
-        Config(32, 32, warps=8, stages=1),
+        Config(32, block_k=128, shared=90, half=True, rank=32),
+        Config(32, block_k=64, shared=90, half=True, rank=128),
+        Config(32, block_k=64, stages=2, half=True, rank=128),
+        Config(32, block_k=64, stages=1, rank=32),
+        Config(32, block_k=32, warps=8, stages=1),
     ),
     # The fewer the rows, the larger the parts of what is summed over them.
-    "lora_sweep_both": (Config(256, 64, warps=8, stages=2, half=True, rank=16),),
+    "lora_sweep_both": (Config(256, block_k=64, warps=8, stages=2, half=True, rank=16),),
     "lora_apply": (
         Config(64, 64, stages=2, half=True, rank=128),
         Config(32, 128, stages=2, rank=32),
@@ -93,15 +93,15 @@ TABLE: dict[str, tuple[Config, ...]] = {
     "block_tiles": (Config(32, 32, stages=1),),
 }
 NEIGHBOURS: dict[str, tuple[Config, ...]] = {
-    "lora_sweep": (Config(64, 128, warps=8, shared=90, half=True), Config(16, 64, stages=2)),
+    "lora_sweep": (Config(64, block_k=128, warps=8, shared=90, half=True), Config(16, block_k=64, stages=2)),
     "lora_sweep_dropped": (
-        Config(32, 128, warps=8, shared=60, half=True),
-        Config(16, 128, stages=2, half=True),
-        Config(16, 64, stages=2),
+        Config(32, block_k=128, warps=8, shared=60, half=True),
+        Config(16, block_k=128, stages=2, half=True),
+        Config(16, block_k=64, stages=2),
     ),
     "lora_sweep_both": (
-        Config(256, 64, warps=8, stages=3, shared=160, half=True, rank=16),
-        Config(256, 64, warps=8, stages=1, half=True, rank=16),
+        Config(256, block_k=64, warps=8, stages=3, shared=160, half=True, rank=16),
+        Config(256, block_k=64, warps=8, stages=1, half=True, rank=16),
     ),
     "lora_apply": (
         Config(64, 128, shared=160, half=True),
@@ -116,12 +116,12 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
     ),
     # 128 x 256 would read less, but triton 3.6 waits for each wgmma there.
     "lora_linear": (
-        Config(128, 128, inner=64, warps=8, stages=3, shared=160, half=True),
-        Config(128, 128, inner=64, warps=8, stages=4, shared=160, half=True),
-        Config(128, 128, inner=32, warps=8, stages=4, shared=90, half=True),
-        Config(128, 64, inner=64, shared=60, half=True),
-        Config(64, 64, inner=32, stages=2, half=True, rank=32),
-        Config(32, 32, inner=32, stages=1),
+        Config(128, 128, block_k=64, warps=8, stages=3, shared=160, half=True),
+        Config(128, 128, block_k=64, warps=8, stages=4, shared=160, half=True),
+        Config(128, 128, block_k=32, warps=8, stages=4, shared=90, half=True),
+        Config(128, 64, block_k=64, shared=60, half=True),
+        Config(64, 64, block_k=32, stages=2, half=True, rank=32),
+        Config(32, 32, block_k=32, stages=1),
     ),
 }
 """What tuning tries in addition to the table's choice; held to the same limits by the same tests."""
@@ -263,35 +263,35 @@ def splits(programs: int, length: int, tile: int, enough: int = 256, most: int =
     return parts, -(-length // (parts * tile)) * tile
 
 
-def elementwise_config(columns: int) -> Config:
+def elementwise_config(N: int) -> Config:
     """Tiles of an element-wise kernel: 2,048 elements, 16 a thread.
 
     Args:
-        columns: of the tensors.
+        N: columns of the tensors.
 
     Returns:
         Tiles that are wide where the tensors are.
 
     Example:
-        >>> elementwise_config(4096).columns, elementwise_config(33).columns
+        >>> elementwise_config(4096).block_n, elementwise_config(33).block_n
         (256, 64)
     """
-    width = min(max(16, 1 << max(columns - 1, 0).bit_length()), 256)
+    width = min(max(16, 1 << max(N - 1, 0).bit_length()), 256)
     return Config(2048 // width, width, stages=1)
 
 
-def row_config(columns: int) -> Config:
+def row_config(N: int) -> Config:
     """Tiles that hold whole rows: at least 2,048 elements, at most 16 a thread.
 
     Args:
-        columns: of the rows.
+        N: columns of the rows.
 
     Returns:
         Several short rows per program, or a long one and more warps.
 
     Example:
-        >>> row_config(576).rows, row_config(8192).warps
+        >>> row_config(576).block_m, row_config(8192).warps
         (2, 16)
     """
-    width = max(16, 1 << max(columns - 1, 0).bit_length())
+    width = max(16, 1 << max(N - 1, 0).bit_length())
     return Config(max(1, 2048 // width), width, warps=min(max(4, width // 512), 16), stages=1)

@@ -128,7 +128,7 @@ def choose(
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """[..., d] as [N, d], without a copy where strides allow.
+    """[..., d] as [M, d], without a copy where strides allow.
 
     Args:
         tensor: any tensor with a last dimension.
@@ -215,7 +215,7 @@ def elementwise(kernel: Any, inputs: list[Tensor], outputs: list[Tensor], drop: 
     """Launches a kernel that computes each element of its outputs from those at the same place in its inputs.
 
     Args:
-        kernel: takes the inputs, the outputs, the random state, rows and columns, the inputs' strides, and dropout's
+        kernel: takes the inputs, the outputs, the random state, M and N, the inputs' strides, and dropout's
             numbers.
         inputs: tensors of one shape, any strides.
         outputs: contiguous tensors of that shape, or empty ones that are not written.
@@ -225,22 +225,22 @@ def elementwise(kernel: Any, inputs: list[Tensor], outputs: list[Tensor], drop: 
     for tensor in inputs[1:]:
         require_shape("a tensor after the first", tensor, tuple(inputs[0].shape))
     matrices = [flat(tensor) for tensor in inputs]
-    rows, columns = matrices[0].shape
-    chosen = configs.elementwise_config(columns)
+    M, N = matrices[0].shape
+    chosen = configs.elementwise_config(N)
     with guard(inputs[0]):
         launch(
             kernel,
-            (ceil_div(rows, chosen.rows) * ceil_div(columns, chosen.columns),),
+            (ceil_div(M, chosen.block_m) * ceil_div(N, chosen.block_n),),
             *matrices,
             *outputs,
             drop.rng_state,
-            rows,
-            columns,
+            M,
+            N,
             *(stride for matrix in matrices for stride in matrix.stride()),
             drop.scale,
             drop.threshold,
-            ROWS=chosen.rows,
-            COLUMNS=chosen.columns,
+            BLOCK_M=chosen.block_m,
+            BLOCK_N=chosen.block_n,
             HAS_DROPOUT=drop.rng_state is not None,
             **constants,
             **chosen.options,

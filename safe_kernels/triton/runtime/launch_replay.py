@@ -309,9 +309,9 @@ def multiply_add(out: Tensor, left: Tensor, right: Tensor) -> None:
     """``out += left right``, by PyTorch and the vendor's library.
 
     Args:
-        out: [rows, columns].
-        left: [rows, inner], of its dtype.
-        right: [inner, columns], of its dtype.
+        out: [M, N].
+        left: [M, K], of its dtype.
+        right: [K, N], of its dtype.
     """
     if 0 in (*out.shape, left.shape[1]):
         return  # nothing is added

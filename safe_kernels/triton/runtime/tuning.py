@@ -1,5 +1,10 @@
 """Choosing by measurement, as an option: which tiles a kernel takes, and whether the fused form is faster.
 
+`triton.autotune` cannot make these choices. It chooses inside a launch, and here results are allocated before that:
+how many parts of a sum there are, and so their memory, depends on the tiles. Some candidates are no tiles of a kernel,
+but a product of the vendor's library, or another op. It has no switch: it times even a single candidate, it also
+does so while a CUDA graph is captured, and a candidate that runs out of memory fails the call.
+
 Triton is imported where something is measured, and not before.
 """
 

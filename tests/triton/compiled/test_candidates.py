@@ -81,7 +81,7 @@ def test_candidates_fit(
                 for found in compile_call(target, partial(run, entry)):
                     rows.append(cells(f"{entry} r{rank}", found))
                     wrong += problems(found, exact=operand == SINGLE and kernel == "lora_linear")
-                    if kernel == "lora_linear" and operand == HALF and entry.rows > 32:
+                    if kernel == "lora_linear" and operand == HALF and entry.block_m > 32:
                         assert NEWEST_UNITS.get(target, "") in found.tensor_core, found
                     if target == "sm_80" and entry.shared <= SHARED_KIB["sm_89"]:
                         assert found.shared <= SHARED_KIB["sm_89"] * 1024, "it would be offered there"

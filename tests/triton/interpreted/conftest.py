@@ -24,9 +24,7 @@ shim_memory.install()
 
 
 def small(kernel: str, entry: configs.Config) -> configs.Config:
-    if entry == configs.NO_TILES:
-        return entry
-    return replace(entry, rows=16, columns=16, inner=16 if entry.inner else 0)
+    return replace(entry, **{name: 16 for name in ("block_m", "block_n", "block_k") if getattr(entry, name)})
 
 
 for _op in (op for ops in triton.STEMS.values() for op in ops):

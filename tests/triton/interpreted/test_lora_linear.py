@@ -23,7 +23,7 @@ FACTOR = ["_reduce_kernel", "_lora_input_kernel", "_reduce_kernel"]  # the other
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _small_tiles: None) -> str:
     """Who multiplies by the weight: PyTorch, or the kernel that only tuning takes."""
     if request.param == "kernel":
-        tiles = configs.Config(16, 16, inner=16, warps=4, stages=1)
+        tiles = configs.Config(16, 16, block_k=16, warps=4, stages=1)
         monkeypatch.setitem(configs.TABLE, "lora_linear", (tiles,))
     return request.param
 

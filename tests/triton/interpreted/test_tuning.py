@@ -30,7 +30,7 @@ TABLES, FAST = "16x16", "32x16"
 
 
 def tiles(chosen: Config) -> str:
-    return f"{chosen.rows}x{chosen.columns}"
+    return f"{chosen.block_m}x{chosen.block_n or chosen.block_k}"
 
 
 class Clock:
@@ -52,9 +52,13 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
-    entries = tuple(Config(rows, columns, half=True) for rows, columns in SIZES)
-    linear_entries = tuple(Config(rows, columns, inner=16, half=True) for rows, columns in SIZES)
-    table = {name: linear_entries if name == "lora_linear" else entries for name in configs.NEIGHBOURS}
+
+    def entries(kernel: str) -> tuple[Config, ...]:
+        if kernel.startswith("lora_sweep"):
+            return tuple(Config(m, block_k=k, half=True) for m, k in SIZES)
+        return tuple(Config(m, n, block_k=16 if kernel == "lora_linear" else 0, half=True) for m, n in SIZES)
+
+    table = {name: entries(name) for name in configs.NEIGHBOURS}
     first = {name: (found[0], configs.TABLE[name][-1]) for name, found in table.items()}
     monkeypatch.setattr(configs, "TABLE", configs.TABLE | first)
     monkeypatch.setattr(configs, "NEIGHBOURS", {name: found[1:] for name, found in table.items()})
