@@ -12,6 +12,6 @@ settings.load_profile("quick")
 
 
 def pytest_collection_finish() -> None:
-    """The tests themselves are a million objects: code that goes through living objects need not see them."""
+    """The tests themselves are a million objects, which no collection in a test needs to visit."""
     gc.collect()
     gc.freeze()
