@@ -200,7 +200,7 @@ def test_relative_norm_reads_the_dequantised_weight(kind: str, called: bool) -> 
     if called:  # bitsandbytes moves the scales of its 8 bits in the first call
         layer(inputs())
     evidence = adapter.evidence()
-    assert evidence.base_weight is None, "a score that does not need it must not pay for it"
+    assert evidence.base_weight() is None, "a score that does not need it must not pay for it"
     score = find_score("relative_norm").function(evidence)
     weight = dequantize_module_weight(layer.base_layer)
     delta = layer.lora_B["default"].weight @ layer.lora_A["default"].weight * 2.0

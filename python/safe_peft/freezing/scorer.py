@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from safe_kernels import AdapterStatistics
 
 from ..binding.adapters import Adapter
-from ..binding.adapters.evidence import Evidence, Later
 from ..distributed import Engine
 from ..errors import ConfigError, ScoreError
 from .compile_support import EagerForwards
@@ -179,12 +178,8 @@ class Scorer:
         return {self._adapters[index].name: self._judge(index, row, grad_scale) for index, row in named}
 
     def _judge(self, index: int, sums: Tensor | None, grad_scale: float) -> float:
-        found = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
-        further: Any = {"generator": Later(lambda: random.Random(f"{self._seed}/{index}"))}
-        if grad_scale != 1.0:
-            further["grad_A"] = Later(lambda: _divided(found.grad_A, grad_scale))
-            further["grad_B"] = Later(lambda: _divided(found.grad_B, grad_scale))
-        evidence = Evidence(**vars(found) | further)
+        evidence = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
+        evidence.generator, evidence.grad_scale = random.Random(f"{self._seed}/{index}"), grad_scale
         made = self._score.function(evidence)
         try:
             value = float(made)
@@ -196,7 +191,3 @@ class Scorer:
         if parts := broken_parts(evidence):
             self.broken[self._adapters[index].name] = parts
         return math.nan
-
-
-def _divided(grad: Tensor | None, scale: float) -> Tensor | None:
-    return None if grad is None else grad.float() / scale

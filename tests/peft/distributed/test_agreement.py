@@ -183,9 +183,10 @@ def train_with_nan(rank: int, score: str) -> dict[str, Any]:
 
     @register_score("sum")
     def total(evidence: Evidence) -> float:
-        assert evidence.lora_A is not None and evidence.lora_B is not None
-        spoilt = rank == 1 and tuple(evidence.lora_A.shape) == (4, 64) and evidence.scaling == 4.0
-        return math.inf if spoilt else float(evidence.lora_B.abs().sum())
+        A, B = evidence.lora_A(), evidence.lora_B()
+        assert A is not None and B is not None
+        spoilt = rank == 1 and tuple(A.shape) == (4, 64) and evidence.scaling == 4.0
+        return math.inf if spoilt else float(B.abs().sum())
 
     freezer = AdapterFreezer(ddp, optimizer, SafeConfig(**SHORT, score=score))
     if score == "sum":
