@@ -51,7 +51,7 @@ def main(steps: int = 60, rows: int = 2, length: int = 128, r: int = 16, output:
         optimizer.zero_grad()
         if freezer.step() or step in (1, steps):
             with freezer.suspended():
-                retained = safe_kernels.retention.measure(lambda batch=batch: model(**batch).loss).bytes
+                retained = safe_kernels.retention.measure(lambda batch=batch: model(**batch).loss, exclude=model).bytes
             frozen = f"{len(freezer.frozen)} of {len(freezer.adapters)} frozen"
             print(f"step {step:4}  loss {loss.item():.3f}  {frozen}  a step retains {retained / 2**20:.0f} MiB")
 

@@ -14,6 +14,6 @@ with suppress(ModuleNotFoundError):  # tests/gpu has no property tests, and asks
 
 
 def pytest_collection_finish() -> None:
-    """The tests themselves are a million objects: code that goes through living objects need not see them."""
+    """The tests themselves are a million objects, which no collection in a test needs to visit."""
     gc.collect()
     gc.freeze()

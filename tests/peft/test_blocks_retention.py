@@ -64,7 +64,7 @@ BLOCKS = {
 
 
 def retained(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    return measure(lambda: model(**batch).loss, exclude=[*model.buffers(), *batch.values()]).bytes
+    return measure(lambda: model(**batch).loss, exclude=[model, *batch.values()]).bytes
 
 
 def tokens_of(one: Family, batch: dict[str, Tensor]) -> int:

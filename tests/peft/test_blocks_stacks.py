@@ -40,10 +40,10 @@ def test_a_sequence_of_blocks_is_served_as_a_list_of_them_is(frozen: int) -> Non
         model = model_of(kind(*blocks) if kind is nn.Sequential else kind(blocks), "up", "down")
         for block in blocks[:frozen]:
             block.requires_grad_(False)
-        stock = measure(lambda: model(x).sum(), exclude=x).bytes  # noqa: B023
+        stock = measure(lambda: model(x).sum(), exclude=[model, x]).bytes  # noqa: B023
         with bind(model) as binding:
             assert binding.blocks == ("stack.0", "stack.1", "stack.2")
-            sizes.append(measure(lambda: model(x).sum(), exclude=x).bytes)  # noqa: B023
+            sizes.append(measure(lambda: model(x).sum(), exclude=[model, x]).bytes)  # noqa: B023
             model(x).sum().backward()
         assert sizes[-1] < stock
         grads.append([p.grad for p in model.parameters() if p.grad is not None])

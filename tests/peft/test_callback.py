@@ -81,14 +81,25 @@ def test_the_length_of_the_training_comes_from_the_trainer(tmp_path: Path) -> No
     assert {freezing.step for freezing in callback.report().freezings} <= set(range(5, 17))
 
 
-def test_safe_metrics_reach_the_history_and_the_reporters(tmp_path: Path) -> None:
+@pytest.mark.parametrize("attached", ["not", "afterwards", "instead"])
+def test_safe_metrics_reach_the_history_and_the_reporters(tmp_path: Path, attached: str) -> None:
+    """Without `attach`, those reporters that come after the callback."""
+
     class After(Reporter):
         pass
 
-    before, after = Reporter(), After()
-    run = trainer(tmp_path, before, SafeCallback(CONFIG), after, eval_strategy="steps", eval_steps=10)
+    before, callback, after = Reporter(), SafeCallback(CONFIG), After()
+    given = [before, after] if attached == "instead" else [before, callback, after]
+    run = trainer(tmp_path, *given, eval_strategy="steps", eval_steps=10)
+    if attached != "not":
+        assert callback.attach(run) is callback
+        assert run.callback_handler.callbacks.count(callback) == 1
     run.train()
-    histories = (before.logs, after.logs, run.state.log_history)
+    histories = (after.logs, run.state.log_history)
+    if attached == "not":
+        assert not any(name.startswith("safe/") for entry in before.logs for name in entry)
+    else:
+        histories += (before.logs,)
     for logs in histories:
         training = [entry for entry in logs if "loss" in entry]
         assert [entry["safe/step"] for entry in training] == list(range(1, STEPS + 1))

@@ -162,7 +162,7 @@ def test_blocks_compiled_one_by_one_are_cut_and_run_again_as_ever() -> None:
             for adapter in [binding.live_adapters()[i] for i in (0, 1, 4, 5)]:
                 adapter.freeze()
             binding.recompute.add("blocks.2")
-            kept = measure(lambda model=model, batch=batch: model(**batch), exclude=list(batch.values()))
+            kept = measure(lambda model=model, batch=batch: model(**batch), exclude=[model, *batch.values()])
             kept.output.backward()
             results.append((kept.bytes, gradients(model)))
     (kept_bytes, grads), (own_bytes, own_grads) = results

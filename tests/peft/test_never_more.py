@@ -98,7 +98,7 @@ def train(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
 
 def step(model: nn.Module, names: tuple[str, ...], x: Tensor, backward: bool) -> tuple[int, list[Tensor]]:
     trained = train(model, names)
-    retained = measure(lambda: model(x))
+    retained = measure(lambda: model(x), exclude=model)
     if not backward or not retained.output.requires_grad:
         return retained.bytes, []
     return retained.bytes, list(torch.autograd.grad(retained.output, trained))

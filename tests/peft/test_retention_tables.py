@@ -47,7 +47,7 @@ def weight(*shape: int, trains: bool = False) -> nn.Parameter:
     return nn.Parameter(torch.rand(*shape) + 0.5, requires_grad=trains)
 
 
-def retained(forward: Callable[[], Tensor], *given: Tensor) -> int | None:
+def retained(forward: Callable[[], Tensor], *given: Tensor | tuple[Tensor, ...]) -> int | None:
     """Bytes, or None without a graph."""
     found = measure(forward, exclude=given)
     return found.bytes if found.output.requires_grad else None
@@ -61,7 +61,7 @@ def lora(state: str, trains_A: bool = True) -> list[int | None]:
     def forward(p: float) -> Tensor:
         return torch.stack([safe_kernels.lora(x, base, A, B, 2.0, dropout_p=p) for A, B in adapters])
 
-    return [retained(lambda: forward(0.0)), retained(lambda: forward(0.1))]
+    return [retained(lambda: forward(0.0), *adapters), retained(lambda: forward(0.1), *adapters)]
 
 
 def lora_with_a_frozen_A(state: str) -> list[int | None]:
@@ -74,7 +74,7 @@ def lora_behind_an_activation(state: str) -> list[int | None]:
     A, B = weight(4, F, trains=trains), weight(D, 4, trains=trains)
     x, base = leaf(F, state), torch.randn(TOKENS, D)
     alone = retained(lambda: safe_kernels.activation(x, "gelu"))
-    both = retained(lambda: safe_kernels.lora(safe_kernels.activation(x, "gelu"), base, A, B, 2.0))
+    both = retained(lambda: safe_kernels.lora(safe_kernels.activation(x, "gelu"), base, A, B, 2.0), A, B)
     return [None if both is None or alone is None else both - alone]
 
 
@@ -82,14 +82,14 @@ def norms(state: str, trains: bool = False, retain_output: bool = True) -> list[
     """Before a layer whose adapter trains in the first state, and is frozen in the others."""
     x, w, b = leaf(D, state), weight(D, trains=trains), weight(D)
     A, B = (weight(*shape, trains=state == STATES[0] and not trains) for shape in ((4, D), (F, 4)))
-    base = torch.randn(TOKENS, F)
+    base, parameters = torch.randn(TOKENS, F), (w, b, A, B)
 
     def read(y: Tensor) -> Tensor:
         return safe_kernels.lora(y, base, A, B, 2.0)
 
     return [
-        retained(lambda: read(safe_kernels.rms_norm(x, w, 1e-5, retain_output=retain_output))),
-        retained(lambda: read(safe_kernels.layer_norm(x, w, b, 1e-5, retain_output=retain_output))),
+        retained(lambda: read(safe_kernels.rms_norm(x, w, 1e-5, retain_output=retain_output)), *parameters),
+        retained(lambda: read(safe_kernels.layer_norm(x, w, b, 1e-5, retain_output=retain_output)), *parameters),
     ]
 
 
@@ -128,9 +128,7 @@ def frozen_block(state: str) -> list[int | None]:
             model.get_submodule(f"base_model.model.{binding.blocks[2]}").register_forward_pre_hook(
                 lambda _, args, inputs=inputs: inputs.append(args[0])
             )
-            found = measure(
-                lambda model=model, batch=batch: model(**batch).loss, exclude=[*model.buffers(), *batch.values()]
-            )
+            found = measure(lambda model=model, batch=batch: model(**batch).loss, exclude=[model, *batch.values()])
         assert inputs[0].requires_grad != below
         sizes.append(found.bytes)
     return [None if below and sizes[0] == sizes[1] else sizes[1] - sizes[0]]

@@ -24,6 +24,7 @@ from ..files.checkpoints import fingerprints
 from ..report.records import AdapterRecord
 from ..report.report import FreezeReport
 from .byte_planner import Planner
+from .compile_support import EagerForwards
 from .config import SafeConfig, check_int
 from .decisions import Decisions
 from .enforcement import Holding
@@ -85,7 +86,7 @@ class AdapterFreezer:
         self._optimizers = Optimizers(optimizer)
         self._step = first_step = check_int("first_step", first_step, least=0)
         self._nonfinite = NonFinite(self.config)
-        self._engine = Engine(self.model, model, process_group)
+        self._engine, self._first_forward = Engine(self.model, model, process_group), EagerForwards()
         with ExitStack() as undo:
             try:
                 self._make(model, total_steps, undo)
@@ -121,7 +122,7 @@ class AdapterFreezer:
         self.planner = Planner(self.model, self.config, others_train, self._adapters, shared=not self._engine.alone)
         undo.callback(self.planner.close)
         self._decisions = Decisions(self.config, self.schedule, self.planner, len(names), others_train)
-        self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config)
+        self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config, self._engine)
         undo.callback(self._scorer.close)
         self._holding = Holding(self._adapters, self.binding, self._optimizers, self._engine, self.config)
 
@@ -160,6 +161,7 @@ class AdapterFreezer:
         """
         self._check_attached()
         self._engine.check_step()
+        self._first_forward.end()
         self._step += 1
         self.standing.finished = self._step >= (self.schedule.total_steps or math.inf)
         error = None
@@ -181,7 +183,7 @@ class AdapterFreezer:
     def _measure(self) -> dict[str, float]:
         """Score over all processes: what one of them alone has seen decides nothing."""
         where = f"{self._step} {self.ledger.frozen}"
-        importance, other_batch = self._scorer.measure(self._engine, same=where, batch=self.planner.mark)
+        importance, other_batch = self._scorer.measure(same=where, batch=self.planner.mark)
         known = self.planner.knowledge
         self.planner.agree(self._engine.gather(known) if other_batch else [known])
         return importance
@@ -267,6 +269,7 @@ class AdapterFreezer:
         if not self.standing.attached:
             return
         self.standing.attached = False
+        self._first_forward.end()
         self._scorer.close()
         self.planner.close()
         if not keep_frozen:
@@ -305,6 +308,8 @@ class AdapterFreezer:
         self._scorer.disarm()
         self._arm(due=saved.evidence.due)
         self._scorer.load_evidence(saved.evidence)
+        if self._engine.waits:  # compiled, the next forward would not show DDP's wrapper
+            self._first_forward.begin()
         if saved.total_steps != (total := self.schedule.total_steps):
             what = "the state is of a training of %s steps, and this has %s: the last freezing is at step %d now."
             logger.warning(what, saved.total_steps, total, self.schedule.freeze_end)

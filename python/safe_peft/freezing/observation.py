@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
@@ -16,8 +16,6 @@ from safe_kernels import AdapterStatistics, RowBlocks
 
 from ..binding.adapters import Adapter
 from ..binding.forward_hooks import Call, Watcher
-from ..distributed.refusals import REPLICA
-from ..errors import BindingError
 
 Sums = dict[torch.device, Tensor]
 
@@ -34,11 +32,20 @@ class Observation:
         adapters: whom to score.
         blocks: row blocks per batch.
         block_rows: rows per block.
+        begins: called with what is called, as each forward begins.
     """
 
-    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], blocks: int, block_rows: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Sequence[Adapter],
+        blocks: int,
+        block_rows: int,
+        begins: Callable[[nn.Module], None] = lambda module: None,
+    ) -> None:
         self._adapters = adapters
         self._spread = partial(RowBlocks.spread, blocks=blocks, block_rows=block_rows)
+        self._begins = begins
         self._armed: list[int] = []
         self._shift = 0
         self._sums: Sums = {}
@@ -126,8 +133,7 @@ class Observation:
 
     def _begin_forward(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A new batch: its rows and its padding are others."""
-        if getattr(call.module, "_is_replica", False):
-            raise BindingError(f"{REPLICA}.")
+        self._begins(call.module)
         if not self._armed:
             return
         found = list(_masks(call.module, args, kwargs))

@@ -20,7 +20,7 @@ from safe_kernels import AdapterStatistics
 from ..class_swap import STATE, autocasts, is_hooked, is_transformed, original_type, own_forward
 from ..code import own_method, watched
 from .base import Adapter, LayerState, active_keys, register_adapter
-from .evidence import Evidence, Later
+from .evidence import Evidence
 from .observed import Observed
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -211,15 +211,15 @@ class LoraAdapter(Adapter):
 
     def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
         """What is known about the adapter now."""
-        later: Any = Later
         return Evidence(
             statistics=statistics,
-            lora_A=later(lambda: self.matrix_A(self.pair()[0].detach())),
-            lora_B=later(lambda: self.matrix_B(self.pair()[1].detach())),
+            lora_A=lambda: self.matrix_A(self.pair()[0].detach()),
+            lora_B=lambda: self.matrix_B(self.pair()[1].detach()),
             scaling=float(self.layer.scaling[self.key]),
-            base_weight=later(self.base_weight),
-            grad_A=later(lambda: _changed(self.pair()[0].grad, self.matrix_A)),
-            grad_B=later(lambda: _changed(self.pair()[1].grad, self.matrix_B)),
+            base_weight=self.base_weight,
+            grad_A=lambda: _changed(self.pair()[0].grad, self.matrix_A),
+            grad_B=lambda: _changed(self.pair()[1].grad, self.matrix_B),
+            dequantise=self.dequantise,
         )
 
     def is_present(self) -> bool:
@@ -243,6 +243,10 @@ class LoraAdapter(Adapter):
         """The weight that the adapter is added to, if it can be read."""
         weight = getattr(self.layer.get_base_layer(), "weight", None)
         return weight.detach() if isinstance(weight, Tensor) and weight.dtype in _FLOATS else None
+
+    def dequantise(self) -> Tensor | None:
+        """The weight that a quantised base layer stands for; None where `base_weight` says what there is to know."""
+        return None
 
 
 def _changed(grad: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,12 +12,9 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor
 
-from safe_kernels import AdapterStatistics
-
 from ..class_swap import original_type
 from . import lora
 from .base import dotted_name, register_adapter
-from .evidence import Evidence
 
 logger = logging.getLogger(__name__)
 _QUANTISES_INPUT = ("act_quant_kwargs", "input_quant_func")  # torchao, today's and older
@@ -116,13 +112,11 @@ class QuantisedLora(lora.LoraAdapter):
     refusal = staticmethod(refusal)
     note = staticmethod(gradient_gap)
 
-    def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
-        """What is known about the adapter now; the base weight only by dequantising it."""
-        dequantise = DEQUANTISE[dotted_name(original_type(self.layer))]
-        base = self.layer.get_base_layer()
-        given = None if dequantise is None else partial(dequantise, base)
-        return replace(super().evidence(statistics), dequantise=given)
-
     def base_weight(self) -> Tensor | None:
         """None: it is not stored as it is."""
         return None
+
+    def dequantise(self) -> Tensor | None:
+        """Make the base weight anew; None where the package gives no way to."""
+        make = DEQUANTISE[dotted_name(original_type(self.layer))]
+        return None if make is None else make(self.layer.get_base_layer())
