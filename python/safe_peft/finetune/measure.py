@@ -101,7 +101,7 @@ def retained_bytes(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int
         241172480
     """
     with _unseen(model, batch):
-        return retention.measure(lambda: loss(model, batch), exclude=[*model.buffers(), *batch.values()]).bytes
+        return retention.measure(lambda: loss(model, batch), exclude=[model, *batch.values()]).bytes
 
 
 def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
