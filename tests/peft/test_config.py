@@ -13,8 +13,11 @@ def test_the_default_is_three_quarters_of_the_adapters_in_shares_of_the_training
     assert all(isinstance(point, float) for point in (config.warmup, config.max_warmup, config.freeze_end))
 
 
-def test_a_threshold_takes_the_place_of_the_default_fraction() -> None:
+def test_a_threshold_or_a_budget_takes_the_place_of_the_default_fraction() -> None:
     assert SafeConfig(threshold=1e-3).target_fraction is None
+    config = SafeConfig(memory_budget="1GiB")
+    assert (config.target_fraction, config.memory_budget) == (None, 2**30)
+    assert SafeConfig(memory_budget="1GiB", threshold=0.1).threshold == 0.1
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,7 @@ def test_a_threshold_takes_the_place_of_the_default_fraction() -> None:
     [
         SafeConfig(),
         SafeConfig(threshold=0.5, seed=3, keep_dropout=True),
+        SafeConfig(memory_budget="1GiB"),
         SafeConfig(score="random", warmup=10, max_warmup=20, freeze_end=100, never_freeze=("*.0.*",), total_steps=120),
     ],
 )
@@ -50,6 +54,11 @@ def test_json_round_trip(config: SafeConfig) -> None:
         ({"seed": -1}, "seed"),
         ({"keep_dropout": 1}, "keep_dropout"),
         ({"never_freeze": "*.0.*"}, "never_freeze: expected a tuple"),
+        ({"memory_budget": "much"}, "memory_budget: expected bytes"),
+        ({"target": "flops"}, "target: expected one of adapters, bytes"),
+        ({"target": "bytes", "threshold": 0.1}, 'target: "bytes" says what target_fraction is a share of'),
+        ({"recompute": "always"}, "recompute: expected one of off, frozen, auto"),
+        ({"recompute": "auto"}, 'recompute: "auto" needs a memory_budget'),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, object], named: str) -> None:

@@ -157,37 +157,6 @@ def test_recomputing_changes_nothing_about_training() -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"memory_budget": FULL // 2, "recompute": "auto"},
-        {"target": "bytes", "target_fraction": 0.5, "recompute": "frozen"},
-    ],
-)
-def test_a_resumed_training_decides_the_same(options: dict[str, Any]) -> None:
-    whole_model, whole = trained(**options)
-    data = list(full_batches(16))
-    model = bert(layers=3, lora_dropout=0.1)
-    optimizer = adamw(model)
-    config = SafeConfig(**FEW, score="relative_norm", **options)
-    freezer = AdapterFreezer(model, optimizer, config)
-    train(model, optimizer, iter(data[:9]), freezer)
-    state = json.loads(json.dumps(freezer.state_dict()))
-    weights, moments, random = model.state_dict(), optimizer.state_dict(), torch.get_rng_state()
-    again = bert(layers=3, lora_dropout=0.1)
-    again.load_state_dict(weights)
-    optimizer = adamw(again)
-    optimizer.load_state_dict(moments)
-    resumed = AdapterFreezer(again, optimizer, config)
-    resumed.load_state_dict(state)
-    assert resumed.frozen == freezer.frozen and resumed.binding.recompute == freezer.binding.recompute
-    torch.set_rng_state(random)
-    train(again, optimizer, iter(data[9:]), resumed)
-    assert resumed.frozen == whole.frozen and resumed.binding.recompute == whole.binding.recompute
-    assert resumed.state_dict()["planned"] == whole.state_dict()["planned"]
-    assert now(again) == now(whole_model)
-
-
 def test_one_adapter_is_spared_where_nothing_else_trains() -> None:
     model = gpt2()
     optimizer = adamw(model)
@@ -254,26 +223,3 @@ def test_the_report_says_where_each_byte_goes(tmp_path: Any) -> None:
     page = (tmp_path / "report.html").read_text()
     assert "Where each byte of a step goes" in page and "stock, start" in page and "LoRA dropout" in page
     assert freezer.report().plans == ()
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"memory_budget": "much"}, "memory_budget: expected bytes"),
-        ({"target": "flops"}, "target: expected one of adapters, bytes"),
-        ({"target": "bytes", "threshold": 0.1}, 'target: "bytes" says what target_fraction is a share of'),
-        ({"recompute": "always"}, "recompute: expected one of off, frozen, auto"),
-        ({"recompute": "auto"}, 'recompute: "auto" needs a memory_budget'),
-    ],
-)
-def test_wrong_options_are_named(options: dict[str, Any], named: str) -> None:
-    with pytest.raises(ConfigError) as error:
-        SafeConfig(**options)
-    assert named in str(error.value)
-
-
-def test_a_budget_takes_the_place_of_the_default_fraction() -> None:
-    config = SafeConfig(memory_budget="1GiB")
-    assert (config.target_fraction, config.memory_budget) == (None, 2**30)
-    assert SafeConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
-    assert SafeConfig(memory_budget="1GiB", threshold=0.1).threshold == 0.1

@@ -124,22 +124,6 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         FreezeReport.load(tmp_path / "report.json")
 
 
-def test_writing_that_fails_leaves_the_old_file_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "report.json"
-    path.write_text("old")
-    monkeypatch.setattr(Path, "replace", failing)
-    with pytest.raises(RuntimeError):
-        jsonio.replace_file(path, b"new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def failing(*_: Any) -> None:
-    raise RuntimeError
-
-
 def test_rows_are_ordered_by_layer_not_by_name() -> None:
     names = ["m.layer.10.query", "m.layer.2.query", "m.layer.2.key", "head"]
     rows = FreezeReport("m", {}, 1, tuple(AdapterRecord(name, 1) for name in names)).rows()

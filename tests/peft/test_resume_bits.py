@@ -21,7 +21,7 @@ from safe_peft import AdapterFreezer, SafeConfig
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"score": "gradient_sensitivity", "score_interval": 1},
-    {"score": "relative_norm", "target": "bytes", "target_fraction": 0.6},
+    {"score": "relative_norm", "target": "bytes", "target_fraction": 0.6, "recompute": "frozen"},
     {"memory_budget": 30_000, "recompute": "auto", "target_fraction": None, "keep_dropout": True},
 ]
 ids = ["cka", "gradient_sensitivity", "bytes", "budget"]

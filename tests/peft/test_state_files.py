@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 import errno
 import json
 import logging
@@ -47,30 +46,6 @@ def test_what_is_saved_is_loaded(freezer: AdapterFreezer, tmp_path: Path) -> Non
     assert again.state_dict() == freezer.state_dict()
     assert again.frozen == freezer.frozen
     assert [adapter.trainable for adapter in again.adapters] == [a.name not in freezer.frozen for a in again.adapters]
-
-
-def test_state_goes_through_json_and_gives_the_same_events() -> None:
-    data = list(batches(16))
-    first, first_optimizer, first_freezer, _ = run(model=bert(lora_dropout=0.1), steps=0)
-    train(first, first_optimizer, iter(data[:9]), first_freezer)
-    assert 0 < len(first_freezer.frozen) < 9
-    saved = json.loads(json.dumps(first_freezer.state_dict(), allow_nan=False, sort_keys=True, indent=7))
-    weights, moments = copy.deepcopy((first.state_dict(), first_optimizer.state_dict()))
-    rng = torch.get_rng_state()
-    train(first, first_optimizer, iter(data[9:]), first_freezer)
-
-    again, again_optimizer, again_freezer, _ = run(model=bert(lora_dropout=0.1), steps=0)
-    again.load_state_dict(weights)
-    again_optimizer.load_state_dict(moments)
-    again_freezer.load_state_dict(saved)
-    assert again_freezer.frozen == first_freezer.frozen[: len(again_freezer.frozen)]
-    assert len(again_optimizer.state) == 2 + 2 * (12 - len(again_freezer.frozen))
-    scorings = zip(again_freezer.ledger.scorings, first_freezer.ledger.scorings, strict=False)
-    assert all(list(one.importance) == list(other.importance) for one, other in scorings), "the model's order"
-    torch.set_rng_state(rng)
-    train(again, again_optimizer, iter(data[9:]), again_freezer)
-    assert again_freezer.ledger == first_freezer.ledger
-    assert len(again_freezer.frozen) == 9
 
 
 def test_loading_an_earlier_state_thaws_what_froze_later() -> None:
@@ -136,7 +111,7 @@ def test_a_folder_that_may_not_be_written_to_is_refused(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "write_text", refuse)  # tests may run as root, who may write everywhere
+    monkeypatch.setattr(Path, "open", refuse)  # tests may run as root, who may write everywhere
     with pytest.raises(StateError, match="Permission denied"):
         freezer.save(tmp_path / "safe.json")
 
@@ -201,16 +176,6 @@ def test_a_state_of_another_model_is_refused(freezer: AdapterFreezer) -> None:
     model = gpt2()
     with pytest.raises(StateError, match=r"it lacks \['transformer\.h\.0"):
         AdapterFreezer(model, adamw(model), SafeConfig(**EARLY)).load_state_dict(freezer.state_dict())
-
-
-def test_a_missing_adapter_is_refused(freezer: AdapterFreezer) -> None:
-    model = bert()
-    for name, parameter in model.named_parameters():
-        if "layer.1.attention.self.query.lora" in name:
-            parameter.requires_grad_(False)
-    other = AdapterFreezer(model, adamw(model), SafeConfig(**EARLY))
-    with pytest.raises(StateError, match=r"it lacks \[\] and has \['bert.*layer\.1\.attention\.self\.query'\]"):
-        other.load_state_dict(freezer.state_dict())
 
 
 def test_another_version_is_refused_by_its_number(freezer: AdapterFreezer) -> None:
