@@ -1,4 +1,4 @@
-"""Fine-tune MiniLM on film reviews with DDP: each process its share of every batch, one decision for all of them.
+"""Fine-tune MiniLM on film reviews with DDP. Each process trains on its share of every batch; all freeze together.
 
     $ torchrun --nproc-per-node 2 examples/torchrun.py --steps 160 --output runs/torchrun
 
@@ -23,28 +23,28 @@ from safe_peft.finetune.batches import tokenize
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps")
-    parser.add_argument("--rows", type=int, default=16, help="sentences a process and step")
+    parser.add_argument("--rows", type=int, default=16, help="sentences per process and step")
     parser.add_argument("--output", type=Path, default=Path("runs/torchrun"))
     return parser.parse_args()
 
 
 def device() -> torch.device:
-    """The accelerator of this process; the CPU where there is none."""
+    """Return the accelerator of this process, or the CPU if there is no accelerator."""
     kind = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if kind is None else torch.device(kind.type, dist.get_node_local_rank())
 
 
 def main() -> None:
     args = options()
-    dist.init_process_group()  # torchrun says in the environment who we are
+    dist.init_process_group()  # torchrun sets the rank and the world size in the environment
     rank, world = dist.get_rank(), dist.get_world_size()
 
-    torch.manual_seed(0)  # the same adapters everywhere
+    torch.manual_seed(0)  # the same adapters in every process
     source = models.locate("minilm")
     tokenizer = models.load_tokenizer(source)
     base = models.load_model(source, "seq-cls", ["negative", "positive"], tokenizer.pad_token_id)
     model = models.add_lora(base, "seq-cls", {"r": 8, "lora_dropout": 0.1, "target_modules": "all-linear"}).to(device())
-    torch.manual_seed(1 + rank)  # other dropout everywhere
+    torch.manual_seed(1 + rank)  # different dropout in every process
 
     train, _ = load_film_reviews()
     rows = tokenize(tokenizer, [row.text for row in train], [row.label for row in train], max_length=64)

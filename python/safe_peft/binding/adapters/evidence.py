@@ -1,4 +1,4 @@
-"""What is known about one adapter when it is scored."""
+"""The data from which one adapter is scored."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class Later:
-    """A field of `Evidence` that is made when it is first read: a score reads one or two, of hundreds of adapters."""
+    """A field of `Evidence` that is computed at the first read: most scores read only one or two fields."""
 
     def __init__(self, make: Callable[[], Any]) -> None:
         self._make: Callable[[], Any] | None = make
         self._value: Any = None
 
     def value(self) -> Any:
-        """The field."""
+        """Return the field's value, and compute it at the first call."""
         if self._make is not None:
             self._value, self._make = self._make(), None
         return self._value
@@ -31,22 +31,22 @@ class Later:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known about one adapter when it is scored; a score reads what it needs, the rest may be None.
+    """The data from which one adapter is scored. A score reads the fields that it needs; other fields may be None.
 
-    A tensor that FSDP2 has spread over processes is put together when it is read, in all of them, and not before. A
-    field may be given as `Later`.
+    A tensor that FSDP2 has sharded is gathered when a score reads it, in all processes at the same time. A field may be
+    given as `Later`.
 
     Args:
-        statistics: sums over this step's rows, gathered during its forwards.
+        statistics: sums over this step's tokens, from its forwards.
         lora_A: [r, d_in].
         lora_B: [d_out, r].
-        scaling: what the product is multiplied by.
-        base_weight: the frozen weight that the adapter is added to, in either orientation; None where it is quantised.
-        grad_A: gradient of lora_A before the optimizer's step.
-        grad_B: gradient of lora_B before the optimizer's step.
-        generator: seeded for this adapter alone, and independent of every global generator.
-        dequantise: where the base weight is quantised, makes it anew, or None where that cannot be done; costly, so
-            for the scores that need it.
+        scaling: the factor of the product B A.
+        base_weight: the frozen weight that the adapter is added to, in either orientation; None if it is quantised.
+        grad_A: gradient of lora_A before the optimizer step.
+        grad_B: gradient of lora_B before the optimizer step.
+        generator: seeded for this adapter only, and independent of every global generator.
+        dequantise: for a quantised base weight, a function that computes the weight, or None if that is impossible. The
+            function is slow; call it only in a score that needs the weight.
     """
 
     statistics: AdapterStatistics | None = None
@@ -60,7 +60,7 @@ class Evidence:
     dequantise: Callable[[], Tensor | None] | None = None
 
     def __getattribute__(self, name: str) -> Any:
-        """A field's value; torch's own functions would take a shard's sum for the whole tensor's."""
+        """Return a field's value, gathered: torch's functions would take the sum of a shard for that of the tensor."""
         value = super().__getattribute__(name)
         if type(value) is Later:
             value = value.value()
