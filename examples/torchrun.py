@@ -1,4 +1,4 @@
-"""Fine-tune MiniLM on film reviews with DDP: each process its share of every batch, one decision for all of them.
+"""Fine-tune MiniLM on film reviews with DDP. Each process trains on its share of every batch; all freeze together.
 
     $ torchrun --nproc-per-node 2 examples/torchrun.py --steps 160 --output runs/torchrun
 
@@ -25,13 +25,13 @@ from safe_peft import AdapterFreezer, SafeConfig
 def options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=160, help="optimizer steps")
-    parser.add_argument("--rows", type=int, default=16, help="sentences a process and step")
+    parser.add_argument("--rows", type=int, default=16, help="sentences per process and step")
     parser.add_argument("--output", type=Path, default=Path("runs/torchrun"))
     return parser.parse_args()
 
 
 def device() -> torch.device:
-    """The accelerator of this process; the CPU where there is none."""
+    """Return the accelerator of this process, or the CPU if there is no accelerator."""
     kind = torch.accelerator.current_accelerator(check_available=True)
     return torch.device("cpu") if kind is None else torch.device(kind.type, dist.get_node_local_rank())
 

@@ -169,11 +169,11 @@ def test_explain_says_where_the_graph_begins() -> None:
         freeze_block(model, binding.blocks[2])
         binding.recompute.add(binding.blocks[2])
         states = dict(explain(model).blocks)
-        assert "runs again in backward" in str(explain(model))
+        assert "recomputed in backward" in str(explain(model))
     assert states == {
         "model.layers.0": "no graph: nothing in it or below it trains",
         "model.layers.1": "trains",
-        "model.layers.2": "frozen, runs again in backward",
+        "model.layers.2": "frozen, recomputed in backward",
     }
 
 

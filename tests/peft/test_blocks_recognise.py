@@ -155,9 +155,9 @@ def test_what_looks_like_a_part_and_is_none_is_named() -> None:
     model = in_blocks(nn.Sequential(SumOfSquares(), nn.Linear(8, 8), nn.Mish()), r".*layers\.0\.0\.1")
     model.base_model.model.layers[0][0][0].__class__.__name__ = "StrangeNorm"
     reasons = {part.kind: (part.path, part.reason) for part in explain(model).parts}
-    assert reasons["StrangeNorm"] == ("as it is", "computes neither rms_norm nor layer_norm over the last dimension")
-    assert reasons["Mish"] == ("as it is", "computes none of silu, gelu, gelu_tanh, relu")
-    assert "after bind(model) safe_kernels::layer_norm would serve it" in reasons["LayerNorm"][1]
+    assert reasons["StrangeNorm"] == ("unchanged", "computes neither rms_norm nor layer_norm over the last dimension")
+    assert reasons["Mish"] == ("unchanged", "computes none of silu, gelu, gelu_tanh, relu")
+    assert "bind(model) puts it on safe_kernels::layer_norm" in reasons["LayerNorm"][1]
 
 
 def test_hooks_are_not_passed_over() -> None:
@@ -193,7 +193,7 @@ def test_dropout_in_place_and_other_dropouts_are_left_alone() -> None:
     )
     with bind(model):
         assert {part.kind: part.path for part in explain(model).parts if "Dropout" in part.kind} == {
-            "Dropout": "as it is"
+            "Dropout": "unchanged"
         }
         model(torch.randn(2, 4, 8)).sum().backward()
 
@@ -217,7 +217,7 @@ def test_every_part_of_every_family_is_bound_and_given_back(one: Family) -> None
     with bind(model):
         paths = {part.path for part in explain(model).parts}
         # Pooler and classifier hold a tanh, which is outside the blocks and of no use to bind.
-        assert "as it is" not in paths, [part for part in explain(model).parts if part.path == "as it is"]
+        assert "unchanged" not in paths, [part for part in explain(model).parts if part.path == "unchanged"]
         assert str(model) == text
     assert [type(module) for module in model.modules()] == classes
     assert {name: set(module.__dict__) for name, module in model.named_modules()} == state

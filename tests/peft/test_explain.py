@@ -32,7 +32,7 @@ def test_an_unbound_model_is_told_what_binding_would_do() -> None:
     assert len(explanation) == 12
     for row in explanation:
         assert (row.kind, row.path, row.trainable, row.frozen) == ("lora.Linear", "peft", True, False)
-        assert row.reason == "not bound: after bind(model) safe_kernels::lora would serve it"
+        assert row.reason == "not bound: bind(model) puts it on safe_kernels::lora"
 
 
 def test_a_bound_model_takes_the_fast_path_and_needs_no_reason() -> None:

@@ -236,7 +236,7 @@ def test_adapter_names_run_pefts_own_path(fast_calls: list[Any]) -> None:
     layer = lora_layer()
     model = with_second_adapter(layer).eval()
     x, names = torch.randn(3, 16), ["default", "second", "__base__"]
-    assert refusal(layer, (x,), {"adapter_names": names}) == "adapter_names is given"
+    assert refusal(layer, (x,), {"adapter_names": names}) == "the call passes adapter_names"
     rows = layer(x, adapter_names=names)
     assert not fast_calls
     torch.testing.assert_close(rows[2], layer.base_layer(x[2]))

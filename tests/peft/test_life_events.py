@@ -97,7 +97,7 @@ def test_preparing_for_hotswap_leaves_the_fast_path_and_keeps_frozen_what_is_fro
     model, _, freezer = under_way()
     prepare_model_for_compiled_hotswap(model, target_rank=8)
     assert {row.reason for row in explain(model)} == {
-        "scaling is a tensor (prepared for compiled hotswapping), which the op would take as a constant"
+        "scaling is a tensor (prepared for compiled hotswapping), which the op would treat as a constant"
     }
     assert_goes_on(model, adamw(model), freezer)
 
@@ -110,7 +110,7 @@ def test_adapters_added_later_are_served_and_left_to_the_user() -> None:
     model.set_adapter("second")
     rows = explain(model)
     assert rows["transformer.h.0.attn.c_attn"].reason == ""
-    assert rows["lm_head"].reason == "not bound: after bind(model) safe_kernels::lora would serve it"
+    assert rows["lm_head"].reason == "not bound: bind(model) puts it on safe_kernels::lora"
     bind(model)
     assert explain(model)["lm_head"].reason == ""
     assert {name for name in gradients(model) if ".second." not in name} == set()

@@ -184,7 +184,7 @@ class AddsToItsLoss(hf.LlamaForCausalLM):
 )
 def test_a_model_with_another_loss_is_refused(model: Callable[[], nn.Module], named: str) -> None:
     for _ in range(2):  # not the first time alone
-        with pytest.raises(ConfigError, match=f"loss: chunked .*{named}.*take the model's own loss"):
+        with pytest.raises(ConfigError, match=f"loss: chunked .*{named}.*use the model's own loss"):
             chunked_loss(model(), batch())
 
 
@@ -192,7 +192,7 @@ def test_a_model_with_another_loss_is_refused(model: Callable[[], nn.Module], na
     ("labels", "got"), [(None, "NoneType"), (torch.ones(3, dtype=torch.long), r"of shape \[3\]"), ([[1, 2]], "list")]
 )
 def test_a_batch_without_labels_is_refused(labels: Any, got: str) -> None:
-    with pytest.raises(ConfigError, match=rf"batch: expected labels \[rows, tokens\] in it, got {got}"):
+    with pytest.raises(ConfigError, match=rf"batch: expected labels of shape \[samples, tokens\], got {got}"):
         chunked_loss(made("llama"), {**batch(), "labels": labels})
 
 

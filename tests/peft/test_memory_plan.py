@@ -314,9 +314,9 @@ def test_what_cannot_be_planned_is_named() -> None:
         plan_memory(model)
     with pytest.raises(PlanError, match="sequence_length: expected an int of at least 1, got None"):
         plan_memory(model, 2)
-    with pytest.raises(PlanError, match="sequence_length: the model has 64 positions, got 65"):
+    with pytest.raises(PlanError, match="sequence_length: expected at most the model's 64 positions, got 65"):
         plan_memory(model, 2, 65)
-    with pytest.raises(PlanError, match="Linear takes inputs that nothing names"):
+    with pytest.raises(PlanError, match="Linear takes inputs that it does not declare"):
         plan_memory(nn.Linear(2, 2), 2, 2)
     with pytest.raises(BindingError, match="no adapter layer"):
         plan_memory(model.unload(), 2, 2)

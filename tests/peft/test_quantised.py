@@ -269,7 +269,7 @@ def test_a_base_that_passes_no_gradient_is_named_once(kind: str, caplog: pytest.
     _warn_once.cache_clear()
     with caplog.at_level(logging.WARNING, "safe_peft"):
         layer(x), layer(x)
-    expected = "" if passes else "torchao quantises the activations, and its base passes no gradient"
+    expected = "" if passes else "torchao quantises the activations; the base passes no gradient to its input"
     assert explain(model)["0"].reason == expected
     assert len([record for record in caplog.records if expected in record.message]) == (not passes)
     assert passes == (kind != "torchao-int8-dynamic")
@@ -278,7 +278,7 @@ def test_a_base_that_passes_no_gradient_is_named_once(kind: str, caplog: pytest.
 def test_a_packed_weight_is_named() -> None:
     layer = packed()
     bind(layer.owner[0])
-    assert "packed the weight when it evaluated" in explain(layer.owner[0])["0"].reason
+    assert "packed the weight at an evaluation" in explain(layer.owner[0])["0"].reason
 
 
 def test_no_quantiser_is_imported_by_the_package() -> None:

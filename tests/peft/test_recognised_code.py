@@ -136,8 +136,8 @@ def test_what_has_changed_is_named() -> None:
         mlp.act_fn = nn.Tanh()
         other.act_fn.forward = torch.tanh
         paths = {part.name: (part.path, part.reason) for part in explain(model).parts}
-        assert paths["model.layers.0.mlp"] == ("as it is", "act_fn: Tanh has taken the place of SiLUActivation")
-        assert paths["model.layers.1.mlp"] == ("as it is", "act_fn: SiLUActivation.forward is replaced")
+        assert paths["model.layers.0.mlp"] == ("unchanged", "act_fn: Tanh has taken the place of SiLUActivation")
+        assert paths["model.layers.1.mlp"] == ("unchanged", "act_fn: SiLUActivation.forward is replaced")
 
 
 # ---------------------------------------------------------------- methods

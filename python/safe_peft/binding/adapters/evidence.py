@@ -1,4 +1,4 @@
-"""What is known about one adapter when it is scored."""
+"""The data from which one adapter is scored."""
 
 from __future__ import annotations
 
