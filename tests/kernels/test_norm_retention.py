@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from norm_cases import CASES
 from norms import MIDDLE, Norm, assert_results, norm
 from oracle import DTYPES, Dtypes
-from test_norm_backward import CASES
 from torch import Tensor, nn
 
 import safe_kernels

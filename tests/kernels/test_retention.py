@@ -7,16 +7,10 @@ import weakref
 
 import pytest
 import torch
+from leaves import BYTES, D, N, leaf
 from torch import Tensor, nn
 
 from safe_kernels.retention import RetainedTensor, measure
-
-N, D = 6, 10
-BYTES = N * D * 4
-
-
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (N, D)), requires_grad=True)
 
 
 def test_what_a_product_retains() -> None:

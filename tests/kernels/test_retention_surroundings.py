@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from test_retention import BYTES, D, N, leaf
+from leaves import BYTES, D, N, leaf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
