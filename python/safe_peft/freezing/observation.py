@@ -6,6 +6,7 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -67,7 +68,7 @@ class Observation:
         for index in live:
             adapter = self._adapters[index]
             if adapter.state is not None:
-                adapter.state.observe[adapter.key] = partial(self._statistics, index)
+                adapter.state.observe[adapter.key] = StatisticsSlot(self, index)
 
     def finish(self) -> Tensor:
         """Stop observing.
@@ -156,8 +157,13 @@ class Observation:
             for device, gathered in found.items():
                 self._buffer(sums, device).add_(gathered)
 
-    def _statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
-        """Where one adapter's coming call is to add its sums."""
+    def statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
+        """Return where one adapter's coming call is to add its sums; None if that call does not count.
+
+        Args:
+            index: the adapter's.
+            x: the call's input, or features, in whose last dimension they lie.
+        """
         if self._watcher.is_suspended or x.numel() == 0 or not torch.is_grad_enabled():
             return None
         call, task = self._watcher.current, torch._C._current_graph_task_id()
@@ -180,6 +186,23 @@ class Observation:
                 weight = real if weight is None else weight & real
             known[key] = self._spread(rows, row_weight=weight, shift=self._shift, device=x.device)
         return known[key]
+
+
+@dataclass(frozen=True, eq=False)
+class StatisticsSlot:
+    """An adapter's place in an observation; in a step that is scored, its layer calls this with what a call is given.
+
+    Args:
+        observation: what gathers the sums.
+        index: the adapter's.
+    """
+
+    observation: Observation
+    index: int
+
+    def __call__(self, x: Tensor) -> AdapterStatistics | None:
+        """Return where the coming call is to add its sums; None if it does not count."""
+        return self.observation.statistics(self.index, x)
 
 
 def _masks(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
