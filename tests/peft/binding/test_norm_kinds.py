@@ -116,7 +116,7 @@ def test_another_dtype_than_the_inputs_is_stocks_to_return(dtype: torch.dtype) -
         (lambda: nn.GroupNorm(4, D), "groups of channels"),
         (lambda: nn.GroupNorm(1, D), "groups of channels"),
         (lambda: nn.BatchNorm1d(D), "over the batch"),
-        (lambda: nn.InstanceNorm1d(5), "each channel"),
+        (lambda: nn.InstanceNorm1d(5), "channels of an image"),
         (lambda: nn.LayerNorm((5, D)), "over 2 dimensions"),
         (lambda: ChannelsFirstNorm(D), "computes neither"),
     ],

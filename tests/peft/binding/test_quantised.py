@@ -291,7 +291,7 @@ def test_no_quantiser_is_imported_by_the_package() -> None:
 @kinds
 def test_explain_names_the_layer_and_its_path(kind: str) -> None:
     model = quantised_layer(kind).owner[0]
-    assert "after bind(model)" in explain(model)["0"].reason
+    assert "bind(model) puts it on" in explain(model)["0"].reason
     bind(model)
     row = explain(model)["0"]
     assert row.path == "safe_kernels::lora"

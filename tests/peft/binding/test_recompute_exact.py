@@ -142,4 +142,4 @@ def test_blocks_of_other_peoples_making(way: str, why: str) -> None:
     same(results[1], results[0])
     assert calls[0] == calls[1], "a call in backward leaves no trace in the module"
     assert why in state
-    assert ("cannot be exact" in state) == bool(why)
+    assert ("would not be exact" in state) == bool(why)

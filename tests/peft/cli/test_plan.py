@@ -70,7 +70,7 @@ def test_a_plan_for_a_gpu_needs_none(shell: Path, tmp_path: Path) -> None:
         (("--dtype", "int8"), "dtype must be one of float32"),
         (("--device", "tpu"), "device: expected cpu or cuda"),
         (("--loss", "chunked"), "loss must be one of model, chunked, chunked for causal-lm alone, got 'chunked'"),
-        (("--sequence-length", 33), "sequence_length: the model has 32 positions, got 33"),
+        (("--sequence-length", 33), "sequence_length: expected at most the model's 32 positions, got 33"),
         (("--target-modules", "nothing"), "LoRA options: "),
     ],
 )
