@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,8 +47,8 @@ def same(got: list[Tensor], expected: list[Tensor]) -> bool:
 
 def in_a_new_process(function: str) -> None:
     """Calls one of this file's functions where no other test has started threads that a fork would lose."""
-    command = [sys.executable, "-c", f"import test_hostile_processes as here; here.{function}()"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", f"import test_kernel_processes as here; here.{function}()"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
     with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True) as child:
         try:
             _, err = child.communicate(timeout=PATIENCE)

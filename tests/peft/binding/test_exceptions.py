@@ -35,8 +35,8 @@ def set_weight(child: str, *shape: int) -> Callable[[Any], None]:
 
 BROKEN: dict[str, tuple[Callable[[Any], None], str]] = {
     "rank": (set_weight("lora_A", 5, 16), "differ in r: got 5 and 4"),
-    "d_out": (set_weight("lora_B", 7, 4), "base has last dimension 8 but lora_B"),
-    "d_in": (set_weight("lora_A", 4, 12), "x has last dimension 16 but lora_A"),
+    "d_out": (set_weight("lora_B", 7, 4), "weight must have shape [7, 16], d_out of lora_B"),
+    "d_in": (set_weight("lora_A", 4, 12), "weight must have shape [8, 12], d_out of lora_B by d_in of lora_A"),
     "vector": (set_weight("lora_A", 16), "lora_A must have shape"),
     "stack": (set_weight("lora_B", 2, 8, 4), "lora_B must have shape"),
     "scaling": (lambda layer: layer.scaling.update(default=None), ""),

@@ -43,7 +43,7 @@ def test_this_environment_is_healthy(capsys: pytest.CaptureFixture[str]) -> None
     lines = capsys.readouterr().out.splitlines()
     assert not [line for line in lines if line.startswith("!!")]
     cpu, gpus = [line for line in lines if "kernels on" in line]
-    assert "csrc/cpu: activation, dropout, gated_activation, layer_norm, lora, rms_norm;" in cpu
+    assert "csrc/cpu: activation, dropout, gated_activation, layer_norm, lora, lora_linear, rms_norm" in cpu
     assert "csrc/launch_replay: activation, dropout, gated_activation, layer_norm, lora, lora_linear" in gpus
 
 

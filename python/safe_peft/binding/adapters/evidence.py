@@ -37,6 +37,7 @@ class Evidence:
         grad_scale: what a GradScaler has multiplied the gradients by.
 
     Example:
+        >>> import torch
         >>> evidence = Evidence(lora_A=torch.ones(2, 8), lora_B=lambda: torch.zeros(4, 2))
         >>> evidence.lora_A().shape, evidence.lora_B().shape, evidence.base_weight()
         (torch.Size([2, 8]), torch.Size([4, 2]), None)
