@@ -36,15 +36,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cpu(
     std::array<bool, 5> output_mask) {
   check_lora_linear_backward(grad, x, weight, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
   const auto [want_x, want_weight, want_bias, want_A, want_B] = output_mask;
-  const Tensor typed = grad.to(weight.scalar_type()), rows = as_matrix(typed);
+  const auto dtype = weight.scalar_type();
+  const Tensor typed = grad.to(dtype), rows = as_matrix(typed);
   Tensor grad_x = at::empty({0}, weight.options()), grad_weight = at::empty_like(grad_x),
          grad_bias = at::empty_like(grad_x);
   Tensor grad_A = at::empty({0}, lora_A.options()), grad_B = at::empty({0}, lora_B.options());
   if (want_x || want_A || want_B)
     std::tie(grad_x, grad_A, grad_B) =
         lora_backward(typed, x, lora_A, lora_B, scaling, dropout_p, rng_state, {want_x, want_A, want_B});
-  if (want_x) as_matrix(grad_x).addmm_(rows, weight);
-  if (want_weight) grad_weight = rows.t().mm(as_matrix(*x));
+  if (want_x) {
+    grad_x = grad_x.to(dtype);
+    as_matrix(grad_x).addmm_(rows, weight);
+  }
+  if (want_weight) grad_weight = rows.t().mm(as_matrix(x->to(dtype)));
   if (want_bias) grad_bias = rows.sum(0);
   return {grad_x, grad_weight, grad_bias, grad_A, grad_B};
 }
