@@ -44,10 +44,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   if (want_x || want_A || want_B)
     std::tie(grad_x, grad_A, grad_B) =
         lora_backward(typed, x, lora_A, lora_B, scaling, dropout_p, rng_state, {want_x, want_A, want_B});
-  if (want_x) {
-    grad_x = grad_x.to(dtype);
-    as_matrix(grad_x).addmm_(rows, weight);
-  }
+  grad_x = grad_x.to(dtype);
+  if (want_x) as_matrix(grad_x).addmm_(rows, weight);
   if (want_weight) grad_weight = rows.t().mm(as_matrix(x->to(dtype)));
   if (want_bias) grad_bias = rows.sum(0);
   return {grad_x, grad_weight, grad_bias, grad_A, grad_B};
