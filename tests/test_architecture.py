@@ -137,7 +137,7 @@ def test_the_trainer_is_known_to_the_callback_and_the_command_alone() -> None:
         for module, name in imports(path)
         if module.startswith("transformers") and (name.startswith("Train") or "trainer" in module)
     }
-    assert users == {"callback.py", "finetune/measure.py", "finetune/training.py"}
+    assert users == {"callback.py", "finetune/training.py"}
 
 
 def test_the_extension_is_loaded_in_one_place() -> None:

@@ -106,8 +106,8 @@ class Engine:
         """
         if self._ddp is not None and self._ddp._join_config.enable:
             raise BindingError(
-                "DDP's join(): a process that has run out of batches answers neither a scoring nor a new reducer; give "
-                "every process as many batches, as DistributedSampler does."
+                "DDP's join(): a process that has run out of batches answers neither a scoring step nor a new "
+                "reducer; give every process as many batches, as DistributedSampler does."
             )
 
     def parameters_changed(self) -> None:

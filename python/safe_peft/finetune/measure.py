@@ -1,77 +1,22 @@
-"""What a training costs: retained bytes and FLOPs of one step, seconds, and the peak of the process's memory."""
+"""What a training costs: retained bytes and FLOPs of one step, and the peak of the process's memory."""
 
 from __future__ import annotations
 
 import sys
-import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import TrainerCallback
 
 from safe_kernels import retention
 
 from ..loss import Loss, flop_formulas, own_loss
 
-if TYPE_CHECKING:
-    from ..callback import SafeCallback
-
 Batch = dict[str, Any]
-
-
-class Costs(TrainerCallback):
-    """Measures a Trainer's training, and leaves it as it is.
-
-    Args:
-        probe: the batch on which a step's retained bytes and FLOPs are measured.
-        loss: how the training computes its loss.
-        safe: the callback that freezes, if any does; it comes before this one.
-    """
-
-    def __init__(self, probe: Batch, loss: Loss, safe: SafeCallback | None) -> None:
-        self._probe, self._loss, self._safe = probe, loss, safe
-        # A CPU's time, because other work on the machine makes the wall time longer. It does not hold a GPU's work.
-        self._clock = time.process_time if probe["input_ids"].device.type == "cpu" else time.perf_counter
-        self.seconds, self.peak_rss, self._start, self._frozen = 0.0, 0, 0.0, 0
-        self.retained: list[tuple[int, int]] = []
-        self.flops: list[int] = []
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._measure(model, state.global_step, with_flops=True)
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._start = self._clock()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.seconds += self._clock() - self._start
-        frozen = len(self._safe.freezer.frozen) if self._safe is not None else 0
-        if frozen > self._frozen:
-            self._frozen = frozen
-            self._measure(model, state.global_step)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.peak_rss = peak_rss()  # before more is measured
-        self._measure(model, state.global_step, with_flops=True)
-
-    def _measure(self, model: nn.Module, step: int, *, with_flops: bool = False) -> None:
-        with suspended(self._safe):
-            if with_flops:
-                self.flops.append(step_flops(model, self._probe, self._loss))
-            self.retained.append((step, retained_bytes(model, self._probe, self._loss)))
-
-
-def suspended(safe: SafeCallback | None) -> AbstractContextManager[Any]:
-    """Return a context in which a freezer, if there is one, ignores the model's calls.
-
-    Args:
-        safe: the callback that has the freezer.
-    """
-    return nullcontext() if safe is None else safe.freezer.suspended()
 
 
 @contextmanager

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -75,7 +76,7 @@ def train(config: FinetuneConfig, prepared: Prepared, console: Console) -> Freez
         probe = next(iter(trainer.get_train_dataloader()))
         if config.loss == "chunked":
             check(prepared.model, probe)
-        costs = measure.Costs(probe, trainer.loss, safe)
+        costs = _Costs(probe, trainer.loss, safe)
         trainer.add_callback(costs)
         trainer.add_callback(_Lines(config.label, console, safe))
         trainer.train()
@@ -159,6 +160,56 @@ class _Trainer(Trainer):
         return loss
 
 
+class _Costs(TrainerCallback):
+    """Measures a Trainer's training, and leaves it as it is.
+
+    Args:
+        probe: the batch on which a step's retained bytes and FLOPs are measured.
+        loss: how the training computes its loss.
+        safe: the callback that freezes, if any does; it comes before this one.
+    """
+
+    def __init__(self, probe: measure.Batch, loss: Loss, safe: SafeCallback | None) -> None:
+        self._probe, self._loss, self._safe = probe, loss, safe
+        # A CPU's time, because other work on the machine makes the wall time longer. It does not hold a GPU's work.
+        self._clock = time.process_time if probe["input_ids"].device.type == "cpu" else time.perf_counter
+        self.seconds, self.peak_rss, self._start, self._frozen = 0.0, 0, 0.0, 0
+        self.retained: list[tuple[int, int]] = []
+        self.flops: list[int] = []
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._measure(model, state.global_step, with_flops=True)
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = self._clock()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.seconds += self._clock() - self._start
+        frozen = len(self._safe.freezer.frozen) if self._safe is not None else 0
+        if frozen > self._frozen:
+            self._frozen = frozen
+            self._measure(model, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.peak_rss = measure.peak_rss()  # before more is measured
+        self._measure(model, state.global_step, with_flops=True)
+
+    def _measure(self, model: nn.Module, step: int, *, with_flops: bool = False) -> None:
+        with _suspended(self._safe):
+            if with_flops:
+                self.flops.append(measure.step_flops(model, self._probe, self._loss))
+            self.retained.append((step, measure.retained_bytes(model, self._probe, self._loss)))
+
+
+def _suspended(safe: SafeCallback | None) -> AbstractContextManager[Any]:
+    """Return a context in which a freezer, if there is one, ignores the model's calls.
+
+    Args:
+        safe: the callback that has the freezer.
+    """
+    return nullcontext() if safe is None else safe.freezer.suspended()
+
+
 class _Lines(TrainerCallback):
     """Shows progress, a line now and then, on the console instead of standard output."""
 
@@ -178,7 +229,7 @@ class _Lines(TrainerCallback):
 def _evaluate(trainer: _Trainer, task: str, safe: SafeCallback | None) -> float:
     """Accuracy, or perplexity per predicted token: a Trainer's own eval_loss weighs batches by their rows."""
     gained, units = 0.0, 0
-    with measure.suspended(safe), _evaluating(trainer.model):
+    with _suspended(safe), _evaluating(trainer.model):
         for batch in trainer.get_eval_dataloader():
             if task == "seq-cls":
                 labels = batch.pop("labels")

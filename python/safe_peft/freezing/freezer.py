@@ -147,7 +147,7 @@ class AdapterFreezer:
         return tuple(name for name, value in self.ledger.importance.items() if not math.isfinite(value))
 
     def step(self) -> tuple[str, ...]:
-        """Account for one optimizer step that is done: finish a scoring, and freeze if the schedule says so.
+        """Account for one optimizer step that is done: finish a scoring step, and freeze if the schedule says so.
 
         Call it after `optimizer.step()`, before or after `zero_grad()`, once per optimizer step.
 
@@ -202,7 +202,7 @@ class AdapterFreezer:
         return names
 
     def _arm(self, due: bool = False) -> None:
-        """Prepare the coming step; a scoring that is `due` had nothing to go by before."""
+        """Prepare the coming step; a scoring step that is `due` had nothing to go by before."""
         frozen = set(self.ledger.frozen)
         live = [index for index, adapter in enumerate(self._adapters) if adapter.name not in frozen]
         if due or self._scorer.armed or is_scoring_step(self.schedule, self._step + 1):

@@ -32,7 +32,7 @@ class Ledger:
     freezings: list[Freezing] = field(default_factory=list)
 
     def record_scoring(self, step: int, importance: Mapping[str, float], threshold: float | None = None) -> None:
-        """Add a scoring.
+        """Add a scoring step.
 
         Args:
             step: optimizer steps done.

@@ -56,7 +56,7 @@ class NonFinite:
     def note(
         self, step: int, importance: Mapping[str, float], broken: Mapping[str, tuple[str, ...]]
     ) -> ScoreError | None:
-        """Take in a scoring.
+        """Take in a scoring step.
 
         Args:
             step: optimizer steps done.

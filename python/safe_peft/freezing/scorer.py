@@ -68,7 +68,7 @@ class Scorer:
 
     @property
     def armed(self) -> bool:
-        """Whether a scoring is due in the step that comes or runs."""
+        """Whether the step that comes or runs is a scoring step."""
         return bool(self._live)
 
     def arm(self, live: Sequence[int], shift: int) -> None:

@@ -20,7 +20,7 @@ FILES = "files"
 
 @dataclass(frozen=True)
 class Gathered:
-    """A scoring under way, and its evidence in one process.
+    """A scoring step under way, and its evidence in one process.
 
     Args:
         sums: for each adapter, of the step's forwards so far.

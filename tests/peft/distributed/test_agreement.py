@@ -69,7 +69,7 @@ def test_a_process_that_cannot_begin_stops_the_others() -> None:
     assert second.startswith("Linear has no adapter layer")
 
 
-# ---------------------------------------------------------------- at a scoring
+# ---------------------------------------------------------------- at a scoring step
 
 
 def count_collectives(rank: int, scores: list[str]) -> list[tuple[list[int], list[int], int]]:

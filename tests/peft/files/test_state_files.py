@@ -60,7 +60,7 @@ def test_loading_an_earlier_state_thaws_what_froze_later() -> None:
 
 
 def test_a_state_that_an_earlier_safe_peft_saved_is_loaded(tmp_path: Path) -> None:
-    """In the middle of an accumulation and of a scoring, with frozen adapters, a plan and a checksum of its own."""
+    """Within an accumulation and a scoring step, with frozen adapters, a plan and a checksum of its own."""
     path = Path(__file__).with_name("state_version_4.json")
     saved = json.loads(path.read_text())
     config = {name: value for name, value in saved["config"].items() if name != "target_fraction"}

@@ -1,4 +1,4 @@
-"""Compiled models while adapters freeze: one recompilation an event, none for a scoring, and never eager for good."""
+"""Compiled models while adapters freeze: one recompilation per event, none per scoring step, never eager for good."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Counting:
 
 @pytest.fixture(autouse=True)
 def _fresh_compiler() -> Iterator[None]:
-    gc.collect()  # freezers that earlier tests have left in the middle of a scoring
+    gc.collect()  # freezers that earlier tests have left in the middle of a scoring step
     torch._dynamo.reset()
     config = torch._dynamo.config
     limits = {name: getattr(config, name) for name in ("recompile_limit", "accumulated_recompile_limit")}
@@ -218,7 +218,7 @@ def test_the_users_own_stance_is_set_again() -> None:
         model = toy()
         freezer = freezer_of(model, score_interval=2)
         freezer.step()
-        assert torch._dynamo.eval_frame._stance.stance == "force_eager", "a scoring is due"
+        assert torch._dynamo.eval_frame._stance.stance == "force_eager", "a scoring step is due"
         freezer.step()
         assert torch._dynamo.eval_frame._stance.stance == "eager_on_recompile"
         freezer.detach()

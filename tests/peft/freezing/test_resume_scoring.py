@@ -1,4 +1,4 @@
-"""A scoring that was asked for and not made when the state was saved is made after the restart, as without one."""
+"""A scoring step that was asked for and not made when the state was saved is made after the restart, as without one."""
 
 from __future__ import annotations
 
