@@ -228,7 +228,7 @@ def test_a_patched_adapter_layer(method: str, early: bool, monkeypatch: pytest.M
         assert len(calls) == 14
         assert {row.reason for row in explain(model)} == {f"Linear.{method} is replaced"}
         monkeypatch.undo()
-        assert {row.path for row in explain(model)} == {"safe_kernels::lora"}
+        assert {row.path for row in explain(model)} == {"safe_kernels::lora" if early else "safe_kernels::lora_linear"}
 
 
 @pytest.mark.parametrize(
