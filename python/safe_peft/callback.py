@@ -139,8 +139,9 @@ class SafeCallback(TrainerCallback, ExportableState):
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the Trainer expects a key to fill
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Account for the optimizer step."""
-        self.freezer.step()
+        """Account for the optimizer step, and log each freeze event."""
+        if self.freezer.step() and args.logging_strategy != "no":
+            control.should_log = True
 
     def on_log(
         self,

@@ -277,7 +277,7 @@ def side_by_side(
     frozen = compare(f"{client}, frozen", done["stock frozen"], done["ours"])
     freezer = done["ours"].freezer
     assert freezer is not None
-    if freezer.config.target == "bytes":
+    if freezer.config.by_bytes:
         assert done["ours"].retained[-1] < done["bound"].retained[-1], "a target in bytes frees some"
     else:
         assert abs(len(freezer.frozen) - 0.75 * len(freezer.adapters)) <= 0.5, "three quarters are frozen"

@@ -58,7 +58,7 @@ def test_bytes_are_planned_behind_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: list[Compared]
 ) -> None:
     def by_bytes(folder: Path) -> dict[str, Any]:
-        return {**names(folder), "config": SafeConfig(target="bytes", target_fraction=0.6)}
+        return {**names(folder), "config": SafeConfig(freeze_by="bytes", target_fraction=0.6)}
 
     line, _ = side_by_side("sentence-transformers, bytes", "sentence-transformers", by_bytes, tmp_path, monkeypatch)
     table.append(line)

@@ -28,7 +28,7 @@ SAVE_AT = 6
 """Killed while this step is saved: adapters were scored and frozen in it."""
 KILLS, TORN = 36, 99
 OPERATIONS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
-CONFIG = SafeConfig(warmup=2, max_warmup=4, freeze_end=10, freeze_interval=2, score_interval=3)
+CONFIG = SafeConfig(warmup=2, max_warmup=4, freeze_end=10, freeze_interval=2, score_interval=3, freeze_by="adapters")
 RAW_CONFIG = SafeConfig.from_dict({**CONFIG.to_dict(), "score": "gradient_sensitivity"})
 RAW_SAVE_AT = 13
 """Micro-steps: in the middle of an accumulation."""

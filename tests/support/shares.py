@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from safe_peft import AdapterFreezer, SafeConfig
 
 ROWS, LENGTH = 8, 12
-SAME_ROWS = {"score_blocks": 8, "block_rows": 12}
+SAME_ROWS = {"score_blocks": 8, "block_rows": 12, "freeze_by": "adapters"}
 """Blocks of rows that one process and several choose alike: all of them."""
 STEPS = 16
 OPTIONS = {"warmup": 2, "max_warmup": 4, "freeze_end": 14, "freeze_interval": 3, "score_interval": 2} | SAME_ROWS

@@ -98,7 +98,8 @@ def randomise_adapters(model: nn.Module, std: float = 0.1) -> None:
 
 
 EARLY = {"warmup": 2, "max_warmup": 4, "freeze_end": 14, "freeze_interval": 2, "score_interval": 1}
-"""A whole schedule within sixteen steps."""
+EARLY |= {"freeze_by": "adapters"}
+"""A whole schedule within sixteen steps, with a number of freezings that is easy to know."""
 
 
 def run(

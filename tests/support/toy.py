@@ -60,6 +60,7 @@ def pairs(count: int, rows: int = ROWS, seed: int = 1) -> Iterator[dict[str, Ten
 
 
 SOON = {"warmup": 2, "max_warmup": 2, "freeze_end": 14, "freeze_interval": 2, "score_interval": 4, "block_rows": 8}
+SOON |= {"freeze_by": "adapters"}
 """Scores at steps 4, 8, 12 and 14, and freezes from step 4 on."""
 
 

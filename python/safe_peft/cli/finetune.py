@@ -62,12 +62,13 @@ Device = Annotated[str, _option(TRAINING, "auto, cpu or cuda; CUDA_VISIBLE_DEVIC
 
 Score = Annotated[str, _option(FREEZING, "cka, relative_norm, gradient_sensitivity or random.")]
 Fraction = Annotated[
-    float | None, _option(FREEZING, "Share of the adapters to freeze; 0.75 unless --threshold is given.")
+    float | None, _option(FREEZING, "Share to freeze; 0.75 unless --threshold or --memory-budget is given.")
 ]
 Threshold = Annotated[float | None, _option(FREEZING, "Freeze at or below this importance, instead of a share.")]
-Target = Annotated[
-    str, _option(FREEZING, "What the share is of: adapters, or bytes that freezing them all would save.")
+FreezeBy = Annotated[
+    str, _option(FREEZING, "bytes: a share of the bytes that freezing all adapters saves; adapters: of their number.")
 ]
+Target = Annotated[str | None, typer.Option("--target", hidden=True)]  # the old name of --freeze-by
 Budget = Annotated[
     str | None, _option(FREEZING, "What a step may retain in the end, such as 6GiB; freezes by importance per byte.")
 ]
@@ -113,7 +114,8 @@ def finetune(
     score: Score = SafeConfig.score,
     target_fraction: Fraction = None,
     threshold: Threshold = None,
-    target: Target = SafeConfig.target,
+    freeze_by: FreezeBy = SafeConfig.freeze_by,
+    target: Target = None,
     memory_budget: Budget = None,
     recompute: Recompute = SafeConfig.recompute,
     warmup: Warmup = str(SafeConfig.warmup),
@@ -157,6 +159,9 @@ def configure(given: Mapping[str, Any]) -> FinetuneConfig:
     options = {name: value for name, value in given.items() if value is not None}
     options |= {name: _point(name, options[name]) for name in POINTS if name in options}
     options |= {name: _names(options[name]) for name in LISTS if name in options}
+    if options.get("target"):
+        warnings.warn("--target is --freeze-by now, and will be removed.", FutureWarning, stacklevel=2)
+        options["freeze_by"] = options["target"]
     if options.get("no_freeze"):
         warnings.warn("--no-freeze is --method bind now, and will be removed.", FutureWarning, stacklevel=2)
         options["method"] = "bind"

@@ -109,4 +109,4 @@ class FinetuneConfig:
             return self.method
         if self.safe.get("score") == "random":
             return "random"
-        return "bytes" if self.safe.get("target") == "bytes" else "safe"
+        return "count" if self.safe.get("freeze_by") == "adapters" else "safe"

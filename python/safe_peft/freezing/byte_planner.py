@@ -192,13 +192,35 @@ class Planner:
     def _refuse(self, why: str) -> None:
         self.refused = why
         if self.config.memory_budget is None:
-            logger.warning('target="bytes" cannot act: %s. Adapters freeze by their number instead.', why.rstrip("."))
+            what = 'freeze_by="bytes" cannot act: %s. Adapters freeze by their number instead.'
+            logger.warning(what, why.rstrip("."))
 
     def acts(self) -> bool:
         """Whether bytes decide; says it once if they do not."""
         if not self.ready and self.refused is None:
             self._refuse("no training batch was seen, since no forward of the model was called with tensors")
+        elif self.refused is None:
+            self._check_again()
         return self.refused is None
+
+    def _check_again(self) -> None:
+        """See that a plan of the largest batch, which may be other than the first in kind, is possible."""
+        try:
+            self._unfrozen()
+        except PlanError as error:
+            if self.watched.measured is None or self._shared:  # processes have measured different batches
+                return self._refuse(str(error))
+            self._measures = True
+
+    def retained(self, frozen: Collection[str], recompute: Collection[str]) -> int | None:
+        """Return the bytes that a step retains for backward; None if decisions do not depend on bytes.
+
+        Args:
+            frozen: the frozen adapters.
+            recompute: blocks that run again in backward once they are frozen.
+        """
+        planned = self.config.needs_plan and self._checked and self.ready and self.acts()
+        return self._unfrozen().bytes(frozen, recompute) if planned else None
 
     # ---------------------------------------------------------------- decisions
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 import re
 import sys
+import warnings
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import InitVar, asdict, dataclass, fields
 from typing import Any
 
 from ..errors import ConfigError
@@ -16,7 +17,8 @@ Point = int | float
 """A moment of the training: an int counts optimizer steps, a float is a share of the training."""
 
 DEFAULT_FRACTION = 0.75
-TARGETS = ("adapters", "bytes")
+RENAMED = 'SafeConfig(target=...) is called freeze_by now, and "bytes" is its default; target will be removed.'
+FREEZE_BY = ("bytes", "adapters")
 RECOMPUTE = ("off", "frozen", "auto")
 ON_NONFINITE = ("warn", "raise")
 MOST = 2**53
@@ -39,8 +41,9 @@ class SafeConfig:
     Args:
         score: what importance means: "cka" (the method's own), "relative_norm", "gradient_sensitivity" or "random".
         target_fraction: share to freeze by `freeze_end`; 0.75 unless `threshold` or `memory_budget` is given.
-        target: what that is a share of: of the "adapters", the least important first, or of the "bytes" that freezing
-            them all would save; then whatever is worth least a byte freezes, in sets that free something.
+        freeze_by: the unit of `target_fraction`. "bytes" is a share of the bytes that freezing all adapters would save
+            per step; sets of adapters freeze, those with the least importance per freed byte first. "adapters" is a
+            share of their number, as in the paper; the least important freeze first.
         threshold: importance at or below which an adapter is frozen from `freeze_end` on, instead of a fraction.
         warmup: nothing is frozen before this moment.
         max_warmup: warm-up ends here at the latest, however much importance still changes.
@@ -61,6 +64,7 @@ class SafeConfig:
         seed: fixes the score "random".
         on_nonfinite: what NaN or Inf in a score does: "warn" goes on, and such adapters stay trainable; "raise" stops
             the training with a `ScoreError` after the step in which it is seen.
+        target: the old name of `freeze_by`; it gives a `FutureWarning`.
 
     Raises:
         ConfigError: An option has a value that cannot work.
@@ -72,7 +76,7 @@ class SafeConfig:
 
     score: str = "cka"
     target_fraction: float | None = None
-    target: str = "adapters"
+    freeze_by: str = "bytes"
     threshold: float | None = None
     warmup: Point = 0.2
     max_warmup: Point = 0.3
@@ -90,8 +94,12 @@ class SafeConfig:
     never_freeze: tuple[str, ...] = ()
     seed: int = 0
     on_nonfinite: str = "warn"
+    target: InitVar[str | None] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, target: str | None) -> None:
+        if target is not None:
+            warnings.warn(RENAMED, FutureWarning, stacklevel=3)
+            object.__setattr__(self, "freeze_by", target)
         if self.memory_budget is not None:
             object.__setattr__(self, "memory_budget", parse_size(self.memory_budget))
         elif self.target_fraction is None and self.threshold is None:
@@ -131,9 +139,7 @@ class SafeConfig:
             _check_number("target_fraction", self.target_fraction, most=1.0)
         if self.threshold is not None:
             _check_number("threshold", self.threshold)
-        _check(self.target in TARGETS, "target", f"one of {', '.join(TARGETS)}", self.target)
-        if self.target == "bytes" and self.target_fraction is None:
-            raise ConfigError('target: "bytes" says what target_fraction is a share of; give target_fraction=....')
+        _check(self.freeze_by in FREEZE_BY, "freeze_by", f"one of {', '.join(FREEZE_BY)}", self.freeze_by)
         _check(self.recompute in RECOMPUTE, "recompute", f"one of {', '.join(RECOMPUTE)}", self.recompute)
         if self.recompute == "auto" and self.memory_budget is None:
             raise ConfigError('recompute: "auto" needs a memory_budget to meet; give one, or choose "frozen".')
@@ -157,7 +163,12 @@ class SafeConfig:
     @property
     def needs_plan(self) -> bool:
         """Whether a decision depends on bytes, and so on the shape of the batches."""
-        return self.memory_budget is not None or self.target == "bytes"
+        return self.memory_budget is not None or self.by_bytes
+
+    @property
+    def by_bytes(self) -> bool:
+        """Whether the target is a share of bytes."""
+        return self.freeze_by == "bytes" and self.target_fraction is not None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the options as JSON values.
@@ -185,7 +196,7 @@ class SafeConfig:
         if not isinstance(data, Mapping):
             raise ConfigError(f"config: expected options by name, got {type(data).__name__}.")
         names = [field.name for field in fields(cls)]
-        unknown = sorted(set(data) - set(names))
+        unknown = sorted(set(data) - {*names, "target"})
         if unknown:
             raise ConfigError(f"config has no option {', '.join(unknown)}; the options are {', '.join(names)}.")
         return cls(**data)

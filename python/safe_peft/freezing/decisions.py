@@ -43,7 +43,7 @@ class Decisions:
             self.ledger.warmup_end = step
         self.end_warmup(step)
         # A threshold of bytes says nothing before somebody freezes.
-        by_bytes = self._config.target == "bytes" and self._planner.refused is None
+        by_bytes = self._config.by_bytes and self._planner.refused is None
         threshold = None if by_bytes else self._choose(step, importance)[1]
         self.ledger.record_scoring(step, importance, self.ledger.threshold if threshold is None else threshold)
 
@@ -83,7 +83,7 @@ class Decisions:
             return [], None
         frozen, share = self.ledger.frozen, self._share(step)
         live = {name: importance[name] for name in importance if name not in frozen}
-        if self._config.target == "bytes" and self._planner.acts():
+        if self._config.by_bytes and self._planner.acts():
             may = {name: live[name] for name in rank(self._config, live)}
             names = self._planner.by_bytes(may, frozen, share)
             threshold = max((live[name] for name in names), default=None)

@@ -21,7 +21,7 @@ from ..distributed.wrappers import trains_besides, unwrap
 from ..errors import BindingError, SafeError, StateError
 from ..files import jsonio
 from ..files.checkpoints import fingerprints
-from ..report.records import AdapterRecord
+from ..report.records import AdapterRecord, mebibytes
 from ..report.report import FreezeReport
 from .byte_planner import Planner
 from .compile_support import EagerForwards
@@ -194,12 +194,22 @@ class AdapterFreezer:
         self._presence.check()
 
     def _freeze_due(self) -> tuple[str, ...]:
-        names, recompute = self._decisions.due(self._step)
+        before, (names, recompute) = self.ledger.frozen, self._decisions.due(self._step)
+        rerun = tuple(self.binding.recompute)
         self._holding.freeze(names)
         self._holding.recompute(recompute)
         if names:
-            logger.info("step %d: froze %d adapters, %d in all", self._step, len(names), len(self.ledger.frozen))
+            self._log(len(names), self.planner.retained(before, rerun), self._retained())
         return names
+
+    def _retained(self) -> int | None:
+        return self.planner.retained(self.ledger.frozen, tuple(self.binding.recompute))
+
+    def _log(self, count: int, before: int | None, now: int | None) -> None:
+        text = f"step {self._step}: froze {count} adapters, {len(self.ledger.frozen)} of {len(self._adapters)} in all"
+        if before is not None and now is not None:
+            text += f"; a step retains {mebibytes(now):,.1f} MiB for backward, {mebibytes(before - now):,.1f} MiB less"
+        logger.info(text)
 
     def _arm(self, due: bool = False) -> None:
         """Prepare the coming step; a scoring step that is `due` had nothing to go by before."""
@@ -226,7 +236,8 @@ class AdapterFreezer:
             >>> freezer.metrics()["safe/frozen"]  # doctest: +SKIP
             27.0
         """
-        return self.ledger.metrics(self._step, len(self._adapters))
+        metrics, retained = self.ledger.metrics(self._step, len(self._adapters)), self._retained()
+        return metrics if retained is None else metrics | {"safe/retained_bytes": float(retained)}
 
     def report(
         self, model: str | None = None, retained: Sequence[tuple[int, int]] = (), *, memory: bool = False

@@ -177,7 +177,7 @@ def check_fit(config: SafeConfig, names: Sequence[str], others_train: bool) -> N
     for pattern in config.never_freeze:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"never_freeze: {pattern!r} matches no adapter; they have names such as {names[0]!r}.")
-    counted = target_count(config.target_fraction or 0.0, len(names)) if config.target == "adapters" else 0
+    counted = 0 if config.by_bytes else target_count(config.target_fraction or 0.0, len(names))
     if not others_train and (counted == len(names) or config.target_fraction == 1.0):
         raise ConfigError(
             f"target_fraction: {config.target_fraction} would freeze all {len(names)} adapters, and nothing else of "

@@ -129,6 +129,8 @@ def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
         )
     kinds = {"config": dict[str, Any], "optimizer": str, "adapters": dict[str, dict[str, Any]]}
     config, optimizer, adapters = (jsonio.decode(kinds[name], state.get(name), f"state.{name}") for name in kinds)
+    if "target" in config:  # the old name
+        config["freeze_by"] = config.pop("target")
     _check_config(config, owner.config.to_dict())
     if optimizer != owner.optimizer:
         raise StateError(
@@ -143,7 +145,8 @@ def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
 
 
 def _check_config(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    other = _differences(saved, own, besides={"total_steps", "on_nonfinite"})
+    free = {"total_steps", "on_nonfinite"} | ({"freeze_by"} if own["target_fraction"] is None else set())
+    other = _differences(saved, own, besides=free)
     if other:
         raise StateError(f"state was saved with other options: {other}; use the same SafeConfig.")
 

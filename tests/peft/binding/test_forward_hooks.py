@@ -17,7 +17,7 @@ from transformers import BertForSequenceClassification
 from safe_peft import AdapterFreezer, SafeConfig
 from safe_peft.binding.forward_hooks import watched
 
-BYTES = {**EARLY, "target": "bytes", "target_fraction": 0.5}
+BYTES = {**EARLY, "freeze_by": "bytes", "target_fraction": 0.5}
 
 
 class Holder(nn.Module):

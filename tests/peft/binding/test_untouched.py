@@ -45,7 +45,7 @@ def make_freezer(model: Any) -> None:
 
 def train_by_bytes(model: Any) -> None:
     optimizer = adamw(model, lr=0.0)
-    freezer = AdapterFreezer(model, optimizer, SafeConfig(**EARLY, target="bytes", target_fraction=0.5))
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**EARLY | {"freeze_by": "bytes"}, target_fraction=0.5))
     for _ in range(6):
         model(X).sum().backward()
         optimizer.step()

@@ -104,6 +104,8 @@ def test_options_go_where_they_belong() -> None:
     assert config.safe == {"warmup": 100, "freeze_end": 0.5, "seed": 3}
     assert (config.method, config.seed) == ("safe", 3)
     assert configure(given | {"method": "stock"}).method == "stock"
+    with pytest.warns(FutureWarning, match="--target is --freeze-by now"):
+        assert configure(given | {"target": "adapters"}).safe["freeze_by"] == "adapters"
     with pytest.warns(FutureWarning, match="--no-freeze is --method bind now"):
         assert configure(given | {"no_freeze": True}).method == "bind"
 

@@ -26,6 +26,7 @@ from safe_peft.freezing.ledger import Ledger
 from safe_peft.freezing.scores import register_score
 
 SHORT = {"warmup": 2, "max_warmup": 4, "freeze_end": 12, "freeze_interval": 3, "score_interval": 2, "block_rows": 12}
+SHORT |= {"freeze_by": "adapters"}
 
 
 # ---------------------------------------------------------------- at construction
@@ -162,7 +163,7 @@ def train_by_bytes(rank: int, options: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize(
     "options",
     [
-        {"target": "bytes", "target_fraction": 0.6},
+        {"freeze_by": "bytes", "target_fraction": 0.6},
         {"memory_budget": 60_000},
         {"memory_budget": 60_000, "recompute": "auto"},
     ],

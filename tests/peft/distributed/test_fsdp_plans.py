@@ -64,7 +64,7 @@ def decide_by_bytes(rank: int, options: dict[str, Any]) -> dict[str, list[Any]]:
     found = {}
     for engine in ("DDP", "sharded"):
         model = bert(layers=3)
-        if engine == "sharded" and options.get("target"):
+        if engine == "sharded" and options.get("freeze_by"):
             safe_peft.bind(model)
         outer = DistributedDataParallel(model) if engine == "DDP" else shard(model)
         optimizer = adamw(model)
@@ -77,7 +77,7 @@ def decide_by_bytes(rank: int, options: dict[str, Any]) -> dict[str, list[Any]]:
 
 @pytest.mark.parametrize(
     "options",
-    [{"target": "bytes", "target_fraction": 0.6}, {"memory_budget": 90_000, "recompute": "auto"}],
+    [{"freeze_by": "bytes", "target_fraction": 0.6}, {"memory_budget": 90_000, "recompute": "auto"}],
     ids=["target", "budget"],
 )
 def test_decisions_by_bytes_are_those_under_ddp(options: dict[str, Any]) -> None:

@@ -33,9 +33,9 @@ def refuse_bytes(rank: int) -> str:
     model = bert()
     split_mlps(model, init_device_mesh("cpu", (2,)))
     with pytest.raises(PlanError) as caught:
-        AdapterFreezer(model, adamw(model), SafeConfig(**OPTIONS, target="bytes", target_fraction=0.5))
+        AdapterFreezer(model, adamw(model), SafeConfig(**OPTIONS | {"freeze_by": "bytes"}, target_fraction=0.5))
     return str(caught.value)
 
 
 def test_decisions_by_bytes_are_refused_where_layers_are_shared() -> None:
-    assert all("tensor parallel" in message and 'target="adapters"' in message for message in together(refuse_bytes))
+    assert all("tensor parallel" in message and 'freeze_by="adapters"' in message for message in together(refuse_bytes))

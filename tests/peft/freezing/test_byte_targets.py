@@ -18,7 +18,7 @@ from torch import nn
 from safe_peft import AdapterFreezer, PlanError, SafeConfig
 from safe_peft.planning.measured import Measurement
 
-SHARE = {**EARLY, "score": "relative_norm", "target": "bytes", "target_fraction": 0.6, "freeze_interval": 4}
+SHARE = {**EARLY, "score": "relative_norm", "freeze_by": "bytes", "target_fraction": 0.6, "freeze_interval": 4}
 SIZES: dict[str, Any] = {
     "vocab_size": 120,
     "hidden_size": 32,
@@ -115,6 +115,32 @@ def advance(model: Any, batch: dict[str, Any], optimizer: Any, freezer: AdapterF
         freezer.step()
 
 
+class Changing(nn.Module):
+    """Larger batches take a way that no plan without values can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lower, self.upper = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = float(x.abs().max()) if len(x) > 8 else 1.0
+        return self.upper(self.lower(x).relu() * scale).square().mean()
+
+
+def test_a_larger_batch_that_cannot_be_planned_does_not_end_a_training(caplog: pytest.LogCaptureFixture) -> None:
+    model = get_peft_model(Changing(), LoraConfig(r=2, target_modules=["lower", "upper"]))
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**EARLY | {"freeze_by": "bytes"}, target_fraction=0.5))
+    with caplog.at_level(logging.WARNING, logger="safe_peft"):
+        for rows in (8, *[16] * 15):
+            model(torch.randn(rows, 8)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            freezer.step()
+    assert len(freezer.frozen) == 1 and not [one for one in caplog.records if one.name.startswith("safe_peft")]
+    assert freezer.metrics()["safe/retained_bytes"] > 0
+
+
 @pytest.mark.parametrize("build", MODELS, ids=lambda build: build.__name__)
 def test_bytes_decide_in_models_whose_shapes_depend_on_data(
     build: Callable[[], tuple[nn.Module, dict[str, Any]]], caplog: pytest.LogCaptureFixture
@@ -133,16 +159,16 @@ def test_a_budget_is_met_by_what_was_measured() -> None:
     model, batch = made(deberta)
     full = training(model, batch, 1).planner._unfrozen().bytes()
     model, _ = made(deberta)
-    freezer = training(model, batch, 16, memory_budget=int(0.7 * full), target="adapters", target_fraction=None)
+    freezer = training(model, batch, 16, memory_budget=int(0.7 * full), freeze_by="adapters", target_fraction=None)
     assert freezer.frozen and retained(model, batch) <= 0.7 * full
 
 
 def test_measuring_changes_nothing() -> None:
     losses = []
-    for target in ("adapters", "bytes"):
+    for unit in ("adapters", "bytes"):
         model, batch = made(deberta)
         torch.manual_seed(1)
-        freezer = training(model, batch, 1, target=target)
+        freezer = training(model, batch, 1, freeze_by=unit)
         losses.append([p.detach().clone() for p in model.parameters() if p.requires_grad])
         freezer.detach()
     torch.testing.assert_close(losses[1], losses[0], rtol=0, atol=0)
@@ -211,7 +237,7 @@ def test_a_budget_that_cannot_act_is_refused_at_the_first_batch(monkeypatch: pyt
     monkeypatch.setattr(Measurement, "end", lambda self, output: self.abandon() and None)
     model, batch = made(deberta)
     with pytest.raises(PlanError, match=r"memory_budget cannot act: .* does not run without values"):
-        training(model, batch, 1, memory_budget="1KiB", target="adapters")
+        training(model, batch, 1, memory_budget="1KiB", freeze_by="adapters")
 
 
 def test_a_forward_that_nobody_sees_is_said_when_it_matters(caplog: pytest.LogCaptureFixture) -> None:

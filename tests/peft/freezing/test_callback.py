@@ -1,12 +1,15 @@
 from __future__ import annotations
 
 import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft.tuners.lora.layer import Linear as PeftLinear
+from step_bytes import retained
 from tiny import batches, bert, train
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -15,7 +18,9 @@ from safe_peft import AdapterFreezer, BindingError, SafeCallback, SafeConfig, St
 from safe_peft.binding.adapters.lora import SafeLoraLinear
 
 STEPS = 20
-CONFIG = SafeConfig(warmup=0.2, max_warmup=0.3, freeze_end=0.8, freeze_interval=2, score_interval=1)
+CONFIG = SafeConfig(
+    warmup=0.2, max_warmup=0.3, freeze_end=0.8, freeze_interval=2, score_interval=1, freeze_by="adapters"
+)
 
 
 class InOrder(Trainer):
@@ -105,6 +110,27 @@ def test_safe_metrics_reach_the_history_and_the_reporters(tmp_path: Path, attach
         assert [entry["safe/step"] for entry in training] == list(range(1, STEPS + 1))
         assert training[-1]["safe/frozen"] == 9.0 and training[-1]["safe/threshold"] > 0
         assert not any(name.startswith("safe/") for entry in logs if "loss" not in entry for name in entry)
+
+
+def test_each_freeze_event_is_logged_with_the_bytes_that_a_step_retains(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback, model = SafeCallback(replace(CONFIG, freeze_by="bytes"), detach=False), bert()
+    run = trainer(tmp_path, callback, model=model, logging_steps=STEPS)
+    with caplog.at_level(logging.INFO, logger="safe_peft"):
+        run.train()
+    entries = {entry["step"]: entry for entry in run.state.log_history if "safe/retained_bytes" in entry}
+    events = {freezing.step for freezing in callback.freezer.ledger.freezings}
+    assert len(events) > 1 and events <= set(entries)
+    sizes = [entries[step]["safe/retained_bytes"] for step in sorted(events)]
+    assert sizes == sorted(sizes, reverse=True) and sizes[-1] < sizes[0]
+    inputs = next(iter(run.get_train_dataloader()))
+    assert sizes[-1] == retained(model, inputs)
+    said = [record.message for record in caplog.records if "MiB for backward" in record.message]
+    assert [int(text.split()[1].rstrip(":")) for text in said] == sorted(events)
+    quiet = trainer(tmp_path, SafeCallback(CONFIG), model=bert(), logging_strategy="no")
+    quiet.train()
+    assert not any("loss" in entry for entry in quiet.state.log_history)
 
 
 def test_after_training_the_model_is_the_peft_model_it_was(tmp_path: Path) -> None:

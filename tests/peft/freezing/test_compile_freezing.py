@@ -175,7 +175,7 @@ def test_blocks_compiled_one_by_one_are_cut_and_run_again_as_ever() -> None:
 
 def test_a_byte_target_sees_the_batches_of_a_compiled_model() -> None:
     backend = Counting()
-    options = {"score": "relative_norm", "target": "bytes", "target_fraction": 0.8}
+    options = {"score": "relative_norm", "freeze_by": "bytes", "target_fraction": 0.8}
     expected = train(toy(), 14, **options)
     seen = train(whole(toy(), backend=backend, fullgraph=True), 14, backend, **options)
     assert seen["frozen"] == expected["frozen"]

@@ -1,15 +1,16 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 
 from safe_peft import ConfigError, SafeConfig
 
 
-def test_the_default_is_three_quarters_of_the_adapters_in_shares_of_the_training() -> None:
+def test_the_default_is_three_quarters_of_the_bytes_in_shares_of_the_training() -> None:
     config = SafeConfig()
-    assert (config.target_fraction, config.threshold) == (0.75, None)
+    assert (config.target_fraction, config.freeze_by, config.threshold) == (0.75, "bytes", None)
     assert all(isinstance(point, float) for point in (config.warmup, config.max_warmup, config.freeze_end))
 
 
@@ -55,8 +56,7 @@ def test_json_round_trip(config: SafeConfig) -> None:
         ({"keep_dropout": 1}, "keep_dropout"),
         ({"never_freeze": "*.0.*"}, "never_freeze: expected a tuple"),
         ({"memory_budget": "much"}, "memory_budget: expected bytes"),
-        ({"target": "flops"}, "target: expected one of adapters, bytes"),
-        ({"target": "bytes", "threshold": 0.1}, 'target: "bytes" says what target_fraction is a share of'),
+        ({"freeze_by": "flops"}, "freeze_by: expected one of bytes, adapters"),
         ({"recompute": "always"}, "recompute: expected one of off, frozen, auto"),
         ({"recompute": "auto"}, 'recompute: "auto" needs a memory_budget'),
     ],
@@ -65,6 +65,20 @@ def test_a_wrong_option_is_named(options: dict[str, object], named: str) -> None
     with pytest.raises(ConfigError) as error:
         SafeConfig(**options)  # type: ignore[arg-type]
     assert named in str(error.value)
+
+
+def test_the_old_name_of_freeze_by_gives_a_warning() -> None:
+    for make in (lambda: SafeConfig(target="adapters"), lambda: SafeConfig.from_dict({"target": "adapters"})):
+        with pytest.warns(FutureWarning, match=r"SafeConfig\(target=...\) is called freeze_by now"):
+            assert make() == SafeConfig(freeze_by="adapters")
+
+
+@pytest.mark.parametrize(
+    ("options", "by_bytes"),
+    [({}, True), ({"freeze_by": "adapters"}, False), ({"threshold": 0.1}, False), ({"memory_budget": 9}, False)],
+)
+def test_a_share_is_of_bytes_by_default(options: dict[str, Any], by_bytes: bool) -> None:
+    assert SafeConfig(**options).by_bytes == by_bytes
 
 
 def test_an_unknown_option_is_named_beside_the_known_ones() -> None:

@@ -106,7 +106,7 @@ def test_it_plans_for_the_largest_batch_so_far() -> None:
 
 @pytest.mark.parametrize("recompute", ["off", "frozen"])
 def test_the_target_may_be_a_share_of_bytes(recompute: str) -> None:
-    model, freezer = trained(target="bytes", target_fraction=0.6, recompute=recompute)
+    model, freezer = trained(freeze_by="bytes", target_fraction=0.6, recompute=recompute)
     everything = FULL - plan_memory(bert(layers=3, lora_dropout=0.1), 8, 12, frozen=1.0).ours.retained
     saved = FULL - now(model)
     assert saved >= 0.6 * everything
@@ -118,7 +118,7 @@ def test_a_target_in_bytes_is_met_though_the_lowest_adapter_is_the_most_importan
     model = bert(layers=3, lora_dropout=0.1)
     lowest = next(iter(safe_peft.bind(model).layers.values()))
     torch.nn.init.constant_(lowest.lora_B["default"].weight, 3.0)
-    model, freezer = trained(model=model, target="bytes", target_fraction=0.6)
+    model, freezer = trained(model=model, freeze_by="bytes", target_fraction=0.6)
     importance = freezer.ledger.scorings[0].importance
     assert max(importance, key=importance.get) == freezer.adapters[0].name
     spared = FULL - plan_memory(bert(layers=3, lora_dropout=0.1), 8, 12, frozen=1.0).ours.retained
@@ -127,7 +127,7 @@ def test_a_target_in_bytes_is_met_though_the_lowest_adapter_is_the_most_importan
 
 
 def test_what_is_spared_is_no_part_of_the_target_in_bytes() -> None:
-    _, freezer = trained(target="bytes", target_fraction=0.5, never_freeze=("*.layer.0.*",))
+    _, freezer = trained(freeze_by="bytes", target_fraction=0.5, never_freeze=("*.layer.0.*",))
     assert 0 < len(freezer.frozen) < 12, "half of what the other twelve would free, not all of them"
 
 
@@ -165,7 +165,7 @@ def test_one_adapter_is_spared_where_nothing_else_trains() -> None:
     assert len(freezer.frozen) < 8
     with pytest.raises(ConfigError, match=r"target_fraction: 1\.0 would freeze all 8 adapters"):
         model = gpt2()
-        AdapterFreezer(model, adamw(model), SafeConfig(**FEW, target="bytes", target_fraction=1.0))
+        AdapterFreezer(model, adamw(model), SafeConfig(**FEW | {"freeze_by": "bytes"}, target_fraction=1.0))
 
 
 def test_steps_without_a_forward_do_not_pass_in_silence() -> None:

@@ -49,7 +49,7 @@ def test_wrapped_but_never_freezing_trains_like_stock_peft(weights: Path) -> Non
 def test_it_learns_while_three_quarters_freeze(weights: Path) -> None:
     model = minilm(weights, lora_dropout=0.1)
     optimizer = adamw(model, 1e-3)
-    freezer = AdapterFreezer(model, optimizer, SafeConfig(), total_steps=40)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(freeze_by="adapters"), total_steps=40)
     losses = train(model, optimizer, sentences(weights, 40), freezer)
     assert losses[-1] < 0.1 < losses[0]
     assert len(freezer.frozen) == 27 and not freezer.unscored

@@ -21,7 +21,7 @@ from safe_peft import AdapterFreezer, SafeConfig
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"score": "gradient_sensitivity", "score_interval": 1},
-    {"score": "relative_norm", "target": "bytes", "target_fraction": 0.6, "recompute": "frozen"},
+    {"score": "relative_norm", "freeze_by": "bytes", "target_fraction": 0.6, "recompute": "frozen"},
     {"memory_budget": 30_000, "recompute": "auto", "target_fraction": None, "keep_dropout": True},
 ]
 ids = ["cka", "gradient_sensitivity", "bytes", "budget"]
@@ -140,6 +140,7 @@ def test_neither_making_a_freezer_nor_loading_draws_random_numbers(options: dict
 
 
 SHARES = {"warmup": 0.1, "max_warmup": 0.25, "freeze_end": 0.75, "freeze_interval": 2, "score_interval": 1}
+SHARES |= {"freeze_by": "adapters"}
 
 
 def resumed(total: int, more: int, caplog: pytest.LogCaptureFixture) -> tuple[AdapterFreezer, AdapterFreezer]:

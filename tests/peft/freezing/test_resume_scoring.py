@@ -11,6 +11,7 @@ from tiny import adamw, batches, bert, train
 from safe_peft import AdapterFreezer, SafeConfig, ScoreError, StateError
 
 OPTIONS = {"warmup": 2, "max_warmup": 4, "freeze_end": 12, "freeze_interval": 2, "score_interval": 4}
+OPTIONS |= {"freeze_by": "adapters"}
 DATA = list(batches(14))
 
 
