@@ -56,7 +56,7 @@ def test_json_round_trip(config: SafeConfig) -> None:
         ({"never_freeze": "*.0.*"}, "never_freeze: expected a tuple"),
         ({"memory_budget": "much"}, "memory_budget: expected bytes"),
         ({"target": "flops"}, "target: expected one of adapters, bytes"),
-        ({"target": "bytes", "threshold": 0.1}, 'target: "bytes" says what target_fraction is a share of'),
+        ({"target": "bytes", "threshold": 0.1}, 'target: "bytes" needs a target_fraction'),
         ({"recompute": "always"}, "recompute: expected one of off, frozen, auto"),
         ({"recompute": "auto"}, 'recompute: "auto" needs a memory_budget'),
     ],
