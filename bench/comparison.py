@@ -1,4 +1,4 @@
-"""Times a provider and its competitor in turns, so that whatever else the machine does falls on both."""
+"""Times a provider and its competitor in turns, so that other load on the machine affects both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where and with what a benchmark ran, without names of machines or people; and what its JSON keeps."""
+"""Records the hardware and versions of a benchmark, without names of machines or people, and filters its JSON."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def cpu_model() -> str:
-    """The processor's name as the system tells it."""
+    """Return the processor's name from the system."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -20,7 +20,7 @@ def cpu_model() -> str:
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    """Keep what explains a figure."""
+    """Keep only the facts that explain a result."""
     machine_info.clear()
     machine_info["cpu"] = cpu_model()
     machine_info["threads"] = torch.get_num_threads()

@@ -12,31 +12,31 @@ from typing import Any
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 INTRODUCTION = (
-    "By `make bench`. Times are ratios to stock PEFT with the same adapters frozen, in fp32, run in turns, medians; "
-    "*noise* is PEFT compared with itself."
+    "Measured by `make bench`. Times are medians in fp32, as ratios to stock PEFT with the same adapters frozen; both "
+    "run in turns. *noise* is PEFT compared with itself."
 )
 Benchmark = dict[str, Any]
 
 
 def rows_of(results: dict[str, Any], test: str, provider: str | None = None) -> list[Benchmark]:
-    """The benchmarks of one test function, of one provider if it has several."""
+    """Return the benchmarks of one test function, of only one provider if `provider` is given."""
     found = [b for b in results["benchmarks"] if b["name"].startswith(f"{test}[")]
     return [b for b in found if provider in (None, b["params"].get("provider"))]
 
 
 def find(rows: list[Benchmark], like: Benchmark) -> Benchmark:
-    """The row that differs from `like` in its provider alone."""
+    """Return the row that differs from `like` only in its provider."""
     wanted = {name: value for name, value in like["params"].items() if name != "provider"}
     return next(row for row in rows if {**row["params"], "provider": None} == {**wanted, "provider": None})
 
 
 def ratio(benchmark: Benchmark) -> str:
-    """Time relative to stock PEFT's."""
+    """Return the time relative to stock PEFT."""
     return f"{benchmark['extra_info']['ratio']:.2f}"
 
 
 def mib(benchmark: Benchmark) -> str:
-    """Bytes retained for backward."""
+    """Return the MiB retained for backward."""
     return f"{benchmark['extra_info']['retained_bytes'] / 2**20:.2f}"
 
 
@@ -80,7 +80,7 @@ def smollm2_table(results: dict[str, Any]) -> list[str]:
 
 
 def scoring_table(results: dict[str, Any]) -> list[str]:
-    """What scoring costs."""
+    """The cost of scoring."""
     rows = []
     for row in rows_of(results, "test_scoring"):
         share = 100 * row["extra_info"]["share_of_training"]
@@ -89,7 +89,7 @@ def scoring_table(results: dict[str, Any]) -> list[str]:
 
 
 def retention_table(results: dict[str, Any]) -> list[str]:
-    """What a forward retains, compared with stock PEFT with the same adapters frozen and with none."""
+    """Bytes retained by a forward, compared with stock PEFT with the same adapters frozen and with none frozen."""
     rows = []
     for row in rows_of(results, "test_retention"):
         params, facts = row["params"], row["extra_info"]
@@ -102,7 +102,7 @@ def retention_table(results: dict[str, Any]) -> list[str]:
 
 
 def cumulative_table(results: dict[str, Any]) -> list[str]:
-    """One technique after the other."""
+    """The techniques, added one after the other."""
     rows, all_rows = [], rows_of(results, "test_cumulative")
     by_p = {p: [row for row in all_rows if row["params"]["p"] == p] for p in (0.0, 0.1)}
     for plain, dropped in zip(by_p[0.0], by_p[0.1], strict=True):
@@ -114,7 +114,7 @@ def cumulative_table(results: dict[str, Any]) -> list[str]:
 
 
 def peak_table(results: dict[str, Any]) -> list[str]:
-    """The peak of a process's memory."""
+    """Peak memory of a process."""
     rows = []
     for row in rows_of(results, "test_peak"):
         params, facts = row["params"], row["extra_info"]
@@ -125,7 +125,7 @@ def peak_table(results: dict[str, Any]) -> list[str]:
 
 
 def launch_table(results: dict[str, Any]) -> list[str]:
-    """What a call of a GPU's op costs the processor."""
+    """Processor time per call of a GPU op."""
     rows = []
     for row in rows_of(results, "test_launches"):
         facts = row["extra_info"]
@@ -137,13 +137,13 @@ def launch_table(results: dict[str, Any]) -> list[str]:
 SECTIONS = (
     (
         "One technique after the other, on a Llama-shaped model (8 blocks, d 512, 1,024 tokens, LoRA r 16 on every "
-        "linear layer): bytes that a training forward retains, time of a step, and by how much loss and gradients "
-        "differ from stock PEFT's with the same adapters frozen, without dropout:",
+        "linear layer): bytes that a training forward retains, time per step, and relative differences of loss "
+        "and gradients from stock PEFT with the same adapters frozen, without dropout:",
         "test_cumulative",
         cumulative_table,
     ),
     (
-        "What a training forward retains for the shapes of several families (8 blocks, d 512, 1,024 tokens):",
+        "Bytes retained by a training forward, for shapes of several families (8 blocks, d 512, 1,024 tokens):",
         "test_retention",
         retention_table,
     ),
@@ -167,8 +167,8 @@ SECTIONS = (
     ("Scoring, with the default options:", "test_scoring", scoring_table),
     ("`lora` alone, forward and backward:", "test_lora", op_table),
     (
-        "What a call of a GPU's op costs the processor, over a driver that runs nothing (no GPU is needed); the same "
-        "launches, made by Triton's launcher from Python and by `csrc/launch_replay`:",
+        "Processor time per call of a GPU op, with a driver that runs nothing (no GPU is needed). Triton's launcher in "
+        "Python and `csrc/launch_replay` make the same launches:",
         "test_launches",
         launch_table,
     ),
@@ -176,7 +176,7 @@ SECTIONS = (
 
 
 def render(results: dict[str, Any], source: str) -> str:
-    """The tables of one file of results, with where they come from."""
+    """Return the tables of one file of results, with machine and versions."""
     machine = results["machine_info"]
     where = (
         f"{machine['cpu']}, {machine['threads']} threads, torch {machine['torch']}, transformers "

@@ -38,7 +38,7 @@ def device() -> torch.device:
 
 def main() -> None:
     args = options()
-    dist.init_process_group()  # torchrun says in the environment who we are
+    dist.init_process_group()  # torchrun sets the rank in the environment
     rank = dist.get_rank()
 
     torch.manual_seed(0)  # the same adapters everywhere

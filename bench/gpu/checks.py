@@ -65,6 +65,6 @@ class Recorder:
 
 
 def _problem(report: pytest.TestReport) -> str:
-    """The first line of what a test raised."""
+    """Return the first line of a test's error."""
     crash = getattr(report.longrepr, "reprcrash", None)
     return str(crash.message if crash else report.longrepr).partition("\n")[0][:300]

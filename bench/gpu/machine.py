@@ -57,7 +57,7 @@ def package_versions() -> dict[str, str]:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """GPU, driver, clocks, versions and date; no name of a machine."""
+    """Return GPU, driver, clocks, versions and date, without the machine's name."""
     facts: dict[str, Any] = {"date": datetime.date.today().isoformat(), "versions": package_versions()}
     if device.type == "cpu":
         return facts | {"gpu": "none (dry run)"}
@@ -69,7 +69,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def under_load(device: torch.device) -> dict[str, str]:
-    """The clocks while the GPU multiplies: those of an idle one say nothing."""
+    """Return the clocks of the busy GPU: an idle GPU has lower clocks."""
     if device.type == "cpu":
         return {}
     busy = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)

@@ -26,9 +26,9 @@ PARTS = (
     "memcheck",
     "racecheck",
 )
-"""In the order of their worth: the last ones go without when time is short."""
+"""The most important parts first: the last ones are skipped if time is short."""
 AGAIN = 75
-"""Exit status with which a part asks for another process, to go on where it stopped."""
+"""Exit status of a part that needs a new process to continue."""
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
-    """Replaces the file whole, so that no one ever finds half of it."""
+    """Replaces the file atomically, so that readers never see a part of it."""
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=indent) + "\n")
     os.replace(unfinished, path)

@@ -90,7 +90,7 @@ def prepare(case: Case, device: torch.device, undo: ExitStack) -> Step:
 
 
 def measure(case: Case, device: torch.device) -> dict[str, Any]:
-    """Time and memory, or why there are none."""
+    """Return time and memory, or the reason of a failure."""
     try:
         with ExitStack() as undo:
             step = prepare(case, device, undo)

@@ -49,7 +49,7 @@ def step_lines(part: dict[str, Any]) -> list[str]:
 
 
 def part_line(name: str, part: dict[str, Any]) -> str:
-    """How a part ended: what is still said to be running was stopped together with the script."""
+    """Return how a part ended. A part still marked as running was stopped together with the script."""
     status = "stopped with the script" if part["status"] == "running" else part["status"]
     counts = (f"{key} {part[key]}" for key in ("seconds", "checked", "left_out", "error") if part.get(key))
     return f"{name:<12} {'; '.join([status, *counts])}"

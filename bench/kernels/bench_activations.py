@@ -24,7 +24,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, appr
 
 
 class Case:
-    """One op in the middle of a network; without a kind it is dropout alone."""
+    """One op in the middle of a network; without a kind it is only dropout."""
 
     def __init__(self, shape: str, kind: str | None, gated: bool, p: float) -> None:
         torch.manual_seed(0)
@@ -76,7 +76,7 @@ def time_case(benchmark: BenchmarkFixture, case: Case, provider: str) -> None:
     if provider != "reference":
         facts["retained_bytes"] = retention.measure(getattr(case, provider)).bytes
     compare(benchmark, runs[provider], runs["peft"], rounds=3 if provider == "reference" else 40, **facts)
-    p, case.p = case.p, 0.0  # what was timed computes the same
+    p, case.p = case.p, 0.0  # compare the results of the timed functions without dropout
     torch.testing.assert_close(case.safe(), case.peft(), rtol=1e-4, atol=1e-5)
     case.p = p
 

@@ -38,7 +38,7 @@ class Case:
         self.grad = torch.randn(rows, d_out)
 
     def peft(self) -> Tensor:
-        """As PEFT writes it; a frozen adapter's dropout stays on."""
+        """Compute it as PEFT does; a frozen adapter's dropout stays on."""
         return self.base + F.linear(F.linear(F.dropout(self.x, self.p), self.A), self.B) * SCALING
 
     def safe(self) -> Tensor:
@@ -65,7 +65,7 @@ class Case:
 
 
 def check_equal(case: Case) -> None:
-    """What was timed computes the same."""
+    """Check that the timed functions compute the same."""
     p, case.p = case.p, 0.0
     torch.testing.assert_close(case.safe(), case.peft(), rtol=1e-4, atol=1e-4)
     case.p = p

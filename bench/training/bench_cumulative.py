@@ -27,7 +27,7 @@ _PARTS: tuple[tuple[str, ...], ...] = ((), (), ("norms",), ("norms", "mlps", "dr
 
 
 def prepare(stage: int, p: float) -> nn.Module:
-    """The model with all techniques up to one."""
+    """Return the model with all techniques up to the given one."""
     model = make_model("llama", p, "nothing")
     for name, layer in adapter_layers(model):
         index = next(int(part) for part in name.split(".") if part.isdigit())
@@ -54,14 +54,14 @@ def make_step(model: nn.Module, batch: dict[str, Tensor]) -> Callable[[], Any]:
 
 
 def deviation(stage: int, batch: dict[str, Tensor]) -> tuple[float, float]:
-    """Of the loss and of all gradients from stock PEFT's with the same adapters frozen, relative; without dropout."""
+    """Return the relative difference of loss and gradients from stock PEFT with the same adapters frozen."""
     ours, stock = prepare(stage, 0.0), prepare(0, 0.0)
     for own, other in zip(ours.parameters(), stock.parameters(), strict=True):
         other.requires_grad_(own.requires_grad)
     losses = []
     for model in (ours, stock):
         for name, parameter in model.named_parameters():
-            if "lora_B" in name:  # it starts at zero, where many a mistake would not show
+            if "lora_B" in name:  # it starts at zero, which would hide many mistakes
                 torch.manual_seed(len(name))
                 nn.init.normal_(parameter, std=0.02)
         loss = model(**batch).loss

@@ -15,7 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 @cache
 def run(provider: str, p: float, frozen: str, loss: str) -> dict[str, Any]:
-    """Two steps in a process of their own."""
+    """Run two steps in a separate process."""
     command = [sys.executable, smollm2.__file__, "--provider", provider, "--p", p, "--frozen", frozen, "--loss", loss]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])

@@ -1,4 +1,4 @@
-"""What a training forward retains, ours and stock PEFT: with the same adapters frozen, and with nothing frozen."""
+"""Bytes retained by a training forward, ours and stock PEFT: with the same adapters frozen, and with none frozen."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CASES = [case for case in CASES if not case[4] or case[3] == "every other block"
 
 
 def retained(model: nn.Module, batch: dict[str, Tensor]) -> int:
-    """Bytes, parameters and inputs aside."""
+    """Return the retained bytes without parameters and inputs."""
     return retention.measure(lambda: model(**batch).loss, exclude=[model, *batch.values()]).bytes
 
 

@@ -1,4 +1,4 @@
-"""What scoring costs: a step that scores every adapter compared with one that scores none, and its share of a run."""
+"""The cost of scoring: a step that scores every adapter compared with one that scores none, and its share of a run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ TRAINING_STEPS = 160
 
 
 def default_scorings(steps: int) -> int:
-    """How many steps of a training score, with the default options."""
+    """Return the number of scoring steps in a training with the default options."""
     schedule = resolve(safe_peft.SafeConfig(), steps)
     return sum(is_scoring_step(schedule, step) for step in range(1, steps + 1))
 
@@ -33,7 +33,7 @@ def test_scoring(benchmark: BenchmarkFixture, p: float) -> None:
 
     ratio = compare(benchmark, run, plain, rounds=20)
     scorings = default_scorings(TRAINING_STEPS)
-    # An upper bound: every adapter is scored here, while a training stops scoring those it has frozen.
+    # An upper bound: every adapter is scored here, but a training does not score frozen adapters.
     benchmark.extra_info["share_of_training"] = (ratio - 1.0) * scorings / TRAINING_STEPS
     benchmark.extra_info["scorings"] = scorings
     assert len(freezer.ledger.scorings) >= 20

@@ -14,7 +14,7 @@ from safe_kernels import retention
 
 
 def switch_off_dropout(model: nn.Module, frozen: int) -> None:
-    """What the freezer does to a frozen adapter's dropout."""
+    """Turn off the dropout of frozen adapters, as the freezer does."""
     for name in adapter_names(model)[:frozen]:
         for dropout in model.get_submodule(name).lora_dropout.values():
             if isinstance(dropout, nn.Dropout):
@@ -30,7 +30,7 @@ def make_steps(p: float, frozen: int) -> dict[str, Step]:
 
 
 def check_equal(steps: dict[str, Step]) -> None:
-    """Without dropout, what was timed computes the same loss."""
+    """Check that both timed models compute the same loss without dropout."""
     for step in steps.values():
         step.model.eval()
     losses = [float(make_equal(step, steps["peft"]).forward()) for step in steps.values()]

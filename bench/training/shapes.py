@@ -101,7 +101,7 @@ def adapter_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def switch_off_frozen_dropout(model: nn.Module) -> None:
-    """What the freezer does to a frozen adapter's dropout."""
+    """Turn off the dropout of frozen adapters, as the freezer does."""
     for _, layer in adapter_layers(model):
         if not next(layer.lora_A.parameters()).requires_grad:
             for dropout in layer.lora_dropout.values():

@@ -44,7 +44,7 @@ def make_model(p: float, frozen: str = "none") -> nn.Module:
 
 
 def switch_off_frozen_dropout(model: nn.Module) -> None:
-    """What the freezer does to a frozen adapter's dropout."""
+    """Turn off the dropout of frozen adapters, as the freezer does."""
     for layer in model.modules():
         if hasattr(layer, "lora_A") and not next(layer.lora_A.parameters()).requires_grad:
             for dropout in layer.lora_dropout.values():
@@ -77,7 +77,7 @@ class Step:
 
 
 def main() -> None:
-    """Train a few steps and print what they took."""
+    """Train a few steps, and print peak memory and losses."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--provider", choices=["peft", "safe"], required=True)
     parser.add_argument("--p", type=float, default=0.0, help="dropout of the adapters")

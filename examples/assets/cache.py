@@ -39,7 +39,7 @@ def available() -> tuple[str, ...]:
 
 
 def cache_dir() -> Path:
-    """Where assets are kept: $SAFE_KERNELS_CACHE, or ~/.cache/safe_kernels.
+    """Return the folder of the cache: $SAFE_KERNELS_CACHE, or ~/.cache/safe_kernels.
 
     Returns:
         The folder, which need not exist yet.
@@ -115,7 +115,7 @@ def _asset(name: str) -> Asset:
 
 @contextmanager
 def _explained(name: str, cache: Path) -> Iterator[None]:
-    """One sentence for what the operating system may refuse."""
+    """Turn errors of the operating system into one sentence."""
     try:
         yield
     except OSError as error:
@@ -166,7 +166,7 @@ def _check_hash(name: str, path: Path, expected: str) -> None:
 
 
 def _note(asset: Asset, folder: Path) -> None:
-    """Write next to the files what they are: a cache outlives the knowledge of what filled it."""
+    """Write the origin of the files next to them, because users keep a cache for a long time."""
     note = {
         "name": asset.name,
         "about": asset.about,
@@ -178,7 +178,7 @@ def _note(asset: Asset, folder: Path) -> None:
 
 
 def _flush(folder: Path) -> None:
-    """Force the files to the disk before the folder gets its name: a name must not outlive a power cut without them."""
+    """Sync the files to disk before the folder gets its name: after a power cut, a named folder must be complete."""
     for path in folder.rglob("*"):
         if path.is_file():
             with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Downloads pinned archives of a package registry with the package client, and says plainly why it could not."""
+"""Downloads pinned archives of a package registry with pip, and explains failures in one sentence."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NETWORK = re.compile(
 _ABSENT = re.compile(r"No matching distribution found|Could not find a version", re.IGNORECASE)
 
 
-# What fixes a full disk.
+# The advice for a full disk.
 MORE_SPACE = "free some space, or set SAFE_KERNELS_CACHE to a folder on another disk, and try again."
 
 
@@ -83,7 +83,7 @@ def _command(archives: Sequence[Archive], wanted: Path, folder: Path) -> list[st
 
 
 def _run(label: str, command: list[str], folder: Path, size: int) -> str | None:
-    """Run pip, with a progress bar on a terminal; None when it went well, otherwise what it said."""
+    """Run pip, with a progress bar on a terminal. Return None, or pip's output if it failed."""
     env = os.environ | {"TMPDIR": str(folder), "PIP_NO_INPUT": "1", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     console = Console(stderr=True)
     columns = (TextColumn("fetching {task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
@@ -124,7 +124,7 @@ def _find(archive: Archive, folder: Path) -> Path:
 
 
 def _reason(archives: Sequence[Archive], output: str) -> str:
-    """One sentence for what pip said, with what fixes it."""
+    """Return one sentence with the reason of pip's failure and its fix."""
     names = ", ".join(f"{archive.package}=={archive.version}" for archive in archives)
     if "No module named pip" in output:
         return f"pip is missing from this environment; install it with: {sys.executable} -m ensurepip"

@@ -40,7 +40,7 @@ def to_safetensors(folder: Path) -> None:
 
 
 def _convert(folder: Path) -> None:
-    """What is loaded from a GGUF file calls itself quantised for ever; so its weights move to a model never told so."""
+    """A model from a GGUF file stays marked as quantised, so its weights move to a new model without that mark."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -57,7 +57,7 @@ def _convert(folder: Path) -> None:
 
 
 def _rename_for_transformers_4(folder: Path) -> None:
-    """Say in transformers 4's words too what transformers 5 has renamed: either may read what the other has written."""
+    """Add transformers 4's names for keys that transformers 5 renamed, so that both versions can read the files."""
     config = json.loads((folder / "config.json").read_text())
     if "rope_parameters" in config:
         config["rope_theta"] = config["rope_parameters"]["rope_theta"]

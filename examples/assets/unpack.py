@@ -1,4 +1,4 @@
-"""Takes what an asset needs out of the archives that carry it."""
+"""Extracts an asset's files from its archives."""
 
 from __future__ import annotations
 

@@ -29,22 +29,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 NO_WAY_BACK = (
-    "under FSDP2 a Trainer cannot go on from a checkpoint in which an adapter is frozen: before any callback could say "
-    "which adapters have no state, it loads the optimizer's through torch.distributed.checkpoint. A loop of your own "
-    "can go on (docs/resume.md), and so can a Trainer under DDP."
+    "under FSDP2 a Trainer cannot resume from a checkpoint with frozen adapters: it loads the optimizer's state "
+    "through torch.distributed.checkpoint before a callback can remove the frozen adapters from it. Use a custom "
+    "training loop (docs/resume.md) or a Trainer under DDP."
 )
 
 
 class SafeCallback(TrainerCallback, ExportableState):
     """Freezes adapters while a Trainer trains, and adds `safe/*` to the Trainer's log history; see also `attach`.
 
-    The length of the training comes from the Trainer. Checkpoints carry the method's state, so `resume_from_checkpoint`
-    goes on where it stopped; a copy stands in the checkpoint's `safe_state.json`, for `AdapterFreezer.load_state_dict`.
+    The length of the training comes from the Trainer. Checkpoints contain the method's state, so
+    `resume_from_checkpoint` works. A copy is in the checkpoint's `safe_state.json`, for `AdapterFreezer.load`.
 
     Args:
         config: the options.
-        detach: take everything off the model when training ends, so that what `Trainer.train` leaves behind is the PEFT
-            model that it was; otherwise frozen adapters stay frozen, on the fast path, until `freezer.detach()`.
+        detach: make the model an ordinary PEFT model again when training ends. Otherwise adapters stay frozen, on the
+            fast path, until `freezer.detach()`.
 
     Example:
         >>> callback = SafeCallback(SafeConfig(target_fraction=0.5))  # doctest: +SKIP
@@ -58,12 +58,12 @@ class SafeCallback(TrainerCallback, ExportableState):
         self._freezer: AdapterFreezer | None = None
 
     def attach(self, trainer: Trainer) -> Self:
-        """Put this callback before a Trainer's others, so that TensorBoard, W&B and the like log `safe/*` too.
+        """Put this callback before the Trainer's other callbacks, so that TensorBoard, W&B and others log `safe/*` too.
 
-        A log is one dict that goes from callback to callback, and a Trainer puts those that report before the user's.
+        All callbacks receive the same dict in order, and a Trainer calls its loggers before the user's callbacks.
 
         Args:
-            trainer: not training yet; it need not have been given this callback.
+            trainer: a Trainer that does not train yet. It may or may not contain this callback.
 
         Returns:
             The callback itself.
@@ -82,34 +82,34 @@ class SafeCallback(TrainerCallback, ExportableState):
 
     @property
     def freezer(self) -> AdapterFreezer:
-        """The freezer of the training that runs, or ran last.
+        """The freezer of the current or latest training.
 
         Raises:
             BindingError: No training has begun.
         """
         if self._freezer is None:
-            raise BindingError("there is no freezer yet: Trainer.train() makes it when training begins.")
+            raise BindingError("there is no freezer yet; call Trainer.train(), which makes it when training begins.")
         return self._freezer
 
     def report(self, **options: Any) -> FreezeReport:
-        """Return what happened; see `AdapterFreezer.report`."""
+        """Return the report; see `AdapterFreezer.report`."""
         return self.freezer.report(**options)
 
     def state(self) -> dict[str, Any]:
-        """Return what the Trainer saves in a checkpoint's `trainer_state.json`, and hands back on resuming."""
+        """Return the state that the Trainer saves in `trainer_state.json` and returns on resuming."""
         saved = {} if self._freezer is None else self._freezer.state_dict()
         attributes = {"saved": saved, PROCESSES: _processes()}
         return {"args": {"config": self.config.to_dict(), "detach": self._detach}, "attributes": attributes}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take the model over from a training that was interrupted, before the Trainer makes its optimizer."""
+        """Restore the model after an interrupted training, before the Trainer makes its optimizer."""
         if kwargs.get("model") is not None:
             take_over(unwrap(kwargs["model"]))
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make the freezer, and go on from the checkpoint if there is one."""
+        """Make the freezer, and load the checkpoint's state if there is one."""
         trains_again = take_over(unwrap(kwargs["model"]))
         if self._freezer is not None:
             self._freezer.detach()
@@ -132,14 +132,14 @@ class SafeCallback(TrainerCallback, ExportableState):
                 freezer.detach()
                 raise
         elif state.global_step:
-            logger.warning("the checkpoint at step %d carries no SAFE state; scoring starts afresh", state.global_step)
+            logger.warning("the checkpoint at step %d has no SAFE state; scoring starts again", state.global_step)
         self._freezer = freezer
         if args.save_strategy != "no" and any(True for _ in fsdp_modules(kwargs["model"])):
             logger.warning(NO_WAY_BACK)
-        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the Trainer expects a key to fill
+        state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the Trainer needs an existing key
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Account for the optimizer step, and log each freeze event."""
+        """Finish the optimizer step, and log each freeze event."""
         if self.freezer.step() and args.logging_strategy != "no":
             control.should_log = True
 
@@ -151,7 +151,7 @@ class SafeCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add `safe/*` to a log of training, for the history and for the callbacks that come after this one."""
+        """Add `safe/*` to a training log, for the history and for the callbacks after this one."""
         if self._freezer is None or not logs or "loss" not in logs:
             return
         metrics = self._freezer.metrics()
@@ -160,23 +160,23 @@ class SafeCallback(TrainerCallback, ExportableState):
             state.log_history[-1].update(metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Write the state into the checkpoint's folder, last of all, with what shows that the rest is whole."""
+        """Write the state into the checkpoint's folder, after all other files and with their checksums."""
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
         if _processes() > 1:
-            torch.distributed.barrier()  # until every process has written its part
+            torch.distributed.barrier()  # waits until every process has written its part
         if args.should_save and folder.is_dir():
             self.freezer.save(folder / STATE_FILE, files=checkpoint_files(folder))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Leave an ordinary PEFT model behind, if asked to."""
+        """Make the model an ordinary PEFT model again, if `detach`."""
         self.freezer.standing.finished = True
         if self._detach:
             self.freezer.detach()
 
     def _saved_state(self, state: TrainerState) -> Any:
-        """What `state` gave to the checkpoint that the Trainer resumes from."""
+        """Return the output of `state` in the checkpoint that the Trainer resumes from."""
         entry = state.stateful_callbacks.get(type(self).__name__)
         if isinstance(entry, list):
             entry = next(iter(entry), None)

@@ -1,4 +1,4 @@
-"""The method inside Lightning's Trainer. Import it by its name: Lightning is no dependency of this package."""
+"""The method inside Lightning's Trainer. Import this module explicitly: Lightning is not a dependency."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ except ImportError:
 class SafeLightningCallback(Callback):
     """Freezes adapters while a LightningModule trains, and logs `safe/*`.
 
-    The module may be, or hold, the PEFT model. The length of the training comes from the Trainer. Checkpoints carry the
-    method's state, so `fit(ckpt_path=...)` goes on where it stopped. When `fit` ends, by itself or by an exception, the
-    PEFT model is what it was.
+    The module is or contains the PEFT model. The length of the training comes from the Trainer. Checkpoints contain the
+    method's state, so `fit(ckpt_path=...)` resumes. When `fit` ends, also by an exception, the model is an ordinary
+    PEFT model again.
 
     Args:
         config: the options.
@@ -41,31 +41,31 @@ class SafeLightningCallback(Callback):
     def __init__(self, config: SafeConfig | Mapping[str, Any] | None = None) -> None:
         self.config = SafeConfig.of(config)
         self._freezer: AdapterFreezer | None = None
-        self._saved: dict[str, Any] = {}  # of a checkpoint that is resumed from, and of the training that ended last
+        self._saved: dict[str, Any] = {}  # state of the checkpoint to resume from, or of the latest training
         self._resumes = False
         self._seen = 0
 
     @property
     def freezer(self) -> AdapterFreezer:
-        """The freezer of the training that runs, or ran last.
+        """The freezer of the current or latest training.
 
         Raises:
             BindingError: No training has begun.
         """
         if self._freezer is None:
-            raise BindingError("there is no freezer yet: Trainer.fit() makes it when training begins.")
+            raise BindingError("there is no freezer yet; call Trainer.fit(), which makes it when training begins.")
         return self._freezer
 
     def report(self, **options: Any) -> FreezeReport:
-        """Return what happened; see `AdapterFreezer.report`."""
+        """Return the report; see `AdapterFreezer.report`."""
         return self.freezer.report(**options)
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Make the freezer, and go on from the checkpoint if there is one."""
+        """Make the freezer, and load the checkpoint's state if there is one."""
         total = self.config.total_steps or trainer.estimated_stepping_batches
         self._seen = trainer.global_step
         freezer = AdapterFreezer(
-            trainer.model,  # with DDP's wrapper, by which the processes find each other
+            trainer.model,  # with DDP's wrapper, which holds the process group
             trainer.optimizers,
             self.config,
             total_steps=int(total) if 0 < total < math.inf else None,
@@ -80,7 +80,7 @@ class SafeLightningCallback(Callback):
         self._freezer, self._saved, self._resumes = freezer, {}, False
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Account for the optimizer step, if the batch ended with one: gradients may accumulate over several."""
+        """Finish the optimizer step, if this batch had one: gradients may accumulate over several batches."""
         if trainer.global_step == self._seen:
             return
         self._seen = trainer.global_step
@@ -88,15 +88,15 @@ class SafeLightningCallback(Callback):
         pl_module.log_dict(self.freezer.metrics())
 
     def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
-        """Leave an ordinary PEFT model behind."""
+        """Make the model an ordinary PEFT model again."""
         self._end()
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
-        """Leave an ordinary PEFT model behind, after Ctrl-C too."""
+        """Make the model an ordinary PEFT model again, also after Ctrl-C."""
         self._end()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint carries."""
+        """Return the state for a checkpoint."""
         return self._saved or ({} if self._freezer is None else self._freezer.state_dict())
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """The SAFE method: score adapters, schedule, decide, freeze, and save the state.
 
-What an extension registers with stands here, and is imported when it is first asked for.
+The functions for extensions are importable from here; each is imported at its first use.
 """
 
 from __future__ import annotations

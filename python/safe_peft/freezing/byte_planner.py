@@ -1,4 +1,4 @@
-"""Learns the shape of the batches from a training, and turns bytes into decisions of the freezer."""
+"""Records the shape of the batches in a training, and decides by bytes for the freezer."""
 
 from __future__ import annotations
 
@@ -31,25 +31,25 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 WAITS = 7
-"""Steps to wait for a forward in which every adapter has run."""
+"""Maximum number of steps to wait for a forward that runs every adapter."""
 Knowledge = tuple[Inputs | None, Measured | None, str | None]
 
 
 class Planner:
-    """Plans for the largest batch that the training has shown so far.
+    """Plans for the largest batch of the training so far.
 
-    A copy of the model without values says what a step retains. Where the model does not run without values, a forward
-    of the training itself is measured; where neither can be, that is said at the first batch.
+    A copy of the model without values computes the bytes that a step retains. If the model does not run
+    without values, a forward of the training is measured. If both fail, the first batch reports this.
 
     Args:
-        model: the model that trains; a copy without values is made of it before anything freezes.
+        model: the training model; it is copied without values before any adapter freezes.
         config: the options.
-        others_train: something but the adapters trains.
-        adapters: those of the model that train.
-        shared: other processes see other batches; what they have agreed on decides, see `agree`.
+        others_train: parameters outside the adapters train too.
+        adapters: the trainable adapters of the model.
+        shared: other processes have other batches, and decisions use the batch they agreed on, see `agree`.
 
     Attributes:
-        refused: why nothing can be decided by bytes; None if it can.
+        refused: the reason why bytes cannot decide; None if they can.
     """
 
     def __init__(
@@ -76,51 +76,51 @@ class Planner:
 
     @property
     def ready(self) -> bool:
-        """Whether a batch has been seen, and agreed on."""
+        """Whether a batch is known, and the processes agree on it."""
         return self.planned.inputs is not None
 
     @property
     def seen(self) -> Inputs | None:
-        """The largest step that this process has seen."""
+        """The largest batch in this process."""
         return self.watched.inputs
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         self.watched.close()
 
     def suspended(self) -> AbstractContextManager[None]:
-        """Look away while the block runs."""
+        """Record no batches inside the block."""
         return self.watched.suspended()
 
     def end_step(self) -> None:
-        """Account for an optimizer step that is done. After the first it is known whether bytes can decide.
+        """Finish an optimizer step. The first one checks whether bytes can decide.
 
         Raises:
-            PlanError: They cannot, and there is a budget.
+            PlanError: Bytes cannot decide, and there is a memory budget.
         """
         self.watched.end_step()
         if self.config.needs_plan and not self._checked and self.seen is not None:
-            self.refused = None  # the first batch of a compiled model is seen late: when a scoring step runs uncompiled
+            self.refused = None  # a compiled model shows its first batch late: in the first (eager) scoring step
             self._check()
         if self.refused is not None and self.config.memory_budget is not None:
             raise PlanError(
-                f"memory_budget cannot act: {self.refused}; leave it out and give a target_fraction, or make the batch "
+                f"memory_budget cannot be used: {self.refused}; pass a target_fraction instead, or make the batch "
                 "smaller."
             )
 
     def load(self, planned: Planned) -> None:
-        """Go on from what `planned` was, with what had been `seen`."""
+        """Continue from a saved state."""
         self.planned, self.watched.inputs, self._traces = planned, planned.seen, {}
         self.watched.measured = planned.measured
         self._checked = self._measures = planned.measured is not None
         self.refused = None
 
     def state(self) -> Planned:
-        """Return what has to be remembered over a restart."""
+        """Return the state that is needed after a restart."""
         return replace(self.planned, seen=self.seen, measured=self.watched.measured if self._measures else None)
 
     def _measure(self, called: nn.Module, arguments: Any) -> Measurement | None:
-        """Measure a forward before anything freezes, as long as it is not known that a trace is as good."""
+        """Measure a forward before any adapter freezes, unless a trace is known to work."""
         model = self._whole()
         wanted = self._measures or not self._checked
         if model is None or not self.config.needs_plan or not wanted or not self._adapters:
@@ -135,19 +135,19 @@ class Planner:
 
     @property
     def mark(self) -> str:
-        """Stands for what this process plans by: as long as it is the same in all there is nothing to agree on."""
+        """A text form of `knowledge`. While it is equal in all processes, they need not call `agree`."""
         return repr(self.knowledge) if self.config.needs_plan and self._shared else ""
 
     @property
     def knowledge(self) -> Knowledge:
-        """What this process plans by: the batch, what was measured, and why nothing can be decided."""
+        """The inputs of this process's plans: the batch, the measured bytes, and the reason if bytes cannot decide."""
         return self.seen, self.watched.measured if self._measures else None, self.refused
 
     def agree(self, known: Sequence[Knowledge]) -> None:
-        """Plan for the largest batch of all processes from now on, so that they all decide the same.
+        """Plan for the largest batch of all processes from now on, so all make the same decisions.
 
         Args:
-            known: the `knowledge` of each.
+            known: the `knowledge` of each process.
         """
         self.watched.inputs = max((seen for seen, _, _ in known if seen is not None), key=order, default=None)
         measured = [one for _, one, _ in known if one is not None]
@@ -174,7 +174,7 @@ class Planner:
             logger.info("%s Bytes are measured in the training's own forwards instead.", error)
         measured = self.watched.measured
         if self._measures and measured is not None and self._waits and not measured.table.is_complete():
-            self._waits -= 1  # LayerDrop, for instance: the next forward may show what this one left out
+            self._waits -= 1  # for example LayerDrop: the next forward may run the layers that this one skipped
             self._checked = False
             return None
         table, budget = self._unfrozen(), self.config.memory_budget
@@ -182,7 +182,7 @@ class Planner:
         least = self._fit(table, may, 0, ())
         full = table.bytes()
         if least.bytes >= full and (not isinstance(budget, int) or full > budget):
-            return self._refuse(f"a step retains {full:,} bytes with all that may freeze frozen, as with nothing")
+            return self._refuse(f"freezing saves nothing: a step retains {full:,} bytes even if all adapters freeze")
         if isinstance(budget, int) and full > budget and not self._measures:
             least = replace(least, bytes=self._trace(least.freeze, least.recompute).retained)
         if isinstance(budget, int) and least.bytes > budget and not self.planned.warned:
@@ -192,13 +192,13 @@ class Planner:
     def _refuse(self, why: str) -> None:
         self.refused = why
         if self.config.memory_budget is None:
-            what = 'freeze_by="bytes" cannot act: %s. Adapters freeze by their number instead.'
+            what = 'freeze_by="bytes" cannot be used: %s. Adapters freeze by number instead.'
             logger.warning(what, why.rstrip("."))
 
     def acts(self) -> bool:
-        """Whether bytes decide; says it once if they do not."""
+        """Whether bytes decide; warns once if they do not."""
         if not self.ready and self.refused is None:
-            self._refuse("no training batch was seen, since no forward of the model was called with tensors")
+            self._refuse("the training batch is unknown, because no forward of the model received tensors")
         elif self.refused is None:
             self._check_again()
         return self.refused is None
@@ -225,18 +225,18 @@ class Planner:
     # ---------------------------------------------------------------- decisions
 
     def by_bytes(self, importance: Mapping[str, float], frozen: Collection[str], share: float) -> list[str]:
-        """Return whom the curve says to freeze now when the target is a share of bytes: what is worth least a byte.
+        """Choose the adapters to freeze now for a target of bytes: those with the least importance per byte.
 
-        Taking the least important first would often free nothing for long: one live adapter of the lowest layer keeps
-        the whole graph.
+        Freezing the least important first often frees nothing for a long time: one live adapter in the lowest layer
+        keeps the whole graph.
 
         Args:
-            importance: of those that may freeze.
-            frozen: who is frozen.
-            share: what `curves.way` says.
+            importance: of the adapters that may freeze.
+            frozen: the names of the frozen adapters.
+            share: the result of `curves.way`.
         """
         table, blocks = self._unfrozen(), self._blocks()
-        # Not everything frozen: a norm whose readers are all frozen holds its input, which may be more than it frees.
+        # Freezing everything is not always the minimum: a norm whose readers are all frozen retains its own input.
         least = self._fit(table, importance, 0, frozen).bytes
         saves = table.bytes() - min(least, table.bytes([*frozen, *importance], blocks))
         limit = table.bytes() - int((self.config.target_fraction or 0.0) * share * saves)
@@ -244,12 +244,12 @@ class Planner:
         return list(fit(table, importance, limit, frozen=frozen, recompute=again, keep_one=keep_one).freeze)
 
     def fit(self, importance: Mapping[str, float], frozen: Collection[str], share: float) -> Choice:
-        """Return what it takes to keep the next steps within the budget on its way down, checked by a trace.
+        """Choose adapters and blocks so that the next steps stay within the falling limit; a trace checks the choice.
 
         Args:
-            importance: of those that may freeze.
-            frozen: who is frozen, or about to be.
-            share: what `curves.way` says.
+            importance: of the adapters that may freeze.
+            frozen: the names of the adapters that are frozen or freeze now.
+            share: the result of `curves.way`.
         """
         if not self.acts():
             return Choice((), (), 0, True)
@@ -268,7 +268,7 @@ class Planner:
             choice = replace(choice, bytes=found, fits=found <= allowed)
             if choice.fits or limit <= 0 or found <= limit:
                 break
-            limit -= found - allowed  # the table was a little too hopeful
+            limit -= found - allowed  # the table's estimate was slightly too low
         self._traces = {key: value for key, value in self._traces.items() if not key[0] or key[0] >= set(frozen)}
         return self._settle(choice, share, budget)
 
@@ -286,8 +286,8 @@ class Planner:
 
     def _warn(self, choice: Choice, budget: int) -> None:
         logger.warning(
-            "memory_budget cannot be met: with all that may freeze frozen a step retains %s bytes, %s more than the %s "
-            "allowed; make the batch smaller, allow recompute, or spare fewer adapters.",
+            "memory_budget cannot be met: with all permitted adapters frozen a step retains %s bytes, %s more than the "
+            "%s allowed; make the batch smaller, allow recompute, or list fewer adapters in never_freeze.",
             f"{choice.bytes:,}",
             f"{choice.bytes - budget:,}",
             f"{budget:,}",
@@ -314,14 +314,14 @@ class Planner:
         return self._traces[key]
 
     def start_and_end(self, frozen: Sequence[str], recompute: Collection[str]) -> tuple[tuple[str, MemoryPlan], ...]:
-        """Return the plan of a step with nothing frozen, and of one as it is now.
+        """Return the plan of a step without frozen adapters, and of a step in the current state.
 
         Args:
-            frozen: who is frozen now.
+            frozen: the names of the frozen adapters.
             recompute: blocks that run again in backward once they are frozen.
 
         Raises:
-            PlanError: No batch has been seen, or the model does not run without values.
+            PlanError: No batch is known, or the model does not run without values.
         """
         model, inputs = self._known()
         keep, again = self.config.keep_dropout, sorted(recompute)
@@ -330,10 +330,10 @@ class Planner:
 
     def _known(self) -> tuple[nn.Module, Inputs]:
         if self._model is None:
-            raise self._refusal or PlanError("this model cannot be planned.")
+            raise self._refusal or PlanError("this model does not run without values, so it cannot be planned.")
         inputs = self.planned.inputs or self.seen
         if inputs is None:
-            raise PlanError("no training batch has been seen yet; train a step before planning.")
+            raise PlanError("the training batch is not known yet; train one step before planning.")
         return self._model, inputs
 
 

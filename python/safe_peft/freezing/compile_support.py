@@ -1,4 +1,4 @@
-"""What `torch.compile` has to be told while adapters are scored and frozen."""
+"""Settings of `torch.compile` for scoring steps and freeze events."""
 
 from __future__ import annotations
 
@@ -8,29 +8,28 @@ from collections.abc import Collection
 import torch
 
 _holders: set[int] = set()
-_stances: list[torch._dynamo.set_stance] = []  # ours, which knows the one that was set before; at most one
+_stances: list[torch._dynamo.set_stance] = []  # at most one; it stores the stance that was set before it
 
 
 class EagerForwards:
-    """Has compiled models run their Python code, uncompiled, while a scoring step looks at their forwards.
+    """Makes compiled models run eagerly during a scoring step.
 
-    A graph that scores is another graph than one that does not: every freezing would compile two. Scorings are rare,
-    so they do without. The stance that was set before is set again when this is not needed any longer: at `end`, or
-    when a training that was broken off in a scoring step is forgotten.
+    A scoring step needs a graph of its own, so every freeze event would compile two graphs. Scoring steps are rare, so
+    they run eagerly. `end` restores the earlier stance; so does the garbage collector after an interrupted training.
     """
 
     def __init__(self) -> None:
         weakref.finalize(self, _release, id(self))
 
     def begin(self) -> None:
-        """Run uncompiled from now on. Doing it twice does no harm."""
+        """Run eagerly from now on. A second call does nothing."""
         stance = torch.compiler.set_stance("force_eager")
         if not _holders or stance.prev.stance != "force_eager":
             _stances[:] = [stance]
         _holders.add(id(self))
 
     def end(self) -> None:
-        """Run as before. Doing it twice does no harm."""
+        """Run as before. A second call does nothing."""
         _release(id(self))
 
 
@@ -41,10 +40,11 @@ def _release(holder: int) -> None:
 
 
 def allow_recompilations(frozen: Collection[str], blocks: Collection[str]) -> None:
-    """Raise torch's limit on recompilations by what a freeze event may need; at the limit torch stops compiling.
+    """Raise torch's limit on recompilations by the number that a freeze event may need.
 
-    A model compiled whole compiles once more, in training and once in evaluation. Of blocks compiled one by one those
-    do in which something froze, and the one above if no gradient reaches it any longer; all share one limit.
+    At the limit torch stops compiling. A model that is compiled as a whole compiles again once in training and once in
+    evaluation. If blocks are compiled separately, each block with a new frozen adapter compiles again, and the block
+    above it if gradients no longer reach that one. All blocks share one limit.
 
     Args:
         frozen: names of the adapters that froze.

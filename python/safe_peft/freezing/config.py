@@ -1,4 +1,4 @@
-"""The method's options: what to score, how far to freeze, and when."""
+"""Options of the method: the score, the target and the schedule."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from .curves import curve_names
 
 Point = int | float
-"""A moment of the training: an int counts optimizer steps, a float is a share of the training."""
+"""A point in the training: an int counts optimizer steps, a float is a share of the training."""
 
 DEFAULT_FRACTION = 0.75
 RENAMED = 'SafeConfig(target=...) is called freeze_by now, and "bytes" is its default; target will be removed.'
@@ -22,7 +22,7 @@ FREEZE_BY = ("bytes", "adapters")
 RECOMPUTE = ("off", "frozen", "auto")
 ON_NONFINITE = ("warn", "raise")
 MOST = 2**53
-"""As far as floats, and with them any reader of JSON, count exactly."""
+"""Floats, and so all JSON readers, represent integers exactly up to this one."""
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
     for power, prefix in enumerate("KMGT", 1)
@@ -35,39 +35,39 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 class SafeConfig:
     """Options of Selective Adapter FrEezing.
 
-    Every moment of the schedule is either an int (optimizer steps) or a float in [0, 1] (a share of the training, whose
-    length is `total_steps`). The defaults are shares, so that a short run and a long one both freeze sensibly.
+    Every point of the schedule is an int (optimizer steps) or a float in [0, 1] (a share of `total_steps`). The
+    defaults are shares, so they fit short and long runs.
 
     Args:
-        score: what importance means: "cka" (the method's own), "relative_norm", "gradient_sensitivity" or "random".
+        score: the measure of importance: "cka" (the method's own), "relative_norm", "gradient_sensitivity" or "random".
         target_fraction: share to freeze by `freeze_end`; 0.75 unless `threshold` or `memory_budget` is given.
-        freeze_by: the unit of `target_fraction`. "bytes" is a share of the bytes that freezing all adapters would save
-            per step; sets of adapters freeze, those with the least importance per freed byte first. "adapters" is a
-            share of their number, as in the paper; the least important freeze first.
-        threshold: importance at or below which an adapter is frozen from `freeze_end` on, instead of a fraction.
-        warmup: nothing is frozen before this moment.
-        max_warmup: warm-up ends here at the latest, however much importance still changes.
-        stable_change: warm-up ends once no importance changes by more than this share between two scorings.
-        freeze_end: when the curve reaches its target: the last freezing.
-        freeze_interval: adapters are frozen in batches, this far apart.
-        score_interval: how often importance is measured, until the last freezing.
-        total_steps: optimizer steps of the whole training; a Trainer knows it, a raw loop states it.
-        score_blocks: row blocks of a batch that "cka" looks at.
-        block_rows: rows in such a block.
-        memory_budget: what a step may retain for backward from `freeze_end` on, such as "6GiB", or bytes. On the way
-            there the limit comes down along the same curve; beyond the target, adapters freeze by importance per byte.
-        recompute: blocks that retain their input alone and run again in backward once they are frozen: "off", "frozen"
-            (all of them) or "auto" (those that `memory_budget` takes). Exact, and costs the time of their forward.
+        freeze_by: the unit of `target_fraction`. "bytes": a share of the bytes that freezing all adapters would save
+            per step; sets of adapters with the least importance per byte freeze first. "adapters": a share of their
+            number, as in the paper; the least important adapters freeze first.
+        threshold: adapters with this importance or less are frozen from `freeze_end` on. It replaces the fraction.
+        warmup: nothing is frozen before this point.
+        max_warmup: warm-up ends here at the latest, even if importance still changes.
+        stable_change: warm-up ends when no importance changes by more than this share between two scoring steps.
+        freeze_end: the curve reaches its target here, with the last freeze event.
+        freeze_interval: distance between freeze events.
+        score_interval: distance between scoring steps, until the last freeze event.
+        total_steps: optimizer steps of the whole training. A Trainer sets it; a custom training loop must pass it.
+        score_blocks: row blocks per batch that "cka" reads.
+        block_rows: rows per block.
+        memory_budget: bytes that a step may retain for backward from `freeze_end` on, such as "6GiB" or an int. Before
+            that, the limit falls along the same curve. Beyond the target, adapters freeze by importance per byte.
+        recompute: frozen blocks that retain only their input and run again in backward: "off", "frozen" (all of them)
+            or "auto" (those that `memory_budget` needs). Results are exact; each block's forward runs twice.
         keep_dropout: leave a frozen adapter's dropout on.
-        curve: how the threshold rises from the end of warm-up to `freeze_end`: "cubic", or what `register_curve` knows.
-        never_freeze: shell patterns; adapters whose name matches one stay trainable.
-        seed: fixes the score "random".
-        on_nonfinite: what NaN or Inf in a score does: "warn" goes on, and such adapters stay trainable; "raise" stops
-            the training with a `ScoreError` after the step in which it is seen.
+        curve: how the threshold rises from the end of warm-up to `freeze_end`: "cubic", or a registered curve.
+        never_freeze: shell patterns; adapters with a matching name stay trainable.
+        seed: seed of the score "random".
+        on_nonfinite: reaction to NaN or Inf in a score. "warn": training goes on, and such adapters stay trainable.
+            "raise": a `ScoreError` stops the training after that step.
         target: the old name of `freeze_by`; it gives a `FutureWarning`.
 
     Raises:
-        ConfigError: An option has a value that cannot work.
+        ConfigError: An option has an invalid value.
 
     Example:
         >>> SafeConfig(target_fraction=0.5, warmup=100, max_warmup=200, freeze_end=800).score
@@ -124,7 +124,7 @@ class SafeConfig:
         _check(is_tuple, "never_freeze", 'a tuple of shell patterns, such as ("*.layer.11.*",)', patterns)
 
     def _check_names(self) -> None:
-        from .scores import score_names  # imports torch, which reading a report does not need
+        from .scores import score_names  # this imports torch, and reading a report needs no torch
 
         _check(self.curve in curve_names(), "curve", f"one of {', '.join(curve_names())}", self.curve)
         _check(self.score in score_names(), "score", f"one of {', '.join(score_names())}", self.score)
@@ -132,7 +132,7 @@ class SafeConfig:
     def _check_target(self) -> None:
         if self.target_fraction is not None and self.threshold is not None:
             raise ConfigError(
-                f"target_fraction and threshold: expected one of them, got {self.target_fraction!r} and "
+                f"target_fraction and threshold: expected only one of them, got {self.target_fraction!r} and "
                 f"{self.threshold!r}; pass target_fraction=None to freeze by threshold."
             )
         if self.target_fraction is not None:
@@ -142,17 +142,17 @@ class SafeConfig:
         _check(self.freeze_by in FREEZE_BY, "freeze_by", f"one of {', '.join(FREEZE_BY)}", self.freeze_by)
         _check(self.recompute in RECOMPUTE, "recompute", f"one of {', '.join(RECOMPUTE)}", self.recompute)
         if self.recompute == "auto" and self.memory_budget is None:
-            raise ConfigError('recompute: "auto" needs a memory_budget to meet; give one, or choose "frozen".')
+            raise ConfigError('recompute: "auto" needs a memory_budget; pass one, or choose "frozen".')
 
     @classmethod
     def of(cls, config: SafeConfig | Mapping[str, Any] | None) -> SafeConfig:
-        """Return the options themselves, or make them of what `to_dict` writes; None is the defaults.
+        """Return options unchanged, or make them from the output of `to_dict`; None means the defaults.
 
         Args:
             config: options, or options by name.
 
         Raises:
-            ConfigError: It is neither, or an option is unknown or has a value that cannot work.
+            ConfigError: It is neither, or an option is unknown or has an invalid value.
 
         Example:
             >>> SafeConfig.of({"score": "random"}).score
@@ -181,13 +181,13 @@ class SafeConfig:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SafeConfig:
-        """Read what `to_dict` wrote; an option that is missing keeps its default.
+        """Read the output of `to_dict`; a missing option keeps its default.
 
         Args:
             data: options by name.
 
         Raises:
-            ConfigError: An option is unknown, or has a value that cannot work.
+            ConfigError: An option is unknown or has an invalid value.
 
         Example:
             >>> SafeConfig.from_dict({"score": "random"}).score
@@ -222,18 +222,18 @@ def _check_number(name: str, value: object, most: float = sys.float_info.max) ->
 
 
 def check_int(name: str, value: Any, least: int) -> int:
-    """See that an option or an argument is an integer that tensors and files can hold.
+    """Check that an option or an argument is an integer that tensors and files can hold.
 
     Args:
-        name: what it is called.
-        value: what came.
-        least: the smallest that makes sense.
+        name: its name.
+        value: its value.
+        least: the smallest valid value.
 
     Returns:
-        The same as a Python int, if it was one of numpy's.
+        The value as a Python int, also if it was a numpy integer.
 
     Raises:
-        ConfigError: It is no such integer.
+        ConfigError: It is not an integer, too small or too large.
 
     Example:
         >>> check_int("total_steps", 16, least=1)
@@ -261,10 +261,10 @@ def parse_size(text: Any, option: str = "memory_budget") -> int:
 
     Args:
         text: an int, or a number with a unit: B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).
-        option: named in errors.
+        option: the name of the option in errors.
 
     Raises:
-        ConfigError: It is no such thing, or not above zero.
+        ConfigError: It is not a number of bytes above zero.
 
     Example:
         >>> parse_size("6GiB"), parse_size("800 MB")

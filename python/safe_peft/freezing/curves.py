@@ -1,6 +1,6 @@
-"""How the threshold rises between the end of warm-up and its target: each curve is one registered function.
+"""The rise of the threshold from the end of warm-up to its target. Each curve is a registered function.
 
-The default is the cubic one of SAFE (arXiv 2412.03587, eq. 5):
+The default is the cubic curve of SAFE (arXiv 2412.03587, eq. 5):
 tau(t) = tau_T * (1 - (1 - (t - t_w) / (t_f - t_w))^3) between the end of warm-up t_w and t_f, then tau_T.
 """
 
@@ -11,18 +11,18 @@ from collections.abc import Callable
 from ..errors import ConfigError
 
 Curve = Callable[[int, int, int], float]
-"""From (optimizer steps done, step at which warm-up ended, step of the target) to a share of the way, 0 to 1."""
+"""From (optimizer steps done, step at which warm-up ended, step of the target) to a share of the target, 0 to 1."""
 _CURVES: dict[str, Curve] = {}
 
 
 def register_curve(name: str) -> Callable[[Curve], Curve]:
-    """Make a curve known under the name that `SafeConfig.curve` takes.
+    """Register a curve under a name for `SafeConfig.curve`.
 
     Args:
         name: the new curve's name.
 
     Returns:
-        A decorator for a function like `cubic`: it has to be 1.0 from `end` on, and should never fall.
+        A decorator for a function like `cubic`. The function must return 1.0 from `end` on, and should not decrease.
 
     Raises:
         ConfigError: The name is taken.
@@ -33,7 +33,7 @@ def register_curve(name: str) -> Callable[[Curve], Curve]:
         ...     return 1.0 if step >= end else max(0.0, (step - start) / (end - start))
     """
     if name in _CURVES:
-        raise ConfigError(f"curve {name!r} is registered already; choose another name.")
+        raise ConfigError(f"curve {name!r} is already registered; choose another name.")
 
     def register(function: Curve) -> Curve:
         _CURVES[name] = function
@@ -53,16 +53,16 @@ def curve_names() -> list[str]:
 
 
 def way(curve: str, step: int, start: int, end: int) -> float:
-    """How much of the way to its target the threshold has come, by a registered curve.
+    """Return the threshold as a share of its target, by a registered curve.
 
     Args:
-        curve: its name.
+        curve: the curve's name.
         step: optimizer steps done.
         start: the step at which warm-up ended.
         end: the step at which the target is reached.
 
     Raises:
-        ConfigError: The curve leaves [0, 1].
+        ConfigError: The result is not in [0, 1].
 
     Example:
         >>> way("cubic", 150, 100, 200)
@@ -76,7 +76,7 @@ def way(curve: str, step: int, start: int, end: int) -> float:
 
 @register_curve("cubic")
 def cubic(step: int, start: int, end: int) -> float:
-    """How much of the way to its target the threshold has come.
+    """Return the threshold as a share of its target.
 
     Args:
         step: optimizer steps done.

@@ -1,4 +1,4 @@
-"""Whom to freeze, and when: what the schedule, the scores and the bytes say together, kept in the ledger."""
+"""Decides which adapters freeze and when, by schedule, scores and bytes, and records it in the ledger."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from .schedule import Schedule, choose, is_freezing_step, is_stable, rank
 
 
 class Decisions:
-    """Decides from what was measured, and remembers it. It touches neither the model nor the optimizer.
+    """Decides from measurements, and records the decisions. It changes neither the model nor the optimizer.
 
     Args:
         config: the options.
-        schedule: their moments, in steps.
-        planner: knows the bytes, for options that depend on them.
-        adapters: how many there are to decide about.
-        others_train: whether anything but them trains.
+        schedule: the schedule of the options, in steps.
+        planner: decides by bytes, if options need it.
+        adapters: the number of adapters.
+        others_train: whether other parameters train too.
     """
 
     def __init__(
@@ -33,33 +33,33 @@ class Decisions:
         self._others_train = others_train
 
     def record(self, step: int, importance: Mapping[str, float]) -> None:
-        """Take in a scoring step.
+        """Record a scoring step.
 
         Args:
             step: optimizer steps done.
-            importance: by adapter name; nan where it could not be told.
+            importance: by adapter name; nan where it is unknown.
         """
         if self._is_warm(step) and is_stable(self.ledger.importance, importance, self._config.stable_change):
             self.ledger.warmup_end = step
         self.end_warmup(step)
-        # A threshold of bytes says nothing before somebody freezes.
+        # With a target of bytes there is no threshold before the first freeze event.
         by_bytes = self._config.by_bytes and self._planner.refused is None
         threshold = None if by_bytes else self._choose(step, importance)[1]
         self.ledger.record_scoring(step, importance, self.ledger.threshold if threshold is None else threshold)
 
     def end_warmup(self, step: int) -> None:
-        """End warm-up at its last moment; before that a scoring step that shows importance at rest ends it."""
+        """End warm-up at `max_warmup`; a scoring step with stable importance may end it earlier."""
         if self._is_warm(step) and step >= self._schedule.max_warmup:
             self.ledger.warmup_end = step
 
     def due(self, step: int) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-        """Decide whom to freeze after this step, and record it.
+        """Decide which adapters freeze after this step, and record it.
 
         Args:
             step: optimizer steps done.
 
         Returns:
-            Their names, and the blocks that are to run again in backward from now on; None leaves those as they are.
+            Their names, and the blocks to recompute in backward from now on; None changes nothing.
         """
         if not is_freezing_step(self._schedule, self.ledger.warmup_end, step):
             return (), None
@@ -78,7 +78,7 @@ class Decisions:
         return 0.0 if start is None else way(self._config.curve, step, start, self._schedule.freeze_end)
 
     def _choose(self, step: int, importance: Mapping[str, float]) -> tuple[list[str], float | None]:
-        """Whom the curve says to freeze now, and the threshold that says so."""
+        """Return the adapters to freeze now by the curve, and the threshold."""
         if self.ledger.warmup_end is None:
             return [], None
         frozen, share = self.ledger.frozen, self._share(step)
@@ -90,11 +90,11 @@ class Decisions:
         else:
             names, threshold = choose(self._config, live, adapters=self._adapters, frozen=len(frozen), share=share)
         if not self._others_train and len(frozen) + len(names) == self._adapters:
-            names = names[:-1]  # a backward needs something that trains
+            names = names[:-1]  # backward fails if no parameter trains
         return names, threshold
 
     def _meet_budget(self, step: int, chosen: Sequence[str]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-        """Whom to freeze besides, so that the next steps stay within the budget, and which blocks to recompute."""
+        """Return more adapters to freeze so that the next steps stay within the budget, and the blocks to recompute."""
         if self._config.memory_budget is None:
             return (), None
         frozen, known = [*self.ledger.frozen, *chosen], self.ledger.importance

@@ -1,4 +1,4 @@
-"""Freezes adapters, and keeps them frozen: in the model, in what the optimizers know, and in the engine's buffers."""
+"""Freezes adapters and keeps them frozen: in the model, in the optimizers' state and in the engine's buffers."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from .schedule import rank
 
 
 class Holding:
-    """Carries decisions out. Who is frozen is the ledger's to know.
+    """Freezes and restores adapters. The ledger records which adapters are frozen.
 
     Args:
-        adapters: whom decisions may be about.
-        binding: of the model they are in.
-        optimizers: those that train it.
-        engine: the processes that train it together.
+        adapters: all adapters that may freeze.
+        binding: the binding of their model.
+        optimizers: the optimizers of the model.
+        engine: the processes that train the model together.
         config: the options.
 
     Raises:
-        BindingError: Two of the adapters share a parameter that trains, and one of them may freeze.
+        BindingError: Two of the adapters share a trainable parameter, and one of them may freeze.
     """
 
     def __init__(
@@ -37,10 +37,10 @@ class Holding:
         _refuse_shared(adapters, config)
 
     def freeze(self, names: Sequence[str]) -> None:
-        """Freeze adapters for good.
+        """Freeze adapters permanently.
 
         Args:
-            names: theirs.
+            names: the names of the adapters.
         """
         if names:
             self.freeze_again(names)
@@ -48,10 +48,10 @@ class Holding:
             allow_recompilations(names, self._binding.blocks)
 
     def freeze_again(self, names: Sequence[str]) -> None:
-        """Freeze adapters that were frozen before a restart: the optimizers' state is of a time after that.
+        """Freeze adapters that were frozen before a restart. The optimizers' saved state is newer than that freeze.
 
         Args:
-            names: theirs.
+            names: the names of the adapters.
         """
         if not names:
             return
@@ -62,10 +62,10 @@ class Holding:
         self._engine.parameters_changed()
 
     def hold(self, names: Iterable[str]) -> None:
-        """Keep frozen adapters still: AdamW would go on moving them by their momentum and a gradient left over.
+        """Keep frozen adapters constant: AdamW would still move them by momentum and by an old gradient.
 
         Args:
-            names: theirs.
+            names: the names of the adapters.
         """
         for adapter in self._named(names):
             adapter.hold()
@@ -75,17 +75,17 @@ class Holding:
         """Let adapters train again, as they did before.
 
         Args:
-            names: theirs. The engine is not told yet.
+            names: the names of the adapters. This does not notify the engine.
         """
         for adapter in self._named(names):
             adapter.restore()
             self._optimizers.give_back(adapter.parameters())
 
     def recompute(self, blocks: Sequence[str] | None) -> None:
-        """Have blocks run again in backward, where the options leave it to a budget which.
+        """Set the blocks to recompute in backward, if `config.recompute` is "auto".
 
         Args:
-            blocks: their names; None leaves things as they are.
+            blocks: the names of the blocks; None changes nothing.
         """
         if self._config.recompute == "auto" and blocks is not None:
             self._binding.recompute.clear()
@@ -97,7 +97,7 @@ class Holding:
 
 
 def _refuse_shared(adapters: Sequence[Adapter], config: SafeConfig) -> None:
-    """To freeze one of two adapters that share a parameter would stop the other's, or change the frozen one."""
+    """If two adapters share a parameter, freezing one would stop the other, or training would change the frozen one."""
     owners: dict[int, str] = {}
     for adapter in adapters:
         for parameter in adapter.parameters():
@@ -106,6 +106,6 @@ def _refuse_shared(adapters: Sequence[Adapter], config: SafeConfig) -> None:
             other = owners.setdefault(id(parameter), adapter.name)
             if other != adapter.name and rank(config, dict.fromkeys((other, adapter.name), 0.0)):
                 raise BindingError(
-                    f"{other} and {adapter.name} share a parameter that trains, so neither can freeze by itself; give "
-                    "each its own, or name both in never_freeze."
+                    f"{other} and {adapter.name} share a trainable parameter, so neither can freeze alone. Give each "
+                    "its own parameter, or list both in never_freeze."
                 )

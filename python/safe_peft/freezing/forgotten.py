@@ -1,6 +1,6 @@
-"""What becomes of a model whose freezer was forgotten, or whose training was interrupted, before anything was detached.
+"""Restores a model whose freezer was dropped, or whose training was interrupted, before `detach`.
 
-Its adapters would stay frozen, their dropout off, and the next training would go on with fewer of them.
+Otherwise its adapters would stay frozen without dropout, and the next training would train fewer adapters.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Standing:
-    """Where a freezer stands in its training.
+    """The state of a freezer in its training.
 
     Args:
-        attached: it has hooks on the model.
-        finished: the training is over, and what is frozen is meant to be.
-        by_trainer: a Trainer's callback made it.
+        attached: the freezer has hooks on the model.
+        finished: the training has ended, and frozen adapters shall stay frozen.
+        by_trainer: a Trainer's callback made the freezer.
     """
 
     attached: bool = True
@@ -50,21 +50,21 @@ def restore_if_forgotten(
     *,
     alone: bool,
 ) -> None:
-    """Take the hooks off a model, and have everything train again, once nothing refers to a freezer any longer.
+    """Remove the hooks from a model and make all adapters trainable when a freezer is garbage-collected.
 
     Args:
         freezer: the freezer.
-        standing: its.
+        standing: the freezer's state.
         scorer: has hooks on the model.
-        planner: likewise.
-        holding: carries out the freezer's decisions.
-        decisions: which those are.
-        binding: of its model.
-        alone: no other process shares the training; engines of several have to follow every change at the same time.
+        planner: has hooks on the model.
+        holding: restores the adapters.
+        decisions: has the names of the frozen adapters.
+        binding: the binding of the model.
+        alone: no other process shares the training. Several processes would have to change at the same time.
     """
     binding._freezer = weakref.ref(freezer)
     weakref.finalize(freezer, _forgotten, standing, holding, decisions, binding, alone).atexit = False
-    for part in (scorer, planner):  # before the rest: the last comes first
+    for part in (scorer, planner):  # runs before the rest: finalizers run in reverse order
         weakref.finalize(freezer, part.close).atexit = False
 
 
@@ -75,9 +75,8 @@ def _forgotten(standing: Standing, holding: Holding, decisions: Decisions, bindi
     if not alone:
         if names:
             logger.warning(
-                "a freezer was forgotten in the middle of its training: %d adapters stay frozen. To let them train "
-                "again, call safe_peft.bind(model).release(keep_frozen=False) in every process before DDP wraps the "
-                "model.",
+                "a freezer was deleted before its training ended: %d adapters stay frozen. To let them train again, "
+                "call safe_peft.bind(model).release(keep_frozen=False) in every process before DDP wraps the model.",
                 len(names),
             )
         return
@@ -86,21 +85,21 @@ def _forgotten(standing: Standing, holding: Holding, decisions: Decisions, bindi
     binding.detach()
     if names:
         logger.warning(
-            "a freezer was forgotten in the middle of its training, at step %d: the %d adapters that it had frozen "
-            "train again, with their dropout. To keep them frozen, call freezer.detach(keep_frozen=True).",
+            "a freezer was deleted before its training ended, at step %d: its %d frozen adapters train again, with "
+            "dropout. To keep adapters frozen, call freezer.detach(keep_frozen=True) first.",
             decisions.ledger.last_step,
             len(names),
         )
 
 
 def take_over(model: nn.Module) -> bool:
-    """Detach the freezer of a Trainer's training that was interrupted, since another training begins.
+    """Detach the freezer of an interrupted Trainer training, because a new training begins.
 
     Args:
-        model: without wrappers.
+        model: the model without wrappers.
 
     Returns:
-        Whether there was one that had frozen adapters, which train again now.
+        Whether such a freezer had frozen adapters; these train again now.
     """
     states = (module.__dict__.get(STATE) for _, module in walk(model))
     owners = (state.owner() for state in states if isinstance(state, LayerState) and state.owner is not None)
@@ -110,8 +109,8 @@ def take_over(model: nn.Module) -> bool:
     frozen = freezer.frozen
     freezer.detach()
     logger.warning(
-        "an earlier training of this model was interrupted; its freezer is detached, and the %d adapters that it had "
-        "frozen train again, with their dropout.",
+        "an earlier training of this model was interrupted; its freezer is detached, and its %d frozen adapters train "
+        "again, with dropout.",
         len(frozen),
     )
     return bool(frozen)

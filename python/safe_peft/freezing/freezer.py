@@ -1,4 +1,4 @@
-"""Observe, score, raise the threshold, freeze: the method, one optimizer step at a time."""
+"""The method, one optimizer step at a time: observe, score, raise the threshold, freeze."""
 
 from __future__ import annotations
 
@@ -41,25 +41,25 @@ logger = logging.getLogger(__name__)
 
 
 class AdapterFreezer:
-    """Scores a model's adapters while it trains, and freezes the least important ones for good.
+    """Scores a model's adapters during training, and freezes the least important ones permanently.
 
-    It binds the model in place; the model object stays what it is. Call `step` after every optimizer step. Adapters
-    that do not train when it is made are left alone.
+    It binds the model in place. Call `step` after every optimizer step. Adapters that do not train at its creation are
+    not changed.
 
     Args:
-        model: a PEFT model, or what holds one or several.
-        optimizer: the one that trains it; wrappers such as accelerate's are looked through. Where parameters have
-            optimizers of their own, all of them.
+        model: a PEFT model, or a module that contains one or several.
+        optimizer: the optimizer of the model, possibly in a wrapper such as accelerate's. If parameters have their own
+            optimizers, a list of all of them.
         config: the options, or a dict of them.
         total_steps: optimizer steps of the whole training; needed if an option is a share of it.
         first_step: optimizer steps that were done before.
-        process_group: the processes that share the batch and decide together; None finds them: DDP's own group, FSDP2's
-            mesh, or else all there are. Each of them makes its freezer after the model is wrapped.
+        process_group: the processes that share the batch and decide together. None means DDP's group, FSDP2's mesh, or
+            all processes. Each process makes its freezer after the model is wrapped.
 
     Raises:
-        BindingError: The model has no adapter that trains, has a freezer already, is not what the optimizer trains, or
-            is trained by an engine that cannot follow; or another process differs.
-        ConfigError: An option cannot work with this model.
+        BindingError: The model has no trainable adapter, already has a freezer, is not trained by the optimizer, or
+            uses an unsupported training engine; or another process differs.
+        ConfigError: An option does not fit this model.
 
     Example:
         >>> freezer = AdapterFreezer(model, optimizer, SafeConfig(), total_steps=len(loader))  # doctest: +SKIP
@@ -104,7 +104,7 @@ class AdapterFreezer:
         restore_if_forgotten(self, self.standing, *parts, alone=self._engine.alone)
 
     def _make(self, model: nn.Module, total_steps: int | None, undo: ExitStack) -> None:
-        """All that may fail in one process alone."""
+        """Run all steps that may fail in only one process."""
         for one in self._optimizers.given:
             self._engine.check(one)
         self.schedule = resolve(self.config, total_steps)
@@ -128,36 +128,36 @@ class AdapterFreezer:
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
-        """Every adapter this freezer decides about, in the model's order."""
+        """All adapters of this freezer, in the model's order."""
         return tuple(self._adapters)
 
     @property
     def ledger(self) -> Ledger:
-        """Who was scored and frozen when."""
+        """The record of scoring steps and freeze events."""
         return self._decisions.ledger
 
     @property
     def frozen(self) -> tuple[str, ...]:
-        """Names of the adapters frozen so far, in the order in which they were."""
+        """Names of the frozen adapters, in the order in which they were frozen."""
         return self.ledger.frozen
 
     @property
     def unscored(self) -> tuple[str, ...]:
-        """Adapters the latest scoring could tell no importance of; these are never frozen."""
+        """Adapters without finite importance in the latest scoring step; these are never frozen."""
         return tuple(name for name, value in self.ledger.importance.items() if not math.isfinite(value))
 
     def step(self) -> tuple[str, ...]:
-        """Account for one optimizer step that is done: finish a scoring step, and freeze if the schedule says so.
+        """Finish one optimizer step: score in a scoring step, and freeze adapters if the schedule says so.
 
         Call it after `optimizer.step()`, before or after `zero_grad()`, once per optimizer step.
 
         Returns:
-            The names of the adapters frozen now; what they retained is gone from the next forward on.
+            The names of the adapters frozen now. From the next forward on, their activations are not retained.
 
         Raises:
             BindingError: The freezer is detached, or PEFT has deleted an adapter or unloaded the model.
-            ScoreError: NaN or Inf reached a score, and `on_nonfinite` is "raise". The step is accounted for all the
-                same, so that the freezer may go on being used.
+            ScoreError: A score is NaN or Inf, and `on_nonfinite` is "raise". The step still counts, and the freezer
+                stays usable.
         """
         self._check_attached()
         self._engine.check_step()
@@ -181,7 +181,7 @@ class AdapterFreezer:
         return names
 
     def _measure(self) -> dict[str, float]:
-        """Score over all processes: what one of them alone has seen decides nothing."""
+        """Score over all processes, so that all of them make the same decisions."""
         where = f"{self._step} {self.ledger.frozen}"
         importance, other_batch = self._scorer.measure(same=where, batch=self.planner.mark)
         known = self.planner.knowledge
@@ -190,7 +190,7 @@ class AdapterFreezer:
 
     def _check_attached(self) -> None:
         if not self.standing.attached:
-            raise BindingError("this freezer is detached; make a new AdapterFreezer to go on.")
+            raise BindingError("this freezer is detached; make a new AdapterFreezer to continue.")
         self._presence.check()
 
     def _freeze_due(self) -> tuple[str, ...]:
@@ -212,7 +212,7 @@ class AdapterFreezer:
         logger.info(text)
 
     def _arm(self, due: bool = False) -> None:
-        """Prepare the coming step; a scoring step that is `due` had nothing to go by before."""
+        """Prepare the next step. If `due`, it is a scoring step, because the last one had no evidence."""
         frozen = set(self.ledger.frozen)
         live = [index for index, adapter in enumerate(self._adapters) if adapter.name not in frozen]
         if due or self._scorer.armed or is_scoring_step(self.schedule, self._step + 1):
@@ -220,7 +220,7 @@ class AdapterFreezer:
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Score nothing inside the block, for forwards in training mode that are not training.
+        """Score nothing inside the block: for forwards in training mode that are not part of the training.
 
         Example:
             >>> with freezer.suspended():  # doctest: +SKIP
@@ -230,7 +230,7 @@ class AdapterFreezer:
             yield
 
     def metrics(self) -> dict[str, float]:
-        """Return where the method stands, as finite numbers named `safe/*`, for a logger.
+        """Return the current state as finite numbers named `safe/*`, for a logger.
 
         Example:
             >>> freezer.metrics()["safe/frozen"]  # doctest: +SKIP
@@ -242,16 +242,16 @@ class AdapterFreezer:
     def report(
         self, model: str | None = None, retained: Sequence[tuple[int, int]] = (), *, memory: bool = False
     ) -> FreezeReport:
-        """Return what happened so far.
+        """Return a report of the training so far.
 
         Args:
-            model: what was trained, for people to read; None takes the name in the model's own config.
+            model: the model's name in the report; None takes the name from the model's config.
             retained: pairs of (optimizer step, bytes retained by a forward from that step on), if they were measured.
-            memory: plan where each byte of a step goes, at the start and now; takes seconds for a large model.
+            memory: add memory plans of a step at the start and now; takes seconds for a large model.
 
         Raises:
-            PlanError: `memory` is asked for, and no batch has been seen or the model does not run without values.
-            BindingError: `memory` is asked for, and PEFT has deleted an adapter or unloaded the model.
+            PlanError: `memory` is True, and no batch is known or the model does not run without values.
+            BindingError: `memory` is True, and PEFT has deleted an adapter or unloaded the model.
 
         Example:
             >>> freezer.report().save_json("report.json")  # doctest: +SKIP
@@ -271,11 +271,11 @@ class AdapterFreezer:
         )
 
     def detach(self, keep_frozen: bool = False) -> None:
-        """Take everything off the model and the optimizer again. Doing it twice does no harm; `report` goes on working.
+        """Remove all hooks from the model and the optimizer. A second call does nothing; `report` still works.
 
         Args:
-            keep_frozen: leave frozen adapters frozen, their dropout off; otherwise all train again as before. What the
-                optimizer knew of them is gone in either case.
+            keep_frozen: leave adapters frozen, with dropout off; otherwise all train again as before. The optimizer's
+                state of frozen adapters is gone in both cases.
         """
         if not self.standing.attached:
             return
@@ -290,7 +290,7 @@ class AdapterFreezer:
         self.binding.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to go on after a restart, as JSON values.
+        """Return the state that is needed after a restart, as JSON values.
 
         Example:
             >>> json.dumps(freezer.state_dict())  # doctest: +SKIP
@@ -300,13 +300,13 @@ class AdapterFreezer:
         return state_of(self._owner(), Saved(self._step, total, self.ledger, evidence, planned))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, and freeze again what was frozen: after the weights, before the optimizer's state.
+        """Load a saved state and freeze its adapters again. Load the weights before it, the optimizer's state after it.
 
         Args:
-            state: what `state_dict` returned, for the same options, optimizer and adapters; `total_steps` may differ.
+            state: the output of `state_dict` with the same options, optimizer and adapters; `total_steps` may differ.
 
         Raises:
-            StateError: It belongs to something else or is damaged; nothing is changed then.
+            StateError: It belongs to another training or is damaged; nothing is changed then.
             BindingError: The freezer is detached, or PEFT has deleted an adapter or unloaded the model.
         """
         self._check_attached()
@@ -319,19 +319,19 @@ class AdapterFreezer:
         self._scorer.disarm()
         self._arm(due=saved.evidence.due)
         self._scorer.load_evidence(saved.evidence)
-        if self._engine.waits:  # compiled, the next forward would not show DDP's wrapper
+        if self._engine.waits:  # a compiled forward would not call DDP's wrapper hooks
             self._first_forward.begin()
         if saved.total_steps != (total := self.schedule.total_steps):
-            what = "the state is of a training of %s steps, and this has %s: the last freezing is at step %d now."
+            what = "the state was saved with %s total steps, now there are %s: the last freeze event is at step %d."
             logger.warning(what, saved.total_steps, total, self.schedule.freeze_end)
 
     def save(self, path: str | os.PathLike[str], *, files: Iterable[str | os.PathLike[str]] = ()) -> None:
-        """Write the state into a JSON file, atomically: after a crash the old file is there, or the new one.
+        """Write the state into a JSON file atomically: after a crash either the old file or the new one exists.
 
         Args:
             path: the file to write or replace. In a checkpoint's folder, `last_checkpoint` looks for `safe_state.json`.
-            files: what else makes the checkpoint whole, written before, in the folder of `path` or below it. It is
-                brought to the disk, and its checksums go into the state.
+            files: the checkpoint's other files, already written in the folder of `path` or below it. They are synced
+                to disk, and their checksums go into the state.
 
         Raises:
             StateError: `path` cannot be written, or one of `files` cannot be read; the old file is untouched.
@@ -343,13 +343,13 @@ class AdapterFreezer:
         jsonio.write_json(path, self.state_dict() | ({FILES: found} if found else {}))
 
     def load(self, path: str | os.PathLike[str]) -> None:
-        """Go on from what `save` wrote; see `load_state_dict`.
+        """Load a file from `save`; see `load_state_dict`.
 
         Args:
             path: the file.
 
         Raises:
-            StateError: It is missing or damaged, or belongs to something else; nothing is changed then.
+            StateError: It is missing or damaged, or belongs to another training; nothing is changed then.
             BindingError: The freezer is detached.
 
         Example:

@@ -1,4 +1,4 @@
-"""Who was scored when, and who was frozen when, with which score: the one truth about freezing."""
+"""The record of scoring steps and freeze events, with scores. All other code reads freezing from here."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..report.records import Freezing, Scoring
 
 @dataclass
 class Ledger:
-    """The ordered record of scorings and freezings. An adapter freezes once, for good.
+    """The ordered record of scoring steps and freeze events. An adapter freezes once, permanently.
 
     Args:
         warmup_end: the step at which warm-up ended, or None before that.
-        scorings: in the order of their steps.
-        freezings: in the order in which they happened.
+        scorings: scoring steps, in order.
+        freezings: one record per frozen adapter, in order.
 
     Example:
         >>> ledger = Ledger()
@@ -36,18 +36,18 @@ class Ledger:
 
         Args:
             step: optimizer steps done.
-            importance: by adapter name; nan where it could not be told.
-            threshold: the one in force, if any.
+            importance: by adapter name; nan where it is unknown.
+            threshold: the threshold at this step, if any.
         """
         self.scorings.append(Scoring(step, threshold, dict(importance)))
 
     def record_freezing(self, step: int, name: str, threshold: float | None = None) -> None:
-        """Add a freeze event, with the importance the adapter had at the latest scoring.
+        """Record that an adapter froze, with its importance in the latest scoring step.
 
         Args:
             step: optimizer steps done.
             name: the adapter.
-            threshold: the one it did not exceed, if any.
+            threshold: the threshold that its importance did not exceed, if any.
         """
         self.freezings.append(Freezing(step, name, self.importance.get(name, math.nan), threshold))
 
@@ -58,24 +58,24 @@ class Ledger:
 
     @property
     def importance(self) -> dict[str, float]:
-        """The latest scoring's importance by adapter name; empty before the first."""
+        """Importance by adapter name in the latest scoring step; empty before the first."""
         return self.scorings[-1].importance if self.scorings else {}
 
     @property
     def threshold(self) -> float | None:
-        """The threshold that was in force latest, if there was any."""
+        """The latest threshold, if there was one."""
         latest: list[Scoring | Freezing] = [*self.scorings[-1:], *self.freezings[-1:]]
         known = [event for event in latest if event.threshold is not None]
         return max(known, key=lambda event: event.step).threshold if known else None
 
     @property
     def last_step(self) -> int:
-        """The latest step that anything here happened at; 0 if nothing did."""
+        """The step of the latest event; 0 without events."""
         events: list[Scoring | Freezing] = [*self.scorings, *self.freezings]
         return max([self.warmup_end or 0, *(event.step for event in events)])
 
     def order(self, names: Iterable[str]) -> None:
-        """Put importance in the model's order, which decides between equals; a Trainer sorts the names of its JSON.
+        """Sort importance in the model's order, which decides between equal scores: a Trainer sorts names in its JSON.
 
         Args:
             names: all adapters, in the model's order.
@@ -87,11 +87,11 @@ class Ledger:
         ]
 
     def metrics(self, step: int, adapters: int) -> dict[str, float]:
-        """Return where the method stands, as finite numbers named `safe/*`.
+        """Return the current state as finite numbers named `safe/*`.
 
         Args:
             step: optimizer steps done.
-            adapters: how many there are.
+            adapters: the number of adapters.
 
         Example:
             >>> Ledger().metrics(3, 12)

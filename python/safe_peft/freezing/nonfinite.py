@@ -1,4 +1,4 @@
-"""What happens when an adapter's score is not a number: it never freezes, it is told, and training may be stopped."""
+"""Adapters whose score is not finite: they never freeze, a warning names them, and training can be stopped."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ def broken_parts(evidence: Evidence) -> tuple[str, ...]:
     """Name the parts of an adapter's evidence that hold NaN or Inf.
 
     Args:
-        evidence: what a score was made from.
+        evidence: the evidence of a score that is not finite.
 
     Returns:
-        Names in words; empty when all is finite, so that a score that is not finite had nothing to go by.
+        The parts in words. If there are none, the score had no evidence.
 
     Example:
         >>> broken_parts(Evidence(lora_B=torch.tensor([[float("inf")]])))
@@ -42,10 +42,10 @@ def broken_parts(evidence: Evidence) -> tuple[str, ...]:
 
 
 class NonFinite:
-    """Tells of each adapter without a finite score once, or stops the training over NaN and Inf, as the options say.
+    """Warns once about each adapter without a finite score, or stops the training at NaN and Inf.
 
     Args:
-        config: `on_nonfinite` says which.
+        config: `on_nonfinite` selects between the two.
     """
 
     def __init__(self, config: SafeConfig) -> None:
@@ -56,19 +56,19 @@ class NonFinite:
     def note(
         self, step: int, importance: Mapping[str, float], broken: Mapping[str, tuple[str, ...]]
     ) -> ScoreError | None:
-        """Take in a scoring step.
+        """Process the result of a scoring step.
 
         Args:
             step: optimizer steps done.
             importance: by adapter name.
-            broken: by adapter name, which parts of its evidence hold NaN or Inf.
+            broken: by adapter name, the parts of its evidence with NaN or Inf.
 
         Returns:
-            What to raise when this step is done with, if anything.
+            The error to raise at the end of this step, if any.
         """
         unknown = [name for name, value in importance.items() if not math.isfinite(value) and name not in broken]
         if new := self._new(unknown, False):
-            why = "%d adapters have no finite importance at step %d and stay trainable: %s; explain(model) says why."
+            why = "%d adapters have no finite importance at step %d and stay trainable: %s; explain(model) shows why."
             logger.warning(why, len(new), step, _some(new))
         if not broken:
             return None
@@ -77,24 +77,24 @@ class NonFinite:
         fix = "lower the learning rate, clip gradients, or look for broken rows"
         if self._raises:
             return ScoreError(
-                f"{what} of {_some(list(broken))}; {fix}. The freezer stays usable; on_nonfinite='warn' goes on "
-                "without freezing these."
+                f"{what} of {_some(list(broken))}; {fix}. The freezer stays usable; with on_nonfinite='warn' training "
+                "goes on, and these adapters do not freeze."
             )
         if new := self._new(broken, True):
-            why = "%s of %s, which stay trainable; %s, or stop with on_nonfinite='raise'."
+            why = "%s of %s, which stay trainable; %s, or set on_nonfinite='raise' to stop the training."
             logger.warning(why, what, _some(new), fix)
         return None
 
     def note_postponed(self, step: int) -> None:
-        """Tell once that there was nothing to score by.
+        """Log once that a scoring step had no gradients.
 
         Args:
             step: optimizer steps done.
         """
         if not self._postponed:
             self._postponed = True
-            why = "step %d: the optimizer made no step (GradScaler skips those with infinite gradients), thus no "
-            logger.warning(why + "gradients to score by yet; scoring waits for a step that is made.", step)
+            why = "step %d: the optimizer skipped its step (GradScaler does so if gradients are infinite), so there "
+            logger.warning(why + "are no gradients to score; the next optimizer step is scored instead.", step)
 
     def _new(self, names: Iterable[str], is_broken: bool) -> list[str]:
         new = [name for name in names if (name, is_broken) not in self._told]

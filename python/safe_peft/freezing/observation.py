@@ -1,4 +1,4 @@
-"""Gathers, during a step's forwards, the sums that score adapters. Costs nothing while no scoring is due."""
+"""Gathers the sums for scores during the forwards of a scoring step. Other steps cost nothing."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ Sums = dict[torch.device, Tensor]
 
 
 class Observation:
-    """The rows to look at, and one flat buffer of sums for all adapters.
+    """Selects the rows to score, and holds one flat buffer of sums for all adapters.
 
-    Only forwards that train count. A layer is scored where gradients are enabled, so neither in generation nor in the
-    first of the two passes of reentrant checkpointing; and what a forward has gathered counts once it has ended, so
-    that one that dies, out of memory for instance, leaves nothing.
+    Only forwards with gradients count: not generation, and not the first of the two passes of reentrant checkpointing.
+    The sums of a forward count when it has ended; a forward that fails, for example out of memory, adds nothing.
 
     Args:
-        model: the model whose forwards are observed; its attention masks say which rows are padding.
-        adapters: whom to score.
+        model: the model whose forwards are observed; its attention masks mark padding rows.
+        adapters: the adapters to score.
         blocks: row blocks per batch.
         block_rows: rows per block.
-        begins: called with what is called, as each forward begins.
+        begins: called with the module at the start of each forward.
     """
 
     def __init__(
@@ -51,17 +50,17 @@ class Observation:
         self._shift = 0
         self._sums: Sums = {}
         self._lock = threading.Lock()
-        self._recent: list[Tensor] = []  # masks of the forwards since the latest backward: of what runs again in one
+        self._recent: list[Tensor] = []  # masks of the forwards since the latest backward; a recompute uses them
         self._in_backward = False
         self._row_blocks: dict[Any, RowBlocks] = {}
         self._watcher = Watcher(model, self._begin_forward, self._end_forward)
 
     def arm(self, live: Sequence[int], shift: int) -> None:
-        """Observe the coming forwards.
+        """Observe the next forwards.
 
         Args:
             live: indices of the adapters to score.
-            shift: moves the row blocks, so that successive scorings see other rows.
+            shift: moves the row blocks, so that successive scoring steps read other rows.
         """
         self._armed, self._shift = list(live), shift
         self._forget()
@@ -86,11 +85,11 @@ class Observation:
 
     @property
     def device(self) -> torch.device:
-        """Where the adapters are."""
+        """The device of the adapters."""
         return self._adapters[0].parameters()[0].device
 
     def disarm(self) -> None:
-        """Stop observing and forget what was seen."""
+        """Stop observing and drop the sums."""
         for index in self._armed:
             adapter = self._adapters[index]
             if adapter.state is not None:
@@ -99,23 +98,23 @@ class Observation:
         self._forget()
 
     def close(self) -> None:
-        """Disarm, and take the hooks off the model."""
+        """Disarm, and remove the hooks from the model."""
         self.disarm()
         self._watcher.close()
 
     def suspended(self) -> AbstractContextManager[None]:
-        """Look away while the block runs."""
+        """Observe nothing inside the block."""
         return self._watcher.suspended()
 
     def sums(self) -> tuple[tuple[float, ...], ...]:
-        """Return what was gathered so far in this step, for a state dict; empty when nothing was."""
+        """Return this step's sums so far, for a state dict; empty if there are none."""
         if not self._sums:
             return ()
         total = torch.stack([sums.cpu() for sums in self._sums.values()]).sum(0)
         return tuple(tuple(row) for row in total.tolist())
 
     def load_sums(self, sums: Sequence[Sequence[float]]) -> None:
-        """Go on from what `sums` returned."""
+        """Continue from the output of `sums`."""
         if sums:
             self._buffer(self._sums, self.device).copy_(torch.tensor(sums, dtype=torch.float64))
 
@@ -133,7 +132,7 @@ class Observation:
     # ---------------------------------------------------------------- forwards
 
     def _begin_forward(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """A new batch: its rows and its padding are others."""
+        """Begin a new batch, with its own rows and padding."""
         self._begins(call.module)
         if not self._armed:
             return
@@ -148,7 +147,7 @@ class Observation:
             self._row_blocks.clear()
 
     def _end_forward(self, call: Call, output: Any, died: bool) -> None:
-        """What an inner forward has gathered belongs to the outer one, which may still die."""
+        """Add an inner forward's sums to the outer forward, because that one may still fail."""
         found: Sums = call.notes.get("sums", {})
         if died or not found or not self._armed:
             return
@@ -158,11 +157,11 @@ class Observation:
                 self._buffer(sums, device).add_(gathered)
 
     def statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
-        """Return where one adapter's coming call is to add its sums; None if that call does not count.
+        """Return the target for the sums of an adapter's next call; None if that call does not count.
 
         Args:
-            index: the adapter's.
-            x: the call's input, or features, in whose last dimension they lie.
+            index: the adapter's index.
+            x: the call's input or features; the last dimension holds the features.
         """
         if self._watcher.is_suspended or x.numel() == 0 or not torch.is_grad_enabled():
             return None
@@ -175,7 +174,7 @@ class Observation:
         return AdapterStatistics(self._buffer(sums, x.device)[index], self._rows(x, masks, known))
 
     def _rows(self, x: Tensor, masks: Sequence[Tensor], known: dict[Any, RowBlocks]) -> RowBlocks:
-        """The rows to score: those that no mask of their shape calls padding."""
+        """Return the rows to score: those that no mask of the same shape marks as padding."""
         rows = x.numel() // x.shape[-1]
         fit = [m for m in masks if m.numel() == rows and x.shape[:-1] in (m.shape, (rows,))]
         key = (rows, x.device, tuple(map(id, fit)))
@@ -190,23 +189,23 @@ class Observation:
 
 @dataclass(frozen=True, eq=False)
 class StatisticsSlot:
-    """An adapter's place in an observation; in a step that is scored, its layer calls this with what a call is given.
+    """An adapter's place in an observation. In a scoring step its layer calls this with each input.
 
     Args:
-        observation: what gathers the sums.
-        index: the adapter's.
+        observation: the object that gathers the sums.
+        index: the adapter's index.
     """
 
     observation: Observation
     index: int
 
     def __call__(self, x: Tensor) -> AdapterStatistics | None:
-        """Return where the coming call is to add its sums; None if it does not count."""
+        """Return the target for the sums of the next call; None if it does not count."""
         return self.observation.statistics(self.index, x)
 
 
 def _masks(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """The attention masks [rows, tokens] among a forward's arguments, those inside a dict of features included."""
+    """Yield the attention masks [samples, tokens] in a forward's arguments, also those inside a dict of features."""
     named = dict(kwargs)
     if args:
         named |= zip(inspect.signature(module.forward).parameters, args, strict=False)

@@ -1,4 +1,4 @@
-"""What optimizers know of adapters that froze, and how they forget it, wherever they are held."""
+"""Removes the state of frozen adapters from optimizers, and from the wrappers around them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger(__name__)
 
 
 class Optimizers:
-    """The optimizers of a training, most often one, each with those that stand around it.
+    """The optimizers of a training, usually one, with their wrappers.
 
     Args:
-        given: one, or several where every parameter has its own (a step inside backward, for instance).
+        given: one optimizer, or several if parameters have their own (for example, to step inside backward).
     """
 
     def __init__(self, given: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
@@ -31,52 +31,52 @@ class Optimizers:
 
     @property
     def kinds(self) -> str:
-        """The names of their types, each once."""
+        """The names of their types, without repetition."""
         return ", ".join(dict.fromkeys(type(optimizer).__name__ for optimizer in self.inner))
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Everything they train."""
+        """All parameters that they train."""
         for optimizer in self.inner:
             for group in optimizer.param_groups:
                 yield from group["params"]
 
     def check(self, adapters: Sequence[Adapter]) -> None:
-        """See that they train the adapters.
+        """Check that they train the adapters.
 
         Args:
-            adapters: those to be scored and frozen. Of one that none of them trains a warning tells: it looks finished.
+            adapters: the adapters to score and freeze. If some of them are not trained, a warning says so.
 
         Raises:
-            BindingError: They train none of them.
+            BindingError: They train none of the adapters.
         """
         trained = {id(p) for p in self.parameters()}
         still = [adapter.name for adapter in adapters if trained.isdisjoint(map(id, adapter.parameters()))]
         if still and len(still) < len(adapters):
-            why = "optimizer: it does not train %d of the adapters (%s, ...), which will freeze first; give it their "
-            logger.warning(why + "parameters, or set their requires_grad to False.", len(still), still[0])
+            why = "optimizer: it does not train %d of the adapters (%s, ...), so these freeze first; add their "
+            logger.warning(why + "parameters to it, or set their requires_grad to False.", len(still), still[0])
         if len(still) == len(adapters):
             raise BindingError(
-                "optimizer: it trains none of this model's adapters; make it from this model's parameters, and pass a "
-                "list of all of them where parameters have optimizers of their own."
+                "optimizer: it trains none of this model's adapters; make it from this model's parameters. If several "
+                "optimizers share the parameters, pass a list of all optimizers."
             )
 
     def admit(self, adapters: Sequence[Adapter]) -> None:
-        """Train what trains again and was left out when the optimizer was made: with the others' options.
+        """Add trainable parameters that were frozen when the optimizer was made, with the options of the others.
 
         Args:
-            adapters: all of them.
+            adapters: all adapters.
         """
         own = {id(p): p for adapter in adapters for p in adapter.parameters() if p.requires_grad}
         trained = {id(p) for p in self.parameters()}
         missing = [p for key, p in own.items() if key not in trained]
         groups = [group for optimizer in self.inner for group in optimizer.param_groups]
         most = max(groups, key=lambda group: sum(id(p) in own for p in group["params"]), default=None)
-        # A group that says something of each parameter cannot take more of them; then `check` warns.
+        # A group with lists of options per parameter cannot take more parameters; then `check` warns.
         if most is not None and not any(isinstance(v, list) for key, v in most.items() if key != "params"):
             most["params"] += missing
 
     def forget(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Drop what is held about parameters: by AdamW, by its 8-bit and paged kin, by a Lookahead around it."""
+        """Drop the state of parameters in AdamW, in its 8-bit and paged variants, and in a Lookahead around it."""
         parameters = list(parameters)
         for optimizer in self._layers():
             state = getattr(optimizer, "state", None)
@@ -88,7 +88,7 @@ class Optimizers:
             _release_pages(optimizer, [known for known in dropped if known])
 
     def _leave_out(self, optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
-        """Take parameters out of an optimizer's groups, with what those say of each."""
+        """Remove parameters from an optimizer's groups, together with their options."""
         gone = {id(parameter) for parameter in parameters}
         for group in optimizer.param_groups:
             kept = [id(p) not in gone for p in group["params"]]
@@ -104,7 +104,7 @@ class Optimizers:
                     optimizer.state.pop(name[: name.find("lora")] + "lora", None)
 
     def give_back(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Have parameters trained again that `forget` took out of their groups."""
+        """Return parameters to the groups that `forget` removed them from."""
         wanted = {id(parameter) for parameter in parameters}
         for group, parameter, entries in self._left_out:
             if id(parameter) in wanted:
@@ -113,7 +113,7 @@ class Optimizers:
         self._left_out = [one for one in self._left_out if id(one[1]) not in wanted]
 
     def forget_directions(self) -> None:
-        """Have LBFGS begin anew: its history is of all parameters at once, kept under the first one, and moves all."""
+        """Reset LBFGS: its history covers all parameters at once, so it would move frozen ones too."""
         for optimizer in self.inner:
             if isinstance(optimizer, torch.optim.LBFGS):
                 optimizer.state.clear()
@@ -127,12 +127,12 @@ class Optimizers:
 
 
 def _wants_every_gradient(optimizer: Any) -> bool:
-    """PEFT's LoRA-FA multiplies the gradient of every lora_B in its groups, whether there is one or not."""
+    """PEFT's LoRA-FA reads the gradient of every lora_B in its groups, and fails if it is None."""
     return any(kind.__name__ == "LoraFAOptimizer" for kind in type(optimizer).__mro__)
 
 
 def _release_pages(optimizer: Any, dropped: list[dict[str, Any]]) -> None:
-    """Bitsandbytes lists the memory of its paged optimizers a second time."""
+    """Bitsandbytes keeps a second list of the memory of its paged optimizers."""
     pages = getattr(getattr(optimizer, "page_mng", None), "paged_tensors", None)
     if pages:
         gone = {id(value) for known in dropped for value in known.values()}

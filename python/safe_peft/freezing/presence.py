@@ -1,4 +1,4 @@
-"""Whether the adapters that a freezer decides about are still there: PEFT may delete them or unload the model."""
+"""Checks that a freezer's adapters are still in the model: PEFT may delete them or unload the model."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from ..errors import BindingError
 
 
 class Presence:
-    """Where adapters stood when this was made.
+    """Remembers the place of each adapter in the model.
 
     Args:
-        model: the model they are in.
+        model: the model with the adapters.
         adapters: the adapters.
     """
 
@@ -30,10 +30,10 @@ class Presence:
         self._places = [(adapter, *parents.get(id(adapter.layer), (None, ""))) for adapter in adapters]
 
     def check(self) -> None:
-        """See that each is where it was.
+        """Check that each adapter is in its place.
 
         Raises:
-            BindingError: One is gone; says which, and what took it.
+            BindingError: An adapter is gone; the message names it and the cause.
 
         Example:
             >>> Presence(nn.Linear(2, 2), []).check()
@@ -41,14 +41,14 @@ class Presence:
         unloaded = [a.name for a, parent, name in self._places if parent and parent._modules.get(name) is not a.layer]
         if unloaded:
             raise BindingError(
-                f"{_some(unloaded)}: no longer in the model, which was unloaded, merged and unloaded, or given other "
-                "layers; detach() this freezer, whose report() stays."
+                f"{_some(unloaded)}: no longer in the model. The model was unloaded, merged and unloaded, or its "
+                "layers were replaced. Call detach() on this freezer; its report() still works."
             )
         deleted = [a.name for a, _, _ in self._places if not a.is_present()]
         if deleted:
             raise BindingError(
-                f"{_some(deleted)}: its adapter was deleted from the layer; detach() this freezer, and make a new one "
-                "for those that are left."
+                f"{_some(deleted)}: the adapter was deleted from the layer. Call detach() on this freezer, and make a "
+                "new one for the remaining adapters."
             )
 
 

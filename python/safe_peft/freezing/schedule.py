@@ -1,4 +1,4 @@
-"""When to score, when to freeze, and how much: pure functions of the step.
+"""The schedule of scoring steps and freeze events, as pure functions of the step.
 
 Steps count finished optimizer steps, so the first is 1.
 """
@@ -16,7 +16,7 @@ from .config import Point, SafeConfig, check_int
 
 @dataclass(frozen=True)
 class Schedule:
-    """The moments of a `SafeConfig`, all in optimizer steps."""
+    """The schedule of a `SafeConfig`, all in optimizer steps."""
 
     warmup: int
     max_warmup: int
@@ -31,13 +31,13 @@ def resolve(config: SafeConfig, total_steps: int | None = None) -> Schedule:
 
     Args:
         config: the options.
-        total_steps: optimizer steps of the training; None takes `config.total_steps`.
+        total_steps: optimizer steps of the training; None means `config.total_steps`.
 
     Returns:
-        The same schedule in steps; intervals are at least one step.
+        The schedule in steps; intervals are at least one step.
 
     Raises:
-        ConfigError: A share is used and the number of steps is not given, or the moments are out of order.
+        ConfigError: A share is used without a number of steps, or the points are not in order.
 
     Example:
         >>> resolve(SafeConfig(), total_steps=1000).freeze_end
@@ -66,13 +66,13 @@ def _steps(name: str, point: Point, total: int | None) -> int:
     if total is None:
         raise ConfigError(
             f"total_steps: needed because {name}={point!r} is a share of the training; pass total_steps=... (optimizer "
-            f"steps of the whole training), or give {name} in steps as an int."
+            f"steps of the whole training), or pass {name} as an int (steps)."
         )
     return math.floor(point * total + 0.5)
 
 
 def is_scoring_step(schedule: Schedule, step: int) -> bool:
-    """Whether importance is measured in this step: every `score_interval`, and for the last freezing.
+    """Whether importance is measured in this step: at every `score_interval` and at `freeze_end`.
 
     Example:
         >>> [step for step in range(1, 10) if is_scoring_step(Schedule(1, 2, 7, 2, 3), step)]
@@ -82,7 +82,7 @@ def is_scoring_step(schedule: Schedule, step: int) -> bool:
 
 
 def is_freezing_step(schedule: Schedule, warmup_end: int | None, step: int) -> bool:
-    """Whether adapters may be frozen after this step: every `freeze_interval` from the end of warm-up, and at the end.
+    """Whether adapters may freeze after this step: at every `freeze_interval` after warm-up and at `freeze_end`.
 
     Example:
         >>> [step for step in range(1, 10) if is_freezing_step(Schedule(1, 2, 7, 2, 3), 2, step)]
@@ -94,9 +94,9 @@ def is_freezing_step(schedule: Schedule, warmup_end: int | None, step: int) -> b
 
 
 def is_stable(before: Mapping[str, float], now: Mapping[str, float], change: float) -> bool:
-    """Whether no importance changed by more than a share `change` of itself between two scorings.
+    """Whether no importance changed by more than the share `change` of itself between two scoring steps.
 
-    An importance that is not finite counts for nothing; if none is left, nothing is known, and that is not stable.
+    Values that are not finite are ignored. Without finite values, importance is not stable.
 
     Example:
         >>> is_stable({"a": 1.0}, {"a": 1.04}, 0.05), is_stable({"a": 1.0}, {"a": 1.1}, 0.05)
@@ -110,17 +110,17 @@ def is_stable(before: Mapping[str, float], now: Mapping[str, float], change: flo
 def choose(
     config: SafeConfig, importance: Mapping[str, float], *, adapters: int, frozen: int, share: float
 ) -> tuple[list[str], float | None]:
-    """Which adapters the curve says to freeze now, least important first.
+    """Choose the adapters to freeze now by the curve, least important first.
 
     Args:
-        config: gives the target, a threshold or a fraction, and whom to spare.
-        importance: of the adapters that are not frozen yet; what is not finite, or must not freeze, is never chosen.
-        adapters: how many there are in all, of which the fraction is taken.
-        frozen: how many are frozen already.
-        share: what `way` says.
+        config: gives the target (a threshold or a fraction) and `never_freeze`.
+        importance: of the live adapters. Adapters without finite importance or in `never_freeze` are never chosen.
+        adapters: the number of all adapters; the fraction is a share of it.
+        frozen: the number of frozen adapters.
+        share: the result of `way`.
 
     Returns:
-        Their names, and the threshold: the curve's, or with a fraction the highest importance chosen (None if none).
+        Their names, and the threshold of the curve. With a fraction it is the highest chosen importance, or None.
 
     Example:
         >>> importance = {"a": 0.3, "b": 0.1, "c": 0.2}
@@ -140,7 +140,7 @@ def choose(
 
 
 def rank(config: SafeConfig, importance: Mapping[str, float]) -> list[str]:
-    """The adapters that may freeze, the least important first: their importance is known, and no option spares them.
+    """Return the adapters with finite importance that `never_freeze` does not match, least important first.
 
     Example:
         >>> rank(SafeConfig(never_freeze=("a",)), {"a": 0.1, "b": 0.3, "c": 0.2, "d": math.nan})
@@ -151,7 +151,7 @@ def rank(config: SafeConfig, importance: Mapping[str, float]) -> list[str]:
 
 
 def target_count(fraction: float, adapters: int) -> int:
-    """How many adapters a fraction is: rounded to the nearest, halves up.
+    """Return the number of adapters in a fraction, rounded to the nearest integer, halves up.
 
     Example:
         >>> target_count(0.75, 6)
@@ -161,22 +161,22 @@ def target_count(fraction: float, adapters: int) -> int:
 
 
 def check_fit(config: SafeConfig, names: Sequence[str], others_train: bool) -> None:
-    """Refuse options that cannot work with a model's adapters.
+    """Reject options that do not fit a model's adapters.
 
     Args:
         config: the options.
-        names: the adapters.
-        others_train: whether anything but them trains.
+        names: the names of the adapters.
+        others_train: whether the model trains other parameters too.
 
     Raises:
-        ConfigError: A pattern matches no adapter, or nothing would be left to train.
+        ConfigError: A pattern matches no adapter, or nothing would remain to train.
 
     Example:
         >>> check_fit(SafeConfig(never_freeze=("*.query",)), ["layer.0.query"], others_train=True)
     """
     for pattern in config.never_freeze:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"never_freeze: {pattern!r} matches no adapter; they have names such as {names[0]!r}.")
+            raise ConfigError(f"never_freeze: {pattern!r} matches no adapter; use names such as {names[0]!r}.")
     counted = 0 if config.by_bytes else target_count(config.target_fraction or 0.0, len(names))
     if not others_train and (counted == len(names) or config.target_fraction == 1.0):
         raise ConfigError(

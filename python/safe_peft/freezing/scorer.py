@@ -1,4 +1,4 @@
-"""Measures the importance of live adapters by whichever score the options name."""
+"""Measures the importance of live adapters with the score from the options."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .state import Gathered
 
 
 class Scorer:
-    """Gathers the evidence a score needs, in the step it is needed for, and judges it.
+    """Gathers the evidence for a score in a scoring step, and computes the score.
 
     Args:
         model: the model whose forwards are observed.
-        optimizers: those that train it; a score that reads gradients reads them before the step of the only one.
-        adapters: whom this may be about.
+        optimizers: the optimizers of the model. A score of gradients reads them before the optimizer's step.
+        adapters: all adapters that may be scored.
         config: the options.
         engine: the processes that train together.
 
     Attributes:
-        broken: at the latest scoring, by adapter name, which parts of its evidence held NaN or Inf.
+        broken: by adapter name, the parts of its evidence with NaN or Inf in the latest scoring step.
 
     Raises:
-        ConfigError: The score reads gradients, and several optimizers use them up one after the other.
+        ConfigError: The score reads gradients, and there are several optimizers.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class Scorer:
         self.broken: dict[str, tuple[str, ...]] = {}
         if self._score.needs_gradients and len(optimizers) > 1:
             raise ConfigError(
-                f"score: {config.score!r} reads gradients before the step of one optimizer, and here are "
-                f'{len(optimizers)}; choose "cka", "relative_norm" or "random".'
+                f"score: {config.score!r} reads gradients and needs exactly one optimizer, got {len(optimizers)}; "
+                'choose "cka", "relative_norm" or "random".'
             )
         self.observation = Observation(
             model, adapters, config.score_blocks, config.block_rows, begins=engine.forward_begins
@@ -68,15 +68,15 @@ class Scorer:
 
     @property
     def armed(self) -> bool:
-        """Whether the step that comes or runs is a scoring step."""
+        """Whether the current or next step is a scoring step."""
         return bool(self._live)
 
     def arm(self, live: Sequence[int], shift: int) -> None:
-        """Gather evidence in the coming step.
+        """Gather evidence in the next step.
 
         Args:
             live: indices of the adapters to score.
-            shift: moves the row blocks, so that successive scorings see other rows.
+            shift: moves the row blocks, so that successive scoring steps read other rows.
         """
         self._live = list(live)
         self._gathered = {}
@@ -87,7 +87,7 @@ class Scorer:
             self._forwards.begin()
 
     def disarm(self) -> None:
-        """Forget what was gathered."""
+        """Drop the gathered evidence."""
         self._live = []
         self._gathered = {}
         self.observation.disarm()
@@ -96,23 +96,22 @@ class Scorer:
 
     @property
     def ready(self) -> bool:
-        """Whether there is something to judge: GradScaler may have skipped the step that gradients are read before."""
+        """Whether there is evidence. A score of gradients has none if GradScaler skipped the optimizer's step."""
         return bool(self._gathered) or not self._score.needs_gradients
 
     def measure(self, *, same: str, batch: str) -> tuple[dict[str, float], bool]:
-        """Judge what was gathered in all processes, with one all_reduce.
+        """Compute the score from the evidence of all processes, with one all_reduce.
 
         Args:
-            same: what has to be the same in all of them now.
-            batch: what may differ.
+            same: a text that must be equal in all processes.
+            batch: a text that may differ between processes.
 
         Returns:
-            Importance by adapter name, the same in every process; nan where it cannot be told. And whether `batch`
-            differs.
+            Importance by adapter name, the same in every process, nan where it is unknown; and whether `batch` differs.
 
         Raises:
             BindingError: `same` differs.
-            ScoreError: The score is no number.
+            ScoreError: The score is not a number.
         """
         try:
             return self._measure(same, batch)
@@ -130,26 +129,26 @@ class Scorer:
         return dict(zip(names, (values / count).tolist(), strict=True)), differs
 
     def close(self) -> None:
-        """Take every hook off the model and the optimizer."""
+        """Remove all hooks from the model and the optimizer."""
         self.disarm()
         self.observation.close()
         if self._hook is not None:
             self._hook.remove()
 
     def evidence(self) -> Gathered:
-        """Return what was gathered so far in this step."""
+        """Return the evidence gathered so far in this step."""
         return Gathered(
             self.observation.sums(), dict(self._gathered), dict(self.broken) if self.armed else {}, self.armed
         )
 
     def load_evidence(self, evidence: Gathered) -> None:
-        """Go on from what `evidence` returned, if armed for the same step."""
+        """Continue from the output of `evidence`, if armed for the same step."""
         if self.armed:
             self.observation.load_sums(evidence.sums)
             self._gathered, self.broken = dict(evidence.importance), dict(evidence.broken)
 
     def _before_optimizer_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Gradients are there only now; those that a closure makes, once it has run."""
+        """Gradients exist only now. If a closure computes them, they exist after its call."""
         if not self.armed:
             return None
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -166,7 +165,7 @@ class Scorer:
         return args[:1], {**kwargs, "closure": observed}
 
     def _gather(self, optimizer: Any) -> None:
-        """Judge by gradients. GradScaler leaves it to a fused optimizer to divide by its scale and to skip steps."""
+        """Score by gradients. A fused optimizer itself divides them by GradScaler's scale, and skips steps."""
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         if found_inf is None or not float(found_inf):
             self._gathered = self._judge_all(None, 1.0 if scale is None else float(scale))
@@ -185,7 +184,7 @@ class Scorer:
             value = float(made)
         except (TypeError, ValueError, OverflowError):
             name = self._adapters[index].name
-            raise ScoreError(f"the score of {name!r} must be a number, got {made!r}; fix its function.") from None
+            raise ScoreError(f"the score of {name!r} must be a number, got {made!r}; fix the score function.") from None
         if math.isfinite(value):
             return value
         if parts := broken_parts(evidence):

@@ -1,4 +1,4 @@
-"""What an adapter is worth: each score is one registered function of the evidence about one adapter."""
+"""Scores of adapters. Each score is a registered function of the evidence about one adapter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..errors import ConfigError
 
 
 class Score(NamedTuple):
-    """A registered score, and which evidence has to be gathered for it."""
+    """A registered score, and the evidence that it needs."""
 
     function: Callable[[Evidence], float]
     needs_statistics: bool
@@ -26,15 +26,15 @@ _SCORES: dict[str, Score] = {}
 def register_score(
     name: str, *, needs_statistics: bool = False, needs_gradients: bool = False
 ) -> Callable[[Callable[[Evidence], float]], Callable[[Evidence], float]]:
-    """Make a score known under the name that `SafeConfig.score` takes.
+    """Register a score under a name for `SafeConfig.score`.
 
     Args:
         name: the new score's name.
-        needs_statistics: `Evidence.statistics` has to be gathered during the forwards.
-        needs_gradients: it is evaluated before the optimizer's step, while gradients are there.
+        needs_statistics: the score reads `Evidence.statistics`, which the forwards gather.
+        needs_gradients: the score is evaluated before the optimizer's step, when gradients exist.
 
     Returns:
-        A decorator for a function from `Evidence` to importance: more is more important; nan if it cannot be told.
+        A decorator for a function from `Evidence` to importance. Larger is more important; nan means unknown.
 
     Raises:
         ConfigError: The name is taken.
@@ -45,7 +45,7 @@ def register_score(
         ...     return float(evidence.lora_A().shape[0])
     """
     if name in _SCORES:
-        raise ConfigError(f"score {name!r} is registered already; choose another name.")
+        raise ConfigError(f"score {name!r} is already registered; choose another name.")
 
     def register(function: Callable[[Evidence], float]) -> Callable[[Evidence], float]:
         _SCORES[name] = Score(function, needs_statistics, needs_gradients)
@@ -68,7 +68,7 @@ def find_score(name: str) -> Score:
     """Return the score registered under a name.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: No score has this name.
 
     Example:
         >>> find_score("cka").needs_statistics
@@ -104,7 +104,7 @@ def relative_norm(evidence: Evidence) -> float:
 
 @register_score("gradient_sensitivity", needs_gradients=True)
 def gradient_sensitivity(evidence: Evidence) -> float:
-    """Mean |parameter x gradient|: what the adapter is worth to the loss, to first order (Molchanov et al. 2019)."""
+    """Mean |parameter x gradient|: the adapter's effect on the loss, to first order (Molchanov et al. 2019)."""
     pairs = ((evidence.lora_A(), evidence.grad_A()), (evidence.lora_B(), evidence.grad_B()))
     known = [(weight, grad) for weight, grad in pairs if weight is not None and grad is not None]
     if not known:
@@ -115,5 +115,5 @@ def gradient_sensitivity(evidence: Evidence) -> float:
 
 @register_score("random")
 def random_score(evidence: Evidence) -> float:
-    """A number that depends on the seed and the adapter's place alone: the control any claim about freezing needs."""
+    """A number from only the seed and the adapter's place: the control for every claim about freezing."""
     return math.nan if evidence.generator is None else evidence.generator.random()

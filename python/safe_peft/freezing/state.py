@@ -1,4 +1,4 @@
-"""A freezer's state as JSON values, which has to fit the training that goes on from it."""
+"""A freezer's state as JSON values. A training that loads it must match it."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from .ledger import Ledger
 
 VERSION = 4
 FILES = "files"
-"""Part of a state in a checkpoint: the SHA-256 of the other files that make it whole."""
+"""Key of a checkpoint's state: the SHA-256 of the checkpoint's other files."""
 
 
 @dataclass(frozen=True)
 class Gathered:
-    """A scoring step under way, and its evidence in one process.
+    """The evidence of an unfinished scoring step in one process.
 
     Args:
-        sums: for each adapter, of the step's forwards so far.
-        importance: told before the optimizer's step.
-        broken: what of that evidence was not finite, by adapter.
-        due: the step that comes is to be scored; by the schedule, or since there was nothing yet to score by.
-        process: whose evidence it is.
+        sums: for each adapter, the sums over the step's forwards so far.
+        importance: importance computed before the optimizer's step.
+        broken: by adapter, the parts of its evidence that are not finite.
+        due: the next step is a scoring step, by the schedule or because the last one had no evidence.
+        process: the process that gathered the evidence.
     """
 
     sums: tuple[tuple[float, ...], ...] = ()
@@ -39,14 +39,14 @@ class Gathered:
 
 @dataclass(frozen=True)
 class Planned:
-    """What decisions by bytes have to remember over a restart.
+    """State that decisions by bytes need after a restart.
 
     Args:
-        inputs: the largest batch seen, or None; of several processes the largest that they have agreed on.
-        seen: the largest that this process has seen.
-        recompute: blocks that are to run again in backward.
-        warned: it was said that the budget cannot be met.
-        measured: what a forward retained, where bytes are measured.
+        inputs: the largest batch, or None; with several processes, the largest one that they agreed on.
+        seen: the largest batch in this process.
+        recompute: blocks to recompute in backward.
+        warned: the warning that the budget cannot be met was logged.
+        measured: bytes that a forward retained, if bytes are measured.
     """
 
     inputs: Inputs | None = None
@@ -61,10 +61,10 @@ class Owner:
     """The training that a state belongs to.
 
     Args:
-        config: the options; `total_steps` may differ, since a training may be made longer.
-        optimizer: its type's name.
-        adapters: what tells each adapter from another of its name, as JSON values, in the model's order.
-        process: this one, of those that train together.
+        config: the options; `total_steps` may differ, because a training may become longer.
+        optimizer: the name of the optimizer's type.
+        adapters: the properties of each adapter by name, as JSON values, in the model's order.
+        process: the number of this process.
     """
 
     config: SafeConfig
@@ -75,7 +75,7 @@ class Owner:
 
 @dataclass(frozen=True)
 class Saved:
-    """A state that was read: optimizer steps done and planned, and what is known."""
+    """A loaded state."""
 
     step: int
     total_steps: int | None
@@ -85,11 +85,11 @@ class Saved:
 
 
 def state_of(owner: Owner, saved: Saved) -> dict[str, Any]:
-    """Return what `check_state` reads, as JSON values.
+    """Return a state as JSON values, for `check_state`.
 
     Args:
-        owner: the training that this is the state of.
-        saved: what is known.
+        owner: the training of this state.
+        saved: the state.
 
     Example:
         >>> owner = Owner(SafeConfig(), "AdamW", {})
@@ -101,16 +101,14 @@ def state_of(owner: Owner, saved: Saved) -> dict[str, Any]:
 
 
 def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
-    """Read a freezer's saved state.
-
-    A version that differs is refused, never guessed at: what a state means is known to the version that wrote it.
+    """Read a freezer's saved state. A state of another version is rejected.
 
     Args:
-        state: what `AdapterFreezer.state_dict` returned.
-        owner: the training it has to fit; `on_nonfinite` may differ too, since it decides about no adapter.
+        state: the output of `AdapterFreezer.state_dict`.
+        owner: the training that it must match; `on_nonfinite` may differ too, because it does not affect decisions.
 
     Returns:
-        What it says.
+        The loaded state.
 
     Raises:
         StateError: It is damaged, or belongs to other options, another optimizer or other adapters.
@@ -121,11 +119,11 @@ def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
         safe_peft.errors.StateError: state: ...
     """
     if not isinstance(state, Mapping) or "version" not in state:
-        raise StateError("state: this is none; pass what state_dict returned, or a file that save wrote.")
+        raise StateError("state: this is not a freezer's state; pass the output of state_dict, or a file from save.")
     if state["version"] != VERSION:
         raise StateError(
-            f"state: its version is {state['version']!r:.20}, and this safe_peft reads version {VERSION} alone; go on "
-            "with the safe_peft that wrote it, or start again."
+            f"state: its version is {state['version']!r:.20}, and this safe_peft reads only version {VERSION}; use the "
+            "safe_peft that wrote it, or start the training again."
         )
     kinds = {"config": dict[str, Any], "optimizer": str, "adapters": dict[str, dict[str, Any]]}
     config, optimizer, adapters = (jsonio.decode(kinds[name], state.get(name), f"state.{name}") for name in kinds)
@@ -134,7 +132,7 @@ def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
     _check_config(config, owner.config.to_dict())
     if optimizer != owner.optimizer:
         raise StateError(
-            f"state was saved with the optimizer {optimizer}, and here is {owner.optimizer}; use the same one."
+            f"state was saved with the optimizer {optimizer}, but this training uses {owner.optimizer}; use the same."
         )
     _check_adapters(adapters, owner.adapters)
     names = {one.name for one in fields(Saved)}
@@ -155,8 +153,8 @@ def _check_adapters(saved: Mapping[str, dict[str, Any]], own: Mapping[str, dict[
     lacking, unknown = [n for n in own if n not in saved], [n for n in saved if n not in own]
     if lacking or unknown:
         raise StateError(
-            f"state was saved for {len(saved)} adapters, and here are {len(own)}: it lacks {lacking[:3]} and has "
-            f"{unknown[:3]} besides; use the same model and the same LoRA options."
+            f"state was saved for {len(saved)} adapters, but this model has {len(own)}: the state lacks "
+            f"{lacking[:3]} and has {unknown[:3]} in addition; use the same model and the same LoRA options."
         )
     other = [(name, _differences(saved[name], own[name])) for name in own if saved[name] != own[name]]
     if other:
@@ -175,9 +173,9 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], besides: Coll
 
 
 def _check_process(evidence: Gathered, owner: Owner) -> None:
-    """Another process has seen other rows: with its sums in all of them, some rows would count twice."""
+    """If all processes loaded one process's sums, the rows of that process would count several times."""
     if (evidence.sums or evidence.importance) and evidence.process != owner.process:
         raise StateError(
-            f"state was saved by process {evidence.process} within a step that is scored, and here is process "
-            f"{owner.process}; save a state for each process, or between freezer.step() and the next forward."
+            f"state was saved by process {evidence.process} within a scoring step, but this is process "
+            f"{owner.process}; save one state per process, or save between freezer.step() and the next forward."
         )

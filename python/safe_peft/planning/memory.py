@@ -213,7 +213,7 @@ def chosen(names: Sequence[str], wanted: Sequence[str] | float, option: str, wha
         raise ConfigError(f"{option}: expected shell patterns, got {wrong[0]!r}.")
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            some = f"they have names such as {names[0]!r}" if names else "there is none"
+            some = f"use names such as {names[0]!r}" if names else "there is none"
             raise ConfigError(f"{option}: {pattern!r} matches no {what}; {some}.")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 

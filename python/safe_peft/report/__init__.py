@@ -1,1 +1,1 @@
-"""What a training did: records, tables, figures and a page."""
+"""Reports of a training: records, tables, figures and an HTML page."""

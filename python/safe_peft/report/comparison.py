@@ -1,4 +1,4 @@
-"""Measured runs side by side: the numbers of the comparison table, and the sentence that says what they show."""
+"""Compares measured runs: the numbers of the comparison table, and a sentence with the result."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TITLES = {
 
 
 class Measure(NamedTuple):
-    """A row of the comparison: title, how a run yields it, how it is printed, whether a ratio makes sense."""
+    """A row of the comparison: title, function of a run, format, and whether it has a ratio."""
 
     title: str
     of: Callable[[RunRecord], float]
@@ -52,7 +52,7 @@ def by_method(runs: Sequence[RunRecord]) -> dict[str, list[RunRecord]]:
 
 
 def title(method: str) -> str:
-    """Return a method's name for people.
+    """Return a method's display name.
 
     Example:
         >>> title("random")
@@ -62,13 +62,13 @@ def title(method: str) -> str:
 
 
 def comparison(runs: Sequence[RunRecord]) -> list[list[str]]:
-    """Lay the runs out as a table of text: a header, then one row per measure and one column per method.
+    """Return the runs as a table of text: a header, then one row per measure and one column per method.
 
     Args:
         runs: the measured runs; several seeds of one method give their mean and standard deviation.
 
     Returns:
-        Rows of equal length; next to stock PEFT, costs carry their ratio to it.
+        Rows of equal length. If runs of stock PEFT are included, costs have their ratio to stock PEFT.
 
     Example:
         >>> comparison([])
@@ -100,10 +100,10 @@ def _cell(measure: Measure, group: list[RunRecord], stock: list[RunRecord]) -> s
 
 
 def verdict(runs: Sequence[RunRecord]) -> str:
-    """Say in plain words which measures tell the methods apart, judged by the error the test set's size allows.
+    """Say which measures differ between the methods. Accuracies are compared by their standard error on the test set.
 
     Args:
-        runs: runs of stock PEFT and of at least one other method; without both there is nothing to say.
+        runs: runs of stock PEFT and of at least one other method; otherwise the result is empty.
 
     Returns:
         One to three sentences, or an empty string.
@@ -139,8 +139,8 @@ def standard_error(accuracy: float, rows: int) -> float:
     """Return the binomial standard error of an accuracy.
 
     Args:
-        accuracy: the share of right answers, 0 to 1.
-        rows: how many rows it was measured on.
+        accuracy: the share of correct answers, 0 to 1.
+        rows: the number of test rows.
 
     Example:
         >>> standard_error(0.5, 100)
@@ -150,9 +150,9 @@ def standard_error(accuracy: float, rows: int) -> float:
 
 
 def _accuracy_sentence(groups: dict[str, list[RunRecord]]) -> str:
-    """Compare the largest difference in accuracy with the error that two accuracies on this many rows allow.
+    """Compare the largest difference in accuracy with the standard error of such a difference.
 
-    Every seed is judged on the same rows, so more seeds do not make this error smaller.
+    All seeds use the same test rows, so more seeds do not reduce this error.
     """
     means = {method: statistics.fmean(run.value for run in group) for method, group in groups.items()}
     rows = groups["stock"][0].eval_rows

@@ -1,4 +1,4 @@
-"""A report's picture: importance of every adapter over time, the threshold, and the retained bytes per step."""
+"""The figure of a report: importance of every adapter over time, the threshold, and the retained bytes per step."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from .report import FreezeReport
 
-# Okabe and Ito's palette and viridis keep apart for every kind of colour vision; no colour of viridis is grey.
+# People with any colour vision can distinguish Okabe and Ito's palette from viridis; viridis contains no grey.
 FREEZE, THRESHOLD, BAND, OTHER = "#D55E00", "#000000", "#0072B2", "#666666"
 FROZEN: dict[str, Any] = {"facecolor": "#F2F2F2", "edgecolor": "#C4C4C4", "hatch": "////", "lw": 0}
 SCORES = {
@@ -37,7 +37,7 @@ def draw(report: FreezeReport) -> Figure:
         report: the report.
 
     Returns:
-        A figure on matplotlib's Agg canvas, known to no global state.
+        A figure on matplotlib's Agg canvas, not registered in pyplot.
 
     Example:
         >>> from safe_peft import FreezeReport
@@ -57,7 +57,7 @@ def draw(report: FreezeReport) -> Figure:
 
 
 def score_label(report: FreezeReport) -> str:
-    """Name the score that the report's importances are values of.
+    """Return the axis label for the report's score.
 
     Example:
         >>> from safe_peft import FreezeReport
@@ -69,7 +69,7 @@ def score_label(report: FreezeReport) -> str:
 
 
 def _importances(report: FreezeReport, rows: list[AdapterRow]) -> np.ndarray[Any, Any]:
-    """Return importance as an array [adapters, scorings], NaN where an adapter was not scored or had frozen before."""
+    """Return importance as [adapters, scoring steps], NaN where an adapter was not scored or already frozen."""
     values = np.full((len(rows), len(report.scorings)), np.nan)
     frozen = {freezing.name: freezing.step for freezing in report.freezings}
     for j, scoring in enumerate(report.scorings):
@@ -88,7 +88,7 @@ def _log_range(values: np.ndarray[Any, Any]) -> tuple[float, float]:
 
 
 def _draw_importance(report: FreezeReport, figure: Figure, axes: Axes) -> None:
-    """Draw the heat map: one row per adapter, the first layer at the bottom, as data flows through the model."""
+    """Draw the heat map: one row per adapter, the first layer at the bottom."""
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
@@ -99,7 +99,7 @@ def _draw_importance(report: FreezeReport, figure: Figure, axes: Axes) -> None:
         return
     values = _importances(report, rows)
     low, high = _log_range(values)
-    edges = [0, *(scoring.step for scoring in report.scorings)]  # a cell ends at the step it was scored at
+    edges = [0, *(scoring.step for scoring in report.scorings)]  # a cell ends at its scoring step
     colours = colormaps["viridis"].with_extremes(under=colormaps["viridis"](0.0))
     masked = np.ma.masked_invalid(np.where(values > 0, values, np.where(np.isnan(values), np.nan, low / 2)))
     axes.set_facecolor("white")
@@ -113,7 +113,7 @@ def _draw_importance(report: FreezeReport, figure: Figure, axes: Axes) -> None:
 
 
 def _mark_frozen(report: FreezeReport, axes: Axes, rows: list[AdapterRow]) -> None:
-    """Hatch every row from the step it froze at, and mark that step."""
+    """Hatch every row from its freeze event on, and mark that step."""
     steps = {freezing.name: freezing.step for freezing in report.freezings}
     frozen = [(i, steps[row.name]) for i, row in enumerate(rows) if row.name in steps]
     if not frozen:
@@ -129,7 +129,7 @@ def _mark_frozen(report: FreezeReport, axes: Axes, rows: list[AdapterRow]) -> No
 
 
 def _label_rows(axes: Axes, rows: list[AdapterRow]) -> None:
-    """Label every adapter when they are few, else every layer; thin lines part the layers."""
+    """Label every adapter if they are few, otherwise every layer; thin lines separate the layers."""
     starts = [next(group)[0] for _, group in groupby(enumerate(rows), key=lambda item: item[1].layer)]
     for start in starts[1:]:
         axes.axhline(start, color="white", lw=1.2 if len(rows) <= LABELLED_ROWS else 0.6)
@@ -146,7 +146,7 @@ def _label_rows(axes: Axes, rows: list[AdapterRow]) -> None:
 
 
 def _draw_threshold(report: FreezeReport, axes: Axes) -> None:
-    """Draw the threshold over the spread of the importances of the adapters that still train."""
+    """Draw the threshold over the distribution of the importance of live adapters."""
     axes.set_title("threshold, over the adapters that still train", loc="left", fontsize=10)
     axes.set_ylabel(f"{score_label(report)}\n(log)", fontsize=9)
     values = _importances(report, report.rows())
@@ -178,7 +178,7 @@ def _quantile(values: np.ma.MaskedArray[Any, Any], share: float) -> list[float]:
 
 
 def _draw_retained(report: FreezeReport, axes: Axes) -> None:
-    """Draw the bytes a step retains, with the runs it is compared with as broken lines."""
+    """Draw the bytes that a step retains, and other runs as broken lines."""
     axes.set_title("retained for backward by one step", loc="left", fontsize=10)
     axes.set_ylabel("MiB", fontsize=9)
     styles = {"stock": (OTHER, "--"), "random": ("#009E73", "-."), "bind": ("#CC79A7", ":")}
@@ -205,7 +205,7 @@ def _steps(axes: Axes, report: FreezeReport, retained: tuple[tuple[int, int], ..
 
 
 def _legend(axes: Axes) -> None:
-    """Put the legend above the panel, next to its title, where it hides nothing."""
+    """Put the legend above the panel, so it covers no data."""
     entries = len(axes.get_legend_handles_labels()[0])
     if entries:
         place: Any = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}

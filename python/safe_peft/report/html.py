@@ -1,4 +1,4 @@
-"""A report's page: one HTML file that needs nothing outside itself and follows the reader's light or dark setting."""
+"""The HTML page of a report: one self-contained file that follows the reader's light or dark setting."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def render(report: FreezeReport, png: bytes | None = None) -> str:
 
     Args:
         report: the report.
-        png: its picture; drawn when missing.
+        png: its figure; None draws it.
 
     Example:
         >>> from safe_peft import FreezeReport
@@ -78,7 +78,7 @@ def _image(png: bytes, alt: str) -> str:
 
 
 def _freezings(report: FreezeReport) -> str:
-    """List the freezing events, one row a step."""
+    """List the freeze events, one row per step."""
     labels = {row.name: f"{row.layer} {row.label}" if row.layer >= 0 else row.label for row in report.rows()}
     rows = [["after step", "threshold", "adapters"]]
     for step in sorted({freezing.step for freezing in report.freezings}):
@@ -106,7 +106,7 @@ def _plans(report: FreezeReport) -> list[str]:
 
 
 def _table(rows: list[list[str]], words: int, last: bool = False) -> str:
-    """Lay out text as a table whose first `words` columns, and the last if asked, are words rather than numbers."""
+    """Return an HTML table. The first `words` columns, and the last one if `last`, contain words and not numbers."""
 
     def line(cells: list[str], tag: str) -> str:
         left = [i < words or (last and i == len(cells) - 1) for i in range(len(cells))]

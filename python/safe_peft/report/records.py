@@ -1,4 +1,4 @@
-"""What a training did, as plain data: adapters, scorings, freezings, and what runs cost."""
+"""Records of a training as plain data: adapters, scoring steps, freeze events, and costs of runs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..planning.retained import MIB
 
 @dataclass(frozen=True)
 class AdapterRecord:
-    """An adapter: the name of its layer, and how many parameters it trains."""
+    """An adapter: the name of its layer, and its number of trainable parameters."""
 
     name: str
     parameters: int
@@ -19,7 +19,7 @@ class AdapterRecord:
 
 @dataclass(frozen=True)
 class Scoring:
-    """One scoring: the importance of every adapter scored after an optimizer step, and the threshold then, if any."""
+    """A scoring step: the importance of every scored adapter, and the threshold, if any."""
 
     step: int
     threshold: float | None
@@ -28,7 +28,7 @@ class Scoring:
 
 @dataclass(frozen=True)
 class Freezing:
-    """One adapter frozen after an optimizer step, the importance it had and the threshold it did not exceed."""
+    """One frozen adapter: the step, its importance, and the threshold that it did not exceed."""
 
     step: int
     name: str
@@ -38,11 +38,11 @@ class Freezing:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What one training run gave and cost.
+    """The result and the costs of one training run.
 
     Retained bytes and FLOPs are those of one step on a fixed batch, before the first and after the last training step.
-    Seconds are those of the training steps alone, scoring and freezing included, evaluation and measuring not: on a CPU
-    the processor's time in all threads, on a GPU the time by the clock.
+    Seconds include training, scoring and freezing, but not evaluation and measuring. On a CPU they are the processor
+    time of all threads, on a GPU the wall-clock time.
     """
 
     method: str
@@ -61,7 +61,7 @@ class RunRecord:
 
 
 class AdapterRow(NamedTuple):
-    """An adapter's place among the rows of a table or a picture."""
+    """An adapter as a row of a table or a figure."""
 
     layer: int
     label: str

@@ -1,6 +1,6 @@
-"""What a training did: which adapter was worth what, who was frozen when, and what it saved.
+"""The report of a training: importance of each adapter, freeze events, and saved bytes.
 
-A `FreezeReport` is plain data with a JSON form; the tables, the picture and the page are views of it.
+A `FreezeReport` is plain data with a JSON form; the tables, the figure and the page are views of it.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class FreezeReport:
-    """The record of one training with freezing, and of the runs it is compared with.
+    """The record of one training with freezing, and of runs for comparison.
 
     Args:
-        model: what was trained, for people to read.
+        model: the model's name for readers.
         config: the method's configuration (`SafeConfig.to_dict()`).
         total_steps: optimizer steps of the whole training.
         adapters: every adapter, in the model's order.
-        scorings: in the order of their steps.
-        freezings: in the order of their steps; an adapter freezes once.
+        scorings: scoring steps, in order.
+        freezings: one record per frozen adapter, in the order of steps.
         retained: pairs of (optimizer step, bytes retained for backward by a forward from that step on).
-        runs: measured runs: this one first, then those it is compared with, if any.
-        plans: where each byte of a step goes, stock PEFT against ours, at the "start" and at the "end".
+        runs: measured runs: this one first, then other runs for comparison, if any.
+        plans: memory plans of a step, stock PEFT compared with the fast path, at the "start" and at the "end".
 
     Example:
         >>> report = FreezeReport("tiny", {}, 10, (AdapterRecord("layer.0.query", 64),))
@@ -51,7 +51,7 @@ class FreezeReport:
     plans: tuple[tuple[str, MemoryPlan], ...] = ()
 
     def rows(self) -> list[AdapterRow]:
-        """List the adapters by layer, each with a label that is short and still unambiguous within its layer.
+        """List the adapters by layer, each with a short label that is unique within its layer.
 
         Returns:
             One row per adapter: its layer (the first number in its name, or -1), label, name and parameters.
@@ -74,7 +74,7 @@ class FreezeReport:
 
     @classmethod
     def from_dict(cls, data: Any) -> FreezeReport:
-        """Read what `to_dict` wrote, and refuse anything else.
+        """Read the output of `to_dict`, and reject anything else.
 
         Args:
             data: the JSON values.
@@ -87,10 +87,10 @@ class FreezeReport:
             'm'
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
-            raise StateError(f"this is no report: 'format' must be {FORMAT!r}; point to a report.json of safe_peft.")
+            raise StateError(f"this is not a report: 'format' must be {FORMAT!r}; pass a report.json of safe_peft.")
         if data.get("version") != VERSION:
             raise StateError(
-                f"report version {data.get('version')!r} is not {VERSION}; write it again with this version."
+                f"report version: expected {VERSION}, got {data.get('version')!r}; write it again with this safe_peft."
             )
         return jsonio.decode(cls, {key: data[key] for key in data if key not in ("format", "version")}, "report")
 
@@ -126,7 +126,7 @@ class FreezeReport:
         return adapter_table(self)
 
     def save_memory_png(self, path: str | os.PathLike[str]) -> bool:
-        """Draw where each byte of a step goes, stock PEFT against ours, into a PNG file, atomically.
+        """Draw the memory plans, stock PEFT compared with the fast path, into a PNG file, atomically.
 
         Args:
             path: the file to write or replace.
@@ -160,11 +160,11 @@ class FreezeReport:
         jsonio.replace_file(path, png_of(draw(self)))
 
     def save_html(self, path: str | os.PathLike[str], *, picture: str | os.PathLike[str] | None = None) -> None:
-        """Write one self-contained HTML page: the tables, the picture and the configuration.
+        """Write one self-contained HTML page: the tables, the figure and the configuration.
 
         Args:
             path: the file to write or replace.
-            picture: what `save_png` wrote, to save drawing it again.
+            picture: a file from `save_png`, so that the figure is not drawn again.
 
         Example:
             >>> report.save_html("runs/demo/report.html")  # doctest: +SKIP
@@ -176,7 +176,7 @@ class FreezeReport:
 
 
 def _place(name: str) -> tuple[int, str]:
-    """Split a layer's name at its first number: the layer's index, and what distinguishes it inside that layer."""
+    """Split a layer's name at its first number into the layer's index and the rest of the name."""
     parts = name.split(".")
     for i, part in enumerate(parts):
         if part.isdigit() and i + 1 < len(parts):

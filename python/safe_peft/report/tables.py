@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def adapter_cells(report: FreezeReport) -> list[list[str]]:
-    """Lay the adapters out as text: a header, then one row per adapter, ordered by layer.
+    """Return the adapters as text: a header, then one row per adapter, ordered by layer.
 
     Args:
         report: the report.
@@ -53,7 +53,7 @@ def _importance(value: float | None) -> str:
 
 
 def adapter_table(report: FreezeReport) -> str:
-    """Return one line per adapter: parameters, first and last importance, the step it froze after.
+    """Return one line per adapter: parameters, first and last importance, and the step of its freeze event.
 
     Args:
         report: the report.
@@ -82,10 +82,10 @@ def runs_table(runs: Sequence[RunRecord], title: str = "") -> str:
 
 
 def plans_table(plans: Sequence[tuple[str, MemoryPlan]]) -> str:
-    """Return where each byte of a step goes, stock PEFT and ours.
+    """Return a table of memory plans, stock PEFT and the fast path.
 
     Args:
-        plans: with a heading each, such as "start".
+        plans: pairs of a heading, such as "start", and a plan.
 
     Example:
         >>> print(plans_table([]))

@@ -74,7 +74,7 @@ def test_a_plan_for_a_gpu_needs_none(shell: Path, tmp_path: Path) -> None:
         (("--target-modules", "nothing"), "LoRA options: "),
     ],
 )
-def test_what_can_be_mended_is_one_sentence(shell: Path, options: tuple[object, ...], named: str) -> None:
+def test_what_can_be_fixed_is_one_sentence(shell: Path, options: tuple[object, ...], named: str) -> None:
     status, _, err = call("plan", "--model", shell, *SIZE, *options)
     assert status == 2 and named in err and "Traceback" not in err
 

@@ -224,7 +224,7 @@ def test_a_target_in_bytes_that_cannot_act_says_so_at_the_first_batch(
     model, batch = made(deberta)
     with caplog.at_level(logging.WARNING, logger="safe_peft"):
         freezer = training(model, batch, 1)
-        (record,) = [record for record in caplog.records if "cannot act" in record.message]
+        (record,) = [record for record in caplog.records if "cannot be used" in record.message]
         assert "does not run without values" in record.message
     optimizer = adamw(model)
     freezer.detach()
@@ -236,7 +236,7 @@ def test_a_target_in_bytes_that_cannot_act_says_so_at_the_first_batch(
 def test_a_budget_that_cannot_act_is_refused_at_the_first_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Measurement, "end", lambda self, output: self.abandon() and None)
     model, batch = made(deberta)
-    with pytest.raises(PlanError, match=r"memory_budget cannot act: .* does not run without values"):
+    with pytest.raises(PlanError, match=r"memory_budget cannot be used: .* does not run without values"):
         training(model, batch, 1, memory_budget="1KiB", freeze_by="adapters")
 
 
@@ -246,5 +246,5 @@ def test_a_forward_that_nobody_sees_is_said_when_it_matters(caplog: pytest.LogCa
     freezer = AdapterFreezer(model, optimizer, SafeConfig(**SHARE))
     with caplog.at_level(logging.WARNING, logger="safe_peft"), freezer.planner.suspended():
         advance(model, batch, optimizer, freezer, 16)
-    assert sum("no training batch was seen" in record.message for record in caplog.records) == 1
+    assert sum("the training batch is unknown" in record.message for record in caplog.records) == 1
     assert freezer.frozen

@@ -64,7 +64,7 @@ def trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, **opti
     return InOrder(model=model, args=args, train_dataset=data, eval_dataset=data, callbacks=list(callbacks))  # type: ignore[arg-type]
 
 
-def test_a_trainer_and_a_raw_loop_freeze_alike(tmp_path: Path) -> None:
+def test_a_trainer_and_a_custom_loop_freeze_alike(tmp_path: Path) -> None:
     callback = SafeCallback(CONFIG)
     torch.manual_seed(5)
     trainer(tmp_path, callback, model=bert()).train()
@@ -166,7 +166,7 @@ def test_resuming_gives_the_same_events(tmp_path: Path, restore: bool) -> None:
     assert len(resumed.freezer.frozen) == 9
 
 
-def test_a_checkpoint_carries_a_state_a_raw_loop_can_load(tmp_path: Path) -> None:
+def test_a_checkpoint_carries_a_state_a_custom_loop_can_load(tmp_path: Path) -> None:
     trainer(tmp_path, SafeCallback(CONFIG), save_strategy="steps", save_steps=10).train()
     state = json.loads((tmp_path / "checkpoint-10" / "safe_state.json").read_text())
     model = bert()
@@ -189,7 +189,7 @@ def test_a_checkpoint_from_before_the_method_was_used(tmp_path: Path, caplog: py
     callback = SafeCallback(CONFIG)
     run = trainer(tmp_path, callback, save_strategy="steps", save_steps=10)
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
-    assert "carries no SAFE state" in caplog.text
+    assert "has no SAFE state" in caplog.text
     assert callback.freezer.metrics()["safe/step"] == STEPS
     assert len(callback.freezer.frozen) == 9
 

@@ -94,9 +94,7 @@ def test_dropout_may_be_kept() -> None:
 def test_never_freeze() -> None:
     _, _, freezer, _ = run(never_freeze=("*.layer.1.*",), target_fraction=0.75)
     assert sorted(freezer.frozen) == sorted(a.name for a in freezer.adapters if ".layer.0." in a.name)
-    with pytest.raises(
-        ConfigError, match=r"never_freeze: '\*\.7\.\*' matches no adapter; they have names such as 'bert"
-    ):
+    with pytest.raises(ConfigError, match=r"never_freeze: '\*\.7\.\*' matches no adapter; use names such as 'bert"):
         run(never_freeze=("*.7.*",))
 
 

@@ -171,7 +171,7 @@ def test_one_adapter_is_spared_where_nothing_else_trains() -> None:
 def test_steps_without_a_forward_do_not_pass_in_silence() -> None:
     model = bert()
     freezer = AdapterFreezer(model, adamw(model), SafeConfig(**FEW, score="relative_norm", memory_budget=1))
-    with pytest.raises(PlanError, match="memory_budget cannot act: no training batch was seen"):
+    with pytest.raises(PlanError, match="memory_budget cannot be used: the training batch is unknown"):
         for _ in range(16):
             freezer.step()
     assert not freezer.frozen

@@ -92,7 +92,7 @@ def test_a_scoring_by_gradients_waits_for_a_step_that_is_made(
     scorings = importances(optimize, "gradient_sensitivity", overflows=(2, 3))
     assert set(scorings) == {1, *range(4, 15)}
     assert all(value > 0 for importance in scorings.values() for value in importance.values())
-    assert sum("step 2: the optimizer made no step" in record.message for record in caplog.records) == 1
+    assert sum("step 2: the optimizer skipped its step" in record.message for record in caplog.records) == 1
 
 
 # ---------------------------------------------------------------- accumulation

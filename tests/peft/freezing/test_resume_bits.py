@@ -52,7 +52,7 @@ def test_a_trainer_resumed_before_on_and_after_freezings_ends_with_the_same_bits
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=ids)
-def test_a_raw_loop_resumed_within_an_accumulation_ends_with_the_same_bits(
+def test_a_custom_loop_resumed_within_an_accumulation_ends_with_the_same_bits(
     options: dict[str, Any], tmp_path: Path
 ) -> None:
     whole = RawLoop(tmp_path, config(options)).run()
@@ -163,7 +163,7 @@ def resumed(total: int, more: int, caplog: pytest.LogCaptureFixture) -> tuple[Ad
 
 def test_a_longer_training_keeps_what_froze_and_freezes_the_rest_later(caplog: pytest.LogCaptureFixture) -> None:
     first, longer = resumed(32, 24, caplog)
-    assert "of a training of 16 steps, and this has 32: the last freezing is at step 24 now" in caplog.text
+    assert "saved with 16 total steps, now there are 32: the last freeze event is at step 24" in caplog.text
     assert 0 < len(first.frozen) < 9 and longer.frozen[: len(first.frozen)] == first.frozen
     assert len(longer.frozen) == 9 and longer.ledger.freezings[-1].step == 24
     assert all(freezing.step > 12 for freezing in longer.ledger.freezings[len(first.frozen) :])
@@ -171,7 +171,7 @@ def test_a_longer_training_keeps_what_froze_and_freezes_the_rest_later(caplog: p
 
 def test_a_shorter_training_whose_last_freezing_is_past_freezes_no_more(caplog: pytest.LogCaptureFixture) -> None:
     first, shorter = resumed(10, 2, caplog)
-    assert "and this has 10: the last freezing is at step 8 now" in caplog.text
+    assert "now there are 10: the last freeze event is at step 8" in caplog.text
     assert shorter.frozen == first.frozen
 
 

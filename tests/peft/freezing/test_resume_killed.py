@@ -91,7 +91,7 @@ def test_a_killed_trainer_goes_on_to_the_same_bits(
     assert last_checkpoint(folder) == str(folder / f"checkpoint-{STEPS}")
 
 
-def test_a_killed_raw_loop_goes_on_to_the_same_bits(killed: Path, tmp_path: Path) -> None:
+def test_a_killed_custom_loop_goes_on_to_the_same_bits(killed: Path, tmp_path: Path) -> None:
     loop = RawLoop(tmp_path).run()
     ledger, weights = loop.freezer.ledger, loop.model.state_dict()
     folders = ways(killed, "raw")

@@ -77,7 +77,7 @@ def test_evidence_is_that_of_the_process_that_saved_it() -> None:
     state = loop.freezer.state_dict()
     state["evidence"] = {**state["evidence"], "process": 1}
     other = Loop(score="cka")
-    with pytest.raises(StateError, match="saved by process 1 within a step that is scored, and here is process 0"):
+    with pytest.raises(StateError, match="saved by process 1 within a scoring step, but this is process 0"):
         other.freezer.load_state_dict(state)
     train(other.model, other.optimizer, iter(DATA[:4]), other.freezer)
     assert [scoring.step for scoring in other.freezer.ledger.scorings] == [4]

@@ -119,7 +119,7 @@ def test_a_curve_of_the_users_own_sets_the_pace() -> None:
 def test_a_curve_that_is_none_is_named() -> None:
     with pytest.raises(ConfigError, match=r"curve: expected one of .*cubic.*, got 'steep'"):
         SafeConfig(curve="steep")
-    with pytest.raises(ConfigError, match="curve 'cubic' is registered already"):
+    with pytest.raises(ConfigError, match="curve 'cubic' is already registered"):
         register_curve("cubic")
     register_curve("wild")(lambda step, start, end: 2.0)
     with pytest.raises(ConfigError, match=r"curve 'wild': expected a share between 0 and 1 at step 3, got 2\.0"):

@@ -74,5 +74,5 @@ def test_an_unknown_score_is_named_beside_the_known_ones() -> None:
 
 
 def test_a_name_is_registered_once() -> None:
-    with pytest.raises(ConfigError, match="'cka' is registered already"):
+    with pytest.raises(ConfigError, match="'cka' is already registered"):
         register_score("cka")

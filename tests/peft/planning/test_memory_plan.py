@@ -295,7 +295,7 @@ def test_the_frozen_are_patterns_or_a_share() -> None:
         name for name in names if name.endswith(("query", "key"))
     )
     for wanted, message in (
-        (["*.nowhere"], r"frozen: '\*\.nowhere' matches no adapter; they have names such as 'bert"),
+        (["*.nowhere"], r"frozen: '\*\.nowhere' matches no adapter; use names such as 'bert"),
         (1.5, "frozen: expected patterns or a share between 0 and 1, got 1.5"),
     ):
         with pytest.raises(ConfigError, match=message):
