@@ -152,7 +152,7 @@ class Recorder:
         if kind not in BYTES:
             raise Unplannable(f"a parameter of type {kind}")
         if kind == "fp32":
-            return -1, int.from_bytes(bytes(ctypes.c_float(value)), "little")  # cast as in C: too large becomes infinite
+            return -1, int.from_bytes(bytes(ctypes.c_float(value)), "little")  # as C casts: too large becomes infinite
         return -1, int(value) % 2 ** (8 * BYTES[kind])
 
     def _address(self, tensor: Tensor) -> Argument:
