@@ -26,8 +26,8 @@ def invertible(
 ) -> bool:
     """Whether `rms_norm` or `layer_norm` with these parameters may be called with ``retain_output=True``.
 
-    Backward then computes the normalised row as ``x_hat = (out - bias) / (weight + weight_offset)``. Rounding ``out`` to
-    its dtype changes this by at most eps/2 * (|x_hat| + |bias| / |weight + weight_offset|). A zero weight loses its
+    Backward then computes the normalised row as ``x_hat = (out - bias) / (weight + weight_offset)``. The rounding of
+    ``out`` changes this by at most eps/2 * (|x_hat| + |bias| / |weight + weight_offset|). A zero weight loses its
     feature, and a bias much larger than its weight hides it.
 
     `LIMIT` was found by measurement: with every feature at the same ratio, d = 33 and 384, eight seeds, and gradients
