@@ -22,7 +22,7 @@ struct Note : c10::BackendMeta {
     return {};
   }
 
-  // Whether a saved-tensor hook probably receives a tensor now: PyTorch calls hooks with recording off.
+  // Whether a saved-tensor hook is probably running: PyTorch calls hooks with recording off.
   // Activation checkpointing's hooks make an alias only when forward runs again, but both runs must do the same.
   static bool is_packing() {
     return !at::GradMode::is_enabled() && at::SavedTensorDefaultHooks::get_hooks().has_value();

@@ -1,4 +1,4 @@
-// A recipe replaces a retained tensor: the output of an activation has a note of the activation's inputs, which the
+// A recipe replaces a retained tensor: the output of an activation carries the activation's inputs, which the
 // activation's node retains anyway. A reader retains those inputs instead, and recomputes the output in backward.
 //
 // The recipe is attached to the output and dies with it. The activation's node is the wrong place for it: saved tensors

@@ -160,7 +160,7 @@ def in_one_sweep(operand: torch.dtype, rank: int) -> bool:
 
     grad_h is a sum over columns and grad_B a sum over rows. A pass that makes both must write partial sums of one of
     them (4 r / rows bytes per element) and read them again; the registers for grad_h limit the rows of a tile.
-    Only for a low rank this takes less time and memory than reading grad twice.
+    This takes less time and memory than reading grad twice only if the rank is low.
 
     Args:
         operand: dtype of the factors.

@@ -218,7 +218,7 @@ def rank_tile(rank: int, operand: torch.dtype, is_sweep: bool = False) -> int:
         is_sweep: whether the kernel is one of `SWEEPS`.
 
     Returns:
-        A power of two from 16 to 32, to 64 in half precision, and to twice that for a sweep. A larger rank takes
+        A power of two from 16 up to 32, or 64 in half precision; for a sweep up to twice that. A larger rank takes
         several tiles.
 
     Example:
