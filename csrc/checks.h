@@ -1,4 +1,4 @@
-// Checks that the ops share. They throw, naming the argument, saying what came and what would do.
+// Checks that the ops share. The errors name the argument, the actual value and the expected value.
 
 #pragma once
 
@@ -11,7 +11,7 @@ namespace safe_kernels {
 
 inline bool given(const std::optional<at::Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
 
-// The kernels walk memory, and what is not laid out in it would be read by PyTorch's own operators, if at all.
+// The kernels read strided memory; they cannot read other layouts.
 inline void check_dense(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.defined(), name, " must be a tensor, got None");
   TORCH_CHECK_TYPE(!tensor.is_nested(), name, " must be a dense tensor, got a nested one; pad it (to_padded_tensor)");
@@ -36,7 +36,7 @@ inline void check_has_features(const at::Tensor& x, const char* name) {
   TORCH_CHECK_VALUE(x.dim() >= 1, name, " must have at least one dimension, got a scalar");
 }
 
-// Nothing is broadcast or promoted: a kernel walks both side by side.
+// Nothing is broadcast or promoted: a kernel reads both element by element.
 inline void check_alike(const at::Tensor& tensor, const char* name, const at::Tensor& expected, const char* like) {
   check_dense(tensor, name);
   check_device(tensor, name, expected, like);
@@ -58,7 +58,7 @@ inline void check_dropout(double dropout_p, const std::optional<at::Tensor>& rng
   check_device(*rng_state, "rng_state", like, like_name);
 }
 
-// What a norm multiplies or adds: one number per feature of x.
+// A norm's weight or bias: one number per feature of x.
 inline void check_per_feature(const at::Tensor& tensor, const char* name, const at::Tensor& x, const char* like) {
   check_floating(tensor, name);
   TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_size(0) == x.sym_size(-1), name, " must have shape [",

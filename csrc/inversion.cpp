@@ -38,7 +38,7 @@ bool is_readable_like(const std::optional<Tensor>& tensor, const Tensor& like) {
          (is_readable(*tensor) && tensor->scalar_type() == like.scalar_type() && tensor->numel() == like.numel());
 }
 
-// None where the values cannot be read from here at once: tensors elsewhere, or of an unusual kind.
+// None if the values cannot be read here without waiting: a tensor on another device, or of an unusual kind.
 std::optional<bool> invertible(const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double offset,
                                double limit, double smallest) {
   if (!weight.has_value() && !bias.has_value()) return true;
@@ -53,7 +53,7 @@ std::optional<bool> invertible(const std::optional<Tensor>& weight, const std::o
   });
 }
 
-// Tells a tensor from every other one that lives or has lived.
+// A serial number that is unique among all tensors, also those that no longer exist.
 struct Mark : Note {
   int64_t serial;
   explicit Mark(int64_t serial) : serial(serial) {}
@@ -69,8 +69,8 @@ const Mark* mark_of(const Tensor& tensor) {
 
 using Marks = std::tuple<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>;
 
-// First how many hold the tensor's memory. The others, while they are equal: it was not written to in between, short of
-// its bare address.
+// First the number of holders of the tensor's memory. While the others stay equal, the tensor was not written to,
+// except through its bare address.
 std::optional<Marks> marks(const Tensor& tensor) {
   if (!tensor.has_storage() || tensor.is_inference()) return std::nullopt;
   const Mark* mark = mark_of(tensor);

@@ -1,4 +1,4 @@
-// What is known about the parameters of a norm without waiting for a device: see safe_kernels/inversion.py.
+// Properties of a norm's parameters that need no wait for a device: see safe_kernels/inversion.py.
 
 #pragma once
 

@@ -1,4 +1,4 @@
-// Loading this module runs the registrations of every op in this folder; Python adds the host functions of its own.
+// Loading this module registers every op in this folder. Python adds its host functions.
 
 #include <pybind11/pybind11.h>
 #include <torch/csrc/utils/pybind.h>

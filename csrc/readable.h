@@ -1,4 +1,4 @@
-// Whether the values of a tensor can be read here and now: no wait for a device, no tensor without values.
+// Whether a tensor has values that can be read now, without waiting for a device.
 
 #pragma once
 

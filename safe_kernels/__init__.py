@@ -1,6 +1,6 @@
-"""Adapter kernels that retain nothing they do not need, and score the adapter in the same call.
+"""Adapter kernels that retain only what backward needs, and can score the adapter in the same call.
 
-This package knows tensors only. `safe_peft` binds it into Hugging Face PEFT models.
+This package works only with tensors. `safe_peft` binds it into Hugging Face PEFT models.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 
 try:
-    from safe_kernels import _C as _C  # loading it registers the ops
+    from safe_kernels import _C as _C  # this import registers the ops
 except ImportError as error:
     raise ImportError(
         f"safe_kernels._C cannot be loaded with torch {torch.__version__} ({error}); "

@@ -1,19 +1,19 @@
-"""FLOP counts of the ops for `torch.utils.flop_counter`, which would otherwise see nothing in them.
+"""FLOP counts of the ops for `torch.utils.flop_counter`, which otherwise cannot count them.
 
-Importing this module registers the formulas; `safe_kernels` does. A multiplication and an addition are two FLOPs, and,
-as everywhere in that counter, products of matrices count and element-wise work (dropout, scaling, adding the base) does
+Importing this module registers the formulas; `safe_kernels` imports it. A multiplication and an addition are two FLOPs.
+As everywhere in that counter, matrix products count, and element-wise operations (dropout, scaling, adding the base) do
 not. With N rows::
 
     lora            h = x A'                 2 N r d_in
                     base + h B'              2 N r d_out
     lora_backward   dh = dy B                2 N r d_out    if grad_x or grad_A is wanted
-                    dx = dh A                2 N r d_in     if grad_x is
-                    dA = dh' x               2 N r d_in     if grad_A is
-                    dB = dy' h               2 N r d_out    if grad_B is,
+                    dx = dh A                2 N r d_in     if grad_x is wanted
+                    dA = dh' x               2 N r d_in     if grad_A is wanted
+                    dB = dy' h               2 N r d_out    if grad_B is wanted,
                     with h = x A' once more  2 N r d_in     since h is not retained
     lora_linear     as `lora`, and x W'  2 N d_in d_out
     lora_linear_backward   as `lora_backward`, and 2 N d_in d_out for each of grad_x and grad_weight that is wanted
-    statistics      see `statistics_flop`; nothing when they are not asked for
+    statistics      see `statistics_flop`; nothing if they are not requested
 
 Example:
     >>> import torch, safe_kernels
@@ -128,17 +128,17 @@ def lora_linear_backward_flop(
 def statistics_flop(rows: int, d_out: int, rank: int) -> int:
     """FLOPs that score one block of `rows` rows.
 
-    With the block's features X and h = scaling x A' centred: K = X X' and E = V h' + h V', of which, being symmetric,
-    one triangle is made, and V = X B + h (B' B) / 2. Shapes do not tell which rows are padding or where the last block
-    is cut, so every block counts in full.
+    The block's features X and h = scaling x A' are centred. K = X X', V = X B + h (B' B) / 2 and E = V h' + h V' are
+    computed. K and E are symmetric, so only one triangle counts. Shapes do not show padding rows or the end of the
+    last block, so every block counts in full.
 
     Args:
         rows: rows in the block.
-        d_out: features a row.
+        d_out: features per row.
         rank: rank of the adapter.
 
     Returns:
-        FLOPs, a multiplication and an addition being two.
+        FLOPs; a multiplication and an addition are two.
 
     Example:
         >>> from safe_kernels.flops import statistics_flop

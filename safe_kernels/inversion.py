@@ -1,4 +1,4 @@
-"""Whether a norm's output may be retained in place of its input: whether it can be inverted without loss."""
+"""Whether a norm can be inverted without loss, so that its output may be retained instead of its input."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from safe_kernels import _C
 __all__ = ["LIMIT", "fingerprint", "invertible", "leave_hooks", "marks"]
 
 LIMIT = 3.0
-"""Largest |bias| / |weight| that keeps the gradient as exact as PyTorch's own: measured, see `invertible`."""
+"""Largest |bias| / |weight| at which the gradient is as exact as PyTorch's. It was measured: see `invertible`."""
 
 
 def invertible(
@@ -26,13 +26,13 @@ def invertible(
 ) -> bool:
     """Whether `rms_norm` or `layer_norm` with these parameters may be called with ``retain_output=True``.
 
-    Backward then finds the normalised row as ``x_hat = (out - bias) / (weight + weight_offset)``. Rounding ``out`` to
-    its dtype moves it by eps/2 * (|x_hat| + |bias| / |weight + weight_offset|) at most: a zero weight has lost
-    its feature, and a bias far larger than its weight hides it.
+    Backward then computes the normalised row as ``x_hat = (out - bias) / (weight + weight_offset)``. The rounding of
+    ``out`` changes this by at most eps/2 * (|x_hat| + |bias| / |weight + weight_offset|). A zero weight loses its
+    feature, and a bias much larger than its weight hides it.
 
     `LIMIT` was found by measurement: with every feature at the same ratio, d = 33 and 384, eight seeds, and gradients
     from random ones to ones parallel to ``x_hat`` (for which the error counts in full), the error of grad_x relative to
-    that of `torch.nn.functional.layer_norm` was at worst (root mean square / largest element)
+    that of `torch.nn.functional.layer_norm` was at worst (root mean square / largest element):
 
     ======== ========= ========= ========= ========= ========= =========
     ratio    0         2         3         4         8         16
@@ -42,20 +42,20 @@ def invertible(
     float16  0.7 / 1.3 1.1 / 1.4 1.6 / 1.7 2.1 / 2.4 4.1 / 3.0 8.2 / 5.5
     ======== ========= ========= ========= ========= ========= =========
 
-    so that 3 keeps both below twice, and 4 does not. ``tests/kernels/test_norm_inversion.py`` holds it
-    there. This reads values. On a CPU that costs next to nothing. Elsewhere it waits for the device, so that a caller
-    asks again only when `marks` have changed.
+    At 3 both errors stay below twice PyTorch's, at 4 they do not; ``tests/kernels/test_norm_inversion.py`` checks
+    this. The function reads values. This is cheap on a CPU. On other devices it waits for the device, so callers
+    repeat it only if `marks` have changed.
 
     Args:
         weight: [d]; None for ones.
         bias: [d]; None for zeros.
         weight_offset: added to the weight, as in `rms_norm`.
         limit: largest |bias| / |weight + weight_offset|.
-        dtype: of the norm's output, where it differs from the weight's (autocast, a norm in float32 over a model in
-            float16): a weight below its smallest normal number would lose bits of the output.
+        dtype: of the norm's output, if it differs from the weight's (autocast, or a float32 norm in a float16 model): a
+            weight below its smallest normal number would lose bits of the output.
 
     Returns:
-        True when every |weight + weight_offset| is finite and large enough, and every ratio at most `limit`.
+        True if every |weight + weight_offset| is finite and large enough, and every ratio is at most `limit`.
 
     Example:
         >>> import torch
@@ -77,22 +77,22 @@ def _look(
     scale = torch.ones_like(like) if weight is None else weight
     size = (scale.detach().double() + offset).abs()
     shift = torch.zeros_like(size) if bias is None else bias.detach().double().abs()
-    # A comparison with NaN is False, and so is the answer.
+    # A comparison with NaN is False, so NaN makes the result False.
     usable = (size >= smallest) & torch.isfinite(size) & (shift <= limit * size)
     return bool(usable.all())
 
 
 def marks(tensor: Tensor) -> tuple[int, ...] | None:
-    """What a write to a tensor's values changes, without reading them, so without waiting for a device.
+    """Values that change if a tensor is written to, without reading the tensor or waiting for a device.
 
-    They are the tensor's identity, its count of versions, its address, its dtype, and how many aliases of it were made,
-    since a write through ``tensor.data`` counts no version. A kernel that is given the bare address is not noticed.
+    They are the tensor's identity, version counter, address, dtype, and number of aliases, since a write through
+    ``tensor.data`` does not change the version counter. A write by a kernel that has only the address is not detected.
 
     Args:
-        tensor: any; from now on its aliases are counted.
+        tensor: any tensor; from now on its aliases are counted.
 
     Returns:
-        Values to compare with those of an earlier call; None where an alias lives, through which anybody may write.
+        Values to compare with those of an earlier call; None if an alias exists, since it may be used for writing.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(4))
@@ -105,16 +105,16 @@ def marks(tensor: Tensor) -> tuple[int, ...] | None:
 
 
 def fingerprint(tensor: Tensor) -> int | None:
-    """A number that changes with a tensor's values, also where they are written through ``tensor.data``.
+    """A number that changes with a tensor's values, also after a write through ``tensor.data``.
 
-    It reads them all, so it is meant for what is small: the weights of norms, and biases.
+    It reads all values, so it is meant for small tensors: the weights of norms, and biases.
 
     Args:
-        tensor: any.
+        tensor: any tensor.
 
     Returns:
-        Values to compare with those of an earlier call; None where the values cannot be read without waiting for a
-        device, or without making a copy.
+        A number to compare with that of an earlier call; None if the values cannot be read without waiting for a device
+        or making a copy.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(4))
@@ -126,14 +126,13 @@ def fingerprint(tensor: Tensor) -> int | None:
 
 
 def leave_hooks(x: Tensor, unpack: Callable[..., Any]) -> None:
-    """Says that `x` was made under saved-tensor hooks which have ended, and that what reads it now is not under them.
+    """Records that `x` left the saved-tensor hooks under which it was made: its next readers are not under them.
 
-    Where `x` is the output of a norm, a reader under the hooks that are current now counts then as one under the
-    norm's own hooks would.
+    If `x` is the output of a norm, a reader under the current hooks then counts like a reader under the norm's hooks.
 
     Args:
-        x: any tensor; nothing happens to other ones.
-        unpack: the object that was given to `torch.autograd.graph.saved_tensors_hooks` for unpacking.
+        x: any tensor; without effect unless it is the output of a norm.
+        unpack: the unpacking function that was passed to `torch.autograd.graph.saved_tensors_hooks`.
 
     Example:
         >>> import safe_kernels
@@ -152,9 +151,9 @@ def leave_hooks(x: Tensor, unpack: Callable[..., Any]) -> None:
 
 
 def _held(tensor: Tensor) -> tuple[int, ...] | None:
-    tensor.untyped_storage()  # Python's handle of the memory counts as a holder once it was made, in new versions
+    tensor.untyped_storage()  # in new versions Python's handle of the memory counts as a holder once it exists
     return _C.marks(tensor)
 
 
 _ALONE = (_held(torch.empty(1, device="cpu")) or (1,))[0]
-"""How many hold the memory of a tensor that has no alias."""
+"""Number of holders of the memory of a tensor without aliases."""

@@ -1,7 +1,7 @@
 """Measures what autograd keeps from a forward pass, tensor by tensor.
 
-The numbers are exact: no allocator is asked and nothing is sampled. Every tensor that autograd saves passes through a
-hook, and what the graph still holds when the measured function returns is counted by storage, each storage once.
+The numbers are exact and do not come from an allocator or from samples. Every tensor that autograd saves passes through
+a hook. Storages that the graph still holds when the measured function returns are counted, each storage once.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class RetainedTensor(NamedTuple):
     Attributes:
         shape: shape of the largest tensor saved from this storage.
         dtype: its dtype.
-        bytes: size of the whole storage in bytes: a saved slice keeps all of what it was cut from.
-        uses: how many times it was saved.
+        bytes: size of the whole storage in bytes: a saved slice keeps the whole tensor alive.
+        uses: number of times it was saved.
     """
 
     shape: tuple[int, ...]
@@ -43,8 +43,8 @@ class Save(NamedTuple):
 
     Attributes:
         tensor: the tensor, detached; its storage is the node's own.
-        note: what was noted when it was saved.
-        made_by: sequence number of the node that made the tensor; -1 for a leaf, and for one outside the graph.
+        note: the result of `note()` when it was saved.
+        made_by: sequence number of the node that made the tensor; -1 for a leaf or a tensor outside the graph.
     """
 
     tensor: Tensor
@@ -53,13 +53,13 @@ class Save(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """One tensor that a node held for a while: the node let go of it, or is dead.
+    """One tensor that a node held before: the node has released it, or is dead.
 
     Attributes:
-        storage: refers to its storage, while that lives.
-        key: the storage's identity, while it lives.
+        storage: a weak reference to its storage.
+        key: the storage's identity, valid while the storage lives.
         bytes: the storage's size.
-        note: what was noted when it was saved.
+        note: the result of `note()` when it was saved.
     """
 
     storage: weakref.ref[Any]
@@ -70,12 +70,12 @@ class Dropped(NamedTuple):
 
 @dataclass(frozen=True, repr=False)
 class Retention:
-    """What a function's autograd graph retains; printing it gives a table.
+    """The tensors that a function's autograd graph retains; printing it gives a table.
 
     Attributes:
         bytes: all retained bytes, each storage counted once.
         tensors: the retained storages, largest first.
-        output: what the function returned. The graph lives as long as this does, and backward works on it.
+        output: the function's output. It keeps the graph alive, and backward works on it.
     """
 
     bytes: int
@@ -99,27 +99,28 @@ class Retention:
 
 
 def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Tensor | nn.Module] = ()) -> Retention:
-    """Runs ``fn()`` and measures what autograd keeps of it for backward.
+    """Runs ``fn()`` and measures the tensors that autograd keeps for backward.
 
-    What counts is what the graph still holds when ``fn`` returns, so ``fn`` has to return the loss (or whatever keeps
-    the graph alive). A storage saved by several nodes, or through several views, counts once, and counts whole.
+    Only tensors count that the graph still holds when ``fn`` returns, so ``fn`` must return the loss, or another tensor
+    that keeps the graph alive. A storage saved by several nodes or through several views counts once, with its full
+    size.
 
-    Backward needs weights too. They exist anyway, so pass the model as ``exclude``: its parameters and buffers do not
-    count then, nor does any alias of one (``weight.t()``, ``weight.detach()``).
+    Backward needs weights too. They exist anyway, so pass the model as ``exclude``: then its parameters and buffers and
+    their aliases (``weight.t()``, ``weight.detach()``) do not count.
 
-    Saves that hooks inside ``fn`` take over (activation checkpointing, ``save_on_cpu``) are theirs and are not
-    counted; hooks outside do not see what ``fn`` saves. Hooks belong to a thread: what other threads save is not seen.
+    Tensors that other hooks inside ``fn`` save (activation checkpointing, ``save_on_cpu``) are not counted. Hooks
+    outside of ``fn`` do not see its saved tensors. Hooks belong to a thread, so saves in other threads do not count.
 
     Args:
         fn: called once, without arguments, in this thread.
-        exclude: what exists anyway, so that its storages do not count: a tensor, a module (its parameters and
+        exclude: tensors whose storages do not count, since they exist anyway: a tensor, a module (its parameters and
             buffers), or an iterable of these.
 
     Returns:
         The bytes, the list of tensors, and the function's output, on which ``backward()`` still works.
 
     Raises:
-        TypeError: if ``fn`` is not callable, or ``exclude`` holds something that is neither tensor nor module.
+        TypeError: ``fn`` is not callable, or ``exclude`` contains neither a tensor nor a module.
 
     Example:
         >>> import torch
@@ -144,15 +145,15 @@ def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Ten
 def record(fn: Callable[[], Any], note: Callable[[], Any] = lambda: None) -> tuple[Any, list[Save]]:
     """Runs ``fn()`` and returns its output and every save that the output's graph still holds, in their order.
 
-    `measure` counts these; here is what it counts, parameters included, with a note of who saved it. The same limits
-    hold.
+    `measure` counts these saves. This function returns them, with parameters, and with a note for each. It has the same
+    limits.
 
     Args:
         fn: called once, without arguments, in this thread.
-        note: called at each save; what it returns stands in that save's `note`.
+        note: called at each save; its result becomes that save's `note`.
 
     Returns:
-        The function's output, and the saves. While these live, no two storages of theirs have the same identity.
+        The function's output, and the saves. While these live, their storages have different identities.
 
     Example:
         >>> x = torch.ones(3, requires_grad=True)
@@ -167,7 +168,7 @@ def record(fn: Callable[[], Any], note: Callable[[], Any] = lambda: None) -> tup
 
 
 class Recorder:
-    """Hooks for `saved_tensors_hooks` that record what autograd saves, for code that cannot be called as one function.
+    """Hooks for `saved_tensors_hooks` that record autograd's saves, for code that is not one function call.
 
     Args:
         note: called at each save.
@@ -194,7 +195,7 @@ class Recorder:
 
     @staticmethod
     def unpack(saved: _Saved) -> Tensor:
-        """Give it back."""
+        """Return the tensor."""
         return saved.unpack()
 
     def saves(self) -> list[Save]:
@@ -203,15 +204,15 @@ class Recorder:
         return [Save(saved.tensor, saved.note, saved.made_by) for saved in held]
 
     def dropped(self) -> list[Dropped]:
-        """Return what was saved of plain tensors and is held no more, in the order of the saves."""
+        """Return the plain tensors that were saved and are no longer held, in the order of the saves."""
         return [later for ref, later in self._refs if ref() is None and later is not None]
 
 
 def storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
-    """Yields identity and size in bytes of every storage a tensor has: one, unless it is a subclass or sparse.
+    """Yields identity and size in bytes of a tensor's storages: one, except for a subclass or a sparse tensor.
 
     Args:
-        tensor: the identity holds while it, or another tensor of the same storage, lives.
+        tensor: any tensor. An identity is valid while a tensor with that storage lives.
 
     Example:
         >>> x = torch.ones(4, 4)
@@ -222,13 +223,13 @@ def storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
 
 
 def announce_reader(x: Tensor) -> None:
-    """Says that autograd is about to keep `x` for a layer that is not an op of ours.
+    """Announces that autograd will keep `x` for a layer that is not an op of this package.
 
-    Where `x` is the output of `rms_norm` or `layer_norm`, that op lets go of its input and keeps `x` too. Our own ops
-    say so themselves.
+    If `x` is the output of `rms_norm` or `layer_norm`, that op releases its input and keeps `x` too. The ops of this
+    package call this themselves.
 
     Args:
-        x: any tensor; nothing happens to other ones.
+        x: any tensor; without effect unless it is such an output.
 
     Example:
         >>> import safe_kernels
@@ -244,19 +245,19 @@ def announce_reader(x: Tensor) -> None:
 
 
 class _Saved:
-    """What the graph holds instead of a tensor; it dies with the node that saved it, which is how we notice."""
+    """The graph holds this instead of a tensor. It dies with its node, and a weak reference notices that."""
 
     __slots__ = ("__weakref__", "made_by", "note", "tensor", "version")
 
     def __init__(self, tensor: Tensor, note: Any) -> None:
-        # Detached, or an output saved by its own node would keep that node alive in a cycle.
+        # Detached: otherwise an output saved by its own node would keep that node alive in a cycle.
         self.tensor = tensor.detach()
         self.version = tensor._version
         self.note = note
         self.made_by = -1 if tensor.grad_fn is None else tensor.grad_fn._sequence_nr()
 
     def unpack(self) -> Tensor:
-        # Autograd leaves this check to the hooks once there are any.
+        # With hooks, autograd does not make this check.
         if self.tensor._version != self.version:
             raise RuntimeError(
                 f"a tensor of shape {list(self.tensor.shape)} that backward needs was modified in place after it was "
@@ -300,7 +301,7 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:
-    """Identity and size of a tensor's storage; an opaque tensor, which shows none, stands for itself."""
+    """Identity and size of a tensor's storage; an opaque tensor shows none, so its own identity counts."""
     try:
         storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Named views of the sums that score an adapter, and of the rows they are made from."""
+"""Named views of the sums that score an adapter, and of the scored rows."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from safe_kernels import reference
 
 @dataclass(frozen=True)
 class RowBlocks:
-    """Which rows of the flattened batch score an adapter.
+    """The rows of the flattened batch that score an adapter.
 
-    Rows are named in the call, so that every backend scores the same ones. Each block is centred by itself.
+    The caller passes the rows, so that every backend scores the same ones. Each block is centred separately.
 
     Args:
         starts: int64 [n], the first row of each block.
-        block_rows: rows in a block.
+        block_rows: rows per block.
         row_weight: [N] bool or number, zero where a row is padding; None counts every row.
 
     Raises:
-        TypeError: `starts` is no tensor.
+        TypeError: `starts` is not a tensor.
 
     Example:
         >>> import safe_kernels
@@ -52,18 +52,18 @@ class RowBlocks:
 
         Args:
             num_rows: rows of the flattened batch.
-            blocks: how many blocks at most; a small batch has fewer.
-            block_rows: rows in a block.
+            blocks: largest number of blocks; a small batch has fewer.
+            block_rows: rows per block.
             row_weight: [num_rows], zero where a row is padding.
-            shift: moves every block on by so many blocks, around the end, so that successive scorings see other rows.
-            device: where `starts` is to lie.
+            shift: moves every block by this many blocks, cyclically, so that successive scoring steps use other rows.
+            device: device of `starts`.
 
         Returns:
             The blocks, in ascending order.
 
         Raises:
-            ValueError: `blocks` or `block_rows` is less than 1, or `num_rows` less than 0.
-            TypeError: one of them, or `shift`, is no integer.
+            ValueError: `blocks` or `block_rows` is less than 1, or `num_rows` is less than 0.
+            TypeError: one of them, or `shift`, is not an integer.
 
         Example:
             >>> import safe_kernels
@@ -88,15 +88,15 @@ class RowBlocks:
 class AdapterStatistics:
     """The additive sums (a, b, c, rows) of one adapter: a named view of four float64 numbers.
 
-    Sums of several calls, micro-batches or processes may simply be added; doubling all of them changes nothing.
-    The formulas stand in `safe_kernels.reference.cka_sums` and `one_minus_cka`.
+    Sums of several calls, micro-batches or processes may simply be added. Doubling all sums does not change the score.
+    The formulas are in `safe_kernels.reference.cka_sums` and `one_minus_cka`.
 
     Args:
-        sums: float64 [4] to add into, for instance one row of a buffer that holds every adapter's; None: a new one.
+        sums: float64 [4] to add into, for instance one row of a buffer for all adapters; None: a new tensor.
         blocks: the rows to score at the next call; None scores nothing.
 
     Raises:
-        TypeError: `sums` is no tensor, or requires grad, or `blocks` are no `RowBlocks`.
+        TypeError: `sums` is not a tensor, or requires grad, or `blocks` is not a `RowBlocks`.
         ValueError: `sums` is not a float64 tensor of shape [4].
 
     Example:
@@ -139,25 +139,25 @@ class AdapterStatistics:
 
     @property
     def rows(self) -> float:
-        """How many rows were scored."""
+        """Number of scored rows."""
         return float(self.sums[3])
 
     def add_(self, sums: Tensor) -> None:
-        """Adds the sums of another call, on whichever device they are."""
+        """Adds the sums of another call, from any device."""
         self.sums.add_(sums if sums.device == self.sums.device else sums.to(self.sums.device))
 
     def take(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies the rows that are to score, for a layer that no kernel of ours computes.
+        """Copies the rows to score, for a layer that no kernel of this package computes.
 
         Args:
             features: [..., d].
 
         Returns:
-            float64 [n * block_rows, d], and bool [n * block_rows]: which of them count. A block that runs past the
-            last row is filled up with rows that do not.
+            float64 [n * block_rows, d], and bool [n * block_rows]: whether a row counts. A block that exceeds the last
+            row is padded with rows that do not count.
 
         Raises:
-            ValueError: There are no `blocks`.
+            ValueError: `blocks` is None.
 
         Example:
             >>> import torch, safe_kernels
@@ -180,11 +180,11 @@ class AdapterStatistics:
 
         Args:
             base: [n * block_rows, d], features without the adapter.
-            output: [n * block_rows, d], the same with it.
-            counts: [n * block_rows], which rows count.
+            output: [n * block_rows, d], features with the adapter.
+            counts: [n * block_rows], whether a row counts.
 
         Raises:
-            ValueError: There are no `blocks`.
+            ValueError: `blocks` is None.
 
         Example:
             >>> import torch, safe_kernels
@@ -204,7 +204,7 @@ class AdapterStatistics:
         return self.blocks
 
     def zero_(self) -> None:
-        """Forgets all that was added."""
+        """Sets all sums to zero."""
         self.sums.zero_()
 
     def all_reduce_(self, group: torch.distributed.ProcessGroup | None = None) -> None:

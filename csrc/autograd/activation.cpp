@@ -1,6 +1,6 @@
-// What `activation` retains for backward: x, the pre-activation, and 16 bytes of random state with dropout. A ReLU
-// retains its output, as PyTorch's does: where that is zero no gradient passes, and a layer after it retains it anyway.
-// When x does not require grad there is no node.
+// `activation` retains for backward: x, the pre-activation, and with dropout 16 bytes of random state. A ReLU retains
+// its output, as PyTorch's does: its zeros show where no gradient passes, and a layer after it retains it anyway. If x
+// does not require grad, there is no node.
 
 #include "ops/activation.h"
 

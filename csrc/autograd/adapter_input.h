@@ -1,9 +1,9 @@
-// What an adapter keeps of its input for the gradients of lora_A and lora_B:
-//   of an x that an activation has just made, the activation's inputs, which it retains anyway
-//   only lora_B trains    h = dropout(x) A', r numbers per row
-//   x with dropout, cut from a larger tensor    a copy: PEFT keeps the dropped copy and its mask, and no more
-//   x wider than autocast's dtype, not kept by a norm    one copy in that dtype: PEFT keeps one for every reader
-//   else                  x itself, shared with every other reader
+// For the gradients of lora_A and lora_B an adapter with input x retains the first of these that applies:
+//   x is the output of an activation    the activation's inputs, which the activation retains anyway
+//   only lora_B trains                  h = dropout(x) A', r numbers per row
+//   dropout, and x is a slice of a larger tensor    a copy; PEFT keeps only the dropped copy and its mask
+//   x is wider than autocast's dtype, and no norm keeps it    one copy in that dtype; PEFT keeps one per reader
+//   otherwise                           x itself, shared with every other reader
 
 #pragma once
 
@@ -17,13 +17,13 @@
 
 namespace safe_kernels {
 
-// Autocast's dtype where it is on; the meta device, for one, has none.
+// Autocast's dtype if autocast is on. Some devices have none, such as meta.
 inline std::optional<at::ScalarType> autocast_dtype(c10::DeviceType device) {
   if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) return std::nullopt;
   return at::autocast::get_autocast_dtype(device);
 }
 
-// h, in the dtype in which PEFT's own lora_B would keep it.
+// h, in the dtype in which PEFT's lora_B would keep it.
 inline Tensor make_hidden(const Tensor& x, const Tensor& lora_A, double dropout_p,
                           const std::optional<Tensor>& rng_state) {
   auto dtype = lora_A.scalar_type();
@@ -37,14 +37,14 @@ inline Tensor make_hidden(const Tensor& x, const Tensor& lora_A, double dropout_
   return std::get<0>(lora(x, base, lora_A, identity, 1.0, dropout_p, rng_state, std::nullopt, 0, std::nullopt));
 }
 
-// The gradient of lora_B from h: that of an adapter whose lora_A is the identity.
+// The gradient of lora_B from h, computed as for an adapter with input h and the identity as lora_A.
 inline Tensor grad_of_B(const Tensor& grad, const Tensor& h, const Tensor& lora_A, const Tensor& lora_B,
                         double scaling) {
   const Tensor identity = at::diag_embed(lora_A.new_ones_symint({lora_A.sym_size(0)}));
   return std::get<2>(lora_backward(grad, h, identity, lora_B, scaling, 0.0, std::nullopt, {false, false, true}));
 }
 
-// Whether x keeps alive more than the dropped copy and the mask, one byte per element, that PEFT keeps.
+// Whether x's storage is larger than PEFT's dropped copy and its mask (one byte per element).
 inline bool exceeds_dropped_copy(const Tensor& x) {
   if (storage_of(x) == nullptr || x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return false;
   const auto bytes = storage_of(x)->sym_nbytes().maybe_as_int();
@@ -52,7 +52,7 @@ inline bool exceeds_dropped_copy(const Tensor& x) {
   return bytes.has_value() && *bytes > x.numel() * element;
 }
 
-// A copy of x for all its readers, while one of them keeps it: hooks on what is saved keep a storage alive, or drop it.
+// All readers of x share this copy. It holds the storage weakly: saved-tensor hooks decide how long it lives.
 struct CastCopy : Note {
   c10::weak_intrusive_ptr<c10::StorageImpl> storage;
   std::vector<int64_t> strides;
@@ -65,7 +65,7 @@ struct CastCopy : Note {
         dtype(copy.scalar_type()),
         version(version) {}
 
-  // Undefined where no reader keeps it, or x has changed since.
+  // Undefined if no reader keeps the copy, or x has changed since.
   Tensor of(const Tensor& x, at::ScalarType wanted) const {
     if (wanted != dtype || version != x._version() || aliases != 0) return {};
     auto alive = storage.lock();
@@ -74,14 +74,14 @@ struct CastCopy : Note {
   }
 };
 
-// A compiler that traces what runs has no memory to share yet, and finds equal copies itself.
+// A compiler that traces the call has no memory to share yet, and merges equal copies itself.
 inline bool is_traced() {
   using c10::impl::TorchDispatchModeKey;
   return c10::impl::TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::FUNCTIONAL).has_value() ||
          c10::impl::TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value();
 }
 
-// Undefined where x itself is to be kept.
+// Undefined if x itself must be saved.
 inline Tensor find_cast_copy(const Tensor& x) {
   const auto dtype = autocast_dtype(x.device().type());
   if (x.is_inference() || !dtype.has_value()) return {};
@@ -92,13 +92,13 @@ inline Tensor find_cast_copy(const Tensor& x) {
     x.unsafeGetTensorImpl()->set_backend_meta(nullptr);
   }
   const bool has_memory = storage_of(x) != nullptr && !x.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
-  if (has_memory && x.unsafeGetTensorImpl()->get_backend_meta() != nullptr) return {};  // no room to share a copy
+  if (has_memory && x.unsafeGetTensorImpl()->get_backend_meta() != nullptr) return {};  // the note's slot is taken
   const Tensor copy = x.to(*dtype);
   if (has_memory) attach_note(x, c10::make_intrusive<CastCopy>(copy, x._version()));
   return copy;
 }
 
-// Puts into saved[0], and at the end of `saved`, what stands for x.
+// Saves x, or the tensors in its place, into saved[0] or at the end of `saved`.
 inline void keep_adapter_input(torch::autograd::AutogradContext* ctx, torch::autograd::variable_list& saved,
                                const Tensor& x, const Tensor& lora_A, bool only_B, double dropout_p,
                                const std::optional<Tensor>& rng_state, bool may_cast) {
@@ -122,7 +122,7 @@ inline bool keeps_hidden(const torch::autograd::AutogradContext* ctx) {
   return ctx->saved_data.count("is_hidden") != 0;
 }
 
-// x from what was saved, which without a recipe has `count` tensors; undefined where it is not kept.
+// x from the saved tensors (`count` of them without a recipe); undefined if x is not kept.
 inline Tensor adapter_input(const torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& saved,
                             size_t count) {
   if (keeps_hidden(ctx)) return {};

@@ -1,5 +1,5 @@
-// What `dropout` retains for backward: 16 bytes of random state, from which the mask is made again; nothing at p = 0.
-// The op is linear in x, and its backward is the op itself, so it may be differentiated any number of times.
+// `dropout` retains 16 bytes of random state for backward, from which it recomputes the mask; nothing if p = 0.
+// The op is linear in x and its own backward, so it may be differentiated any number of times.
 
 #include "ops/dropout.h"
 

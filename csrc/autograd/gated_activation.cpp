@@ -1,6 +1,6 @@
-// What `gated_activation` retains for backward, decided while the graph is built by which arguments require grad:
-//   gate         gate, up, and 16 bytes of random state with dropout
-//   up only      gate and the random state: act(gate) is made again
+// `gated_activation` retains for backward, by the arguments that require grad when the graph is built:
+//   gate         gate, up, and with dropout 16 bytes of random state
+//   up only      gate and the random state; backward recomputes act(gate)
 //   none         no node at all
 
 #include "ops/gated_activation.h"
@@ -54,7 +54,7 @@ Tensor gated_activation_autograd(const Tensor& gate, const Tensor& up, std::stri
   if (!builds_graph("gated_activation", gate, up))
     return below_autograd([&] { return gated_activation(gate, up, kind, dropout_p, rng_state); });
   Tensor out = GatedActivationFunction::apply(gate, up, kind, dropout_p, rng_state);
-  // Where up is not retained anyway, a reader does better to retain the output.
+  // If up is not retained anyway, a reader needs less memory for the output than for a recipe.
   if (gate.requires_grad()) attach_recipe(out, gate, up, kind, dropout_p, rng_state);
   return out;
 }

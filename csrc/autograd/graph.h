@@ -1,4 +1,4 @@
-// Whether a call gets a node, and the node of a backward that is itself recorded.
+// Decides whether a call gets a node, and makes the node of a recorded backward (create_graph=True).
 
 #pragma once
 
@@ -24,7 +24,7 @@ bool requires_grad(const NoTensor& /*argument*/) {
   return false;
 }
 
-// Refuses the derivatives that no op has. `op` is the schema's name, `args` its first arguments, in order.
+// Refuses unsupported derivatives. `op` is the schema's name, `args` its first arguments, in order.
 template <class... Args>
 bool builds_graph(const char* op, const Args&... args) {
   refuse_forward_mode(op, args...);
@@ -33,8 +33,8 @@ bool builds_graph(const char* op, const Args&... args) {
   return true;
 }
 
-// Calls an op's kernel from a node's forward. Tensors are saved outside of this: hooks that take them make aliases,
-// which share no count of versions below autograd.
+// Calls an op's kernel from a node's forward. Tensors must be saved outside of this call: saved-tensor hooks make
+// aliases, and below autograd an alias does not share the version counter.
 template <class Call>
 auto below_autograd(Call call) {
   at::AutoDispatchBelowADInplaceOrView guard;
@@ -47,17 +47,16 @@ auto each_of(std::tuple<Tensors...>& results) {
   return std::apply([](Tensors&... each) { return std::tie(each...); }, results);
 }
 
-// The Autograd kernel of `backward_op`, whose results have no derivative. Its node is in the graph only while a
-// backward is itself recorded (create_graph=True): without it PyTorch would treat the results as constants, and a
-// second derivative would be silently wrong. torch::autograd::autogradNotImplementedFallback() makes such a node too,
-// but has no room for the checks of the arguments, and its error ("derivative for ... is not implemented") does not say
-// that a second derivative was asked for, nor what to do.
+// The Autograd kernel of `backward_op`, whose results have no derivative. Its node is in the graph only if backward is
+// recorded (create_graph=True). Without the node PyTorch would treat the results as constants, and a second derivative
+// would be silently wrong. torch::autograd::autogradNotImplementedFallback() makes such a node too, but it cannot check
+// the arguments, and its error does not say that a second derivative was requested or how to avoid it.
 template <auto backward_op, auto check>
 struct OnceDifferentiable;
 
 template <class Results, class... Args, Results (*backward_op)(Args...), auto check>
 struct OnceDifferentiable<backward_op, check> : torch::autograd::Function<OnceDifferentiable<backward_op, check>> {
-  static inline const char* name = nullptr;  // a constant, which no initialiser resets after registration
+  static inline const char* name = nullptr;  // constant-initialised: no later initialiser resets it after registration
 
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* /*ctx*/, Args... args) {
     Results results = below_autograd([&] { return backward_op(args...); });
@@ -80,7 +79,7 @@ struct OnceDifferentiable<backward_op, check> : torch::autograd::Function<OnceDi
   }
 };
 
-// Registers it: once_differentiable<lora_backward, check_lora_backward>(m, "lora_backward").
+// Usage: once_differentiable<lora_backward, check_lora_backward>(m, "lora_backward").
 template <auto backward_op, auto check>
 void once_differentiable(torch::Library& m, const char* name) {
   using Kernel = OnceDifferentiable<backward_op, check>;

@@ -1,8 +1,7 @@
-// What `layer_norm` retains for backward, decided while the graph is built:
-//   x, weight or bias requires grad   x, rstd and, see `keeps_mean`, mean
+// `layer_norm` retains for backward:
+//   x, weight or bias requires grad   x, rstd, and mean if `keeps_mean`
 //   none of them                      no node at all
-// Where only x does and retain_output is true, the output takes the place of x and mean once a reader retains it
-// anyway.
+// If only x requires grad and retain_output is true, the output replaces x and mean once a reader retains it.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -25,8 +24,7 @@ Tensor or_undefined(const std::optional<Tensor>& tensor) { return given(tensor) 
 
 std::optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
 
-// PyTorch's statistics have the weight's dtype on a CPU. Where that is one of 16 bits, its two take the bytes of our
-// rstd.
+// On a CPU PyTorch's statistics have the weight's dtype. If it has 16 bits, PyTorch's two take the bytes of our rstd.
 bool keeps_mean(const Tensor& x, const std::optional<Tensor>& weight) {
   return !x.is_cpu() || !at::isReducedFloatingType(x.scalar_type()) ||
          (given(weight) && !at::isReducedFloatingType(weight->scalar_type()));
@@ -55,7 +53,7 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
     if (!grads[0].defined()) return result;
     const auto saved = unpack_saved(ctx, NORM_WRITTEN_TO);
     const auto weight = or_none(saved[1]), bias = or_none(saved[2]);
-    // Indices of needs_input_grad count the tensors that were given.
+    // Indices of needs_input_grad count only the given tensors.
     const size_t bias_index = weight.has_value() ? 2 : 1;
     const std::array<bool, 3> wanted{ctx->needs_input_grad(0), weight.has_value() && ctx->needs_input_grad(1),
                                      bias.has_value() && ctx->needs_input_grad(bias_index)};

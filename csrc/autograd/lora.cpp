@@ -1,5 +1,5 @@
-// What `lora` retains for backward, decided while the graph is built by which arguments require grad:
-//   lora_A or lora_B   x, or what stands for it (adapter_input.h), 16 bytes of random state, A, B
+// `lora` retains for backward, by the arguments that require grad when the graph is built:
+//   lora_A or lora_B   x or its replacement (adapter_input.h), 16 bytes of random state, A, B
 //   x                  A, B, and the random state
 //   base only          nothing
 //   none of them       no node at all

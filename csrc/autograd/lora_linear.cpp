@@ -1,9 +1,9 @@
-// What `lora_linear` retains for backward, decided while the graph is built by which arguments require grad:
-//   weight, lora_A or lora_B   x, or what stands for it (adapter_input.h), 16 bytes of random state, weight, A, B
+// `lora_linear` retains for backward, by the arguments that require grad when the graph is built:
+//   weight, lora_A or lora_B   x or its replacement (adapter_input.h), 16 bytes of random state, weight, A, B
 //   x                          weight, A, B, and the random state
 //   bias only                  weight, A, B
 //   none of them               no node at all
-// The layer's output without the adapter never exists, so it is not retained either.
+// The layer's output without the adapter is never stored, so it is not retained either.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -37,7 +37,7 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     const bool drops = dropout_p > 0.0 && (x.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad());
     const bool only_B = !weight.requires_grad() && !lora_A.requires_grad();
     variable_list saved{Tensor(), as_read(weight), as_read(lora_A), as_read(lora_B), Tensor()};
-    // The base layer's weight reads x as it is: where that trains PyTorch keeps x too.
+    // If the base layer's weight trains, its gradient needs x without dropout; PyTorch keeps x too then.
     const double input_dropout_p = weight.requires_grad() ? 0.0 : dropout_p;
     if (reads_x)
       keep_adapter_input(ctx, saved, x, lora_A, only_B, input_dropout_p, rng_state,
@@ -55,7 +55,7 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     variable_list result(11);
     const Tensor& grad = grads[0];
     if (!grad.defined()) return result;
-    // Indices of needs_input_grad count tensor arguments, and a bias that is None is none: x, weight, bias, A, B.
+    // Indices of needs_input_grad count tensor arguments: x, weight, bias (if given), A, B.
     const bool has_bias = ctx->saved_data["has_bias"].toBool();
     const size_t A = has_bias ? 3 : 2;
     std::array<bool, 5> wanted{ctx->needs_input_grad(0), ctx->needs_input_grad(1), has_bias && ctx->needs_input_grad(2),

@@ -1,6 +1,6 @@
-// A norm keeps its input, as PyTorch's does, until a reader of its output keeps that output anyway: then backward is
-// made from the output, and the norm lets go of its input. So it never keeps more than PyTorch's: several norms of one
-// tensor keep it once, and an output that only the user has may be written to in place.
+// A norm keeps its input, like PyTorch's, until a reader of its output keeps that output. Then backward uses the
+// output, and the norm drops its input. So it never keeps more than PyTorch's: several norms of one tensor keep it
+// once, and the user may write in place to an output that nothing else reads.
 
 #pragma once
 
@@ -18,7 +18,7 @@ namespace safe_kernels {
 
 inline constexpr char PARAMETERS[] = "parameters";
 
-// Of the weight, and the bias where there is one: what a norm saves between its first tensor and its statistics.
+// Of the weight and the bias, if any: a norm saves them between its first tensor and its statistics.
 inline std::optional<int64_t> fingerprint_of(const torch::autograd::variable_list& saved, size_t end) {
   int64_t sum = 0;
   for (size_t i = 1; i < end; ++i) {
@@ -29,15 +29,14 @@ inline std::optional<int64_t> fingerprint_of(const torch::autograd::variable_lis
   return sum;
 }
 
-// For backward to compare: a write through .data counts no version.
+// For check_parameters: a write through .data does not change the version counter.
 inline void note_parameters(torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& saved,
                             size_t end) {
   const auto values = fingerprint_of(saved, end);
   if (values.has_value()) ctx->saved_data[PARAMETERS] = *values;
 }
 
-// To be called where backward needs the parameters of the forward: from the output it divides by the weight that made
-// that, for instance.
+// Called if backward needs forward's parameters, for instance to divide the output by the weight.
 inline void check_parameters(const torch::autograd::AutogradContext* ctx, const torch::autograd::variable_list& saved,
                              size_t end) {
   const auto found = ctx->saved_data.find(PARAMETERS);
@@ -45,7 +44,7 @@ inline void check_parameters(const torch::autograd::AutogradContext* ctx, const 
   const auto now = fingerprint_of(saved, end);
   TORCH_CHECK(!now.has_value() || *now == found->second.toInt(),
               "the weight or bias of a bound norm (safe_kernels) was changed between forward and backward, through "
-              ".data for instance, and backward needs the values of the forward. ",
+              ".data for instance, but backward needs the values of forward. ",
               "Call backward before the change, or leave norms as they are: safe_peft.bind(model, parts=...) without "
               "\"norms\".");
 }
@@ -53,8 +52,8 @@ inline void check_parameters(const torch::autograd::AutogradContext* ctx, const 
 struct NormOutput : OutputNote {
   using OutputNote::OutputNote;
 
-  // `saved` is what the node has saved: the input, weight and bias, mean and rstd. The mean, where it has one, is of no
-  // use with the output.
+  // `saved` are the node's saved tensors: the input, weight and bias, mean and rstd. Backward from the output does not
+  // need the mean.
   template <class Function>
   void set(torch::autograd::variable_list saved, bool is_invertible, size_t mean_at, size_t rstd_at) {
     saved_ = std::move(saved);
@@ -70,11 +69,11 @@ struct NormOutput : OutputNote {
     };
   }
 
-  // Called by a reader that is about to save `out`. Activation checkpointing counts the tensors that are saved, and
-  // they must be as many when it runs the forward again. So the first reader has the node save as many as before,
-  // whether they are made of the input or of the output. A reader under other hooks than the norm's changes nothing: it
-  // is in another checkpointed part of the model, which finds no note on its input when it runs again.
-  // Returns whether the node keeps it now.
+  // A reader calls this before it saves `out`. Activation checkpointing requires the same number of saved tensors when
+  // it runs forward again. So at the first reader the node saves as many tensors as before, from the input or from the
+  // output. A reader under other hooks than the norm's changes nothing: it belongs to another checkpointed part of the
+  // model, and finds no note on its input when that part runs again.
+  // Returns whether the node keeps `out` now.
   bool keep(const Tensor& out) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (current_hooks() != hooks_) return false;
@@ -91,22 +90,22 @@ struct NormOutput : OutputNote {
     return is_kept_;
   }
 
-  // The output has left the part of the model that saves under `hook`: a reader that comes now is outside of it.
-  // The current hooks have to live as long as the node: see safe_peft/binding/blocks/recompute.py.
+  // The output has left the part of the model that saves under `hook`; later readers are outside of it.
+  // The current hooks must live as long as the node: see safe_peft/binding/blocks/recompute.py.
   void leave(const void* hook) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (hooks_ == hook) hooks_ = current_hooks();
   }
 
  private:
-  // The unpacking hook lives as long as what was saved with it, so no other has its address.
+  // The unpacking hook lives as long as the tensors saved with it, so its address is unique.
   static const void* current_hooks() {
     const auto hooks = at::SavedTensorDefaultHooks::get_hooks();
     return hooks.has_value() ? hooks->second.ptr(&hooks->second.pyinterpreter()) : nullptr;
   }
 
   std::mutex mutex_;
-  torch::autograd::variable_list saved_;  // empty once a reader has come
+  torch::autograd::variable_list saved_;  // empty after the first reader
   std::vector<int64_t> versions_;
   bool is_invertible_ = false, is_kept_ = false;
   const void* hooks_ = nullptr;
@@ -114,7 +113,7 @@ struct NormOutput : OutputNote {
   void (*save_)(torch::autograd::Node&, torch::autograd::variable_list&&) = nullptr;
 };
 
-// For a norm's output that has just got its node: see `NormOutput::set`.
+// Called directly after a norm's output gets its node: see `NormOutput::set`.
 template <class Function>
 void attach_norm_output(const Tensor& out, torch::autograd::variable_list saved, bool is_invertible, size_t mean_at,
                         size_t rstd_at) {
@@ -123,12 +122,12 @@ void attach_norm_output(const Tensor& out, torch::autograd::variable_list saved,
   attach_note(out, std::move(note));
 }
 
-// Whether a node's saved tensors begin with its output. They say so themselves, by the shape of rstd: where a forward
-// runs again, a second node saves what the first one's backward is made of.
+// Whether a node's saved tensors begin with its output. The shape of rstd shows it, because with activation
+// checkpointing a second forward's node saves the tensors for the first node's backward.
 inline bool is_from_output(const Tensor& saved, const Tensor& rstd) { return rstd.dim() == saved.dim(); }
 
-// To be called before x is saved for a backward: x may be the output of a norm, or a view of all of it, which FSDP2 and
-// other hooks of a module hand on. Returns whether the norm keeps it too.
+// Called before x is saved for a backward. x may be the output of a norm, or a full view of one, which FSDP2 and other
+// module hooks return. Returns whether the norm keeps it too.
 inline bool announce_reader(const Tensor& x) {
   if (auto* note = find_note<NormOutput>(x)) return note->keep(x);
   if (!x.is_view() || x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return false;

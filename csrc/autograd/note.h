@@ -1,5 +1,5 @@
-// Notes that hang on a tensor and die with it. No alias of the tensor has one; the note learns of aliases that share
-// the memory and not the count of versions (x.data), of x.detach(), and of NumPy's.
+// Notes that are attached to a tensor and die with it. An alias of the tensor does not have the note. The note counts
+// x.detach(), NumPy arrays, and aliases that share the memory but not the version counter (x.data).
 
 #pragma once
 
@@ -22,9 +22,8 @@ struct Note : c10::BackendMeta {
     return {};
   }
 
-  // Whether, for all that can be seen, a hook is being given a tensor to save, which PyTorch does without recording.
-  // Activation checkpointing's hooks make an alias when a forward runs again and not when it runs first, and both runs
-  // must be alike.
+  // Whether a saved-tensor hook is probably running: PyTorch calls hooks with recording off.
+  // Activation checkpointing's hooks make an alias only when forward runs again, but both runs must do the same.
   static bool is_packing() {
     return !at::GradMode::is_enabled() && at::SavedTensorDefaultHooks::get_hooks().has_value();
   }
@@ -35,7 +34,7 @@ Kind* find_note(const Tensor& tensor) {
   return dynamic_cast<Kind*>(tensor.unsafeGetTensorImpl()->get_backend_meta());
 }
 
-// False where the slot is taken: a device's own use of it goes before ours.
+// False if the slot is taken: the device's backend has priority.
 inline bool attach_note(const Tensor& tensor, c10::intrusive_ptr<c10::BackendMeta> note) {
   if (tensor.unsafeGetTensorImpl()->get_backend_meta() != nullptr) return false;
   tensor.unsafeGetTensorImpl()->set_backend_meta(std::move(note));
@@ -46,17 +45,17 @@ inline c10::StorageImpl* storage_of(const Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
 }
 
-// On the direct output of an op that has just got its node.
+// A note on the direct output of an op, attached directly after the output gets its node.
 struct OutputNote : Note {
   int64_t version = 0;
-  const void* node = nullptr;  // compared, never followed
+  const void* node = nullptr;  // compared, never dereferenced
   std::optional<c10::weak_intrusive_ptr<c10::StorageImpl>> storage;
 
   explicit OutputNote(const Tensor& out) : version(out._version()), node(out.grad_fn().get()) {
     if (storage_of(out) != nullptr) storage = out.unsafeGetTensorImpl()->unsafe_storage().getWeakStorageImpl();
   }
 
-  // Whether the tensor that has this note is, for all that can be known, still what the op returned.
+  // Whether the tensor is still the op's result, as far as this can be known.
   bool is_unchanged(const Tensor& out) const {
     if (out.grad_fn() == nullptr || out.grad_fn().get() != node) return false;
     if (aliases != 0 || out._version() != version) return false;

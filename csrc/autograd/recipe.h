@@ -1,12 +1,10 @@
-// A recipe instead of a tensor: the output of an activation remembers what it was made of, and a reader that would
-// retain it retains those inputs instead, which the activation's own node retains anyway, and makes the output again in
-// backward.
+// A recipe replaces a retained tensor: the output of an activation carries the activation's inputs, which the
+// activation's node retains anyway. A reader retains those inputs instead, and recomputes the output in backward.
 //
-// The recipe hangs on the output itself and dies with it. In the activation's node it would not do: what a node has
-// saved may be unpacked in backward only, and once (saved_tensors_hooks, activation checkpointing), and is gone when
-// another reader's backward has freed it; and inputs held there in addition to what was saved would outlive a
-// checkpointed forward. A reader saves the inputs itself, as any node saves a tensor, so that every hook and every
-// check of versions applies.
+// The recipe is attached to the output and dies with it. The activation's node is the wrong place for it: saved tensors
+// may be unpacked only in backward, and only once (saved_tensors_hooks, activation checkpointing), and another reader's
+// backward may have freed them; further tensors held by the node would outlive a checkpointed forward. The reader saves
+// the inputs like any node saves a tensor, so that all hooks and version checks apply.
 
 #pragma once
 
@@ -26,14 +24,14 @@ namespace safe_kernels {
 struct Recipe : OutputNote {
   using OutputNote::OutputNote;
 
-  std::array<Tensor, 3> inputs;  // gate, up, rng_state; a plain activation has no up, and without dropout no state
+  std::array<Tensor, 3> inputs;  // gate, up, rng_state; up only if gated, rng_state only with dropout
   std::string kind;
   double dropout_p = 0.0;
-  // As they were when the output was made: after a change in place of any of them the recipe no longer makes it.
+  // When the output was made: after an in-place change of an input the recipe is invalid.
   std::array<int64_t, 3> versions{};
 };
 
-// For an activation's output that has just got its node; `up` is undefined for a plain activation.
+// Called directly after an activation's output gets its node; `up` is undefined for a plain activation.
 inline void attach_recipe(const Tensor& out, const Tensor& gate, const Tensor& up, std::string_view kind,
                           double dropout_p, const std::optional<Tensor>& rng_state) {
   auto recipe = c10::make_intrusive<Recipe>(out);
@@ -45,7 +43,7 @@ inline void attach_recipe(const Tensor& out, const Tensor& gate, const Tensor& u
   attach_note(out, std::move(recipe));
 }
 
-// What makes `x` again, or null: it is no activation's direct output, or it or an input has changed since, or may have.
+// The recipe of `x`; null if x is not the direct output of an activation, or if x or an input may have changed.
 inline const Recipe* find_recipe(const Tensor& x) {
   const auto* recipe = find_note<Recipe>(x);
   if (recipe == nullptr || !recipe->is_unchanged(x)) return nullptr;
@@ -54,7 +52,7 @@ inline const Recipe* find_recipe(const Tensor& x) {
   return recipe;
 }
 
-// In a backward that is recorded itself (create_graph=True) the output comes with its graph, as a retained one would.
+// In a recorded backward (create_graph=True) the output has a graph, like a retained output.
 inline Tensor follow_recipe(const Tensor& gate, const Tensor& up, const Tensor& rng_state, std::string_view kind,
                             double dropout_p) {
   const std::optional<Tensor> state = rng_state.defined() ? std::optional(rng_state) : std::nullopt;

@@ -1,4 +1,4 @@
-// Derivatives that the ops do not have, and what they say about it.
+// Errors for derivatives that the ops do not have.
 
 #pragma once
 
@@ -27,7 +27,7 @@ bool has_tangent(const NoTensor& /*argument*/) {
   return false;
 }
 
-// Of a call with the op's first arguments, in the schema's order.
+// `args` are the op's first arguments, in the schema's order.
 template <class... Args>
 void refuse_forward_mode(const char* op, const Args&... args) {
   size_t index = 0;
@@ -38,7 +38,7 @@ void refuse_forward_mode(const char* op, const Args&... args) {
                               " has no forward-mode derivative; use reverse mode");
 }
 
-// Asked where a node is about to be made: PyTorch refuses it there too, without a word about whose node it is.
+// Called before a node is made. PyTorch refuses it later too, but its error does not name the op.
 inline void refuse_transforms(const char* op) {
   const auto& transforms = at::functorch::functorchTLSAccessor();
   if (transforms == nullptr) return;

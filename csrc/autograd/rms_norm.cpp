@@ -1,7 +1,7 @@
-// What `rms_norm` retains for backward, decided while the graph is built:
+// `rms_norm` retains for backward:
 //   x or weight requires grad   x and rstd
 //   neither                     no node at all
-// Where only x does and retain_output is true, the output takes the place of x once a reader retains it anyway.
+// If only x requires grad and retain_output is true, the output replaces x once a reader retains it.
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
@@ -27,7 +27,7 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
     ctx->mark_non_differentiable({rstd});
     announce_reader(x);
     variable_list saved{x, weight, rstd};
-    // transformers adds an offset in forward and keeps the sum, which a later change of the weight does not reach.
+    // transformers adds the offset in forward and keeps the sum; a later change of the weight does not affect it.
     if ((retain_output && !weight.requires_grad()) || weight_offset != 0.0) note_parameters(ctx, saved, /*end=*/2);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["weight_offset"] = weight_offset;

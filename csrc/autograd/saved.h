@@ -1,4 +1,4 @@
-// What a node has saved, and what to do where it was written to in place.
+// Saving a node's tensors, and errors after an in-place write to one of them.
 
 #pragma once
 
@@ -11,27 +11,27 @@
 namespace safe_kernels {
 
 inline constexpr char NORM_WRITTEN_TO[] =
-    "A bound norm (safe_kernels) keeps its input, or in its place its output once a layer that trains keeps that too. "
+    "A bound norm (safe_kernels) keeps its input, or instead its output if a layer that trains keeps that too. "
     "Write to a clone of that tensor, or leave norms as they are: safe_peft.bind(model, parts=...) without \"norms\".";
 inline constexpr char ADAPTER_INPUT_WRITTEN_TO[] =
-    "A bound adapter layer (safe_kernels) keeps its input x, or what the activation before it made x from, and with "
-    "dropout makes the mask again in backward. Write to a clone of that tensor, or use the layer without the binding "
+    "A bound adapter layer (safe_kernels) keeps its input x, or the inputs of the activation that made x, and with "
+    "dropout recomputes the mask in backward. Write to a clone of that tensor, or use the layer without the binding "
     "(Binding.detach()).";
 inline constexpr char PRE_ACTIVATION_WRITTEN_TO[] =
     "A bound activation (safe_kernels) keeps its input, and a ReLU its output. Write to a clone of that tensor, or "
     "leave activations as they are: safe_peft.bind(model, parts=...) without \"mlps\".";
 
-// A weight as forward reads it, to be saved. The values stay the same where `parameter.data` is replaced before
-// backward (`model.half()`, for one), as in PyTorch's linear layers, which save a view. Writes in place are noticed.
+// A weight as forward reads it, to be saved. If `parameter.data` is replaced before backward (as by `model.half()`),
+// the saved values stay, as in PyTorch's linear layers, which save a view. In-place writes are detected.
 inline at::Tensor as_read(const at::Tensor& weight) {
   auto* impl = weight.unsafeGetTensorImpl();
   if (impl->is_python_dispatch() || weight.is_inference() || at::functionalization::impl::isFunctionalTensor(weight))
     return weight;
   at::Tensor alias(impl->shallow_copy_and_detach(impl->version_counter(), /*allow_tensor_metadata_change=*/false));
-  return alias.set_requires_grad(weight.requires_grad());  // a backward that is itself recorded depends on it
+  return alias.set_requires_grad(weight.requires_grad());  // a recorded backward depends on it
 }
 
-// Unpacks them; where autograd finds a version changed, `words` says what is kept and how to go on.
+// Unpacks the saved tensors. If autograd finds a changed version, `words` explains the tensor and the fix.
 inline torch::autograd::variable_list unpack_saved(const torch::autograd::AutogradContext* ctx, const char* words) {
   try {
     return ctx->get_saved_variables();

@@ -1,4 +1,4 @@
-// Activation and dropout on a CPU, in one read and one write of each tensor.
+// Activation and dropout on a CPU: each tensor is read or written once.
 
 #include "ops/activation.h"
 

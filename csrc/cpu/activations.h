@@ -1,5 +1,5 @@
-// The activations, element by element: value(x), and pull_back(x, grad, value) = grad * value'(x), which gives the
-// value as well. The formulas stand in safe_kernels/reference/activation.py.
+// The activations, element by element: value(x), and pull_back(x, grad, value) = grad * value'(x), which also returns
+// the value. The formulas are in safe_kernels/reference/activation.py.
 
 #pragma once
 
@@ -41,7 +41,7 @@ struct Gelu {
 struct GeluTanh {
   template <typename T>
   static SAFE_KERNELS_INLINE T twice_u(T x) {
-    return x * (T(1.5957691216057308) + T(0.071354816272600249) * x * x);  // 2 sqrt(2 / pi), and 0.044715 of it
+    return x * (T(1.5957691216057308) + T(0.071354816272600249) * x * x);  // 2 sqrt(2 / pi), and 0.044715 times that
   }
 
   template <typename T>
@@ -51,13 +51,13 @@ struct GeluTanh {
 
   template <typename T>
   static SAFE_KERNELS_INLINE T pull_back(T x, T grad, T& value) {
-    // Further out the slope is 0 or 1 to the last bit, while x^2 and e would overflow and make 0 * inf of it.
+    // Beyond +-10 the derivative is exactly 0 or 1, but x^2 and e would overflow and give 0 * inf.
     T z = x < T(-10) ? T(-10) : x;
     z = z > T(10) ? T(10) : z;
     const T e = exponential(-twice_u(z)), s = T(1) / (T(1) + e);
     value = (x < T(0) ? z : x) * s;
     const T slope = T(1.5957691216057308) + T(0.21406444881780073) * z * z;  // of twice_u
-    return grad * (s + z * slope * (e * s * s));  // e s = 1 - s, but without its cancellation
+    return grad * (s + z * slope * (e * s * s));                             // e s = 1 - s, without cancellation
   }
 };
 
@@ -70,20 +70,20 @@ struct Relu {
   template <typename T>
   static SAFE_KERNELS_INLINE T pull_back(T x, T grad, T& value) {
     value = x < T(0) ? T(0) : x;
-    return x <= T(0) ? T(0) : grad;  // chosen, not multiplied: an infinite gradient stops here too
+    return x <= T(0) ? T(0) : grad;  // selected, not multiplied: it stops an infinite gradient too
   }
 };
 
 enum class Kind { kSilu, kGelu, kGeluTanh, kRelu };
 
-// Of a name that check_kind has let through.
+// `name` must have passed check_kind.
 inline Kind kind_of(std::string_view name) {
   if (name == "silu") return Kind::kSilu;
   if (name == "gelu") return Kind::kGelu;
   return name == "gelu_tanh" ? Kind::kGeluTanh : Kind::kRelu;
 }
 
-// Sweep::run<Activation>(args, begin, end) for the activation that args.kind names.
+// Calls Sweep::run<Activation>(args, begin, end) for the activation args.kind.
 template <class Sweep, class Args>
 SAFE_KERNELS_INLINE void run_kind(const Args& args, int64_t begin, int64_t end) {
   switch (args.kind) {

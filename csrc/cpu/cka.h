@@ -1,4 +1,4 @@
-// The sums that score an adapter, made from one block of rows: see cka_sums in safe_kernels/reference/importance.py.
+// The sums that score an adapter, from one block of rows: see cka_sums in safe_kernels/reference/importance.py.
 
 #pragma once
 
@@ -19,7 +19,7 @@ struct CkaArgs {
   Rows base;
   const T* h;  // [N, h_stride], scaling * dropout(x) A'
   int64_t h_stride;
-  const T* lora_B;  // [d_out, h_stride], columns from r on are zero
+  const T* lora_B;  // [d_out, h_stride], zero from column r on
   int64_t r;
   const int64_t* starts;  // [n blocks]
   int64_t block_rows;
@@ -27,11 +27,11 @@ struct CkaArgs {
   Sums* sums;          // [n blocks]
 };
 
-// Features are taken this many columns at a time, so that a block of 128 rows stays in the L2 cache.
+// Columns of features per step: a block of 128 rows stays in the L2 cache.
 constexpr int64_t kFeatures = 128;
 
-// target [columns, rows] = the transpose of values, in double, less each column's mean. Double, because K and E are
-// nearly parallel when an adapter is aligned with its layer, and a c - b^2 is then a small difference.
+// target [columns, rows] = the transpose of values, in double, minus each column's mean. Double, because K and E are
+// nearly parallel if an adapter is aligned with its layer, and then a c - b^2 is a small difference.
 template <typename T>
 SAFE_KERNELS_INLINE void centre_columns(const T* values, int64_t stride, int64_t rows, int64_t columns,
                                         double* target) {
@@ -43,7 +43,7 @@ SAFE_KERNELS_INLINE void centre_columns(const T* values, int64_t stride, int64_t
   }
 }
 
-// Inner products of the symmetric K [n, n] and of E = V H' + H V', from upper triangles alone.
+// Inner products of the symmetric K [n, n] and of E = V H' + H V', from upper triangles only.
 SAFE_KERNELS_INLINE void add_products(const double* K, const double* E, int64_t n, Sums& sums) {
   for (int64_t i = 0; i < n; ++i) {
     double a = 0, b = 0, c = 0;
@@ -60,7 +60,7 @@ SAFE_KERNELS_INLINE void add_products(const double* K, const double* E, int64_t 
   }
 }
 
-// C [n, n] (+)= L' P for matrices [k, n], of which only the upper triangle is wanted: rows below a panel are left out.
+// C [n, n] (+)= L' P for matrices [k, n], upper triangle only: rows below a panel are skipped.
 SAFE_KERNELS_INLINE void gemm_upper(int64_t n, int64_t k, const double* L, const double* P, bool accumulate,
                                     double* C) {
   constexpr int64_t kPanel = 24;
@@ -83,7 +83,7 @@ SAFE_KERNELS_INLINE std::vector<int64_t> chosen_rows(const CkaArgs<T>& args, int
 }
 
 // With Xc [n, d_out] and hc [n, r] centred: E = Xc (hc B')' + (hc B') Xc' + hc B'B hc' = V hc' + hc V', where
-// V = Xc B + hc (B'B) / 2. No [n, d_out] matrix of what the adapter adds is ever made.
+// V = Xc B + hc (B'B) / 2. The adapter's output [n, d_out] is never stored.
 template <typename T>
 SAFE_KERNELS_INLINE void cka_block(const CkaArgs<T>& args, int64_t block) {
   const std::vector<int64_t> rows = chosen_rows(args, block);
@@ -110,7 +110,7 @@ SAFE_KERNELS_INLINE void cka_block(const CkaArgs<T>& args, int64_t block) {
     gemm<double>({r, n, width, B.data(), 1, r, X.data(), n, first ? nullptr : V, n, V, n});
     gemm<double>({r, r, width, B.data(), 1, r, B.data(), r, first ? nullptr : G.data(), r, G.data(), r});
   }
-  if (r > 0) {  // else E stays zero, and there is nothing to point at
+  if (r > 0) {  // otherwise E stays zero, and the vectors are empty
     for (double& g : G) g *= 0.5;
     gemm<double>({r, n, r, G.data(), r, 1, H, n, V, n, V, n});
     std::memcpy(VH.data() + r * n, H, r * n * sizeof(double));

@@ -1,4 +1,4 @@
-// Dropout on a CPU: the bits are made while a row is in cache, and never stored.
+// Dropout on a CPU: random bits are generated while a row is in the cache, and never stored.
 
 #include "cpu/dropout.h"
 

@@ -1,4 +1,4 @@
-// What the element-wise kernels share: rows read and written one at a time, with dropout.
+// Shared by the element-wise kernels: reading and writing one row at a time, with dropout.
 
 #pragma once
 
@@ -26,7 +26,7 @@ inline at::Tensor empty_like_rows(const at::Tensor& tensor) {
   return at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::Contiguous));
 }
 
-// A tensor's rows in dtype T: its own memory where it has that dtype, else a converted copy of one row.
+// A tensor's rows in dtype T: its own memory if it has that dtype, otherwise a converted copy of one row.
 template <typename T>
 struct Reader {
   const Rows& rows;

@@ -1,5 +1,5 @@
-// exp, the logistic function and the normal distribution, written so that a loop over them becomes vector code: no
-// branch, no call. In float64, where speed matters less, they are the standard library's.
+// exp, the logistic function and the normal distribution, without branches and calls, so that the compiler vectorises
+// loops over them. In float64, where speed matters less, they use the standard library.
 
 #pragma once
 
@@ -23,16 +23,16 @@ SAFE_KERNELS_INLINE float from_bits(int32_t bits) {
   return x;
 }
 
-// min(|x|, bound), where a NaN counts as large. Compared as integers, in whose order non-negative numbers are, since of
-// two comparisons of floats on the way to one result GCC makes a path for each outcome and blends them all.
+// min(|x|, bound), where a NaN counts as large. The bits are compared as integers, which have the same order for
+// non-negative numbers: for two float comparisons GCC would compute every outcome and blend them.
 SAFE_KERNELS_INLINE float magnitude(float x, float bound) {
   const int32_t bits = bits_of(x) & 0x7FFFFFFF, limit = bits_of(bound);
   return from_bits(bits < limit ? bits : limit);
 }
 
-// exp(x) to about an ulp, for x from -95 to 88.5: x = n ln 2 + r with |r| <= ln(2) / 2, exp(r) by a polynomial
-// (minimax, 3e-9), 2^n by its bits. Below 2^-126.5 it is 0 and from 2^127.5 it is infinity, which no caller can tell
-// from the truth.
+// exp(x) to about one ulp, for x from -95 to 88.5: x = n ln 2 + r with |r| <= ln(2) / 2, exp(r) by a polynomial
+// (minimax, 3e-9), 2^n by its bits. Results below 2^-126.5 become 0 and from 2^127.5 infinity, which changes no
+// caller's result.
 SAFE_KERNELS_INLINE float exponential_inside(float x) {
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it leaves an integer in the lowest bits
   constexpr int32_t kRoundBits = 0x4B400000;
@@ -45,11 +45,11 @@ SAFE_KERNELS_INLINE float exponential_inside(float x) {
   p = p * r + 0.166665205f;
   p = p * r + 0.499999934f;
   p = p * (r * r) + r + 1.0f;
-  const int32_t exponent = bits_of(shifted) - (kRoundBits - 127);  // at most 255, infinity; what is below 1 is 0
+  const int32_t exponent = bits_of(shifted) - (kRoundBits - 127);  // 255 is infinity; below 1 becomes 0
   return p * from_bits((exponent > 0 ? exponent : 0) << 23);
 }
 
-// For any x. exp(NaN) is a number: every caller has what the NaN came from in its result otherwise.
+// For any x. exp(NaN) is a number here: callers get the NaN into their result in another way.
 SAFE_KERNELS_INLINE float exponential(float x) { return exponential_inside(std::copysign(magnitude(x, 88.5f), x)); }
 
 SAFE_KERNELS_INLINE double exponential(double x) { return std::exp(x); }
@@ -59,16 +59,16 @@ SAFE_KERNELS_INLINE T logistic(T x) {
   return T(1) / (T(1) + exponential(-x));
 }
 
-// The standard normal distribution up to x, and its density there.
+// The standard normal distribution function at x, and its density.
 template <typename T>
 struct Normal {
   T cdf, density;
 };
 
-// cdf(-a) = exp(-a^2 / 2) R(a), with R rational (minimax, 5e-9): one exponential serves both, and the lower tail, which
-// 1 + erf(x / sqrt 2) loses to cancellation, keeps its digits.
+// cdf(-a) = exp(-a^2 / 2) R(a), with R rational (minimax, 5e-9): both results use one exponential, and the lower tail
+// stays precise, which 1 + erf(x / sqrt 2) loses to cancellation.
 SAFE_KERNELS_INLINE Normal<float> normal(float x) {
-  const float a = magnitude(x, 13.5f);  // whose exp(-a^2 / 2) is 0 already
+  const float a = magnitude(x, 13.5f);  // exp(-a^2 / 2) is already 0 here
   float numerator = 0.00403694041f;
   numerator = numerator * a + 0.0400976972f;
   numerator = numerator * a + 0.181644796f;

@@ -1,4 +1,4 @@
-// dropout(act(gate) * up) on a CPU, in one read and one write of each tensor, forward and backward.
+// dropout(act(gate) * up) on a CPU, forward and backward: each tensor is read or written once.
 
 #include "ops/gated_activation.h"
 
@@ -38,7 +38,7 @@ struct GatedForward {
 
 template <typename T>
 struct GatedBackwardArgs {
-  Rows grad, gate, up, grad_gate, grad_up;  // a gradient that is not wanted has no data
+  Rows grad, gate, up, grad_gate, grad_up;  // an unwanted gradient has no data
   Kind kind;
   Dropout dropout;
 };

@@ -13,15 +13,14 @@ struct Simd {
   typedef T Unaligned __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
 };
 
-// Products are summed over so many k at a time, and those sums added: the rounding error of one long sum grows with
-// its length, and the inner dimension of an adapter may be 14,336.
+// A sum over k has parts of this length, which are then added: the rounding error of one long sum grows with its
+// length, and the inner dimension of an adapter may be 14,336.
 constexpr int64_t kSumLength = 128;
 
-// P is read again for every few rows of C while it fits into the L2 cache with them; a larger one is walked in
-// pieces.
+// P is read again for every few rows of C and must fit into the L2 cache with them; a larger P is split.
 constexpr int64_t kPanelBytes = 128 * 1024;
 
-// MR x (NV vectors) of C: their sums stay in registers while a stretch of k is walked once.
+// MR x (NV vectors) of C: the sums stay in registers while one part of k is read once.
 template <typename T, int MR, int NV>
 SAFE_KERNELS_INLINE void tile(const Gemm<T>& g, int64_t i, int64_t j) {
   using Vector = typename Simd<T>::Vector;
@@ -67,7 +66,7 @@ SAFE_KERNELS_INLINE void element(const Gemm<T>& g, int64_t i, int64_t j) {
   g.C[i * g.c_stride + j] = g.init != nullptr ? g.init[i * g.init_stride + j] + sum : sum;
 }
 
-// MR rows and the columns [first, last). 6 x 2 vectors of sums, two of P and one broadcast fill the registers of AVX2.
+// MR rows, columns [first, last). 6 x 2 vectors of sums, two of P and one broadcast fill the registers of AVX2.
 template <typename T, int MR>
 SAFE_KERNELS_INLINE void band(const Gemm<T>& g, int64_t i, int64_t first, int64_t last) {
   constexpr int kLanes = Simd<T>::kLanes;
@@ -81,7 +80,7 @@ SAFE_KERNELS_INLINE void band(const Gemm<T>& g, int64_t i, int64_t first, int64_
 template <typename T>
 SAFE_KERNELS_INLINE void bands(const Gemm<T>& g, int64_t begin, int64_t end, int64_t first, int64_t last) {
   int64_t i = begin;
-  if (last - first < 2 * Simd<T>::kLanes)  // one vector a row: more rows, so that the latency of a product stays hidden
+  if (last - first < 2 * Simd<T>::kLanes)  // one vector per row: more rows hide a product's latency
     for (; i + 8 <= end; i += 8) band<T, 8>(g, i, first, last);
   for (; i + 6 <= end; i += 6) band<T, 6>(g, i, first, last);
   for (; i + 2 <= end; i += 2) band<T, 2>(g, i, first, last);
@@ -91,7 +90,7 @@ SAFE_KERNELS_INLINE void bands(const Gemm<T>& g, int64_t begin, int64_t end, int
 template <typename T>
 SAFE_KERNELS_INLINE void gemm_body(const Gemm<T>& g, int64_t begin, int64_t end) {
   constexpr int64_t kStrip = 2 * Simd<T>::kLanes;
-  if (g.k == 0) {  // L and P may be null then, which not even an offset may be added to
+  if (g.k == 0) {  // L and P may be null: pointer arithmetic is not allowed
     for (int64_t i = begin; i < end; ++i)
       for (int64_t j = 0; j < g.n; ++j) element(g, i, j);
     return;

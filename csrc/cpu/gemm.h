@@ -1,6 +1,5 @@
 // A small matrix product for adapter shapes: one of m, n, k is the rank, or a block of rows. BLAS libraries are tuned
-// for large squares and cost more to call than such a product takes; and they cannot start from another tensor's
-// values.
+// for large matrices: their call takes longer than such a product. They also cannot start from another tensor's values.
 
 #pragma once
 
@@ -8,7 +7,7 @@
 
 namespace safe_kernels::cpu {
 
-// C [m, n] = init + L P, all row-major but L, whose elements lie at L[i * row_stride + k * k_stride] so that it may be
+// C [m, n] = init + L P, row-major except L, whose elements are at L[i * row_stride + k * k_stride], so that it may be
 // transposed. `init` may be null (zeros), C itself (accumulate) or any other matrix.
 template <typename T>
 struct Gemm {

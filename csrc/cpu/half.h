@@ -1,5 +1,5 @@
-// float16 to float32 and back by the processor's own conversion where it has one: element by element in software it
-// takes longer than everything else that a kernel does with a row.
+// float16 to float32 and back with the processor's conversion, if it has one: in software the conversion takes longer
+// than the rest of a kernel's work on a row.
 
 #pragma once
 
@@ -17,7 +17,7 @@ namespace safe_kernels::cpu {
 
 #ifdef SAFE_KERNELS_AVX2
 
-// Returns how many were converted: whole vectors.
+// Converts whole vectors; returns the number of converted elements.
 SAFE_KERNELS_AVX2 inline int64_t half_to_float_avx2(const c10::Half* from, int64_t count, float* to) {
   int64_t i = 0;
   for (; i + 8 <= count; i += 8)

@@ -1,5 +1,5 @@
-// Compiles a function for the instruction set every CPU of the platform has and, on x86-64, once more for AVX2, and
-// picks one at run time. The package is so portable, and as fast as if built for the machine it runs on.
+// Compiles a function for the platform's baseline and, on x86-64, also for AVX2, and picks one at run time. So the
+// package is portable, and as fast as if it were built for the machine.
 
 #pragma once
 

@@ -1,6 +1,4 @@
-// LoRA on a CPU: one sweep over the rows forward and one backward. A block of rows of x is read, dropped out and
-// converted once, while it is in cache, for every product that needs it; nothing of size [N, d] is made besides the
-// results.
+// LoRA on a CPU: see lora_sweeps.h.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -28,7 +26,7 @@ SAFE_KERNELS_VARIANTS(backward_chunks, lora_backward_body<double>, LoraBackwardA
 SAFE_KERNELS_VARIANTS(score_blocks, cka_blocks<float>, CkaArgs<float>)
 SAFE_KERNELS_VARIANTS(score_blocks, cka_blocks<double>, CkaArgs<double>)
 
-// A copy of a [rows, r] matrix whose rows are filled up with zeros to whole vectors.
+// A copy of a [rows, r] matrix, with rows padded with zeros to whole vectors.
 Tensor padded(const Tensor& matrix, at::ScalarType dtype) {
   const int64_t r = matrix.size(1), stride = (r + 7) / 8 * 8;
   if (r == stride) return matrix.to(dtype).contiguous();
@@ -37,7 +35,7 @@ Tensor padded(const Tensor& matrix, at::ScalarType dtype) {
   return result;
 }
 
-// Two matrices of so many rows squared, in double, are 1 GiB a thread.
+// A block needs two [rows, rows] matrices in double: 1 GiB per thread at this limit.
 constexpr int64_t kMostBlockRows = 8192;
 
 template <typename T>
@@ -94,7 +92,7 @@ std::tuple<Tensor, Tensor> run_lora(const Tensor& x, const Tensor& base, const T
     h = at::empty({args.x.count, args.stride}, At.options());
     args.h = h.mutable_data_ptr<T>();
   }
-  // Rows without features are not walked: there may be any number of them.
+  // Rows without features are skipped: there may be any number of them.
   const int64_t rows = scores || out.numel() > 0 ? args.x.count : 0;
   at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) { forward_rows(args, begin, end); });
   if (!scores) return {out, at::empty({0}, x.options().dtype(at::kDouble))};

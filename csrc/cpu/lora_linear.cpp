@@ -1,5 +1,5 @@
-// A linear layer and its adapter on a CPU: BLAS makes the products with the layer's weight, and `lora` the rest.
-// Forward rounds as PEFT does; backward adds the layer's part of the gradient of x to the adapter's, in place.
+// A linear layer and its adapter on a CPU: BLAS computes the products with the layer's weight, and `lora` the rest.
+// Forward rounds like PEFT. Backward adds the layer's part of the gradient of x to the adapter's part in place.
 
 #include "ops/lora_linear.h"
 

@@ -1,5 +1,5 @@
-// The two sweeps of LoRA over rows: forward and backward. A block of rows of x is read, dropped out and converted once,
-// while it is in cache, for every product that needs it; nothing of size [N, d] is made besides the results.
+// The two sweeps of LoRA over rows: forward and backward. For all products a block of rows of x is read, dropped out
+// and converted once, while it is in the cache; no tensor of size [N, d] is made except the results.
 
 #pragma once
 
@@ -12,8 +12,8 @@
 
 namespace safe_kernels::cpu {
 
-// Rows taken at a time: as many as stay in the L2 cache, but no fewer than make it worth while to read and write the
-// [r, d] sums of a gradient once a block; a multiple of 6 and of 8, the heights of gemm's tiles.
+// Rows per block: they fit in the L2 cache, but are enough for reading and writing a gradient's [r, d] sums once per
+// block. A multiple of 6 and 8, the heights of gemm's tiles.
 inline int64_t rows_in_block(int64_t columns) { return columns <= 1024 ? 48 : 24; }
 
 template <typename T>

@@ -1,5 +1,5 @@
-// The rows of RMSNorm and LayerNorm, forward and backward: one read and one write of each tensor a pass. The formulas
-// stand in safe_kernels/reference/rms_norm.py and layer_norm.py.
+// The rows of RMSNorm and LayerNorm, forward and backward: each pass reads or writes a tensor once. The formulas are in
+// safe_kernels/reference/rms_norm.py and layer_norm.py.
 
 #pragma once
 
@@ -36,8 +36,8 @@ std::unique_ptr<T[]> row_scratch(int64_t columns) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(columns)]);  // not initialised
 }
 
-// The second sum corrects the rounding of the first. That rounding matters in rows that are nearly constant, such as
-// those of padding: 1 / rstd is small there, and PyTorch's mean of a constant row is exact.
+// The second sum corrects the rounding of the first. This matters for nearly constant rows, such as padding: there
+// 1 / rstd is small, and PyTorch's mean of a constant row is exact.
 template <typename T>
 SAFE_KERNELS_INLINE T mean_of(const T* x, int64_t columns) {
   const T count = static_cast<T>(columns), mean = sum(x, T(0), columns) / count;
@@ -90,9 +90,9 @@ struct NormBackward {
   using T = typename Norm::Real;
   Rows grad, retained, grad_x;  // grad_x without data: not wanted
   const T* scale;               // [columns]
-  const T* inverse;             // [columns], 1 / scale when `retained` is the output, else null
+  const T* inverse;             // [columns], 1 / scale if `retained` is the output, otherwise null
   const T* bias;                // [columns]; null for RMSNorm
-  const T* mean;                // [rows]; null for RMSNorm and when `retained` is the output
+  const T* mean;                // [rows]; null for RMSNorm, and if `retained` is the output
   const T* rstd;                // [rows]
   // Partial sums [chunks, columns] over chunks of rows. Chunks do not depend on the number of threads, and their sums
   // are added in order, so the gradients are the same to the last bit on any number of threads. Null: not wanted.
@@ -101,8 +101,8 @@ struct NormBackward {
   int64_t chunk_rows;
 };
 
-// One row on its way back. x_hat and g = grad scale are made again in each pass: the row is in the L1 cache, and
-// storing them would cost more than they do.
+// One row in backward. Each pass recomputes x_hat and g = grad scale: the row is in the L1 cache, so this is cheaper
+// than storing them.
 template <typename Norm>
 struct BackwardRow {
   using T = typename Norm::Real;
@@ -113,7 +113,7 @@ struct BackwardRow {
   int64_t columns;
 };
 
-// centred = out - bias, or (x - mean) rstd, which is x_hat already.
+// centred = out - bias, or (x - mean) rstd, which already is x_hat.
 template <typename Norm, typename Step, bool kFromOutput>
 SAFE_KERNELS_INLINE void make_centred(const BackwardRow<Norm>& row, int64_t j, typename Step::Vector& centred) {
   centred = load<Step>(row.retained + j);
@@ -236,9 +236,9 @@ SAFE_KERNELS_INLINE void backward_body(const NormBackward<Norm>& args, int64_t b
   for (int64_t chunk = begin; chunk < end; ++chunk) backward_chunk(args, chunk);
 }
 
-// ---------------------------------------------------------------- what surrounds the rows
+// ---------------------------------------------------------------- around the rows
 
-// A vector [columns] in the dtype of sums; `otherwise` everywhere when the tensor is not given.
+// A vector [columns] in the dtype of sums; filled with `otherwise` if the tensor is not given.
 inline at::Tensor per_feature(const std::optional<at::Tensor>& tensor, double otherwise, const at::Tensor& x,
                               at::ScalarType dtype) {
   if (given(tensor)) return tensor->to(dtype).contiguous();
@@ -254,7 +254,7 @@ inline at::Tensor empty_per_row(const at::Tensor& x, at::ScalarType dtype) {
   return at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(dtype));
 }
 
-// Chunks of rows of a backward pass: few enough that their sums are soon added, enough for every thread.
+// Chunks of rows in backward: enough for every thread, but few, since their sums must be added.
 struct Chunks {
   int64_t rows, count;
 
@@ -264,7 +264,7 @@ struct Chunks {
   }
 };
 
-// The sum of the chunks, in the dtype of what it is the gradient of; shape [0] when it was not wanted.
+// The sum over the chunks, in the parameter's dtype; shape [0] if it is not wanted.
 inline at::Tensor sum_of_chunks(const at::Tensor& partial, bool wanted, const at::TensorOptions& like) {
   if (!wanted) return at::empty({0}, like);
   return partial.sum(0).to(like.dtype().toScalarType());

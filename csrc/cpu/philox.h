@@ -1,5 +1,5 @@
-// Dropout from Philox4x32-7 (Salmon et al. 2011): the bits of an element follow from its row, its column and the seed,
-// so backward makes the mask again instead of keeping it. The rule stands in safe_kernels/reference/philox.py.
+// Dropout from Philox4x32-7 (Salmon et al. 2011): an element's bits depend on its row, its column and the seed, so
+// backward recomputes the mask instead of keeping it. The definition is in safe_kernels/reference/philox.py.
 
 #pragma once
 
@@ -17,7 +17,7 @@ namespace safe_kernels::cpu {
 struct Dropout {
   uint64_t seed = 0;
   uint64_t offset = 0;
-  uint32_t threshold = 0;  // dropped when the upper 24 bits of its word are below; 0 keeps everything
+  uint32_t threshold = 0;  // drop if the upper 24 bits of the word are below it; 0 keeps everything
   double scale = 1.0;
 
   Dropout() = default;
@@ -30,10 +30,10 @@ struct Dropout {
 
 constexpr uint32_t kMultiplier0 = 0xD2511F53, kMultiplier1 = 0xCD9E8D57;
 constexpr uint32_t kKeyStep0 = 0x9E3779B9, kKeyStep1 = 0xBB67AE85;
-constexpr int kRounds = 7;  // the fewest that pass every test of the paper (BigCrush); its default of 10 has a margin
+constexpr int kRounds = 7;  // the fewest that pass the paper's tests (BigCrush); its default is 10
 constexpr int64_t kWordsAtOnce = 32;
 
-// The words of one row, in the order of its columns; `words` has room for a whole number of kWordsAtOnce.
+// The words of one row, in the order of its columns; the size of `words` is a multiple of kWordsAtOnce.
 inline void philox_row_baseline(const Dropout& dropout, uint32_t row, int64_t columns, uint32_t* words) {
   for (int64_t group = 0; group < (columns + 3) / 4; ++group, words += 4) {
     uint32_t c0 = static_cast<uint32_t>(group), c1 = row;
@@ -52,8 +52,8 @@ inline void philox_row_baseline(const Dropout& dropout, uint32_t row, int64_t co
 
 #ifdef SAFE_KERNELS_AVX2
 
-// Four counters a vector, one in each 64-bit lane, so that a product's halves stay in their lane; what is left in the
-// upper half of a lane does no harm, since the multiplication reads the lower one only.
+// Four counters per vector, one in each 64-bit lane, so that both halves of a product stay in its lane. The
+// multiplication reads only the lower half of a lane, so the upper half may contain anything.
 SAFE_KERNELS_AVX2 inline void philox_row_avx2(const Dropout& dropout, uint32_t row, int64_t columns, uint32_t* words) {
   const __m256i m0 = _mm256_set1_epi64x(kMultiplier0), m1 = _mm256_set1_epi64x(kMultiplier1);
   for (int64_t j = 0; j < columns; j += kWordsAtOnce, words += kWordsAtOnce) {
@@ -99,7 +99,7 @@ inline void philox_row(const Dropout& dropout, uint32_t row, int64_t columns, ui
   philox_row_baseline(dropout, row, columns, words);
 }
 
-// factor[j] = what dropout multiplies column j of `row` by: 0 or 1 / (1 - p).
+// factor[j] = dropout's factor for column j of `row`: 0 or 1 / (1 - p).
 template <typename T>
 SAFE_KERNELS_INLINE void dropout_factors(const Dropout& dropout, int64_t row, int64_t columns, uint32_t* words,
                                          T* factor) {

@@ -1,4 +1,4 @@
-// Rows of a tensor of any floating dtype, read into and written from the dtype the sums are made in.
+// Rows of a tensor of any floating dtype, converted from and to the dtype of the sums.
 
 #pragma once
 
@@ -16,7 +16,7 @@
 
 namespace safe_kernels::cpu {
 
-// What the sums of a call are made in.
+// The dtype of a call's sums.
 inline at::ScalarType compute_dtype(std::initializer_list<std::optional<at::Tensor>> tensors) {
   for (const auto& tensor : tensors)
     if (given(tensor) && tensor->scalar_type() == at::kDouble) return at::kDouble;
@@ -25,7 +25,7 @@ inline at::ScalarType compute_dtype(std::initializer_list<std::optional<at::Tens
 
 // The last dimension is contiguous; row i begins at data + i * stride elements.
 struct Rows {
-  at::Tensor owner;  // keeps a copy alive where the tensor's own strides could not be walked
+  at::Tensor owner;  // keeps a copy alive if the tensor's strides are unsuitable
   void* data = nullptr;
   at::ScalarType dtype = at::kFloat;
   int64_t count = 0, columns = 0, stride = 0;
@@ -85,7 +85,7 @@ SAFE_KERNELS_INLINE void write_row(const Rows& rows, int64_t row, const T* in) {
   }
 }
 
-// A block of rows in dtype T: the tensor's own memory where it has that dtype, else a converted copy in `scratch`.
+// A block of rows in dtype T: the tensor's own memory if it has that dtype, otherwise a converted copy in `scratch`.
 template <typename T>
 struct Block {
   const T* data;

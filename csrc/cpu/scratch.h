@@ -1,4 +1,4 @@
-// Memory that a sweep over rows works in.
+// Temporary memory of a sweep over rows.
 
 #pragma once
 

@@ -1,6 +1,5 @@
-// Vectors of the compiler's own, and sums over a row with them. Several vectors of partial sums hide the latency of an
-// addition, and the error of a sum grows with the length of a partial one. The order of additions follows from the
-// length alone.
+// The compiler's vector types, and sums over a row with them. Several vectors of partial sums hide the latency of an
+// addition and reduce the rounding error. The order of additions depends only on the length.
 
 #pragma once
 
@@ -10,7 +9,7 @@
 
 namespace safe_kernels::cpu {
 
-// How many elements a step takes: a vector, or one of those that are left over.
+// The width of a step: a vector, or one of the remaining elements.
 template <typename T>
 struct Wide {
   using Real = T;

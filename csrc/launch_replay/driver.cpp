@@ -37,7 +37,7 @@ struct Driver {
   bool complete() const { return get_context != nullptr && launch_kernel != nullptr && error_string != nullptr; }
 };
 
-// Called once there are plans: to record one, the driver had to be loaded.
+// Called only when a plan exists; recording one has loaded the driver.
 const Driver& driver() {
   static const Driver found;
   return found;

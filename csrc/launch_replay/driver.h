@@ -1,5 +1,5 @@
-// As much of CUDA's driver as launching takes, found in the process that has loaded it: the extension is built without
-// CUDA, and runs where there is none.
+// The part of CUDA's driver that launches need, looked up in the library that the process has loaded: the extension is
+// built without CUDA, and also runs without it.
 
 #pragma once
 
@@ -10,14 +10,14 @@ namespace safe_kernels::launch_replay {
 
 struct Grid {
   std::array<unsigned, 3> programs;
-  unsigned threads;  // of a program
-  unsigned shared;   // bytes of a program
+  unsigned threads;  // per program
+  unsigned shared;   // bytes per program
 };
 
-// Whether this thread can launch: the driver is there, and a context is current. Triton's own launcher sees to both.
+// Whether this thread can launch: the driver is loaded, and a context is current. Triton's launcher ensures both.
 bool can_launch();
 
-// Starts a kernel; `function` and `stream` are the driver's handles, `parameters` addresses of the kernel's arguments.
+// Starts a kernel; `function` and `stream` are driver handles, `parameters` the addresses of its arguments.
 void launch(void* function, const Grid& grid, void* stream, void** parameters);
 
 }  // namespace safe_kernels::launch_replay

@@ -10,7 +10,7 @@ namespace safe_kernels::launch_replay {
 
 namespace {
 
-// A CPU has no streams, and runs plans in tests alone.
+// A CPU has no streams; it runs plans only in tests.
 void* current_stream(c10::Device device) {
   if (device.is_cpu()) return nullptr;
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();

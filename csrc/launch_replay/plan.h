@@ -1,5 +1,5 @@
-// What one kind of call allocates and launches, as its host function in Python did it: with the same shapes, strides,
-// dtypes, alignments and numbers everything but the addresses is the same, and Python need not be asked again.
+// A launch plan: the allocations and launches of one kind of call, recorded from its host function in Python. Calls
+// with the same shapes, strides, dtypes, alignments and numbers differ only in addresses, so C++ can replay them.
 
 #pragma once
 
@@ -20,13 +20,13 @@ struct Plan {
     std::vector<int64_t> sizes;
     at::ScalarType dtype;
     size_t first;  // step before which it is made
-    size_t last;   // step after which it goes; of a result, and of what is never used, one that never comes
+    size_t last;   // step after which it is freed; for a result or an unused one, a step that never comes
   };
 
   // A kernel's argument: an address in one of the call's tensors, or a number.
   struct Argument {
-    int64_t tensor;  // the call's own first, then allocations; -1: a number
-    uint64_t value;  // bytes behind the tensor's first element, or the number's bits
+    int64_t tensor;  // the call's inputs first, then allocations; -1: a number
+    uint64_t value;  // bytes after the tensor's first element, or the number's bits
   };
 
   struct Launch {
@@ -38,7 +38,7 @@ struct Plan {
   struct View {
     int64_t tensor;
     std::vector<int64_t> sizes, strides;
-    int64_t offset;  // elements behind the tensor's first one
+    int64_t offset;  // elements after the tensor's first one
   };
 
   // out += left right, by PyTorch.
@@ -48,10 +48,10 @@ struct Plan {
 
   std::vector<Allocation> allocations;
   std::vector<std::variant<Launch, Product>> steps;
-  std::vector<int64_t> results;  // among the allocations
+  std::vector<int64_t> results;  // indices of allocations
 };
 
-// Carries a plan out on the current stream of the tensors' device.
+// Replays a plan on the current stream of the tensors' device.
 std::vector<Tensor> replay(const Plan& plan, std::vector<Tensor> tensors);
 
 }  // namespace safe_kernels::launch_replay

@@ -18,10 +18,10 @@ namespace safe_kernels::launch_replay {
 
 namespace {
 
-// More kinds of calls than that are no training's; what is forgotten is made again.
+// No training has more kinds of calls; dropped plans are recorded again.
 constexpr size_t kMostPlans = 4096;
 
-// Plans of one op by signature. Null: a call that has none, since not all of what it does are launches.
+// Plans of one op by signature. Null: a call that cannot have a plan, since it does more than allocate and launch.
 class Plans {
  public:
   bool find(const std::string& key, std::shared_ptr<const Plan>& plan) const {
@@ -32,7 +32,7 @@ class Plans {
     return true;
   }
 
-  // Unless plans have been forgotten since the call began: this one may rest on what has changed.
+  // Does nothing if plans were dropped since the call began: this one may depend on the state before.
   void add(std::string key, std::shared_ptr<const Plan> plan, size_t age) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (age != age_) return;
@@ -46,7 +46,7 @@ class Plans {
     ++age_;
   }
 
-  // How often plans have been forgotten.
+  // How often plans have been dropped.
   size_t age() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return age_;
@@ -63,7 +63,7 @@ class Plans {
   std::unordered_map<std::string, std::shared_ptr<const Plan>> plans_;
 };
 
-// By op. Never destroyed: the dispatcher may call an op for as long as the process lives.
+// By op. Never destroyed: the dispatcher may call an op until the process ends.
 std::unordered_map<std::string, std::shared_ptr<Plans>>& all_plans() {
   static auto* plans = new std::unordered_map<std::string, std::shared_ptr<Plans>>();
   return *plans;
@@ -106,7 +106,7 @@ class Served final : public c10::OperatorKernel {
   }
 
  private:
-  // Calls a function in Python. `recorded` returns more: what `host` does, the call's plan or None, and whether that
+  // Calls a function in Python. `recorded` returns the result of `host`, the call's plan or None, and whether that
   // holds for every call like it.
   std::vector<Tensor> ask(PyObject* function, c10::ArrayRef<c10::IValue> arguments, Signature* signature) const {
     const py::gil_scoped_acquire gil;
@@ -116,7 +116,7 @@ class Served final : public c10::OperatorKernel {
     auto found = py::reinterpret_steal<py::object>(PyObject_CallObject(function, given.ptr()));
     if (!found) {
       python_error error;
-      error.persist();  // this thread's Python may be gone when it is caught
+      error.persist();  // this thread's Python state may be gone when it is caught
       throw error;
     }
     if (signature != nullptr) {
@@ -128,13 +128,13 @@ class Served final : public c10::OperatorKernel {
     return found.cast<std::vector<Tensor>>();
   }
 
-  // Kept for ever, for the same reason as the plans.
+  // Never freed, for the same reason as the plans.
   PyObject* host_;
   PyObject* recorded_;
   std::shared_ptr<Plans> plans_;
 };
 
-// A registration lives as long as the library it was made through.
+// A registration lives as long as its library object.
 void serve(const std::string& op, py::object host, py::object recorded, const std::string& key) {
   static auto* libraries = new std::vector<std::unique_ptr<torch::Library>>();
   auto& plans = all_plans()[op];

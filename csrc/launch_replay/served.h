@@ -1,4 +1,4 @@
-// An op whose host function is in Python: asked for each kind of call once, and after that its plan is replayed.
+// An op with a host function in Python, which runs once per kind of call; after that its launch plan is replayed.
 
 #pragma once
 

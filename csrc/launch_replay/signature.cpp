@@ -8,7 +8,7 @@ namespace safe_kernels::launch_replay {
 
 namespace {
 
-// Triton compiles a kernel of its own for addresses that 16 divides.
+// Triton compiles a separate kernel for addresses divisible by 16.
 constexpr uintptr_t kAligned = 16;
 
 enum Kind : int64_t { kNone, kTensor, kNumber, kText };
@@ -37,7 +37,7 @@ class Writer {
   std::string& key_;
 };
 
-// Tensors at one address are told from others: a plan finds an argument of a kernel by its address.
+// The key notes which tensors share an address, since a plan finds a kernel's argument by its address.
 void add_tensor(const Tensor& tensor, Writer& writer, std::vector<Tensor>& tensors) {
   const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   size_t same = 0;
@@ -83,7 +83,7 @@ std::optional<Signature> signature_of(c10::ArrayRef<c10::IValue> arguments) {
   for (const auto& value : arguments)
     if (!add_value(value, writer, found.tensors)) return std::nullopt;
   if (found.tensors.empty()) return std::nullopt;
-  // Whether float32 may be multiplied as tf32 is a choice of the process.
+  // The process's setting for tf32 changes the kernels.
   writer.add(
       static_cast<int64_t>(at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL)));
   return found;

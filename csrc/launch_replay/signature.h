@@ -1,4 +1,4 @@
-// What a call's plan depends on: everything about its arguments but their contents and addresses.
+// The key of a launch plan: all properties of a call's arguments except contents and addresses.
 
 #pragma once
 
@@ -17,7 +17,7 @@ struct Signature {
   std::vector<Tensor> tensors;  // of the arguments, in their order
 };
 
-// Nothing if an argument is of a kind that no op here takes, or no tensor is given.
+// Empty if an argument has a kind that no op here takes, or if no argument is a tensor.
 std::optional<Signature> signature_of(c10::ArrayRef<c10::IValue> arguments);
 
 }  // namespace safe_kernels::launch_replay

@@ -9,14 +9,14 @@ namespace safe_kernels {
 
 using at::Tensor;
 
-// Calls through the dispatcher. The formulas and shapes stand in safe_kernels/reference/.
+// Calls through the dispatcher. The formulas and shapes are in safe_kernels/reference/.
 Tensor activation(const Tensor& x, std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state);
 
 Tensor activation_backward(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
                            const std::optional<Tensor>& rng_state);
 
-// Run by every kernel, so that errors are the same on each way in. Sizes are compared as SymInt, so that a shape that
-// torch.compile left open stays open.
+// Every kernel calls it, so that errors are the same on every backend. Sizes are compared as SymInt, so that
+// torch.compile's dynamic shapes stay dynamic.
 void check_kind(std::string_view kind);
 
 void check_activation(const Tensor& x, std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state);

@@ -6,10 +6,10 @@ namespace safe_kernels {
 
 using at::Tensor;
 
-// Calls through the dispatcher. The formula stands in safe_kernels/reference/.
+// Calls through the dispatcher. The formula is in safe_kernels/reference/.
 Tensor dropout(const Tensor& x, double dropout_p, const Tensor& rng_state);
 
-// Run by every kernel, so that errors are the same on each way in.
+// Every kernel calls it, so that errors are the same on every backend.
 void check_dropout_op(const Tensor& x, double dropout_p, const Tensor& rng_state);
 
 }  // namespace safe_kernels

@@ -11,7 +11,7 @@ namespace safe_kernels {
 
 using at::Tensor;
 
-// Calls through the dispatcher. The formulas and shapes stand in safe_kernels/reference/.
+// Calls through the dispatcher. The formulas and shapes are in safe_kernels/reference/.
 Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
                         const std::optional<Tensor>& rng_state);
 
@@ -20,8 +20,8 @@ std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad, const T
                                                      const std::optional<Tensor>& rng_state,
                                                      std::array<bool, 2> output_mask);
 
-// Run by every kernel, so that errors are the same on each way in. Sizes are compared as SymInt, so that a shape that
-// torch.compile left open stays open.
+// Every kernel calls it, so that errors are the same on every backend. Sizes are compared as SymInt, so that
+// torch.compile's dynamic shapes stay dynamic.
 void check_gated_activation(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
                             const std::optional<Tensor>& rng_state);
 

@@ -10,7 +10,7 @@ namespace safe_kernels {
 
 using at::Tensor;
 
-// Calls through the dispatcher. The formulas and shapes stand in safe_kernels/reference/.
+// Calls through the dispatcher. The formulas and shapes are in safe_kernels/reference/.
 std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const std::optional<Tensor>& weight,
                                               const std::optional<Tensor>& bias, double eps, bool retain_output);
 
@@ -20,7 +20,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
                                                        const std::optional<Tensor>& mean, const Tensor& rstd,
                                                        bool from_output, std::array<bool, 3> output_mask);
 
-// Throws, naming the argument, when a call cannot be right on any backend.
+// Throws an error that names the argument if a call is wrong on every backend.
 void check_layer_norm(const Tensor& x, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
                       double eps);
 

@@ -10,7 +10,7 @@ namespace safe_kernels {
 
 using at::Tensor;
 
-// Calls through the dispatcher. The formulas and shapes stand in safe_kernels/reference/.
+// Calls through the dispatcher. The formulas and shapes are in safe_kernels/reference/.
 std::tuple<Tensor, Tensor> lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B,
                                 double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
                                 const std::optional<Tensor>& block_starts, int64_t block_rows,
@@ -21,9 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& grad, const std::
                                                  double dropout_p, const std::optional<Tensor>& rng_state,
                                                  std::array<bool, 3> output_mask);
 
-// Throw, naming the argument, when a call cannot be right on any backend. The first four are parts that other ops with
-// an adapter share: its two matrices; a tensor whose last dimension is a dimension of a weight; leading dimensions; the
-// rows that are scored.
+// These throw an error that names the argument if a call is wrong on every backend. Other ops with an adapter share the
+// first four: its two matrices; a last dimension that must match a weight; leading dimensions; the scored rows.
 void check_adapter(const Tensor& lora_A, const Tensor& lora_B);
 void check_features(const Tensor& tensor, const char* name, const Tensor& weight, const char* weight_name,
                     int64_t weight_dim);

@@ -21,7 +21,7 @@ void check_weight(const Tensor& weight, const Tensor& lora_A, const Tensor& lora
   check_device(weight, "weight", lora_A, "lora_A");
 }
 
-// A linear layer promotes nothing: what the base layer takes, it is given.
+// A linear layer does not promote dtypes.
 void check_dtype(const Tensor& tensor, const char* name, const Tensor& weight) {
   TORCH_CHECK_TYPE(tensor.scalar_type() == weight.scalar_type(), name, " and weight must have one dtype, got ",
                    tensor.scalar_type(), " and ", weight.scalar_type(), "; cast ", name);

@@ -10,7 +10,7 @@ namespace safe_kernels {
 
 using at::Tensor;
 
-// Calls through the dispatcher. The formulas and shapes stand in safe_kernels/reference/.
+// Calls through the dispatcher. The formulas and shapes are in safe_kernels/reference/.
 std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                        const Tensor& lora_A, const Tensor& lora_B, double scaling, double dropout_p,
                                        const std::optional<Tensor>& rng_state,
@@ -22,7 +22,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& lora_B, double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
     std::array<bool, 5> output_mask);
 
-// Throws, naming the argument, when a call cannot be right on any backend.
+// Throws an error that names the argument if a call is wrong on every backend.
 void check_lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
                        const Tensor& lora_B, double dropout_p, const std::optional<Tensor>& rng_state,
                        const std::optional<Tensor>& block_starts, int64_t block_rows,

@@ -1,10 +1,10 @@
-"""Kernels for GPUs in Triton, one file a stem: `_xxx_kernel` runs there, the host function has the op's signature.
+"""Triton kernels for GPUs: `_xxx_kernel` runs on the GPU, and the host function has the op's signature.
 
-They are registered on PyTorch's CUDA key, which is that of AMD GPUs too. Where Triton is not installed nothing is
-registered, and the reference serves GPUs as it serves every device that has no kernel of its own.
+They are registered on PyTorch's CUDA key, which AMD GPUs use too. Without Triton nothing is registered, and the
+reference runs on GPUs, as on every device without a kernel.
 
-Triton itself is imported by the first call that needs it, so that importing `safe_kernels` costs nothing on a machine
-without a GPU, and cannot fail because of a broken Triton.
+The first call that needs Triton imports it. Therefore `import safe_kernels` is cheap on a machine without a GPU, and a
+broken Triton cannot make it fail.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ STEMS: dict[str, tuple[str, ...]] = {
     "lora_linear": ("lora_linear", "lora_linear_backward"),
     "rms_norm": ("rms_norm", "rms_norm_backward"),
 }
-"""Ops by the file that holds their host functions."""
+"""The ops of each file with host functions."""
 
 
 def installed() -> bool:
-    """Whether there is a Triton to compile the kernels with.
+    """Whether Triton is installed.
 
     Returns:
-        True if the package can be found; it is not imported.
+        True if Python finds the package. It is not imported.
 
     Example:
         >>> isinstance(installed(), bool)
@@ -43,16 +43,16 @@ def installed() -> bool:
 
 
 def host_function(op: str) -> Callable[..., Any]:
-    """The function that launches an op's kernels; importing it imports Triton.
+    """The function that launches an op's kernels. This imports Triton.
 
     Args:
-        op: the op's name, `lora` for instance.
+        op: the op's name, such as `lora`.
 
     Returns:
         A function with the arguments and results of the op's schema.
 
     Raises:
-        KeyError: no Triton kernel serves this op.
+        KeyError: the op has no Triton kernel.
 
     Example:
         >>> host_function("lora").__module__  # doctest: +SKIP
@@ -65,10 +65,10 @@ def host_function(op: str) -> Callable[..., Any]:
 
 
 def register() -> bool:
-    """Registers every op on the CUDA key, for as long as the process lives.
+    """Registers every op on the CUDA key, for the life of the process.
 
     Returns:
-        Whether Triton is installed; otherwise nothing is registered.
+        Whether Triton is installed. If not, nothing is registered.
 
     Example:
         >>> register() or "there is no Triton"  # doctest: +SKIP
@@ -82,7 +82,7 @@ def register() -> bool:
 
 
 def serve(op: str, key: str) -> None:
-    """Registers an op's host function, whose plans C++ replays.
+    """Registers an op's host function; C++ replays its launch plans.
 
     Args:
         op: the op's name.

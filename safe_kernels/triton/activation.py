@@ -1,4 +1,4 @@
-"""Activations with dropout on a GPU: one read of each tensor, one write of the result."""
+"""Activations with dropout on a GPU: each tensor is read once and the result is written once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dropout by itself on a GPU; its backward is the same call on the gradient."""
+"""Dropout alone on a GPU; backward is the same call on the gradient."""
 
 from __future__ import annotations
 

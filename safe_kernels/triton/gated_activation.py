@@ -1,4 +1,4 @@
-"""Gated activations with dropout on a GPU: one read of each tensor, one write of each result."""
+"""Gated activations with dropout on a GPU: each tensor is read once and each result is written once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LayerNorm on a GPU, by the kernels of safe_kernels/triton/lib/norms.py."""
+"""LayerNorm on a GPU, with the kernels of safe_kernels/triton/lib/norms.py."""
 
 from __future__ import annotations
 

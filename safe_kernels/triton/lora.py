@@ -1,7 +1,7 @@
 """LoRA on a GPU.
 
 Forward is one pass over x and one over the base layer's output. Backward is in triton/lib/lora_gradients.py.
-Dropout's mask is made anew in every pass, and what is not wanted is neither allocated nor computed.
+Every pass recomputes dropout's mask. Unwanted results are neither allocated nor computed.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def _lora_apply_kernel(
     SPLITS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # of the rank: then h's parts are added once, and not for every tile of columns
+    ONE_TILE: tl.constexpr,  # one tile holds the rank: h's parts are added once, not for every tile of columns
     HAS_BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
 ):
@@ -129,7 +129,7 @@ def apply(
     Args:
         base: [..., d_out], or None.
         bias: [d_out], or None.
-        like: [..., any]; has the leading dimensions and the dtype of the result.
+        like: [..., any]; gives the leading dimensions and the dtype of the result.
         lora_B: [d_out, r].
         h: [parts, M, padded R].
         scaling: as in `lora`.

@@ -1,15 +1,14 @@
-"""A linear layer and its LoRA adapter in one on a GPU: the layer's output without the adapter never exists.
+"""A linear layer fused with its LoRA adapter on a GPU: the layer's output without the adapter is never stored.
 
-The result begins as the rank-r product, multiplied by dropout's mask where that belongs to it (backward), and the large
-product is added to it::
+The result begins as the rank-r product; in backward dropout's mask multiplies it. Then the large product is added::
 
     forward     out    = (h) B' + bias + x W'                      h = scaling * dropout(x) A'
     backward    grad_x = mask * (grad_h) A / (1 - p) + grad W      grad_h = scaling * grad B
 
-Either the small product is written by the adapter's own kernels, and the vendor's library adds the large one as it
-stores its tiles: compared with `lora` over a layer that saves a reading of the output, a second output, and autograd's
-addition of two gradients. Or one kernel here makes a tile of both, and nothing is written twice; its product of
-matrices is not the library's (on an H200 at d 8192 it took half as long again), so tuning has to find it faster.
+There are two forms. In the first, the adapter's kernels write the small product, and the vendor's library adds the
+large one to it. Compared with `lora` over a layer, this saves one read of the output, a second output, and autograd's
+addition of two gradients. In the second, one kernel makes a tile of both, and nothing is written twice. Its matrix
+product is slower than the library's (1.5x the time on an H200 at d 8192), so it is used only if tuning finds it faster.
 """
 
 from __future__ import annotations
@@ -71,7 +70,7 @@ def _lora_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # of the rank: then there is no loop, around which wgmma would wait
+    ONE_TILE: tl.constexpr,  # one tile holds the rank: no loop, because wgmma would wait around it
     GROUP_M: tl.constexpr,
     SPLITS: tl.constexpr,
     OPERAND: tl.constexpr,
@@ -79,7 +78,7 @@ def _lora_linear_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
-    # Programs that run at the same time share rows and columns: GROUP_M tiles of rows by all of the columns.
+    # Programs that run at the same time share rows and columns: GROUP_M tiles of rows times all columns.
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     group = tl.program_id(0) // (GROUP_M * tiles_n)
     height = tl.minimum(tiles_m - group * GROUP_M, GROUP_M)
@@ -142,7 +141,7 @@ def lora_linear(
         out = _forward(x, weight, bias, lora_B, h, scaling)
         if block_starts is None:
             return out, empty(x, 0, dtype=torch.float64)
-        # The features without the adapter are nowhere: those with it are scored, with the roles swapped.
+        # The features without the adapter do not exist: the output is scored, with the roles swapped.
         return out, block_sums(flat(out), h, lora_B, scaling, block_starts, block_rows, row_weight, swapped=True)
 
 
@@ -194,7 +193,7 @@ def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor, h: 
 
 
 def _backward_form(grad: Tensor, weight: Tensor, lora_A: Tensor, drop: Dropout) -> Config:
-    """How grad_x is made; it is decided before grad_h is there, for which zeros stand."""
+    """Tiles for grad_x, or `NO_TILES`. grad_h does not exist yet, so zeros of its shape are timed."""
 
     def run(form: Config) -> None:
         grad_h = grad.new_zeros((1, grad.numel() // grad.shape[-1], padded(lora_A.shape[0])), dtype=torch.float32)
@@ -225,7 +224,7 @@ def _multiply(
     tiles: Config,
 ) -> Tensor:
     """``left right + bias + mask * scale * narrow_left narrow_right``; left [..., K], right [K, N]."""
-    # A float32 adapter over a half-precision layer is rounded here: the result has no more digits.
+    # A float32 adapter over a half-precision layer is rounded here: the result has half precision anyway.
     arithmetic = product(left.dtype, right.dtype)
     out, matrix = empty(right, (*left.shape[:-1], right.shape[1])), flat(left)
     (M, K), N, R = matrix.shape, right.shape[1], narrow_right.shape[0]

@@ -1,4 +1,4 @@
-"""RMSNorm on a GPU, by the kernels of safe_kernels/triton/lib/norms.py."""
+"""RMSNorm on a GPU, with the kernels of safe_kernels/triton/lib/norms.py."""
 
 from __future__ import annotations
 

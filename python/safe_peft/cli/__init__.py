@@ -6,7 +6,7 @@ from ..errors import MissingPackageError, require
 
 
 def main() -> None:
-    """Run `safe-peft`, or say what is missing for it.
+    """Run `safe-peft`, or report a missing package.
 
     Example:
         >>> main()  # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""`safe-peft doctor`: what is installed, whether the extension loads, which kernel serves which device, what to fix."""
+"""`safe-peft doctor`: installed versions, the extension, the kernels of each device, and fixes for problems."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 BUILD = "pip install --no-build-isolation -e ."
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "safetensors")
-_TIMEOUT_S = 300  # the first import of torch from a cold disk is slow
+_TIMEOUT_S = 300  # the first import of torch from disk is slow
 
 
 class Check(NamedTuple):
-    """One line of the diagnosis: what was looked at, what was found, and, for a problem, what fixes it.
+    """One line of the diagnosis: the checked item, the finding, and, for a problem, the fix.
 
     A problem is `fatal` if nothing works before it is fixed.
     """
@@ -32,10 +32,10 @@ class Check(NamedTuple):
 
 
 def diagnose() -> Iterator[Check]:
-    """Look at this environment. Nothing is built or fetched, and nothing that is broken raises.
+    """Check this environment, without building or downloading. A broken package does not raise an error.
 
     Returns:
-        What was found, one after the other.
+        The checks, one after the other.
 
     Example:
         >>> next(diagnose()).name
@@ -70,7 +70,7 @@ def _version(package: str) -> Check:
 
 
 def _requirements() -> dict[str, str]:
-    """The versions that our own metadata asks for; empty where the package runs from a folder without them."""
+    """The versions that our metadata requires; empty if the package runs from a folder without metadata."""
     from packaging.requirements import Requirement
 
     try:
@@ -81,8 +81,8 @@ def _requirements() -> dict[str, str]:
 
 
 def _import_error(module: str) -> str:
-    """Import in a process of its own, since a broken build may crash the process that loads it."""
-    # Without -P the working directory would come first, and a folder of the same name there be taken for the package.
+    """Import in a separate process, since a broken build may crash the process that loads it."""
+    # Without -P, Python would import a folder of the same name in the working directory.
     command = [sys.executable, "-P", "-c", f"import sys; sys.path[:] = {sys.path!r}; import {module}"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
@@ -122,7 +122,7 @@ def _machine() -> Iterator[Check]:
 
 
 def _kernels(key: str) -> str:
-    """Which kernels serve the ops under a dispatch key, read from the dispatcher's own table of what it would call."""
+    """The kernels of the ops under a dispatch key, from the dispatcher's table."""
     import torch
 
     names = {name.split(".")[0] for name in torch._C._dispatch_get_all_op_names() if name.startswith("safe_kernels::")}
@@ -136,7 +136,7 @@ def _kernels(key: str) -> str:
 
 
 def _triton() -> Iterator[Check]:
-    """Whether the kernels for GPUs can be compiled: a problem only where there is a GPU to compile them for."""
+    """Check that the kernels for GPUs can be compiled; without a GPU this is not a problem."""
     import torch
 
     fix = "pip install triton (Linux; the version that torch asks for)"
@@ -161,7 +161,7 @@ def _tuning() -> Check:
 
 
 def main() -> int:
-    """Print the diagnosis; `python -m safe_peft.cli.doctor` works even where the command line does not.
+    """Print the diagnosis; `python -m safe_peft.cli.doctor` works even if the command line does not.
 
     Returns:
         The exit status: 1 if nothing works before a problem is fixed.

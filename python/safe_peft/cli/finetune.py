@@ -1,4 +1,4 @@
-"""The command `safe-peft finetune`: its options, and the configuration they make."""
+"""The command `safe-peft finetune`: its options, and their conversion to a configuration."""
 
 from __future__ import annotations
 
@@ -44,20 +44,20 @@ LabelColumn = Annotated[str, _option(DATA, "Column that holds the class, for seq
 Rank = Annotated[int, _option(LORA, "Rank of the adapters.", "--r")]
 Alpha = Annotated[int, _option(LORA, "Scaling is alpha / r.")]
 Dropout = Annotated[float, _option(LORA, "Dropout before the adapters.")]
-Targets = Annotated[str, _option(LORA, "Layers to adapt: all-linear, or ends of names separated by commas.")]
-Saved = Annotated[str | None, _option(LORA, "Further layers to train whole, separated by commas.")]
+Targets = Annotated[str, _option(LORA, "Layers to adapt: all-linear, or name suffixes separated by commas.")]
+Saved = Annotated[str | None, _option(LORA, "Further layers to train in full, separated by commas.")]
 Bias = Annotated[str, _option(LORA, "Biases to train: none, all or lora_only.")]
 RsLora = Annotated[bool, _option(LORA, "Scaling is alpha / sqrt(r).", "--use-rslora")]
-Dora = Annotated[bool, _option(LORA, "DoRA; PEFT's own path serves it, not the kernels.", "--use-dora")]
+Dora = Annotated[bool, _option(LORA, "DoRA; PEFT's path computes it, not the kernels.", "--use-dora")]
 
 Epochs = Annotated[int, _option(TRAINING, "Passes over the training file.")]
 MaxSteps = Annotated[int | None, _option(TRAINING, "Optimizer steps, instead of epochs.")]
-BatchSize = Annotated[int, _option(TRAINING, "Rows a batch.")]
+BatchSize = Annotated[int, _option(TRAINING, "Rows per batch.")]
 Rate = Annotated[float, _option(TRAINING, "Peak learning rate of AdamW; it rises, then falls linearly to zero.")]
 Decay = Annotated[float, _option(TRAINING, "Weight decay of AdamW.")]
-LossName = Annotated[str, _option(TRAINING, "model, or chunked: causal-lm without whole logits in memory.")]
-MaxLength = Annotated[int, _option(TRAINING, "Tokens after which a text is cut.")]
-Seed = Annotated[int, _option(TRAINING, "Of the first values, the batches' order and dropout.")]
+LossName = Annotated[str, _option(TRAINING, "model, or chunked: causal-lm without full logits in memory.")]
+MaxLength = Annotated[int, _option(TRAINING, "Texts are truncated to this many tokens.")]
+Seed = Annotated[int, _option(TRAINING, "Seed for initial values, the order of batches and dropout.")]
 Device = Annotated[str, _option(TRAINING, "auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several GPUs.")]
 
 Score = Annotated[str, _option(FREEZING, "cka, relative_norm, gradient_sensitivity or random.")]
@@ -70,18 +70,18 @@ FreezeBy = Annotated[
 ]
 Target = Annotated[str | None, typer.Option("--target", hidden=True)]  # the old name of --freeze-by
 Budget = Annotated[
-    str | None, _option(FREEZING, "What a step may retain in the end, such as 6GiB; freezes by importance per byte.")
+    str | None, _option(FREEZING, "Bytes that a step may retain at the end (6GiB); freezes by importance per byte.")
 ]
 Recompute = Annotated[str, _option(FREEZING, "Run frozen blocks again in backward: off, frozen (all) or auto.")]
-Warmup = Annotated[str, _option(FREEZING, f"No freezing before: {STEPS_OR_SHARE}.")]
-MaxWarmup = Annotated[str, _option(FREEZING, "Freezing starts by then, however much importance still changes.")]
-End = Annotated[str, _option(FREEZING, "The last freezing.")]
-Interval = Annotated[str, _option(FREEZING, "Between two freezings.")]
-ScoreInterval = Annotated[str, _option(FREEZING, "Between two scorings.")]
-Never = Annotated[list[str] | None, _option(FREEZING, "Shell pattern of adapters that keep training; may be repeated.")]
+Warmup = Annotated[str, _option(FREEZING, f"Nothing freezes before: {STEPS_OR_SHARE}.")]
+MaxWarmup = Annotated[str, _option(FREEZING, "Freezing starts by then, even if importance still changes.")]
+End = Annotated[str, _option(FREEZING, "The last freeze event.")]
+Interval = Annotated[str, _option(FREEZING, "Between two freeze events.")]
+ScoreInterval = Annotated[str, _option(FREEZING, "Between two scoring steps.")]
+Never = Annotated[list[str] | None, _option(FREEZING, "Shell pattern of adapters that never freeze; may be repeated.")]
 Keep = Annotated[bool, _option(FREEZING, "Leave frozen adapters' dropout on.", "--keep-dropout")]
-NonFinite = Annotated[str, _option(FREEZING, "What NaN or Inf in a score does: warn and go on, or raise and stop.")]
-Method = Annotated[str, _option(FREEZING, "safe, bind (the kernels, and nothing freezes) or stock (PEFT as it is).")]
+NonFinite = Annotated[str, _option(FREEZING, "If a score is NaN or Inf: warn and continue, or raise and stop.")]
+Method = Annotated[str, _option(FREEZING, "safe, bind (kernels without freezing) or stock (PEFT without changes).")]
 NoFreeze = Annotated[bool, typer.Option("--no-freeze", hidden=True)]  # the old name of --method bind
 
 
@@ -128,9 +128,9 @@ def finetune(
     on_nonfinite: NonFinite = SafeConfig.on_nonfinite,
     no_freeze: NoFreeze = False,
 ) -> None:
-    """Fine-tune LoRA adapters on your own text, freezing those that change least.
+    """Fine-tune LoRA adapters on your own text, and freeze the adapters that change least.
 
-    The result is an ordinary PEFT checkpoint, with a report of what was frozen when and what it saved.
+    The result is an ordinary PEFT checkpoint, with a report of the freeze events and the savings.
     """
     config = configure(locals())
     from ..finetune.run import finetune as run
@@ -141,7 +141,7 @@ def finetune(
 
 
 def configure(given: Mapping[str, Any]) -> FinetuneConfig:
-    """Sort the command's options into a configuration.
+    """Convert the command's options to a configuration.
 
     Args:
         given: options by name.
@@ -150,7 +150,7 @@ def configure(given: Mapping[str, Any]) -> FinetuneConfig:
         The configuration.
 
     Raises:
-        ConfigError: An option has a value that cannot work.
+        ConfigError: An option has an invalid value.
 
     Example:
         >>> configure({"train": "t.csv", "eval": "e.csv", "model": "my-folder", "warmup": "20"}).safe
@@ -177,7 +177,7 @@ def _names(text: str) -> str | list[str]:
 
 
 def _point(name: str, text: str) -> int | float:
-    """Read a moment of the schedule as the configuration means it: 100 is steps, 0.2 a share."""
+    """Read a point of the schedule: 100 means steps, 0.2 a share."""
     try:
         return int(text) if text.lstrip("-").isdecimal() else float(text)
     except ValueError:

@@ -17,7 +17,7 @@ from .plan import plan
 
 app = typer.Typer(
     name="safe-peft",
-    help="Fine-tune LoRA adapters and freeze those that change least: SAFE, on kernels that retain less.",
+    help="Fine-tune LoRA adapters and freeze the ones that change least: SAFE, with kernels that retain less.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -32,7 +32,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 
 
 def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn what a user can fix into one sentence on standard error and exit status 2.
+    """Turn errors that a user can fix into one sentence on standard error and exit status 2.
 
     Args:
         command: a command's function.
@@ -51,7 +51,7 @@ def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
             typer.echo(f"safe-peft: {sentence(error)}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo("safe-peft: interrupted; nothing half-made was kept.", err=True)
+            typer.echo("safe-peft: interrupted; no incomplete files were kept.", err=True)
             raise typer.Exit(130) from None
 
     return guarded
@@ -64,7 +64,7 @@ app.command()(clear_errors(plan))
 @app.command()
 @clear_errors
 def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.json, or the file itself.")]) -> None:
-    """Show a report's tables, and draw its picture and its page again."""
+    """Show a report's tables, and write its figure and its page again."""
     from ..report.comparison import verdict
     from ..report.report import FreezeReport
     from ..report.tables import plans_table, runs_table
@@ -87,7 +87,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.j
 @app.command()
 @clear_errors
 def doctor() -> None:
-    """Say what is installed, whether the extension loads, which kernels serve which device, and what to fix."""
+    """Show installed versions, the extension, the kernels of each device, and fixes for problems."""
     from .doctor import main as diagnose
 
     raise typer.Exit(diagnose())
@@ -99,8 +99,8 @@ def main() -> None:
     Example:
         >>> main()  # doctest: +SKIP
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads and a forking data loader do not go together
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that being ended cleans up as Ctrl-C does
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads are not safe with a forking data loader
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up on SIGTERM as on Ctrl-C
     app()
 
 

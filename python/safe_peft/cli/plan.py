@@ -1,4 +1,4 @@
-"""The command `safe-peft plan`: what a training step will cost in memory, before any training."""
+"""The command `safe-peft plan`: the memory of a training step, before any training."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from .finetune import Dropout, LossName, Rank, Saved, Targets, Task, _names
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-Model = Annotated[str, typer.Option(help="A folder or a hub id; its weights stay unread.")]
-BatchSize = Annotated[int, typer.Option(help="Rows a batch.")]
-Length = Annotated[int, typer.Option(help="Tokens a row.")]
-Padded = Annotated[bool, typer.Option("--padded", help="Rows are of different length, so that attention takes a mask.")]
+Model = Annotated[str, typer.Option(help="A folder or a hub id; its weights are not read.")]
+BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
+Length = Annotated[int, typer.Option(help="Tokens per row.")]
+Padded = Annotated[bool, typer.Option("--padded", help="Rows have different lengths, so attention needs a mask.")]
 Classes = Annotated[int, typer.Option(help="Classes, for seq-cls.")]
-Dtype = Annotated[str, typer.Option(help=f"Of the model's parameters: {', '.join(DTYPES)}.")]
+Dtype = Annotated[str, typer.Option(help=f"Dtype of the model's parameters: {', '.join(DTYPES)}.")]
 Where = Annotated[
-    str, typer.Option(help="Where it will train: cpu, cuda, or auto for what this machine has; a plan needs neither.")
+    str, typer.Option(help="Device of the training: cpu, cuda, or auto for this machine's. The plan needs no GPU.")
 ]
 Frozen = Annotated[list[str] | None, typer.Option(help="Shell pattern of adapters that are frozen; may be repeated.")]
 Share = Annotated[float | None, typer.Option(help="Share of the adapters that are frozen, lowest first.")]
 Again = Annotated[list[str] | None, typer.Option(help="Shell pattern of frozen blocks that run again in backward.")]
-Groups = Annotated[bool, typer.Option("--groups", help="List what freezing each group of adapters would free.")]
+Groups = Annotated[bool, typer.Option("--groups", help="List the bytes that each group of adapters would free.")]
 Json = Annotated[Path | None, typer.Option("--json", help="Write the plan to this file.")]
 Picture = Annotated[Path | None, typer.Option(help="Draw the plan into this PNG file.")]
 
@@ -52,18 +52,18 @@ def plan(
     json: Json = None,
     picture: Picture = None,
 ) -> None:
-    """Say where each byte of a training step goes, stock PEFT against ours, without loading weights or training."""
+    """Show the memory of a training step, stock PEFT compared with ours, without loading weights or training."""
     lora = {"r": r, "lora_dropout": lora_dropout, "target_modules": _names(target_modules)}
     if modules_to_save is not None:
         lora["modules_to_save"] = _names(modules_to_save)
     if frozen and frozen_fraction is not None:
-        raise ConfigError("--frozen and --frozen-fraction: expected one of them, got both.")
+        raise ConfigError("--frozen and --frozen-fraction: expected one of them, got both; remove one.")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
     if task not in ("seq-cls", "causal-lm"):
         raise ConfigError(f"task must be one of seq-cls, causal-lm, got {task!r}.")
     if loss not in LOSSES or (loss == "chunked" and task != "causal-lm"):
-        raise ConfigError(f"loss must be one of {', '.join(LOSSES)}, chunked for causal-lm alone, got {loss!r}.")
+        raise ConfigError(f"loss must be one of {', '.join(LOSSES)}, chunked only for causal-lm, got {loss!r}.")
     check_dropout(lora_dropout)
     import torch
 

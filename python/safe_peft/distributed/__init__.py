@@ -1,4 +1,4 @@
-"""Training on several processes: which of them train together, what they agree on, and what their engines must know."""
+"""Training on several processes: DDP, FSDP2 and tensor parallel, and how the processes agree."""
 
 from .engine import Engine
 

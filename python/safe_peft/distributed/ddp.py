@@ -1,4 +1,4 @@
-"""DistributedDataParallel: its reducer waits for the parameters that trained when it was made, so it is made anew."""
+"""DistributedDataParallel: its reducer expects the initial trainable parameters, so a freeze event rebuilds it."""
 
 from __future__ import annotations
 
@@ -11,40 +11,41 @@ from torch.nn.parallel import DistributedDataParallel
 from .wrappers import parameters_of, walk
 
 distributed: Any = torch.distributed
-"""Its bindings to C++ have no declared names."""
+"""Typed as Any, because its C++ bindings declare no names."""
 
 
 def running_ddp(model: nn.Module) -> DistributedDataParallel | None:
-    """Return the wrapper whose forward runs now and calls a model, which knows nothing of it.
+    """Return the wrapper whose forward runs now and contains a model.
 
-    A Trainer hands the inner model on, and accelerate may wrap it later. DDP shows torch.compile which wrapper runs.
+    A Trainer passes on only the inner model, and accelerate may wrap it later. DDP notes the running wrapper for
+    torch.compile.
 
     Args:
-        model: what the wrapper, or a module inside it, holds.
+        model: a module inside the wrapper.
     """
     wrapper = DistributedDataParallel._get_active_ddp_module()
     return wrapper if wrapper is not None and any(module is model for _, module in walk(wrapper)) else None
 
 
 def refusal(ddp: DistributedDataParallel) -> str | None:
-    """Why its reducer cannot be made anew, and what to do instead; None if it can."""
+    """The reason why its reducer cannot be rebuilt, and the fix; None if it can be rebuilt."""
     if ddp.mixed_precision is not None:
-        return "DDP's mixed_precision ties its reducer to copies of the parameters; use torch.autocast instead"
+        return "DDP's mixed_precision binds its reducer to copies of the parameters; use torch.autocast instead"
     if ddp._delay_all_reduce_params:
-        return "delay_all_reduce_named_params takes parameters away from DDP's reducer; leave it out"
+        return "delay_all_reduce_named_params removes parameters from DDP's reducer; do not use it"
     if ddp._use_python_reducer:
-        return 'torch._dynamo.config.optimize_ddp="python_reducer" puts hooks where no freezing reaches; leave it out'
+        return 'torch._dynamo.config.optimize_ddp="python_reducer" sets hooks that freezing cannot change; unset it'
     if any(hasattr(parameter, "_in_backward_optimizers") for parameter in parameters_of(ddp)):
-        return "an optimizer that steps within backward keeps its own state; use one that steps after it"
+        return "an optimizer that steps during backward keeps its own state; use one that steps after backward"
     return None
 
 
 def rebuild_reducer(ddp: DistributedDataParallel) -> None:
-    """Make DDP reduce the gradients of the parameters that train now, and of no others.
+    """Make DDP reduce the gradients of exactly the parameters that train now.
 
-    What DDP's constructor and its `__setstate__` do, hooks included. Between two steps, or as a step's first forward
-    begins: no backward may be under way. No process waits for another here; in the next forward but one they agree on
-    the order of the buckets, as after the first one.
+    It repeats the work of DDP's constructor and `__setstate__`, with the hooks. Call it between two steps, or at the
+    start of a step's first forward: no backward may be running. No process waits for another one here. In the second
+    forward after this the processes agree on the order of the buckets, as in a new DDP.
 
     Args:
         ddp: its parameters' requires_grad is the same in every process.
@@ -67,17 +68,17 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
     if builtin is not None:
         ddp._register_builtin_comm_hook(builtin)
     if ddp._get_active_ddp_module() is ddp and torch.is_grad_enabled() and ddp.require_backward_grad_sync:
-        ddp.reducer.prepare_for_forward()  # as DDP's forward has had the old reducer do
+        ddp.reducer.prepare_for_forward()  # DDP's forward has already done this for the old reducer
 
 
 def _builtin_hook(ddp: DistributedDataParallel) -> object | None:
-    """The communication hook in C++, which DDP keeps no note of but in its log."""
+    """The communication hook in C++, which DDP notes only in its log."""
     name = ddp._get_ddp_logging_data().get("comm_hook", "")
     kinds = distributed.BuiltinCommHookType.__members__.values()
     return next((kind for kind in kinds if str(kind) == name), None)
 
 
 def _forget_buckets(state: object) -> None:
-    """PowerSGD keeps its errors and factors by the bucket's number, and the buckets have other sizes now."""
+    """Clear PowerSGD's errors and factors: they are stored by bucket number, and the bucket sizes have changed."""
     for name in ("error_dict", "p_memory_dict", "q_memory_dict"):
         getattr(state, name, {}).clear()

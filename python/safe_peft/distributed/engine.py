@@ -1,4 +1,4 @@
-"""The engine that trains one model on several processes: whom to ask, what to agree on, and what it has to forget."""
+"""The engine that trains one model on several processes: process groups, agreement, and rebuilt reducers."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ MARKS = 1 << 20  # a mark's square, summed over thousands of processes, is exact
 
 
 class Engine:
-    """DDP, FSDP2, or none of them: processes that each see a part of the batch and have to decide the same.
+    """DDP, FSDP2, or neither: each process has a part of the batch, and all must make the same decisions.
 
     Args:
-        model: without wrappers.
-        outer: the same with them, as far as they are known.
-        group: the processes that share the batch; None finds them: DDP's own group, FSDP2's mesh, or else all. Those
+        model: the model without wrappers.
+        outer: the model with all known wrappers.
+        group: the processes that share the batch; None finds them: DDP's group, FSDP2's mesh, or all processes. Those
             that share the layers by tensor parallel decide with them.
     """
 
@@ -34,26 +34,26 @@ class Engine:
         self._seen = self._stale = False
 
     def check(self, optimizer: object) -> None:
-        """Raise if it cannot follow when parameters stop training.
+        """Raise if the engine cannot adapt when parameters stop training.
 
         Args:
-            optimizer: the one that trains the model, in whatever an engine has put around it.
+            optimizer: the model's optimizer, possibly wrapped by an engine.
 
         Raises:
-            BindingError: It cannot.
+            BindingError: The engine cannot adapt.
         """
         reason = refusal(self._model, self._outer, optimizer) or (self._ddp and ddp.refusal(self._ddp))
         if reason:
             raise BindingError(f"{reason}.")
 
     def forward_begins(self, module: nn.Module) -> None:
-        """Look, as a forward begins, for DDP's wrapper: it may have come after the freezer, or not have been given.
+        """Find DDP's wrapper when a forward begins: it may be newer than the freezer, or was not passed to it.
 
         Args:
-            module: the model, or a part of it, that is called.
+            module: the called module: the model or a part of it.
 
         Raises:
-            BindingError: The wrapper, or `nn.DataParallel`, cannot follow when parameters stop training.
+            BindingError: The wrapper, or `nn.DataParallel`, cannot adapt when parameters stop training.
         """
         if getattr(module, "_is_replica", False):
             raise BindingError(f"{REPLICA}.")
@@ -67,7 +67,7 @@ class Engine:
 
     @property
     def waits(self) -> bool:
-        """Whether parameters have changed, and a wrapper that the first forward shows has to follow."""
+        """Whether parameters have changed before the first forward, which may show a wrapper that must adapt."""
         return self._stale and not self._seen
 
     @property
@@ -77,11 +77,11 @@ class Engine:
 
     @property
     def process(self) -> int:
-        """Number of this process among all."""
+        """Rank of this process."""
         return torch.distributed.get_rank() if _is_initialized() else 0
 
     def groups(self) -> tuple[ProcessGroup, ...]:
-        """Return the groups to reduce over, one after the other; a mesh has one a dimension."""
+        """Return the groups to reduce over, one after the other; a mesh has one per dimension."""
         if not _is_initialized() or torch.distributed.get_world_size() == 1:
             return ()
         found = [*self._sharing_batch()]
@@ -99,19 +99,19 @@ class Engine:
         return (self._ddp.process_group if self._ddp is not None else every,)
 
     def check_step(self) -> None:
-        """Raise if processes may run out of batches one by one.
+        """Raise if processes may run out of batches at different steps.
 
         Raises:
             BindingError: The step runs inside DDP's `join()`.
         """
         if self._ddp is not None and self._ddp._join_config.enable:
             raise BindingError(
-                "DDP's join(): a process that has run out of batches answers neither a scoring step nor a new "
-                "reducer; give every process as many batches, as DistributedSampler does."
+                "DDP's join(): a process without batches takes no part in scoring steps and in a new reducer; "
+                "give every process the same number of batches, as DistributedSampler does."
             )
 
     def parameters_changed(self) -> None:
-        """Have the engine follow a change of requires_grad: between two steps, in every process."""
+        """Adapt the engine after a change of requires_grad; call it between two steps, in every process."""
         if not _is_initialized():
             return
         self._stale = self._ddp is None
@@ -119,11 +119,11 @@ class Engine:
             ddp.rebuild_reducer(self._ddp)
 
     def reshard(self) -> None:
-        """Make the model hold those parameters which the optimizer holds."""
+        """Make the model hold the sharded parameters again, which the optimizer holds."""
         fsdp.reshard(self._model)
 
     def gather(self, value: Any) -> list[Any]:
-        """Return every process's value, in the same order everywhere."""
+        """Return every process's value, in the same order in all of them."""
         found = [value]
         for group in self.groups():
             lists: list[Any] = [None] * torch.distributed.get_world_size(group)
@@ -132,13 +132,13 @@ class Engine:
         return found
 
     def require_same(self, facts: Mapping[str, Any] | Exception) -> None:
-        """Raise in every process if one of them differs, or has failed.
+        """Raise in every process if one of them differs or has failed.
 
         Args:
-            facts: what has to be the same, by its name; or the error that this process is about to raise.
+            facts: values by name that must be the same; or the error that this process is about to raise.
 
         Raises:
-            BindingError: Somebody differs, or has failed.
+            BindingError: A process differs, or has failed.
         """
         if self.alone:
             return
@@ -150,20 +150,20 @@ class Engine:
         for name in own if not any(other["error"] for other in found) else ():
             if rank := next((rank for rank, other in enumerate(found) if other[name] != found[0][name]), 0):
                 raise BindingError(
-                    f"{name}: every process has to have the same, but 0 has {_short(found[0][name])} and {rank} has "
-                    f"{_short(found[rank][name])}; start all of them with the same options on the same model."
+                    f"{name}: every process must have the same value, but 0 has {_short(found[0][name])} and {rank} "
+                    f"has {_short(found[rank][name])}; start all of them with the same options on the same model."
                 )
 
     def sum(self, values: Tensor, *, same: str, batch: str = "") -> tuple[Tensor, int, bool]:
-        """Add values over all processes in one all_reduce, which also tells whether they have come apart.
+        """Add values over all processes in one all_reduce, which also checks that their states agree.
 
         Args:
-            values: float64, of the same shape everywhere.
-            same: what has to be the same in every process at this moment.
-            batch: what may differ.
+            values: float64, of the same shape in every process.
+            same: a text that must be the same in every process now.
+            batch: a text that may differ.
 
         Returns:
-            The sums, how many processes there are, and whether `batch` differs.
+            The sums, the number of processes, and whether `batch` differs.
 
         Raises:
             BindingError: `same` differs; every process raises.
@@ -179,7 +179,7 @@ class Engine:
         count, mark, square, batch_mark, batch_square = (int(value) for value in flat[-len(tail) :].tolist())
         if mark * mark != count * square:  # equal if and only if all marks are
             raise BindingError(
-                "the processes have come apart: they are not at the same step with the same adapters frozen; resume "
+                "the processes have diverged: they are not at the same step with the same adapters frozen; resume "
                 "all of them from one checkpoint, and call freezer.step() in all of them."
             )
         return flat[: -len(tail)].view_as(values), count, batch_mark * batch_mark != count * batch_square

@@ -1,4 +1,4 @@
-"""FSDP2 and tensor parallel: which processes hold the shards of a model, and its tensors put together."""
+"""FSDP2 and tensor parallel: the processes that hold a model's shards, and its full tensors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .wrappers import parameters_of, walk
 
 
 def fsdp_modules(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the modules that `fully_shard` was called for, the root first."""
+    """Yield the modules to which `fully_shard` was applied, the root first."""
     if not torch.distributed.is_initialized():
         return
     from torch.distributed.fsdp import FSDPModule
@@ -21,7 +21,7 @@ def fsdp_modules(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def fsdp_groups(model: nn.Module) -> tuple[torch.distributed.ProcessGroup, ...]:
-    """Return the groups, one a dimension of FSDP2's mesh, over which the batch is spread; () without FSDP2."""
+    """Return the groups that share the batch, one per dimension of FSDP2's mesh; () without FSDP2."""
     for module in fsdp_modules(model):
         state = module._get_fsdp_state()  # type: ignore[operator]
         own = getattr(state, "_fsdp_param_group", None)
@@ -34,24 +34,24 @@ def fsdp_groups(model: nn.Module) -> tuple[torch.distributed.ProcessGroup, ...]:
 
 
 def mesh_groups(model: nn.Module) -> tuple[torch.distributed.ProcessGroup, ...]:
-    """Return the groups, one a dimension, of all meshes that parameters are spread over: FSDP2's, tensor parallel's."""
+    """Return the groups, one per dimension, of all meshes of the parameters: FSDP2's and tensor parallel's."""
     meshes = {id(mesh): mesh for p in parameters_of(model) if (mesh := getattr(p, "device_mesh", None)) is not None}
     return tuple(mesh.get_group(dim) for mesh in meshes.values() for dim in range(mesh.ndim))
 
 
 def members(group: torch.distributed.ProcessGroup) -> frozenset[int]:
-    """Return the numbers, among all, of a group's processes."""
+    """Return the global ranks of a group's processes."""
     return frozenset(torch.distributed.get_process_group_ranks(group))
 
 
 def precision_policy(unit: nn.Module) -> Any:
-    """Return the `MixedPrecisionPolicy` of a module that `fully_shard` was called for."""
+    """Return the `MixedPrecisionPolicy` of a module to which `fully_shard` was applied."""
     state: Any = unit._get_fsdp_state()  # type: ignore[operator]
     return state._mp_policy
 
 
 def class_before(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that a module had before `fully_shard` was called for it; its own, if it was not.
+    """Return the class that a module had before `fully_shard`; without `fully_shard` its own class.
 
     Example:
         >>> class_before(nn.Linear)
@@ -66,18 +66,18 @@ def class_before(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def is_spread(tensor: Tensor) -> bool:
-    """Whether a tensor is spread over processes."""
+    """Whether a tensor is sharded over processes."""
     return hasattr(tensor, "full_tensor")
 
 
 def reshard(model: nn.Module) -> None:
-    """Put FSDP2's shards, which the optimizer holds, back where whole parameters were left after backward."""
+    """Put FSDP2's shards, which the optimizer holds, back in place of full parameters left after backward."""
     for module in fsdp_modules(model):
         module.reshard()  # type: ignore[operator]
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return a tensor that is spread over processes in one piece; all of them have to ask.
+    """Return the full tensor of a sharded one; all processes must call this.
 
     Example:
         >>> whole(torch.ones(2))

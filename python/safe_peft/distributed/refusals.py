@@ -1,4 +1,4 @@
-"""Engines that cannot follow when parameters stop training, each with what to use instead."""
+"""Engines that cannot adapt when parameters stop training, each with an alternative."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from .wrappers import parameters_of, walk
 
 
 def refusal(model: nn.Module, outer: nn.Module, optimizer: object) -> str | None:
-    """Say why adapters cannot be frozen under a model's engine; None if they can.
+    """Return the reason why adapters cannot be frozen under a model's engine; None if they can.
 
     Args:
-        model: without wrappers.
-        outer: the same with them, as far as they are known.
-        optimizer: the one that trains it, in whatever an engine has put around it.
+        model: the model without wrappers.
+        outer: the model with all known wrappers.
+        optimizer: the model's optimizer, possibly wrapped by an engine.
     """
     if any(_is_deepspeed(item) for item in (outer, model, *_chain(optimizer))) or _is_zero3(model):
         return (
-            "DeepSpeed keeps gradients and optimizer state in flat partitions, in which a frozen adapter would go on "
-            "moving; use DDP or FSDP2 (accelerate's fsdp_version=2)"
+            "DeepSpeed keeps gradients and optimizer state in flat partitions, which would still change a frozen "
+            "adapter; use DDP or FSDP2 (accelerate's fsdp_version=2)"
         )
     if isinstance(outer, DataParallel) and len(outer.device_ids) > 1:
         return REPLICA
@@ -28,14 +28,14 @@ def refusal(model: nn.Module, outer: nn.Module, optimizer: object) -> str | None
         for module in (outer, *(module for _, module in walk(model)))
     ):
         return (
-            "FSDP1 wants all parameters of a unit to train, or none; use FSDP2: fully_shard, or accelerate's "
+            "FSDP1 needs all parameters of a unit to train, or none; use FSDP2: fully_shard, or accelerate's "
             "fsdp_version=2"
         )
     return None
 
 
 REPLICA = (
-    "nn.DataParallel copies the model for every call, so that no state of a layer lasts; start one process a device "
+    "nn.DataParallel copies the model for every call and loses the state of layers; start one process per device "
     "instead, with torchrun or accelerate launch"
 )
 

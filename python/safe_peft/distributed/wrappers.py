@@ -1,4 +1,4 @@
-"""Looks through what others put around a model or an optimizer, and shortens the paths that this makes long."""
+"""Unwraps models and optimizers, lists their modules, and shortens layer paths."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from ..errors import BindingError
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside DDP's wrapper and `torch.compile`'s.
+    """Return the model inside the wrappers of DDP and `torch.compile`.
 
     Args:
-        model: what a user passed as a model.
+        model: the model that the user passed.
 
     Raises:
-        BindingError: It is none.
+        BindingError: `model` is not a `torch.nn.Module`.
 
     Example:
         >>> unwrap(nn.Linear(2, 2))
@@ -33,13 +33,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that holds the state and runs the hooks: accelerate puts another around it.
+    """Return the optimizer that holds the state and runs the hooks, inside accelerate's wrapper.
 
     Args:
-        optimizer: what a user passed as one.
+        optimizer: the optimizer that the user passed.
 
     Raises:
-        BindingError: It is none.
+        BindingError: `optimizer` is not an optimizer.
 
     Example:
         >>> unwrap_optimizer(accelerator.prepare(optimizer)) is optimizer  # doctest: +SKIP
@@ -55,7 +55,7 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def trains_besides(model: nn.Module, own: Iterable[nn.Parameter]) -> bool:
-    """Return whether a model has a parameter that trains and is none of these.
+    """Return whether a model has a trainable parameter that is not in `own`.
 
     Example:
         >>> trains_besides(model := nn.Linear(2, 2), [model.weight])
@@ -66,10 +66,10 @@ def trains_besides(model: nn.Module, own: Iterable[nn.Parameter]) -> bool:
 
 
 def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield what `named_modules` does, without running any code of the modules.
+    """Yield the same as `named_modules`, without running any code of the modules.
 
-    Some do more than list themselves there: PEFT's `lora.MultiheadAttention` deletes its weights and registers new ones
-    at every walk, and loses them where new parameters cannot be made.
+    Some modules have side effects there: PEFT's `lora.MultiheadAttention` deletes and re-registers its weights at every
+    call, and loses them if new parameters cannot be made.
 
     Args:
         model: any module.
@@ -90,7 +90,7 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return what `parameters` yields, without running any code of the modules.
+    """Return the same as `parameters`, without running any code of the modules.
 
     Example:
         >>> len(parameters_of(nn.Linear(2, 2)))
@@ -101,7 +101,7 @@ def parameters_of(model: nn.Module) -> list[nn.Parameter]:
 
 
 def buffers_of(model: nn.Module) -> list[torch.Tensor]:
-    """Return what `buffers` yields, without running any code of the modules.
+    """Return the same as `buffers`, without running any code of the modules.
 
     Example:
         >>> len(buffers_of(nn.BatchNorm1d(2)))
@@ -112,7 +112,7 @@ def buffers_of(model: nn.Module) -> list[torch.Tensor]:
 
 
 def short_name(path: str) -> str:
-    """Return a layer's path without what PEFT puts before the model's own names.
+    """Return a layer's path without PEFT's prefix.
 
     Example:
         >>> short_name("base_model.model.encoder.layer.0.query")

@@ -1,1 +1,1 @@
-"""Files that survive a crash: JSON that is replaced whole, checkpoints that are whole."""
+"""Files that survive a crash: JSON files replaced atomically, and complete checkpoints."""

@@ -1,4 +1,4 @@
-"""Finds the last checkpoint that is whole: a process that is killed while it saves leaves one that is not."""
+"""Finds the last complete checkpoint: a process that is killed during a save leaves an incomplete one."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "safe_state.json"
 TRAINER_STATE_FILE = "trainer_state.json"
 PROCESSES = "processes"
-"""What `SafeCallback` tells the Trainer's state: how many processes write their part of a checkpoint."""
+"""Key in the Trainer's state for the number of processes that write a checkpoint, set by `SafeCallback`."""
 
 INDEX = ".metadata"
-"""Where torch.distributed.checkpoint says what lies in which of its files."""
+"""The index file of torch.distributed.checkpoint."""
 ARCHIVES = (".bin", ".pt", ".pth")
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """List what a checkpoint needs to be whole: every file but those of ours, texts for people, and hidden ones.
+    """List the files that make a checkpoint complete: all except our own, texts for readers, and hidden files.
 
     Args:
         folder: the checkpoint.
@@ -38,22 +38,22 @@ def checkpoint_files(folder: Path) -> list[Path]:
 
 
 def _is_hidden(path: Path) -> bool:
-    """Whether a file system, a desktop or a save that was killed may have left it."""
+    """Whether a file system, a desktop or a killed save may have left this file."""
     return any(name.startswith(".") and name != INDEX for name in path.parts)
 
 
 def fingerprints(folder: Path, files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """Bring files to the disk and return what tells them from torn ones.
+    """Flush files to the disk and return their checksums.
 
     Args:
-        folder: their names are relative to it.
-        files: paths in it.
+        folder: names in the result are relative to it.
+        files: paths in the folder.
 
     Returns:
         SHA-256 by name, in hexadecimal digits.
 
     Raises:
-        StateError: One is not there or cannot be read.
+        StateError: A file does not exist or cannot be read.
 
     Example:
         >>> fingerprints(Path("checkpoint-8"), ["checkpoint-8/optimizer.pt"])  # doctest: +SKIP
@@ -66,16 +66,16 @@ def fingerprints(folder: Path, files: Iterable[str | os.PathLike[str]]) -> dict[
         inside = [(Path(os.path.abspath(path)).relative_to(os.path.abspath(folder)), path) for path in files]
         return {name.as_posix(): _sha256(Path(path), sync=True) for name, path in inside}
     except (OSError, ValueError) as error:
-        raise StateError(f"files: {error}; name files that are there, in {folder} or below it.") from error
+        raise StateError(f"files: {error}; name existing files in {folder} or below it.") from error
 
 
 def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
-    """Find the newest checkpoint that is whole, among folders named `checkpoint-<step>`.
+    """Find the newest complete checkpoint, among folders named `checkpoint-<step>`.
 
-    A checkpoint of `SafeCallback` or of `AdapterFreezer.save` is whole if every file it lists is there, to the byte.
-    One without `safe_state.json` is whole if `trainer_state.json`, which a Trainer writes after everything else, is
-    there and no file is cut short. What is not whole is passed over with a warning; nothing is deleted or changed, so
-    any number of processes may ask.
+    A checkpoint of `SafeCallback` or of `AdapterFreezer.save` is complete if every listed file has its checksum. One
+    without `safe_state.json` is complete if `trainer_state.json` exists, which a Trainer writes last, and no file is
+    truncated. An incomplete checkpoint is skipped with a warning. Nothing is deleted or changed, so several processes
+    may call this at the same time.
 
     Args:
         output_dir: the folder of checkpoints; it need not exist yet.
@@ -84,7 +84,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         The checkpoint's path, for `Trainer.train(resume_from_checkpoint=...)`; None if there is none.
 
     Raises:
-        StateError: `output_dir` is no path.
+        StateError: `output_dir` is not a path.
 
     Example:
         >>> trainer.train(resume_from_checkpoint=safe_peft.last_checkpoint("runs/mine"))  # doctest: +SKIP
@@ -93,7 +93,7 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
         flaw = _flaw(folder, step)
         if flaw is None:
             return str(folder)
-        logger.warning("%s is passed over, since it is not whole: %s", folder, flaw)
+        logger.warning("%s is skipped, since it is not complete: %s", folder, flaw)
     return None
 
 
@@ -104,12 +104,12 @@ def _folders(output_dir: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _flaw(folder: Path, step: int) -> str | None:
-    """What is wrong with a checkpoint; None if it is whole."""
+    """The reason why a checkpoint is not complete; None if it is."""
     try:
         if (folder / STATE_FILE).exists():
             return _flaw_against(jsonio.read_json(folder / STATE_FILE), folder)
         return _flaw_unsigned(folder, step)
-    except (OSError, StateError) as error:  # another process may be tidying up
+    except (OSError, StateError) as error:  # another process may be deleting it
         return str(error)
 
 
@@ -120,27 +120,27 @@ def _flaw_against(state: Any, folder: Path) -> str | None:
         if not (folder / name).is_file():
             return f"{name} is missing"
         if _sha256(folder / name) != sha256:
-            return f"{name} is not what was written"
+            return f"{name} has changed since it was written"
     return None
 
 
 def _flaw_unsigned(folder: Path, step: int) -> str | None:
-    """A Trainer writes its state last; what is cut short all the same was lost with the machine's memory."""
+    """A Trainer writes its state last; a file may still be truncated if the machine failed before it was flushed."""
     from safetensors import SafetensorError, safe_open
 
-    try:  # a Trainer writes NaN as it is
+    try:  # a Trainer writes NaN, which is not strict JSON
         trainer_state = json.loads((folder / TRAINER_STATE_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         return f"{TRAINER_STATE_FILE} is not JSON ({error})"
     if not isinstance(trainer_state, dict) or trainer_state.get("global_step") != step:
         return f"{TRAINER_STATE_FILE} is not of step {step}"
     processes = _processes(trainer_state.get("stateful_callbacks"))
-    for name in (f"rng_state_{index}.pth" for index in range(processes) if processes > 1):  # each one's last file
+    for name in (f"rng_state_{index}.pth" for index in range(processes) if processes > 1):  # each process's last file
         if not (folder / name).is_file():
             return f"{name} is missing: not all {processes} processes wrote their part"
     for path in checkpoint_files(folder):
         if path.suffix in ARCHIVES and not zipfile.is_zipfile(path):
-            return f"{path.name} is cut short"
+            return f"{path.name} is truncated"
         if path.suffix == ".safetensors":
             try:
                 safe_open(path, framework="np").keys()
@@ -150,7 +150,7 @@ def _flaw_unsigned(folder: Path, step: int) -> str | None:
 
 
 def _processes(callbacks: Any) -> int:
-    """How many processes there were, if `SafeCallback` was among a Trainer's callbacks."""
+    """The number of processes, if `SafeCallback` was among a Trainer's callbacks."""
     entries = callbacks.values() if isinstance(callbacks, dict) else ()
     attributes = [entry.get("attributes") for entry in entries if isinstance(entry, dict)]
     told = [known.get(PROCESSES) for known in attributes if isinstance(known, dict)]

@@ -1,4 +1,4 @@
-"""Dataclasses to JSON files and back: written whole or not at all, and checked for their types when read."""
+"""Dataclasses to JSON files and back: written atomically, and type-checked when read."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from uuid import uuid4
 
 from ..errors import StateError
 
-_FIX = "the file is damaged or of another version, so write it again or use an older one."
+_FIX = "the file is damaged or of another version; write it again, or use an older file."
 
 
 def encode(value: Any) -> Any:
-    """Turn dataclasses, tuples and floats into what JSON can hold; a float that is not finite becomes null.
+    """Turn dataclasses, tuples and floats into JSON values; a float that is not finite becomes null.
 
     Args:
         value: a dataclass instance, or a container of JSON values and dataclass instances.
@@ -45,9 +45,9 @@ def decode(kind: Any, value: Any, where: str) -> Any:
 
     Args:
         kind: a dataclass, `int`, `float`, `str`, `bool`, `Any`, `dict[str, X]`, `list[X]`, `tuple[X, ...]`,
-            `tuple[X, Y]`, or one of them or None. A `float` that is null was not finite, and is read as NaN.
-        value: what `json.loads` gave.
-        where: the value's place, named in errors.
+            `tuple[X, Y]`, or one of them or None. A null for a `float` is read as NaN.
+        value: a result of `json.loads`.
+        where: the value's place, for errors.
 
     Returns:
         An instance of `kind`.
@@ -85,7 +85,7 @@ def _decode_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
     needed = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
     lacks, unknown = sorted(needed - value.keys()), sorted(value.keys() - hints.keys())
     if lacks or unknown:
-        wrong = f"lacks {', '.join(lacks)}" if lacks else f"has {', '.join(unknown)}, which is not known here"
+        wrong = f"lacks {', '.join(lacks)}" if lacks else f"has {', '.join(unknown)}, which is unknown"
         raise StateError(f"{where} {wrong}; {_FIX}")
     return kind(**{name: decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})
 
@@ -101,7 +101,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         path: the file.
 
     Returns:
-        What it holds.
+        Its content.
 
     Raises:
         StateError: There is no such file, it cannot be read, or it is not JSON.
@@ -121,14 +121,14 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def path_of(path: str | os.PathLike[str], argument: str = "path") -> Path:
-    """Return what a user passed as a path.
+    """Return a user's argument as a path.
 
     Args:
-        path: what came.
-        argument: what it is called.
+        path: the argument.
+        argument: its name, for errors.
 
     Raises:
-        StateError: It is none.
+        StateError: The argument is not a path.
 
     Example:
         >>> path_of("runs/demo").name
@@ -144,11 +144,11 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
     """Write a file next to its final place, and move it there only when it is complete and on the disk.
 
     Args:
-        path: where the file shall be; its folder is made when missing.
-        data: what it shall hold.
+        path: the final place; its folder is made if it is missing.
+        data: the content.
 
     Raises:
-        StateError: It cannot be written there; what was there before is untouched.
+        StateError: The file cannot be written; an existing file is unchanged.
 
     Example:
         >>> replace_file("notes.txt", b"complete")  # doctest: +SKIP
@@ -169,13 +169,13 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
                 partial.unlink()
     except OSError as error:
         raise StateError(
-            f"{path} cannot be written: {error.strerror or error}. What was there before is untouched; make room, or "
+            f"{path} cannot be written: {error.strerror or error}. The existing file is unchanged; free disk space, or "
             "choose another place."
         ) from error
 
 
 def _sync_folder(folder: Path) -> None:
-    """A rename is on the disk only when the folder is. Not every file system can, and the file is complete anyway."""
+    """Flush a folder, because a rename is on the disk only then. Some file systems cannot; the file is complete."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -192,7 +192,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         value: anything `encode` takes.
 
     Raises:
-        StateError: It cannot be written there; what was there before is untouched.
+        StateError: The file cannot be written; an existing file is unchanged.
 
     Example:
         >>> write_json("state.json", {"step": 3})  # doctest: +SKIP

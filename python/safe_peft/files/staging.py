@@ -14,13 +14,13 @@ from ..errors import ConfigError
 
 @contextmanager
 def staged(output: str | os.PathLike[str]) -> Iterator[Path]:
-    """Collect new files in a hidden folder inside `output`, and move them to their places when the block ends well.
+    """Collect new files in a hidden folder inside `output`, and move them to their places if the block succeeds.
 
     Args:
-        output: the folder, made when missing. Files in it that the block does not write stay as they are.
+        output: the folder, made if it is missing. Files that the block does not write do not change.
 
     Yields:
-        The folder to write to. When the block fails it is removed, and `output` too if it was made here.
+        The folder to write to. If the block fails, it is removed, and so is `output` if it was made here.
 
     Raises:
         ConfigError: The folder cannot be made or written to.
@@ -50,5 +50,5 @@ def _remove_empty(folders: list[Path]) -> None:
     for folder in folders:
         try:
             folder.rmdir()
-        except OSError:  # it holds something by now
+        except OSError:  # it is no longer empty
             return

@@ -1,4 +1,4 @@
-"""Everything a fine-tuning run can be told."""
+"""The options of a fine-tuning run."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def check_dropout(p: Any) -> None:
-    """See that it is a probability: PEFT takes what is below 0, or NaN, for no dropout.
+    """Check that it is a probability, since PEFT treats a negative number or NaN as no dropout.
 
     Args:
         p: LoRA's dropout.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is not a number in [0, 1].
     """
     if not (isinstance(p, int | float) and 0.0 <= p <= 1.0):
         raise ConfigError(f"lora_dropout must lie in [0, 1], got {p!r}.")
@@ -30,33 +30,33 @@ def check_dropout(p: Any) -> None:
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """What to train, on what, and how.
+    """The model, the data and the options of a training.
 
     Args:
         model: a folder or a hub id.
         train: the training file (csv, tsv, jsonl, json or parquet).
         eval: the evaluation file.
-        output: where the adapter and the report go; None keeps neither.
+        output: folder for the adapter and the report; None keeps neither.
         task: "seq-cls" (accuracy) or "causal-lm" (perplexity).
         text_column: the text's column in both files.
         label_column: the label's column, for "seq-cls".
-        method: "safe" freezes adapters, "bind" takes the fast path alone, "stock" leaves PEFT as it is.
+        method: "safe" freezes adapters, "bind" only uses the fast path, "stock" is PEFT without changes.
         safe: options of `SafeConfig`.
         lora: options of `peft.LoraConfig`, by PEFT's own names.
         epochs: passes over the training file.
         max_steps: optimizer steps, instead of epochs.
         batch_size: rows per batch.
-        learning_rate: of AdamW, reached after `warmup_ratio` of the steps and falling linearly to zero.
-        weight_decay: of AdamW.
+        learning_rate: AdamW's peak, reached after `warmup_ratio` of the steps; then it falls linearly to zero.
+        weight_decay: AdamW's weight decay.
         warmup_ratio: share of the steps over which the learning rate rises.
         max_grad_norm: gradients are clipped to this norm.
-        loss: "model" for the model's own, or "chunked" for the same without whole logits in memory, for "causal-lm".
-        max_length: tokens after which a text is cut.
-        seed: of the head's and the adapters' first values, the batches' order and dropout.
+        loss: "model" for the model's own loss, or "chunked" for the same without full logits in memory ("causal-lm").
+        max_length: texts are truncated to this many tokens.
+        seed: for the initial values of head and adapters, the order of batches and dropout.
         device: "cpu", "cuda", or "auto" for a GPU if there is one. CUDA_VISIBLE_DEVICES chooses among several.
 
     Raises:
-        ConfigError: An option has a value that cannot work.
+        ConfigError: An option has an invalid value.
 
     Example:
         >>> FinetuneConfig("my-folder", "train.csv", "eval.csv").task
@@ -90,7 +90,7 @@ class FinetuneConfig:
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         if self.loss == "chunked" and self.task != "causal-lm":
-            raise ConfigError(f"loss: chunked is for task causal-lm, whose logits are large; got {self.task}.")
+            raise ConfigError(f"loss: chunked needs task causal-lm, whose logits are large; got {self.task}.")
         for name, least in (("epochs", 1), ("batch_size", 1), ("max_length", 2), ("max_steps", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is not None and value < least:

@@ -1,6 +1,6 @@
-"""Text and labels from local csv, jsonl and parquet files, and the tokenized rows that they make.
+"""Text and labels from local csv, jsonl and parquet files, and their tokenized rows.
 
-Whatever is wrong with a file is said before a model is loaded, with the file, the column and the row.
+Errors in a file are reported before a model is loaded, with the file, the column and the row.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Row = dict[str, Any]
 
-NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how datasets and pyarrow put it
+NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # errors of datasets and pyarrow
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
@@ -42,10 +42,10 @@ def read_columns(path: str | Path, columns: Sequence[str]) -> dict[str, list[Any
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ConfigError(
-            f"{path} must end in one of {', '.join(FORMATS)}; convert it, or rename it if it is one of these."
+            f"{path} must end in one of {', '.join(FORMATS)}; convert it, or rename it if it has one of these formats."
         )
     if not path.is_file():
-        raise ConfigError(f"{path} does not exist or is no file.")
+        raise ConfigError(f"{path} does not exist or is not a file.")
     if path.stat().st_size == 0:
         raise ConfigError(f"{path} is empty; give a file with at least one row.")
     table = _load(path)
@@ -61,7 +61,7 @@ def _load(path: Path) -> dict[str, list[Any]]:
         table = _load_quietly(path, kind)
     except ConfigError:
         raise
-    except Exception as error:  # readers raise whatever their libraries raise
+    except Exception as error:  # the libraries raise many kinds of errors
         reason = first_line(error.__cause__ or error)
         if any(text in reason for text in NO_ROWS):
             raise _no_rows(path) from None
@@ -76,7 +76,7 @@ def _no_rows(path: Path) -> ConfigError:
 
 
 def _load_quietly(path: Path, kind: str) -> dict[str, list[Any]]:
-    """Load a file through `datasets`, in a cache that is dropped again so that an edited file is never read from it."""
+    """Load a file through `datasets`, with a temporary cache, so that an edited file is read again."""
     require("datasets", "cli")
     import datasets
 
@@ -95,14 +95,14 @@ def _load_quietly(path: Path, kind: str) -> dict[str, list[Any]]:
 
 
 def _csv_options(path: Path) -> dict[str, Any]:
-    """Read every column as the text that is there: no guessing of numbers, and "NA" or "None" may be a label."""
+    """Read every column as text, without guessing numbers: "NA" or "None" may be a label."""
     import datasets
 
     separator = "\t" if path.suffix == ".tsv" else ","
     with path.open(newline="", encoding="utf-8-sig") as stream:
         rows = csv.reader(stream, delimiter=separator)
         header, first = next(rows, []), next(rows, [])
-    if len(first) > len(header):  # pandas would take the first field for an index and shift the others
+    if len(first) > len(header):  # pandas would use the first field as index and shift the others
         raise ConfigError(
             f"{path}: the first row has {len(first)} fields, the header {len(header)}; put text that holds the "
             "separator in double quotes."
@@ -133,7 +133,7 @@ def read_texts(path: str | Path, column: str) -> list[str]:
         column: its name.
 
     Raises:
-        ConfigError: The column is missing, or a row of it holds no text.
+        ConfigError: The column is missing, or a row has no text in it.
 
     Example:
         >>> read_texts("train.csv", "text")  # doctest: +SKIP
@@ -174,7 +174,7 @@ def read_labelled(path: str | Path, text_column: str, label_column: str) -> tupl
 
 
 def _label_text(path: str | Path, column: str, index: int, value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():  # what a table with gaps makes of integers
+    if isinstance(value, float) and value.is_integer():  # a table with gaps turns integers into floats
         value = int(value)
     if isinstance(value, str | int):
         return str(value).strip()
@@ -185,7 +185,7 @@ def _label_text(path: str | Path, column: str, index: int, value: Any) -> str:
 
 
 def class_names(labels: Sequence[str]) -> list[str]:
-    """Return the classes in a stable order: by value if all are integers, else by name.
+    """Return the classes in a stable order: by value if all are integers, otherwise by name.
 
     Args:
         labels: one per row.
@@ -206,15 +206,15 @@ def class_names(labels: Sequence[str]) -> list[str]:
 
 
 def class_indices(path: str | Path, labels: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Turn labels into indices of classes.
+    """Turn labels into class indices.
 
     Args:
-        path: where the labels are from, for errors.
+        path: the labels' file, for errors.
         labels: one per row.
         names: the classes.
 
     Raises:
-        ConfigError: A label is none of the classes.
+        ConfigError: A label is not among the classes.
 
     Example:
         >>> class_indices("eval.csv", ["b", "a"], ["a", "b"])
@@ -239,11 +239,11 @@ def tokenize(
         tokenizer: the model's own.
         texts: one per row.
         labels: one class index per row, or None for language modelling. Then the tokens are the targets, and rows of a
-            single token, which hold no target, are left out.
-        max_length: a text is cut after this many tokens.
+            single token are skipped, since they have no target.
+        max_length: texts are truncated to this many tokens.
 
     Returns:
-        What the tokenizer returns, with `labels`, one dict per row.
+        The tokenizer's output with `labels`, one dict per row.
 
     Raises:
         ConfigError: No row is left.

@@ -1,4 +1,4 @@
-"""What a training costs: retained bytes and FLOPs of one step, and the peak of the process's memory."""
+"""The cost of a training: retained bytes and FLOPs of one step, and the peak memory of the process."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Batch = dict[str, Any]
 
 @contextmanager
 def _unseen(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Run steps that training does not notice: random state, mode and gradients are as before."""
+    """Run steps without effect on training: restore the random state, the mode and the gradients."""
     device = batch["input_ids"].device
     was_training = model.training
     model.train()
@@ -34,12 +34,12 @@ def _unseen(model: nn.Module, batch: Batch) -> Iterator[None]:
 
 
 def retained_bytes(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
-    """Return the bytes autograd retains for backward from one training forward, parameters aside.
+    """Return the bytes that autograd retains for backward from one training forward, without parameters.
 
     Args:
-        model: in whatever mode; measured in training mode.
+        model: in any mode; measured in training mode.
         batch: with labels.
-        loss: how the training computes its loss.
+        loss: the training's loss function.
 
     Example:
         >>> retained_bytes(model, batch)  # doctest: +SKIP
@@ -53,9 +53,9 @@ def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
     """Return the FLOPs of one forward and backward, as torch counts them: matrix products and attention.
 
     Args:
-        model: in whatever mode; measured in training mode. Its gradients are dropped.
+        model: in any mode; measured in training mode. Its gradients are dropped.
         batch: with labels.
-        loss: how the training computes its loss.
+        loss: the training's loss function.
 
     Example:
         >>> step_flops(model, batch)  # doctest: +SKIP
@@ -64,7 +64,7 @@ def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
     counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     with _unseen(model, batch):
         with torch.no_grad():
-            loss(model, batch)  # which compares itself with the model's own loss, where it has not done so before
+            loss(model, batch)  # the first call may also compare it with the model's own loss
         with counter:
             value = loss(model, batch)
             if value.requires_grad:
@@ -73,10 +73,10 @@ def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
 
 
 def peak_rss() -> int:
-    """Return this process's peak resident set so far, in bytes; 0 where the system does not tell.
+    """Return this process's peak resident set so far, in bytes; 0 if the system does not report it.
 
-    On Linux this is the peak of the process's own memory map. getrusage would not do: its peak outlives exec, so that a
-    child inherits the size of the process that started it.
+    On Linux this is the peak of the process's own memory map. getrusage is not suitable: its peak survives exec, so a
+    child inherits the peak of its parent.
 
     Example:
         >>> peak_rss() > 0  # doctest: +SKIP

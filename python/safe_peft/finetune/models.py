@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 
 
 def locate(model: str) -> str:
-    """Find a model: a folder here, or an id of the hub.
+    """Find a model: a local folder, or a hub id.
 
     Args:
         model: the folder or id.
 
     Returns:
-        What transformers loads from.
+        The name that transformers loads.
 
     Raises:
-        ConfigError: The name is that of a folder, and there is no such folder.
+        ConfigError: The name is a path, but there is no such folder.
 
     Example:
         >>> locate("meta-llama/Llama-3.2-1B")
@@ -42,7 +42,7 @@ def locate(model: str) -> str:
 
 @contextmanager
 def _loading(model: str, what: str) -> Iterator[None]:
-    """Turn the many ways in which loading fails into one sentence."""
+    """Turn any error of loading into one sentence."""
     try:
         with quiet():
             yield
@@ -50,10 +50,9 @@ def _loading(model: str, what: str) -> Iterator[None]:
         raise
     except (OSError, ValueError, ImportError) as error:
         reason = first_line(error)
-        hint = "; it is no folder here, and the hub is off" if not Path(model).exists() and _is_offline() else ""
+        hint = "; it is not a local folder, and the hub is off" if not Path(model).exists() and _is_offline() else ""
         raise ConfigError(
-            f"model: the {what} of {model!r} cannot be loaded{hint} ({reason}). "
-            "Give a folder, or a hub id that can be reached."
+            f"model: the {what} of {model!r} cannot be loaded{hint} ({reason}). Give a folder, or a reachable hub id."
         ) from error
 
 
@@ -66,7 +65,7 @@ def _is_offline() -> bool:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' load report and bars, and its and PEFT's warnings, out of a run's output; a new head is meant.
+    """Hide transformers' load report, bars and warnings, and PEFT's warnings: a new head is intended.
 
     Example:
         >>> with quiet():  # doctest: +SKIP
@@ -88,7 +87,7 @@ def quiet() -> Iterator[None]:
 
 
 def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
-    """Load a tokenizer that pads; where the model has no padding token, the end of text stands for it.
+    """Load a tokenizer that pads; without a padding token it pads with the end-of-text token.
 
     Args:
         source: as `locate` returns it.
@@ -107,7 +106,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ConfigError(
-                f"model: the tokenizer of {source!r} has no padding and no end-of-text token; give it one."
+                f"model: the tokenizer of {source!r} has neither a padding nor an end-of-text token; add one to it."
             )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -120,10 +119,10 @@ def load_model(source: str, task: str, classes: Sequence[str] | None, pad_id: in
         source: as `locate` returns it.
         task: "seq-cls" or "causal-lm".
         classes: names of the classes, kept in the configuration, for "seq-cls".
-        pad_id: the tokenizer's padding token, which classifiers of decoder models look for.
+        pad_id: the tokenizer's padding token, which classifiers of decoder models need.
 
     Raises:
-        ConfigError: It cannot be loaded, or not for this task.
+        ConfigError: The model cannot be loaded for this task.
 
     Example:
         >>> load_model("my-folder", "seq-cls", ["bad", "good"], 0).num_labels  # doctest: +SKIP
@@ -144,10 +143,10 @@ def load_model(source: str, task: str, classes: Sequence[str] | None, pad_id: in
 
 
 def device_name(name: str) -> str:
-    """Return a device's name, and for "auto" that of a GPU if there is one.
+    """Return a device's name; "auto" is a GPU if there is one.
 
     Args:
-        name: as an option gave it.
+        name: the value of the option.
 
     Example:
         >>> device_name("cpu")
@@ -161,7 +160,7 @@ def device_name(name: str) -> str:
 
 
 def load_shell(source: str, task: str, classes: int = 2, dtype: str = "float32") -> PreTrainedModel:
-    """Make a base model from its configuration alone, on the meta device: no weights are read, no memory is taken.
+    """Make a base model from its configuration, on the meta device: it reads no weights and takes no memory.
 
     Args:
         source: as `locate` returns it.
@@ -170,7 +169,7 @@ def load_shell(source: str, task: str, classes: int = 2, dtype: str = "float32")
         dtype: torch's name of the parameters' dtype.
 
     Raises:
-        ConfigError: There is no such configuration, or none for this task.
+        ConfigError: The configuration does not exist, or does not suit the task.
 
     Example:
         >>> load_shell("my-folder", "seq-cls").device.type  # doctest: +SKIP
@@ -184,7 +183,7 @@ def load_shell(source: str, task: str, classes: int = 2, dtype: str = "float32")
         config = AutoConfig.from_pretrained(source)
         if task == "seq-cls":
             config.num_labels = classes
-        if getattr(config, "pad_token_id", None) is None:  # classifiers of decoder models look for it
+        if getattr(config, "pad_token_id", None) is None:  # classifiers of decoder models need it
             config.pad_token_id = 0
         return kinds[task].from_config(config, dtype=getattr(torch, dtype))
 
@@ -193,7 +192,7 @@ def add_lora(model: PreTrainedModel, task: str, options: Mapping[str, Any]) -> n
     """Put PEFT's LoRA on a model.
 
     Args:
-        model: the base model, changed in place as PEFT does it.
+        model: the base model; PEFT changes it in place.
         task: "seq-cls" or "causal-lm".
         options: of `peft.LoraConfig`, by PEFT's own names.
 
@@ -217,7 +216,7 @@ def add_lora(model: PreTrainedModel, task: str, options: Mapping[str, Any]) -> n
 
 
 def positions(model: PreTrainedModel) -> int | None:
-    """Return how many positions a model has, or None if it does not say.
+    """Return the number of positions of a model, or None if its configuration has none.
 
     Args:
         model: the base model.

@@ -18,19 +18,19 @@ from .training import Prepared, train
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> FreezeReport:
-    """Fine-tune LoRA adapters, measure what it cost, and write an ordinary PEFT checkpoint and a report.
+    """Fine-tune LoRA adapters, measure the cost, and write an ordinary PEFT checkpoint and a report.
 
     Args:
-        config: what to train, on what, and how.
-        console: where progress is shown; standard error by default.
+        config: the model, the data and the options.
+        console: shows progress; standard error by default.
 
     Returns:
-        The report, with one measured run. In `config.output`: what PEFT's `save_pretrained` writes, the tokenizer, the
-        report as json, png and html, and in `base_config/` the base model's configuration with the classes' names.
+        The report, with one measured run. `config.output` gets the files of PEFT's `save_pretrained`, the tokenizer,
+        the report as json, png and html, and in `base_config/` the base model's configuration with the class names.
 
     Raises:
-        ConfigError: An option, a file or the model cannot work.
-        SafeError: The loss is no number any more.
+        ConfigError: An option, a file or the model is not usable.
+        SafeError: The loss is not finite.
 
     Example:
         >>> finetune(FinetuneConfig("my-folder", "train.csv", "eval.csv", output="runs/mine"))  # doctest: +SKIP
@@ -45,7 +45,7 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> FreezeRe
 
 
 def _prepare(config: FinetuneConfig) -> Prepared:
-    """Read everything that can be wrong before anything that takes long."""
+    """Read and check all inputs before the slow parts begin."""
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("device: cuda was given, but torch finds no GPU; give cpu, or auto.")
     texts, labels, classes = _read(config)
@@ -75,8 +75,8 @@ def _save(prepared: Prepared, report: FreezeReport, stage: Path) -> None:
     with models.quiet():
         prepared.model.save_pretrained(stage)
         prepared.tokenizer.save_pretrained(stage)
-        # PEFT leaves out the base model's configuration, and with it the classes' names. In a folder of its own, since
-        # transformers takes a folder that holds both for a whole model.
+        # PEFT does not save the base model's configuration with the class names. It gets its own folder, since
+        # transformers would treat a folder with both as a full model.
         prepared.model.config.save_pretrained(stage / "base_config")
     save_report(report, stage)
 
@@ -86,7 +86,7 @@ def save_report(report: FreezeReport, folder: Path) -> None:
 
     Args:
         report: the report.
-        folder: where report.json, report.png and report.html go, and memory.png if the report has plans.
+        folder: folder for report.json, report.png, report.html, and memory.png if the report has plans.
 
     Example:
         >>> save_report(report, Path("runs/mine"))  # doctest: +SKIP
@@ -98,18 +98,18 @@ def save_report(report: FreezeReport, folder: Path) -> None:
 
 
 def result_line(report: FreezeReport) -> str:
-    """Say in one line what a training gave.
+    """Return the result of a training in one line.
 
     Args:
-        report: with one measured run.
+        report: a report with one measured run.
 
     Example:
         >>> result_line(finetune(config))  # doctest: +SKIP
-        'accuracy 0.812; 27 of 36 adapters frozen; 96.1 MiB retained a step at the end, 231.0 at the start; 71 s'
+        'accuracy 0.812; 27 of 36 adapters frozen; 96.1 MiB retained per step at the end, 231.0 at the start; 71 s'
     """
     run = report.runs[0]
     start, end = (mebibytes(size) for size in (run.retained[0][1], run.retained[-1][1]))
     return (
-        f"{run.metric} {run.value:.4g}; {run.frozen} of {run.adapters} adapters frozen; {end:,.1f} MiB retained a step "
-        f"at the end, {start:,.1f} at the start; {run.seconds:,.0f} s"
+        f"{run.metric} {run.value:.4g}; {run.frozen} of {run.adapters} adapters frozen; {end:,.1f} MiB retained per "
+        f"step at the end, {start:,.1f} at the start; {run.seconds:,.0f} s"
     )

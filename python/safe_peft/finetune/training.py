@@ -1,4 +1,4 @@
-"""One training by transformers' Trainer, and what it cost."""
+"""One training with transformers' Trainer, and its cost."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from .models import device_name
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-LINES = 20  # of progress
+LINES = 20  # lines of progress
 
 
 @dataclass
@@ -53,12 +53,12 @@ class Prepared:
 
 
 def train(config: FinetuneConfig, prepared: Prepared, console: Console) -> FreezeReport:
-    """Train, evaluate, and take off the model what was bound.
+    """Train, evaluate, and detach the model.
 
     Args:
-        config: what to train, and how.
+        config: the options of the training.
         prepared: the model, its tokenizer and the rows.
-        console: where progress is shown.
+        console: shows progress.
 
     Returns:
         The report, with one measured run.
@@ -123,7 +123,7 @@ def _trainer(config: FinetuneConfig, prepared: Prepared, folder: str, safe: Safe
         save_strategy="no",
         report_to=[],
     )
-    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel, which uses several, cannot train a bound model
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # with several, DataParallel would run, which cannot train a bound model
     trainer = _Trainer(
         BY_NAME[config.loss],
         model=prepared.model,
@@ -133,20 +133,20 @@ def _trainer(config: FinetuneConfig, prepared: Prepared, folder: str, safe: Safe
         data_collator=_collator(config.task, prepared.tokenizer),
         callbacks=[] if safe is None else [safe],
     )
-    for shown in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the result
+    for shown in (PrinterCallback, ProgressCallback):  # both write to standard output, where only the result goes
         trainer.remove_callback(shown)
     return trainer
 
 
 def _collator(task: str, tokenizer: PreTrainedTokenizerBase) -> Any:
     padder = copy(tokenizer)
-    padder.padding_side = "right"  # a token that is predicted from padding would be a target
+    padder.padding_side = "right"  # otherwise a token predicted from padding would be a target
     # DataCollatorForLanguageModeling ignores every target that equals the padding token, which may be a real token.
     return DataCollatorWithPadding(padder) if task == "seq-cls" else DataCollatorForSeq2Seq(padder)
 
 
 class _Trainer(Trainer):
-    """A Trainer with one of our losses, which stops where the loss is not finite."""
+    """A Trainer with one of our losses, which stops if the loss is not finite."""
 
     def __init__(self, loss: Loss, **options: Any) -> None:
         super().__init__(**options)
@@ -156,22 +156,22 @@ class _Trainer(Trainer):
         loss: Tensor = self.loss(model, inputs)
         if not math.isfinite(value := loss.item()):
             step = self.state.global_step + 1
-            raise SafeError(f"the loss is {value} at step {step}; lower --learning-rate, or look for broken rows.")
+            raise SafeError(f"the loss is {value} at step {step}; lower --learning-rate, or check the rows for errors.")
         return loss
 
 
 class _Costs(TrainerCallback):
-    """Measures a Trainer's training, and leaves it as it is.
+    """Measures a Trainer's training without changing it.
 
     Args:
         probe: the batch on which a step's retained bytes and FLOPs are measured.
-        loss: how the training computes its loss.
-        safe: the callback that freezes, if any does; it comes before this one.
+        loss: the training's loss function.
+        safe: the callback that freezes, if any; it must run before this one.
     """
 
     def __init__(self, probe: measure.Batch, loss: Loss, safe: SafeCallback | None) -> None:
         self._probe, self._loss, self._safe = probe, loss, safe
-        # A CPU's time, because other work on the machine makes the wall time longer. It does not hold a GPU's work.
+        # CPU time, because other work on the machine makes the wall time longer. It does not include a GPU's work.
         self._clock = time.process_time if probe["input_ids"].device.type == "cpu" else time.perf_counter
         self.seconds, self.peak_rss, self._start, self._frozen = 0.0, 0, 0.0, 0
         self.retained: list[tuple[int, int]] = []
@@ -191,7 +191,7 @@ class _Costs(TrainerCallback):
             self._measure(model, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.peak_rss = measure.peak_rss()  # before more is measured
+        self.peak_rss = measure.peak_rss()  # before further measurements
         self._measure(model, state.global_step, with_flops=True)
 
     def _measure(self, model: nn.Module, step: int, *, with_flops: bool = False) -> None:
@@ -205,13 +205,13 @@ def _suspended(safe: SafeCallback | None) -> AbstractContextManager[Any]:
     """Return a context in which a freezer, if there is one, ignores the model's calls.
 
     Args:
-        safe: the callback that has the freezer.
+        safe: the callback with the freezer.
     """
     return nullcontext() if safe is None else safe.freezer.suspended()
 
 
 class _Lines(TrainerCallback):
-    """Shows progress, a line now and then, on the console instead of standard output."""
+    """Shows lines of progress on the console instead of standard output."""
 
     def __init__(self, label: str, console: Console, safe: SafeCallback | None) -> None:
         self._label, self._console, self._safe = label, console, safe
@@ -227,7 +227,7 @@ class _Lines(TrainerCallback):
 
 
 def _evaluate(trainer: _Trainer, task: str, safe: SafeCallback | None) -> float:
-    """Accuracy, or perplexity per predicted token: a Trainer's own eval_loss weighs batches by their rows."""
+    """Return accuracy, or perplexity per predicted token, since a Trainer's eval_loss weighs batches by rows."""
     gained, units = 0.0, 0
     with _suspended(safe), _evaluating(trainer.model):
         for batch in trainer.get_eval_dataloader():
@@ -264,7 +264,7 @@ def _report(
 
 
 def _adapters(model: nn.Module) -> tuple[AdapterRecord, ...]:
-    """List the layers that hold a LoRA pair, by PEFT's own attribute names."""
+    """List the layers with a LoRA pair, by PEFT's attribute names."""
     found = []
     for name, module in model.named_modules():
         parts = [getattr(module, part, None) for part in ("lora_A", "lora_B")]

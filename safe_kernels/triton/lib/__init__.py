@@ -1,1 +1,1 @@
-"""What several ops are made of: kernels, and functions that launch them."""
+"""Kernels that several ops share, and the functions that launch them."""

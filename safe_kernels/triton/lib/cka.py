@@ -1,12 +1,12 @@
-"""The sums that score an adapter, from the rows of sampled blocks alone; see `safe_kernels.reference.cka_sums`.
+"""The sums that score an adapter, from the sampled rows only; see `safe_kernels.reference.cka_sums`.
 
-They have launches of their own, which read the sampled rows once more (2 % of 8,192 rows are some MB, mostly still in
-the cache). In the pass that applies the adapter they would share its tiles, but every program of that pass would be
-compiled for the registers of the few that score, blocks would have to begin where its tiles do, and the fused form
-(lora_linear) could not share them: there the stored output is scored with the roles swapped.
+Separate launches read the sampled rows again: 2 % of 8,192 rows are a few MB, mostly still in the cache. The pass that
+applies the adapter could share its tiles, but then all its programs would need the registers of the few that score, and
+blocks would have to begin at its tiles. The fused form (lora_linear) could not share them: it scores the stored output,
+with the roles swapped.
 
-Features are centred before they are multiplied, and K and E are each summed from products in float32, so that an
-adapter that is aligned with its layer keeps its digits; the sums a, b, c are float64.
+Features are centred before they are multiplied. K and E are separate float32 sums of products, so that an adapter
+aligned with its layer keeps its precision. The sums a, b, c are float64.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ from safe_kernels.triton.runtime.host import ceil_div
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 MOST_BLOCKS = 65535
-"""Programs that CUDA takes along a grid's second axis."""
+"""CUDA's limit for programs along a grid's second axis."""
 MOST_AT_ONCE = 64
-"""Blocks up to which one program per block is worth K's 64 KiB for each part of it."""
+"""Up to this many blocks, one program per block is worth the 64 KiB of memory for each part of K."""
 
 
 def block_sums(
@@ -49,14 +49,14 @@ def block_sums(
     """Scores sampled blocks of rows.
 
     Args:
-        base: [M, N], features without the adapter, or with it when `swapped`.
-        h: [parts, M, padded R], whose sum times lora_B' times scaling is what the adapter adds.
+        base: [M, N], features without the adapter; with the adapter if `swapped`.
+        h: [parts, M, padded R]; the adapter adds scaling * sum(h) * lora_B'.
         lora_B: [N, R].
         scaling: as in `lora`.
         block_starts: int64 [n].
-        block_rows: rows in a block.
-        row_weight: [M], zero where a row must not count, or None.
-        swapped: whether `base` has the adapter's part in it.
+        block_rows: rows per block.
+        row_weight: [M], zero where a row does not count, or None.
+        swapped: whether `base` includes the adapter's part.
 
     Returns:
         float64 [4] = (a, b, c, rows).
@@ -88,15 +88,15 @@ def block_sums(
 
 @dataclass(frozen=True)
 class Blocks:
-    """What every launch has to know about the blocks.
+    """The blocks, as every launch needs them.
 
     Attributes:
         starts: int64 [n], contiguous.
-        weight: [M] of any dtype, contiguous, zero where a row must not count, or None.
-        block_rows: rows in a block, at most M.
+        weight: [M] of any dtype, contiguous, zero where a row does not count, or None.
+        block_rows: rows per block, at most M.
         base_rows: M.
-        scale: what h is multiplied by.
-        precision: of products.
+        scale: factor of h.
+        precision: `input_precision` of products.
     """
 
     starts: Tensor
@@ -108,7 +108,7 @@ class Blocks:
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of blocks."""
         return self.starts.shape[0]
 
 
@@ -117,7 +117,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 
 
 def _at_once(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks, chosen: Config) -> Parts:
-    """Blocks that one program holds."""
+    """Each block fits in one program."""
     (M, N), R, width = base.shape, lora_B.shape[1], h.shape[2]
     parts, split_n = splits(blocks.count, N, chosen.block_n, most=16)
     grams = empty(h, (blocks.count, parts, chosen.block_m, chosen.block_m))

@@ -10,7 +10,7 @@ from safe_kernels.triton.lib.skinny_matmul import _load_parts
 
 @triton.jit
 def _block_rows(starts, weight, block, start_m, M, block_rows, HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr):
-    """Rows start_m .. start_m + BLOCK_M - 1 of a block, and which of them count."""
+    """Rows start_m .. start_m + BLOCK_M - 1 of a block, and whether each of them counts."""
     within = start_m + tl.arange(0, BLOCK_M)
     offs_m = tl.load(starts + block) + within
     mask_m = (within < block_rows) & (offs_m >= 0) & (offs_m < M)
@@ -47,7 +47,7 @@ def _block_parts_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """A whole block and one part of the columns: everything that four kernels make of larger blocks, in one reading."""
+    """A whole block and one part of the columns: one read gives all that four kernels compute for larger blocks."""
     block, part = tl.program_id(0), tl.program_id(1)
     offs_m, mask_m = _block_rows(starts, weight, block, 0, M, block_rows, HAS_WEIGHT, BLOCK_M)
     count = tl.maximum(tl.sum(mask_m.to(tl.float32), axis=0), 1.0)
@@ -122,7 +122,7 @@ def _block_h_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """Scaling * h less its mean."""
+    """Computes scaling * (h - mean of h)."""
     block = tl.program_id(0)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     acc = tl.zeros([BLOCK_R], tl.float32)
@@ -142,7 +142,7 @@ def _block_h_kernel(
 
 @triton.jit
 def _centred(base, offs_m, mask_m, offs_n, N, mean, stride_base_m, stride_base_n):
-    """A tile of the features less their mean, zero where a row does not count."""
+    """A tile of the features minus their mean, zero where a row does not count."""
     mask = mask_m[:, None] & (offs_n < N)[None, :]
     at = base + offs_m[:, None] * stride_base_m + offs_n.to(tl.int64)[None, :] * stride_base_n
     return tl.where(mask, tl.load(at, mask=mask, other=0.0).to(tl.float32) - mean[None, :], 0.0)
@@ -174,7 +174,7 @@ def _block_grams_kernel(
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """K = X X' over one part of the columns, X being the centred features."""
+    """K = X X' over one part of the columns; X is the centred features."""
     index, part = tl.program_id(0), tl.program_id(1)
     block, tile = index // (TILES * TILES), index % (TILES * TILES)
     start_i, start_j = tile // TILES * BLOCK_M, tile % TILES * BLOCK_M
@@ -218,7 +218,7 @@ def _block_products_kernel(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """V = (X + D / 2) B over one part of the columns, D = H B' being what the adapter adds, centred."""
+    """V = (X + D / 2) B over one part of the columns; D = H B' is the adapter's part, centred."""
     tiles, part = tl.cdiv(block_rows, BLOCK_M), tl.program_id(1)
     both = tiles * tl.cdiv(R, BLOCK_R)
     block, within = tl.program_id(0) // both, tl.program_id(0) % both
@@ -285,11 +285,11 @@ def _block_sums_kernel(
         E = tl.dot(V_i, tl.trans(H_j), E, input_precision="ieee")
         E = tl.dot(H_i, tl.trans(V_j), E, input_precision="ieee")
     K = tl.zeros([BLOCK_M, BLOCK_M], tl.float64)
-    for part in tl.range(0, gram_parts, loop_unroll_factor=4):  # several on their way at a time
+    for part in tl.range(0, gram_parts, loop_unroll_factor=4):  # several loads in flight
         at = (tl.cast(block, tl.int64) * gram_parts + part) * TILES * BLOCK_M + start_i + i
         K += tl.load(grams + at[:, None] * TILES * BLOCK_M + (start_j + i)[None, :])
     E = E.to(tl.float64)
-    if SWAPPED:  # the features were those with the adapter, and it was taken away
+    if SWAPPED:  # the features included the adapter, and E has the opposite sign
         K += E
         E = -E
     counted = tl.sum(tl.where(tile < TILES, mask_j.to(tl.int32), 0), axis=0)
@@ -307,7 +307,7 @@ def _block_total_kernel(
     count,
     BLOCK_M: tl.constexpr,
 ):
-    """What all blocks and tiles add up to, in their order: one program."""
+    """The sum over all blocks and tiles, in a fixed order, by one program."""
     i, which = tl.arange(0, BLOCK_M), tl.arange(0, 4)
     acc = tl.zeros([4], tl.float64)
     for start_m in range(0, count, BLOCK_M):

@@ -1,6 +1,6 @@
-"""Activations and their slopes inside a kernel, and the tiles that element-wise kernels are cut into.
+"""Activations and their derivatives inside a kernel, and the tiles of element-wise kernels.
 
-The formulas stand in safe_kernels/reference/activation.py; here gelu's erf is the GPU's own.
+The formulas are in safe_kernels/reference/activation.py. Here gelu uses the GPU's erf.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _value(x, KIND: tl.constexpr):
 
 @triton.jit
 def _pull_back(grad, x, KIND: tl.constexpr):
-    """Grad times the activation's slope at x; relu stops even an infinite gradient."""
+    """The gradient of x: grad times the activation's derivative at x; relu stops even an infinite gradient."""
     if KIND == "silu":
         s = _sigmoid(x)
         return grad * (s * (1.0 + x * (1.0 - s)))
@@ -39,7 +39,7 @@ def _pull_back(grad, x, KIND: tl.constexpr):
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
         return grad * (0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density)
     elif KIND == "gelu_tanh":
-        x = tl.where(x < -10.0, -10.0, tl.where(x > 10.0, 10.0, x))  # what is no number stays none
+        x = tl.where(x < -10.0, -10.0, tl.where(x > 10.0, 10.0, x))  # NaN stays NaN
         u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
         s = _sigmoid(u)
         return grad * (s + x * s * _sigmoid(-u) * 1.5957691216057308 * (1.0 + 0.134145 * x * x))
@@ -58,7 +58,7 @@ def _dropped(values, rng, offs_m, start_n, threshold, dropout_scale, HAS_DROPOUT
 
 @triton.jit
 def _tile(M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """This program's rows, its first column, its columns, and which of their elements exist."""
+    """This program's rows, its first column, its columns, and the mask of existing elements."""
     across = tl.cdiv(N, BLOCK_N)
     offs_m = tl.program_id(0) // across * BLOCK_M + tl.arange(0, BLOCK_M)
     start_n = tl.program_id(0) % across * BLOCK_N

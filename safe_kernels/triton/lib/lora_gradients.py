@@ -1,7 +1,7 @@
-"""What the gradients of an adapter take on a GPU: one pass over x for what meets there, and at most two over grad.
+"""The gradients of an adapter on a GPU: one pass over x, and at most two over grad.
 
-A gradient of a factor is summed over all rows. A program holds a tile of columns and walks down a group of rows, so
-that such a sum stays in its registers: what is written is one [N, R] a group, a small share of the matrix that is read.
+The gradient of a factor is a sum over all rows. A program holds a tile of columns and walks down a group of rows, so
+that the sum stays in registers. It writes one [N, R] per group, which is small compared with the matrix that it reads.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ def _lora_input_kernel(
     HAS_DROPOUT: tl.constexpr,
     COMPUTE_X: tl.constexpr,
     COMPUTE_A: tl.constexpr,
-    ONE_TILE: tl.constexpr,  # of the rank: then lora_A is read once, and not for every tile of rows
+    ONE_TILE: tl.constexpr,  # one tile holds the rank: lora_A is read once, not for every tile of rows
 ):
-    """The gradients that meet at x: of x itself, and of lora_A; one sweep, one mask."""
+    """The gradients of x and of lora_A: both read x's rows and use its dropout mask, so one pass makes both."""
     start_n = tl.program_id(0) * BLOCK_N
     offs_n = start_n + tl.arange(0, BLOCK_N)
     mask_n, offs_n64 = (offs_n < N)[None, :], offs_n.to(tl.int64)[None, :]
     offs_r = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     begin = tl.program_id(1) * group_m
     end = tl.minimum(begin + group_m, M)
-    # Where the rank has several tiles each has a program, and the first one's makes grad_x of all: others find it done.
+    # If the rank has several tiles, each has a program; the first one makes grad_x from all tiles, the others skip it.
     first_r, end_x = tl.program_id(2) * R, end - tl.program_id(2) * M
     if COMPUTE_A:
         acc_A = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
@@ -118,12 +118,12 @@ def adapter_gradients(
         lora_B: [d_out, r].
         scaling: as in `lora`.
         drop: dropout's numbers.
-        wanted: which of the gradients of x, lora_A and lora_B.
-        wants_h: whether that of h is wanted by itself.
+        wanted: whether the gradients of x, lora_A and lora_B are wanted.
+        wants_h: whether the gradient of h is wanted even if no other gradient needs it.
 
     Returns:
-        The gradient of h = dropout(x) A' in parts [splits, M, padded R], those of x, lora_A and lora_B; what is not
-        wanted is empty.
+        The gradients of h = dropout(x) A' (in parts [splits, M, padded R]), x, lora_A and lora_B. An unwanted one is
+        empty.
     """
     wants_x, wants_A, wants_B = wanted
     grad_h, grad_B = empty(grad, 0), empty(lora_B, 0)
@@ -156,11 +156,11 @@ def _at_the_output(grad: Tensor, lora_B: Tensor, scaling: float, h: Tensor | Non
 
 
 def in_one_sweep(operand: torch.dtype, rank: int) -> bool:
-    """Whether one pass over grad makes grad_h and grad_B, or each has its own.
+    """Whether one pass over grad makes both grad_h and grad_B.
 
-    grad_h is summed over columns and grad_B over rows, so that a pass that makes both writes sums of tiles of the one
-    or the other: 4 r / rows bytes per element, and reads them again. A tile has as many rows as registers hold for
-    grad_h; only a narrow rank costs less than reading grad twice, in time and in memory.
+    grad_h is a sum over columns and grad_B a sum over rows. A pass that makes both must write partial sums of one of
+    them (4 r / rows bytes per element) and read them again; the registers for grad_h limit the rows of a tile.
+    This takes less time and memory than reading grad twice only if the rank is low.
 
     Args:
         operand: dtype of the factors.
@@ -170,7 +170,7 @@ def in_one_sweep(operand: torch.dtype, rank: int) -> bool:
 
 
 def _summed_over_rows(grad: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
-    """``scaling * grad' h``: lora_B's gradient is lora_A's with grad in x's place."""
+    """``scaling * grad' h``: the kernel for lora_A's gradient, with grad in place of x."""
     (N, R), arithmetic = lora_B.shape, product(grad.dtype, lora_B.dtype)
     h, drop = joined(h, arithmetic.operand), NOTHING_DROPPED
     run = partial(_input_gradients, grad, grad, lora_B.t(), h, drop, False, True, arithmetic)
@@ -189,11 +189,11 @@ def at_the_input(
         lora_A: [r, d_in].
         grad_h: [parts, M, padded R], the gradient of h.
         drop: dropout's numbers.
-        wants_x: whether that of x is wanted.
-        wants_A: whether that of lora_A is.
+        wants_x: whether the gradient of x is wanted.
+        wants_A: whether the gradient of lora_A is wanted.
 
     Returns:
-        The two; what is not wanted is empty.
+        The two gradients. An unwanted one is empty.
     """
     (R, N), like = lora_A.shape, grad if x is None else x
     arithmetic = product(like.dtype, lora_A.dtype)
@@ -215,10 +215,10 @@ def _input_gradients(
     arithmetic: Product,
     chosen: Config,
 ) -> tuple[Tensor, Tensor]:
-    """grad_x, and the parts [groups, d_in, padded R] of grad_A; what is not wanted is empty."""
+    """grad_x, and the parts [groups, d_in, padded R] of grad_A. An unwanted one is empty."""
     (R, N), (M, width), like = lora_A.shape, grad_h.shape, grad if x is None else x
     block_r, tiles = rank_tile(R, arithmetic.operand, True), ceil_div(N, chosen.block_n)
-    # A sum is written for each group: with 16 R rows in one these are at most an eighth of a half-precision x.
+    # Each group writes a sum; these take at most an eighth of a half-precision x if a group has 16 R rows.
     least = max(chosen.block_m, 8 * width if wants_A else 0)
     groups, group_m = splits(tiles, M, least, enough=512, most=32)
     grad_x = empty(like, (*grad.shape[:-1], N) if wants_x else 0)

@@ -1,7 +1,7 @@
-"""The kernels of `rms_norm` and `layer_norm`, which differ in the mean and the bias alone.
+"""The kernels of `rms_norm` and `layer_norm`, which differ only in the mean and the bias.
 
-A program holds whole rows in registers, so that each tensor is read once and written once; rows too long for that go to
-the reference. Backward makes the normalised row from the input, or from the output where that is what is retained.
+A program holds whole rows in registers, so that each tensor is read once and written once. Longer rows use the
+reference. Backward recomputes the normalised row from the retained tensor: the input or the output.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from safe_kernels.triton.runtime.host import ceil_div, flat, guard, require_shap
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 LONGEST = 8192
-"""Elements of the longest row that registers hold."""
+"""The longest row, in elements, that fits in registers."""
 
 
 @triton.jit
 def _affine(weight, bias, offs_n, N, offset, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
-    """The row that normalised rows are multiplied by, and the one that is added, in float32."""
+    """The scale and the shift of the normalised rows, in float32."""
     scale = tl.full(offs_n.shape, 1.0, tl.float32)
     shift = tl.zeros(offs_n.shape, tl.float32)
     if HAS_WEIGHT:
@@ -79,7 +79,7 @@ def _norm_backward_kernel(
     mean,  # [M]
     rstd,  # [M]
     grad_x,  # [M, N], contiguous
-    partial,  # [2, programs, N]: of the gradients of weight and bias
+    partial,  # [2, programs, N]: partial gradients of weight and bias
     M,
     N,
     stride_grad_m,
@@ -139,7 +139,7 @@ def _norm_backward_kernel(
 
 
 class Affine(NamedTuple):
-    """What follows the normalisation."""
+    """The parameters that are applied after the normalisation."""
 
     weight: Tensor | None
     bias: Tensor | None
@@ -163,7 +163,7 @@ def norm_forward(x: Tensor, affine: Affine, eps: float, centred: bool) -> tuple[
         x: [..., d], d at most `LONGEST`.
         affine: weight and bias.
         eps: added to the mean of the squares.
-        centred: whether the mean is taken away first.
+        centred: whether the mean is subtracted first.
 
     Returns:
         out, mean (empty unless `centred`) and rstd.
@@ -210,12 +210,12 @@ def norm_backward(
 
     Args:
         grad: [..., d].
-        retained: [..., d], the output if `from_output`, else x.
+        retained: [..., d], the output if `from_output`, otherwise x.
         affine: weight and bias.
-        statistics: mean, which is not read if `from_output`, and rstd.
-        centred: as forward.
-        from_output: what `retained` is.
-        wanted: which of the gradients of x, weight and bias.
+        statistics: mean (not read if `from_output`) and rstd.
+        centred: as in forward.
+        from_output: whether `retained` is the output.
+        wanted: whether the gradients of x, weight and bias are wanted.
 
     Returns:
         The gradients of x (empty if not wanted), weight and bias (float32 [d], or None).
@@ -226,7 +226,7 @@ def norm_backward(
     (M, N), chosen = rows.shape, row_config(rows.shape[1])
     wants_x, wants_weight, wants_bias = wanted
     sums = wants_weight or wants_bias
-    # Sums over rows want few programs; without them a program a tile of rows is simplest.
+    # Every program writes partial sums over rows, so few programs are best; without sums, one per tile is simplest.
     tiles = max(1, ceil_div(ceil_div(M, 512), chosen.block_m)) if sums else 1
     rows_per_program = tiles * chosen.block_m
     programs = ceil_div(M, rows_per_program)

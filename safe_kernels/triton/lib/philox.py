@@ -1,4 +1,4 @@
-"""Dropout's bits inside a kernel: the rule stands in safe_kernels/reference/philox.py."""
+"""Dropout's random bits inside a kernel, as defined in safe_kernels/reference/philox.py."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _ROUNDS = tl.constexpr(ROUNDS)
 def _keep(rng, offs_m, start_n, threshold, BLOCK_N: tl.constexpr):
     """True where dropout keeps element [offs_m, start_n + 0 .. BLOCK_N - 1]; `start_n` is a multiple of 4.
 
-    Four neighbouring columns share one counter, so a quarter of the elements' number of generators runs.
+    Four neighbouring columns share one counter, so the generator runs once per four elements.
     """
     seed, offset = tl.load(rng), tl.load(rng + 1)
     group = start_n // 4 + tl.arange(0, BLOCK_N // 4)

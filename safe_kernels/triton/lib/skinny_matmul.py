@@ -1,13 +1,13 @@
 """One sweep over a matrix [M, K]: its product with a narrow matrix, and its transpose's product with another.
 
-Both of an adapter's large dimensions are swept this way::
+Both large dimensions of an adapter are swept this way::
 
     forward     of x       product h = dropout(x) A'
-    backward    of grad    product grad B, and where the rank is narrow the transposed product grad' h
+    backward    of grad    product grad B, and for a low rank the transposed product grad' h
 
-Sums over K are cut into `splits` parts and sums over M into tiles of rows; the parts lie in memory one by one and are
-added in a fixed order, so that results do not depend on the order programs run in. Such a narrow matrix has rows of
-`padded` columns, zero behind the rank: they begin where wide loads may, and need no mask.
+Sums over K are split into `splits` parts, and sums over M into tiles of rows. The parts are stored separately and added
+in a fixed order, so that results do not depend on the order in which programs run. A narrow matrix has `padded`
+columns, zero after the rank: its rows are aligned for wide loads and need no mask.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _lora_sweep_kernel(
             other=0.0,
         ).to(OPERAND)
         if HAS_DROPOUT:
-            # A product, not a choice: what is no number stays none, as in the reference.
+            # Multiplied, not selected: NaN stays NaN, as in the reference.
             tile = tile * _keep(rng, offs_m, start_k, threshold, BLOCK_K).to(OPERAND)
         weight = tl.load(
             narrow_rows + offs_k.to(tl.int64)[:, None] * stride_narrow_k,
@@ -104,7 +104,7 @@ def _lora_sweep_kernel(
             at = (tl.program_id(0).to(tl.int64) * K + offs_k)[:, None] * width + offs_r[None, :]
             tl.store(transposed + at, outer, mask=mask_k[:, None] & (offs_r < width)[None, :])
     at = (part.to(tl.int64) * M + offs_m)[:, None] * width + offs_r[None, :]
-    # Behind the rank stands 0, and not the 0 * infinity of a row that overflowed.
+    # Columns after the rank are 0, even where a row overflowed and 0 * infinity is NaN.
     acc = tl.where(mask_r[None, :], acc * product_scale, 0.0)
     tl.store(product + at, acc, mask=mask_m[:, None] & (offs_r < width)[None, :])
 
@@ -149,12 +149,12 @@ def sweep(
         matrix: [M, K], any strides.
         narrow: [R, K], any strides.
         arithmetic: how to multiply.
-        dropout: drops elements of `matrix`, without making the rest grow.
-        scale: what the product is multiplied by.
-        other: [parts, M, padded R], the factor of the transposed product; None when that is not wanted.
+        dropout: drops elements of `matrix` and does not scale the others.
+        scale: factor of the product.
+        other: [parts, M, padded R], the factor of the transposed product; None if that product is not wanted.
 
     Returns:
-        The product's parts [splits, M, padded R], and the transposed product's [tiles, K, padded R], or nothing.
+        The product's parts [splits, M, padded R], and the transposed product's [tiles, K, padded R] or an empty tensor.
     """
     name = "lora_sweep_both" if other is not None else "lora_sweep"
     name = name if dropout.rng_state is None else "lora_sweep_dropped"
@@ -208,7 +208,7 @@ def _sweep(
 
 
 def padded(rank: int) -> int:
-    """Columns of a narrow matrix in memory: 16 divides them, so that its rows may be read in wide loads.
+    """Columns of a narrow matrix in memory: a multiple of 16, so that wide loads can read its rows.
 
     Args:
         rank: the adapter's rank.
@@ -225,7 +225,7 @@ def joined(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         parts: [splits, M, padded R].
-        dtype: what that kernel converts it to.
+        dtype: the dtype to which that kernel converts it.
 
     Returns:
         [M, padded R].
@@ -234,12 +234,12 @@ def joined(parts: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def reduce(parts: Tensor, rank: int, scale: float, dtype: torch.dtype, transpose: bool = False) -> Tensor:
-    """Adds parts in their order.
+    """Adds parts in a fixed order.
 
     Args:
         parts: [count, N, at least R].
         rank: R.
-        scale: what the sum is multiplied by.
+        scale: factor of the sum.
         dtype: dtype of the result.
         transpose: whether the result is [R, N] instead of [N, R].
 

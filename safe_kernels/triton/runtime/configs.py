@@ -1,7 +1,7 @@
-"""Tile sizes, by what a GPU can do and what the tiles hold; never by a GPU's name.
+"""Tile sizes, chosen by the GPU's limits and the tiles' contents, never by a GPU's name.
 
-A kernel's entry lists its configurations from the most demanding to the one that runs everywhere; the first whose
-demands are met is taken. tests/triton compiles every one of them and holds it to its device's limits.
+A kernel's entry lists its configurations from the most demanding to the one that runs everywhere. The first one whose
+requirements are met is used. tests/triton compiles all of them and checks them against the device's limits.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import triton
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is cut into programs.
+    """How a kernel is split into programs.
 
     Attributes:
         block_m: rows of a tile.
-        block_n: columns of a tile of the result; 0 where a program makes all of them.
-        block_k: columns taken at a time of what is summed over; 0 where a kernel has no such loop.
-        warps: warps a program.
+        block_n: columns of a tile of the result; 0 if a program makes all of them.
+        block_k: columns per step of the loop over the summed dimension; 0 if a kernel has no such loop.
+        warps: warps per program.
         stages: tiles in flight at a time.
-        shared: KiB of shared memory that a program must be able to have.
-        half: whether it is for factors of half precision only.
-        rank: widest tile of an adapter's columns it is for.
+        shared: KiB of shared memory that a program needs.
+        half: whether it is only for half-precision factors.
+        rank: the widest tile of an adapter's columns that it supports.
     """
 
     block_m: int
@@ -40,11 +40,11 @@ class Config:
 
     @property
     def options(self) -> dict[str, int]:
-        """What a launch passes on to the compiler."""
+        """Options of a launch for the compiler."""
         return {"num_warps": self.warps, "num_stages": self.stages}
 
     def __str__(self) -> str:
-        """What tuning's file calls it."""
+        """Its name in the tuning file."""
         if self == NO_TILES:
             return "no tiles"
         tiles = "x".join(str(size) for size in (self.block_m, self.block_n, self.block_k) if size)
@@ -52,7 +52,7 @@ class Config:
 
 
 NO_TILES = Config(0, rank=2**31)
-"""The kernel is not launched: what it does is done otherwise."""
+"""This kernel is not launched: other code computes the same."""
 
 TABLE: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (
@@ -62,7 +62,7 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, block_k=64, stages=2, rank=32),
         Config(32, block_k=32, stages=2),
     ),
-    # After dropout a factor lies in registers, where wgmma would wait for it (triton 3.6): 32 rows take mma instead.
+    # After dropout a factor is in registers, and wgmma would wait for it (Triton 3.6); 32 rows make it use mma.
     "lora_sweep_dropped": (
         Config(32, block_k=128, shared=90, half=True, rank=32),
         Config(32, block_k=64, shared=90, half=True, rank=128),
@@ -70,7 +70,7 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, block_k=64, stages=1, rank=32),
         Config(32, block_k=32, warps=8, stages=1),
     ),
-    # The fewer the rows, the larger the parts of what is summed over them.
+    # Sums over rows are written once per tile, so a tile has many rows.
     "lora_sweep_both": (Config(256, block_k=64, warps=8, stages=2, half=True, rank=16),),
     "lora_apply": (
         Config(64, 64, stages=2, half=True, rank=128),
@@ -85,11 +85,11 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, 64, stages=1, rank=16),
         Config(16, 64, stages=1),
     ),
-    "lora_linear": (NO_TILES,),  # but the vendor's library
+    "lora_linear": (NO_TILES,),  # the vendor's library multiplies
     "reduce": (Config(16, 64, stages=1),),
-    # A whole block takes the registers of sm_90, or sm_100's tensor memory; elsewhere four kernels take it by tiles.
+    # A whole block needs the registers of sm_90, or sm_100's tensor memory. On other GPUs four kernels work by tiles.
     "block_parts": (Config(128, 16, warps=8, stages=1, shared=200, half=True, rank=16), NO_TILES),
-    # Of all kernels that score by tiles, since they share what they make. Loads in flight would spill registers.
+    # All kernels that score by tiles use these tiles, since they share results. Loads in flight would spill registers.
     "block_tiles": (Config(32, 32, stages=1),),
 }
 NEIGHBOURS: dict[str, tuple[Config, ...]] = {
@@ -114,7 +114,7 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
         Config(32, 64, stages=1, shared=90, half=True),
         Config(16, 32, stages=1),
     ),
-    # 128 x 256 would read less, but triton 3.6 waits for each wgmma there.
+    # 128 x 256 would read less, but there Triton 3.6 waits for each wgmma.
     "lora_linear": (
         Config(128, 128, block_k=64, warps=8, stages=3, shared=160, half=True),
         Config(128, 128, block_k=64, warps=8, stages=4, shared=160, half=True),
@@ -124,9 +124,9 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
         Config(32, 32, block_k=32, stages=1),
     ),
 }
-"""What tuning tries in addition to the table's choice; held to the same limits by the same tests."""
+"""Configurations that tuning tries in addition to the table's choice. The same tests check their limits."""
 SWEEPS = ("lora_sweep", "lora_sweep_dropped", "lora_sweep_both", "lora_apply", "lora_input")
-"""Kernels whose time is that of reading: they take twice the rank at a time, and read as rarely."""
+"""Kernels that are bound by reading: twice the rank per tile halves the reads."""
 
 
 class Target(NamedTuple):
@@ -134,9 +134,9 @@ class Target(NamedTuple):
 
     Attributes:
         backend: "cuda", "hip", or "interpreter".
-        shared: KiB of shared memory a program may have.
-        arch: of the backend's architectures, the device's: "90", or "gfx942".
-        multiprocessors: how many run programs at a time.
+        shared: KiB of shared memory that a program may use.
+        arch: the device's architecture, such as "90" or "gfx942".
+        multiprocessors: number of multiprocessors.
     """
 
     backend: str
@@ -146,7 +146,7 @@ class Target(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """What devices have in common that run the same kernels equally fast; no GPU's name."""
+        """The same string for devices that run the kernels equally fast; it contains no GPU name."""
         return f"{self.backend}-{self.arch}-{self.multiprocessors}" if self.arch else self.backend
 
 
@@ -154,7 +154,7 @@ def target() -> Target:
     """The current device.
 
     Returns:
-        What configurations depend on.
+        The properties that decide about configurations.
 
     Example:
         >>> target()  # doctest: +SKIP
@@ -174,15 +174,15 @@ def _target_of(device: int) -> Target:
 
 
 def config(kernel: str, operand: torch.dtype, rank: int = 1) -> Config:
-    """The configuration a kernel takes on the current device.
+    """The configuration of a kernel on the current device.
 
     Args:
         kernel: its name in `TABLE`.
-        operand: dtype of the factors, or of the elements where nothing is multiplied.
-        rank: the adapter's rank, where there is one.
+        operand: dtype of the factors, or of the elements if nothing is multiplied.
+        rank: the adapter's rank, if there is one.
 
     Returns:
-        The first entry whose demands are met.
+        The first entry whose requirements are met.
     """
     half, width, shared = operand.itemsize == 2, rank_tile(rank, operand, kernel in SWEEPS), target().shared
     return next(entry for entry in TABLE[kernel] if _fits(entry, half, width, shared))
@@ -197,8 +197,8 @@ def candidates(kernel: str, operand: torch.dtype, rank: int = 1) -> list[Config]
         rank: the adapter's rank.
 
     Returns:
-        The table's choice, and those neighbours whose demands are met; for half precision those alone that are meant
-        for it.
+        The table's choice, and the neighbours whose requirements are met. For half precision these are only the
+        neighbours made for it.
     """
     half, width, shared = operand.itemsize == 2, rank_tile(rank, operand, kernel in SWEEPS), target().shared
     near = (entry for entry in NEIGHBOURS.get(kernel, ()) if entry.half == half)
@@ -210,15 +210,16 @@ def _fits(entry: Config, half: bool, width: int, shared: int) -> bool:
 
 
 def rank_tile(rank: int, operand: torch.dtype, is_sweep: bool = False) -> int:
-    """Columns of an adapter taken at a time: what tensor cores need at least, and registers hold at most.
+    """Columns of an adapter per tile: at least the minimum of tensor cores, at most as many as fit in registers.
 
     Args:
         rank: the adapter's rank.
         operand: dtype of the factors.
-        is_sweep: whether it is for one of `SWEEPS`.
+        is_sweep: whether the kernel is one of `SWEEPS`.
 
     Returns:
-        16 or 32, or 64 in half precision, for a sweep twice that; a larger rank is walked in pieces.
+        A power of two from 16 up to 32, or 64 in half precision; for a sweep up to twice that. A larger rank takes
+        several tiles.
 
     Example:
         >>> rank_tile(8, torch.float32), rank_tile(17, torch.float32), rank_tile(200, torch.bfloat16)
@@ -229,29 +230,29 @@ def rank_tile(rank: int, operand: torch.dtype, is_sweep: bool = False) -> int:
 
 
 def float32_precision(wanted: str) -> str:
-    """`input_precision` for float32 factors: AMD's matrix cores multiply float32 exactly, and know nothing else.
+    """`input_precision` for float32 factors: AMD's matrix cores always multiply float32 exactly.
 
     Args:
         wanted: "tf32" or "tf32x3".
 
     Returns:
-        What the device has.
+        The precision on this device.
     """
     return "ieee" if target().backend == "hip" else wanted
 
 
 def splits(programs: int, length: int, tile: int, enough: int = 256, most: int = 8) -> tuple[int, int]:
-    """Cuts a sum over `length` into parts, so that a small problem fills a GPU as well.
+    """Splits a sum over `length` into parts, so that a small problem also fills a GPU.
 
     Args:
-        programs: how many programs there are with one part each.
-        length: what is summed over.
-        tile: how much a program takes at a time; a part has two of them, or it is the only one.
-        enough: how many programs fill a GPU.
-        most: how many parts there may be.
+        programs: number of programs if the sum has one part.
+        length: length of the summed dimension.
+        tile: elements per step of a program; if there are several parts, each has at least two tiles.
+        enough: number of programs that fill a GPU.
+        most: largest number of parts.
 
     Returns:
-        The number of parts (1, 2, 4, 8, ...), and the length of one, a multiple of `tile`.
+        The number of parts (1, 2, 4, 8, ...), and the length of a part, a multiple of `tile`.
 
     Example:
         >>> splits(programs=16, length=4096, tile=128), splits(programs=512, length=4096, tile=128)
@@ -264,13 +265,13 @@ def splits(programs: int, length: int, tile: int, enough: int = 256, most: int =
 
 
 def elementwise_config(N: int) -> Config:
-    """Tiles of an element-wise kernel: 2,048 elements, 16 a thread.
+    """Tiles of an element-wise kernel: 2,048 elements, 16 per thread.
 
     Args:
         N: columns of the tensors.
 
     Returns:
-        Tiles that are wide where the tensors are.
+        Tiles that are wide for wide tensors.
 
     Example:
         >>> elementwise_config(4096).block_n, elementwise_config(33).block_n
@@ -281,13 +282,13 @@ def elementwise_config(N: int) -> Config:
 
 
 def row_config(N: int) -> Config:
-    """Tiles that hold whole rows: at least 2,048 elements, at most 16 a thread.
+    """Tiles that hold whole rows: at least 2,048 elements, at most 16 per thread.
 
     Args:
         N: columns of the rows.
 
     Returns:
-        Several short rows per program, or a long one and more warps.
+        Several short rows per program, or one long row and more warps.
 
     Example:
         >>> row_config(576).block_m, row_config(8192).warps

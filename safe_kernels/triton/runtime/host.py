@@ -1,4 +1,4 @@
-"""What every host function does before it launches: rows of any tensor, the dtype of a product, dropout's numbers."""
+"""Shared steps of host functions before a launch: flat rows, the dtype of a product, dropout's numbers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 
 
 class Product(NamedTuple):
-    """How matrices are multiplied; products are always summed in float32.
+    """How matrices are multiplied. Products are always summed in float32.
 
     Attributes:
-        operand: dtype that the factors are converted to.
-        precision: `input_precision` of tl.dot, which concerns float32 factors alone.
+        operand: dtype to which the factors are converted.
+        precision: `input_precision` of tl.dot; it affects only float32 factors.
     """
 
     operand: torch.dtype
@@ -33,8 +33,8 @@ class Product(NamedTuple):
 def product(*dtypes: torch.dtype) -> Product:
     """Chooses the arithmetic for factors of these dtypes.
 
-    Half-precision factors of one dtype stay what they are. Others become float32: exactly multiplied, unless torch
-    allows tf32; if one of them is of half precision, three tf32 products give nearly all of float32's digits.
+    Half-precision factors of one dtype keep it. Others become float32 and are multiplied exactly, unless torch allows
+    tf32. If one of them has half precision, three tf32 products give almost the precision of float32.
 
     Args:
         dtypes: dtypes of the factors.
@@ -44,7 +44,7 @@ def product(*dtypes: torch.dtype) -> Product:
     """
     if len(set(dtypes)) == 1 and torch.float32 not in dtypes:
         return Product(dtypes[0], "ieee")
-    if torch.backends.cuda.matmul.fp32_precision == "tf32":  # allow_tf32 cannot be read where it was set by this name
+    if torch.backends.cuda.matmul.fp32_precision == "tf32":  # allow_tf32 cannot be read if this name was set
         return Product(torch.float32, configs.float32_precision("tf32"))
     exact = all(dtype == torch.float32 for dtype in dtypes)
     return Product(torch.float32, "ieee" if exact else configs.float32_precision("tf32x3"))
@@ -53,14 +53,14 @@ def product(*dtypes: torch.dtype) -> Product:
 def served_by(
     reference: Callable[..., Any], longest: int | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Sends the calls that no kernel serves to the reference.
+    """Sends calls that no kernel supports to the reference: those with too long rows, or with a float64 tensor.
 
-    Those are calls with a float64 tensor: it is the dtype of checks, not of training; Triton passes a kernel's numbers
-    as float32, and GPUs for training multiply float64 slowly or not at all. And those whose rows are too long.
+    float64 is a dtype for checks, not for training. Triton passes a kernel's numbers as float32, and GPUs for training
+    multiply float64 slowly or not at all.
 
     Args:
-        reference: the formula that serves such a call.
-        longest: elements of the longest row of the first argument that a kernel takes; None: any.
+        reference: the formula for such a call.
+        longest: the longest supported row of the first argument, in elements; None: no limit.
 
     Returns:
         A decorator for host functions.
@@ -86,18 +86,18 @@ def tuned(
     matrix: Tensor,
     *flags: str | bool,
 ) -> Result:
-    """Runs a kernel with the table's tiles, or with the fastest where tuning is on.
+    """Runs a kernel with the table's tiles, or with the fastest ones if tuning is on.
 
     Args:
         kernel: its name in `configs.TABLE`.
-        run: launches it with a configuration, into results of its own.
-        size: of the problem; the rank comes last.
+        run: launches the kernel with a configuration, and allocates its results.
+        size: of the problem; the rank is last.
         arithmetic: how to multiply.
-        matrix: what the kernel mostly reads.
-        flags: what else the kernel is compiled for; False is nothing.
+        matrix: the largest tensor that the kernel reads.
+        flags: further properties of the compiled kernel; False is ignored.
 
     Returns:
-        What `run` returns.
+        The results of `run`.
     """
     return run(choose(kernel, run, size, arithmetic, matrix, *flags))
 
@@ -110,7 +110,7 @@ def choose(
     matrix: Tensor,
     *flags: str | bool,
 ) -> configs.Config:
-    """What `tuned` runs a kernel with; the same arguments."""
+    """The configuration that `tuned` would use; same arguments."""
     tuner = tuning.active()
     if tuner is None:
         return configs.config(kernel, arithmetic.operand, size[-1])
@@ -128,7 +128,7 @@ def choose(
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """[..., d] as [M, d], without a copy where strides allow.
+    """[..., d] as [M, d], without a copy if the strides allow it.
 
     Args:
         tensor: any tensor with a last dimension.
@@ -140,7 +140,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 class Dropout(NamedTuple):
-    """What a kernel needs to drop: where the random state lies, below which 24 bits it drops, what the rest grow by."""
+    """Dropout in a kernel: the random state, the threshold below which 24 random bits drop, the scale of the rest."""
 
     rng_state: Tensor | None
     threshold: int
@@ -152,13 +152,13 @@ def dropout(dropout_p: float, rng_state: Tensor | None) -> Dropout:
 
     Args:
         dropout_p: probability that an element is dropped.
-        rng_state: int64 [2], read on the device; not looked at when nothing is dropped.
+        rng_state: int64 [2], read on the device; ignored if dropout_p is 0.
 
     Returns:
-        The numbers; `rng_state` is None when nothing is dropped.
+        The numbers; `rng_state` is None if dropout_p is 0.
 
     Raises:
-        ValueError: something is dropped, and `rng_state` is not of shape [2].
+        ValueError: dropout_p > 0, and `rng_state` is None or its shape is not [2].
     """
     if dropout_p == 0.0:
         return Dropout(None, 0, 1.0)
@@ -170,7 +170,7 @@ def dropout(dropout_p: float, rng_state: Tensor | None) -> Dropout:
 
 
 def guard(tensor: Tensor) -> torch.cuda.device_of:
-    """Triton launches on the current device: makes that the tensor's for a while.
+    """Makes the tensor's device the current one, because Triton launches on the current device.
 
     Args:
         tensor: a tensor on the device to launch on.
@@ -182,24 +182,24 @@ def guard(tensor: Tensor) -> torch.cuda.device_of:
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
-    """Refuses a tensor whose elements a kernel would look for outside of it.
+    """Refuses a tensor of another shape, because a kernel would read outside of it.
 
-    The checks of the ops stand in C++ above autograd, which inference mode leaves out.
+    The ops' own checks are in the C++ autograd kernels, which inference mode skips.
 
     Args:
-        name: of the argument.
-        tensor: what came.
-        shape: what it has to have.
+        name: the argument's name.
+        tensor: the argument.
+        shape: the expected shape.
 
     Raises:
-        ValueError: the shape is another one.
+        ValueError: the tensor has another shape.
     """
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)} to fit the other arguments, got {list(tensor.shape)}")
 
 
 def ceil_div(number: int, divisor: int) -> int:
-    """Quotient rounded up.
+    """The quotient, rounded up.
 
     Args:
         number: at least 0.
@@ -212,13 +212,13 @@ def ceil_div(number: int, divisor: int) -> int:
 
 
 def elementwise(kernel: Any, inputs: list[Tensor], outputs: list[Tensor], drop: Dropout, **constants: Any) -> None:
-    """Launches a kernel that computes each element of its outputs from those at the same place in its inputs.
+    """Launches a kernel that computes each output element from the input elements at the same position.
 
     Args:
-        kernel: takes the inputs, the outputs, the random state, M and N, the inputs' strides, and dropout's
-            numbers.
+        kernel: its arguments are the inputs, the outputs, the random state, M and N, the inputs' strides, and
+            dropout's numbers.
         inputs: tensors of one shape, any strides.
-        outputs: contiguous tensors of that shape, or empty ones that are not written.
+        outputs: contiguous tensors of that shape, or empty tensors for unwanted outputs.
         drop: dropout's numbers.
         constants: further constexprs.
     """

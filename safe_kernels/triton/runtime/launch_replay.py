@@ -1,12 +1,12 @@
-"""Notes what a call allocates and launches while its host function does it, so that C++ can do it again alone.
+"""Records the allocations and launches of a host function, so that C++ can replay them without Python.
 
-Launching through Python costs tens of microseconds a kernel, more than most of an adapter's kernels run for. What a
-host function does follows from its arguments' shapes, strides, dtypes, alignments and numbers; so the first call of
-each kind is noted as a plan, and csrc/launch_replay/ carries that out for every call like it, with the new addresses.
+A launch through Python takes tens of microseconds per kernel, longer than most kernels of an adapter run. The shapes,
+strides, dtypes, alignments and numbers of the arguments decide the launches. So the first call of each kind is recorded
+as a launch plan, and csrc/launch_replay/ replays the plan for every call like it, with the new addresses.
 
-Host functions allocate through `empty`, launch through `launch`, and have PyTorch multiply through `multiply_add`. A
-call that does anything else to what reaches its kernels or results (a copy of a tensor, a sum by PyTorch) has no plan,
-and is left to its host function.
+Host functions allocate through `empty`, launch through `launch`, and let PyTorch multiply through `multiply_add`. If
+anything else makes an input of a kernel or a result (a copy of a tensor, a sum by PyTorch), the call has no plan, and
+its host function runs every time.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from safe_kernels import _C
 
 SWITCH = "SAFE_KERNELS_REPLAY"
-"""Environment variable; 0 leaves every call to its host function."""
+"""Environment variable; with 0 every call runs its host function."""
 NEVER = 2**63 - 1
 BYTES = {"i1": 1, "u1": 1, "i8": 1, "i16": 2, "i32": 4, "u32": 4, "fp32": 4, "i64": 8, "u64": 8}
-"""Of a kernel's parameters, by Triton's name for their types; addresses take 8."""
+"""Bytes of a kernel's parameter by Triton's name of its type; an address has 8."""
 PARAMETER = re.compile(r"\.param\s+(?:\.align\s+\d+\s+)?\.[busf](8|16|32|64)\b")
 
 Argument = tuple[int, int]
@@ -39,11 +39,11 @@ Product = tuple[View, View, View]
 
 
 class Unplannable(Exception):
-    """Something that a plan cannot say."""
+    """A plan cannot represent this call."""
 
 
 class Allocation(NamedTuple):
-    """A tensor that a call has made, not kept alive, and the number of steps before it."""
+    """A tensor that a call allocated (not kept alive), and the number of steps before it."""
 
     storage: StorageWeakRef
     address: int
@@ -52,19 +52,19 @@ class Allocation(NamedTuple):
     first: int
 
     def holds(self, tensor: Tensor) -> bool:
-        """Whether a tensor lies in what was allocated; once that is gone, others may have its address."""
+        """Whether a tensor is in this allocation. After it is freed, other tensors may get its address."""
         return not self.storage.expired() and self.storage.cdata == tensor.untyped_storage()._cdata
 
 
 _LOADED: dict[int, Any] = {}
-"""Compiled kernels by function: what plans launch must not be unloaded."""
+"""Compiled kernels by function: this keeps the kernels of plans loaded."""
 
 
 class Recorder:
-    """Takes notes of one call.
+    """Records one call.
 
     Args:
-        inputs: the call's own tensors, in their order.
+        inputs: the call's tensor arguments, in their order.
     """
 
     def __init__(self, inputs: list[Tensor]) -> None:
@@ -75,32 +75,32 @@ class Recorder:
         self.holds = True
 
     def allocated(self, tensor: Tensor) -> None:
-        """Notes an allocation."""
+        """Records an allocation."""
         storage = StorageWeakRef(tensor.untyped_storage())
         shape, dtype, first = list(tensor.shape), tensor.dtype, len(self.steps)
         self.allocations.append(Allocation(storage, tensor.data_ptr(), shape, dtype, first))
 
     def launched(self, kernel: Any, compiled: Any, grid: Sequence[int], values: Sequence[Any]) -> None:
-        """Notes a launch."""
+        """Records a launch."""
         if 0 in grid:
             return  # nothing runs
         with self._noting():
             if compiled is None:
-                raise Unplannable("it was interpreted")
+                raise Unplannable("the interpreter ran the kernel")
             if _is_watched():
                 self.holds = False
-                raise Unplannable("somebody wants to see it, and may not want to see the next one")
+                raise Unplannable("a launch hook is set, and may be removed before the next call")
             self.steps.append(self._launch(kernel, compiled, grid, values))
 
     def multiplied(self, *matrices: Tensor) -> None:
-        """Notes a product that PyTorch has added to the first matrix."""
+        """Records a product that PyTorch has added to the first matrix."""
         with self._noting():
             out, left, right = map(self._view, matrices)
             self.steps.append((out, left, right))
 
     @contextmanager
     def _noting(self) -> Iterator[None]:
-        """What is noted has been done already, and must not fail for the notes, whatever a newer Triton tells of it."""
+        """The kernel has already run; a failure to record it (as with a newer Triton) must not fail the call."""
         try:
             yield
         except Exception:
@@ -110,7 +110,7 @@ class Recorder:
         """The call's plan, or None.
 
         Args:
-            result: what the call returns.
+            result: the result of the call.
         """
         plan = None
         with self._noting():
@@ -120,7 +120,7 @@ class Recorder:
         return plan
 
     def _lives(self, results: list[int]) -> Iterator[tuple[list[int], torch.dtype, int, int]]:
-        """Of each allocation shape, dtype, the step before which it is made, and the one after which it goes."""
+        """Each allocation's shape and dtype, the step before which it is made, the step after which it is freed."""
         used = [set(_tensors_of(step)) for step in self.steps]
         for index, made in enumerate(self.allocations, start=len(self.inputs)):
             uses = [number for number, tensors in enumerate(used) if index in tensors]
@@ -136,10 +136,10 @@ class Recorder:
         given = dict(zip(kernel.arg_names, values, strict=False))
         kinds = [(name, kind) for name, kind in types.items() if kind != "constexpr"]
         arguments = [self._argument(kind, given[name]) for name, kind in kinds]
-        # Behind a kernel's own parameters come Triton's: two addresses of memory that none here asks for.
+        # Triton appends two addresses of scratch memory, which no kernel here uses.
         expected, found = [BYTES.get(kind, 8) for _, kind in kinds], parameter_bytes(compiled.asm.get("ptx", ""))
         if found != [*expected, 8, 8]:
-            raise Unplannable("the kernel's parameters are others than its signature says")
+            raise Unplannable("the kernel's parameters differ from its signature")
         x, y, z = (*grid, 1, 1)[:3]
         threads = metadata.num_warps * metadata.target.warp_size
         function = int(compiled.function)
@@ -152,11 +152,11 @@ class Recorder:
         if kind not in BYTES:
             raise Unplannable(f"a parameter of type {kind}")
         if kind == "fp32":
-            return -1, int.from_bytes(bytes(ctypes.c_float(value)), "little")  # as C casts it: too large is infinite
+            return -1, int.from_bytes(bytes(ctypes.c_float(value)), "little")  # as C casts: too large becomes infinite
         return -1, int(value) % 2 ** (8 * BYTES[kind])
 
     def _address(self, tensor: Tensor) -> Argument:
-        """Where a tensor begins: at one of the inputs, or in a storage that only one input or allocation has."""
+        """A tensor's start: that of an input, or an offset into a storage of only one input or allocation."""
         address = tensor.data_ptr()
         if address == 0:
             return -1, 0
@@ -175,7 +175,7 @@ class Recorder:
             if made.holds(tensor)
         ]
         if len(owners) != 1 or address < owners[0][1]:
-            raise Unplannable("a tensor from elsewhere")
+            raise Unplannable("a tensor of unknown origin")
         index, start = owners[0]
         return index, address - start
 
@@ -187,23 +187,23 @@ class Recorder:
         for index, made in enumerate(self.allocations):
             if made.holds(tensor) and (made.shape, made.dtype) == (list(tensor.shape), tensor.dtype):
                 return index
-        raise Unplannable("a result from elsewhere")
+        raise Unplannable("a result of unknown origin")
 
 
 def _tensors_of(step: Launch | Product) -> Iterator[int]:
-    """The call's own tensors and allocations that a step reads or writes, by number; -1 where there is none."""
+    """Numbers of the inputs and allocations that a step reads or writes; -1 for other arguments."""
     yield from (place[0] for place in (step[-1] if len(step) == 5 else step))
 
 
 def _require_plain(metadata: Any) -> None:
-    """A launch that says nothing but how many programs, threads and bytes."""
+    """Refuses a launch that needs more than a number of programs, threads and bytes."""
     special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
     if metadata.target.backend != "cuda" or metadata.num_ctas != 1 or any(getattr(metadata, s, 0) for s in special):
         raise Unplannable("a launch of a special kind")
 
 
 def _is_watched() -> bool:
-    """Whether somebody, such as a profiler, has Triton tell of launches."""
+    """Whether a launch hook of Triton is set, for instance by a profiler."""
     from triton import knobs
 
     hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
@@ -211,10 +211,10 @@ def _is_watched() -> bool:
 
 
 def parameter_bytes(ptx: str) -> list[int]:
-    """Sizes of a kernel's parameters, from its code.
+    """Sizes of a kernel's parameters, read from its code.
 
     Args:
-        ptx: with one entry.
+        ptx: PTX code with one entry.
 
     Example:
         >>> parameter_bytes(".entry k(.param .u64 .ptr .global .align 1 k_0, .param .u32 k_1, .param .f32 k_2)")
@@ -232,13 +232,13 @@ _STATE = _State()
 
 
 def recorded(host: Callable[..., Any]) -> Callable[..., tuple[Any, Any, bool]]:
-    """Makes a host function tell what it has done.
+    """Makes a host function return its launch plan too.
 
     Args:
         host: a host function.
 
     Returns:
-        A function that returns what `host` does, the call's plan or None, and whether that holds for all calls like it.
+        A function that returns the result of `host`, the plan or None, and whether that holds for all calls like it.
     """
 
     def record(*args: Any) -> tuple[Any, Any, bool]:
@@ -262,18 +262,18 @@ def _recording(recorder: Recorder | None) -> Iterator[None]:
 
 
 def unrecorded() -> Any:
-    """What runs in this context belongs to no call."""
+    """A context in which nothing is recorded."""
     return _recording(None)
 
 
 def may_change() -> None:
-    """The call that runs may do otherwise next time: it leaves no plan."""
+    """The current call may launch other kernels next time: it gets no plan."""
     if _STATE.recorder is not None:
         _STATE.recorder.is_complete = _STATE.recorder.holds = False
 
 
 def forget() -> None:
-    """Forgets all plans: what calls do depends on something that has changed."""
+    """Drops all plans, because something has changed that launches depend on."""
     _C.forget_plans()
 
 
@@ -281,9 +281,9 @@ def empty(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = 
     """Allocates a contiguous tensor.
 
     Args:
-        like: gives the device, and the dtype where there is none.
-        shape: of the tensor; a number is one dimension.
-        dtype: of the tensor.
+        like: gives the device, and the dtype if `dtype` is None.
+        shape: shape of the tensor; a number means one dimension.
+        dtype: dtype of the tensor.
     """
     tensor = like.new_empty(shape, dtype=dtype)
     if _STATE.recorder is not None:
@@ -296,9 +296,9 @@ def launch(kernel: Any, grid: Sequence[int], *values: Any, **constants: Any) -> 
 
     Args:
         kernel: made by `triton.jit`.
-        grid: how many programs, along one to three axes.
-        values: what it takes; tensors and numbers.
-        constants: constexprs, and options of the compiler.
+        grid: number of programs along one to three axes.
+        values: the kernel's arguments, tensors and numbers.
+        constants: constexprs and compiler options.
     """
     compiled = kernel[grid](*values, **constants)
     if _STATE.recorder is not None:
@@ -306,12 +306,12 @@ def launch(kernel: Any, grid: Sequence[int], *values: Any, **constants: Any) -> 
 
 
 def multiply_add(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out += left right``, by PyTorch and the vendor's library.
+    """``out += left right``, computed by PyTorch with the vendor's library.
 
     Args:
         out: [M, N].
-        left: [M, K], of its dtype.
-        right: [K, N], of its dtype.
+        left: [M, K], same dtype as out.
+        right: [K, N], same dtype as out.
     """
     if 0 in (*out.shape, left.shape[1]):
         return  # nothing is added

@@ -1,11 +1,11 @@
-"""Choosing by measurement, as an option: which tiles a kernel takes, and whether the fused form is faster.
+"""Optional tuning by measurement: the tiles of a kernel, and whether the fused form is faster.
 
-`triton.autotune` cannot make these choices. It chooses inside a launch, and here results are allocated before that:
-how many parts of a sum there are, and so their memory, depends on the tiles. Some candidates are no tiles of a kernel,
-but a product of the vendor's library, or another op. It has no switch: it times even a single candidate, it also
-does so while a CUDA graph is captured, and a candidate that runs out of memory fails the call.
+`triton.autotune` cannot make these choices. It chooses inside a launch, but here results are allocated before the
+launch, and their size depends on the tiles (the number of parts of a sum). Some candidates are not tiles of a kernel,
+but a product of the vendor's library, or another op. `triton.autotune` cannot be switched off: it times even a single
+candidate, also while a CUDA graph is captured, and a candidate that runs out of memory fails the call.
 
-Triton is imported where something is measured, and not before.
+Triton is imported only when something is measured.
 """
 
 from __future__ import annotations
@@ -31,28 +31,28 @@ Call = tuple[Any, ...]
 
 
 class autotune:
-    """Makes the Triton kernels measure which tiles suit a call, instead of taking them from a table.
+    """Lets the Triton kernels measure which tiles are fastest for a call, instead of reading them from a table.
 
-    A function and a context manager, like `torch.set_grad_enabled`. It is off by default, and one switch for the whole
-    process, since backward runs in threads of its own. While it is on, the first call of a kernel with a new size (its
-    powers of two), rank, dtype and kind of GPU times a handful of configurations on its own arguments; some tenths of a
-    second, once. The fastest is remembered for the process, and in a file for the next one. So is whether a linear
-    layer and its adapter are faster in one, as `lora_linear`, than as `lora` over cuBLAS.
+    A function and a context manager, like `torch.set_grad_enabled`. It is off by default. It applies to the whole
+    process, since backward runs in its own threads. While it is on, the first call of a kernel with a new size (rounded
+    up to powers of two), rank, dtype and kind of GPU times a few configurations on its arguments. This takes some
+    tenths of a second, once. The process remembers the fastest, and a file keeps it for the next process. In the same
+    way it chooses between `lora_linear` (layer and adapter fused) and `lora` over cuBLAS.
 
-    Nothing else changes: results, random numbers and statistics are those of the calls alone. Timing takes some memory,
-    up to 256 MB to flush the GPU's cache; a candidate that does not fit is left out. Nothing is measured while a CUDA
-    graph is captured, under tracing, or on a CPU; such calls take what is remembered, or the table.
+    Results, random numbers and statistics do not change. Timing needs up to 256 MB to flush the GPU's cache, and a
+    candidate that does not fit in memory is skipped. Nothing is measured while a CUDA graph is captured, under tracing,
+    or on a CPU; such calls use the remembered choice, or the table.
 
-    Tiles decide in which order numbers are added. Within a process a call repeats to the bit; two processes, ranks of
-    one training among them, may choose otherwise and differ in the last bits. What is shared by a file is chosen alike.
+    Tiles decide in which order numbers are added. Within a process, repeated calls give the same bits. Two processes
+    (also two ranks of one training) may choose different tiles and differ in the last bits, unless they share the file.
 
     Args:
-        enabled: whether to measure from here on.
+        enabled: whether to measure from now on.
         cache: folder for the file; None: $SAFE_KERNELS_CACHE, or ~/.cache/safe_kernels.
 
     Raises:
-        TypeError: `enabled` is no bool, or `cache` no path.
-        ValueError: `cache` is not a folder, or there is no home folder to have one in.
+        TypeError: `enabled` is not a bool, or `cache` is not a path.
+        ValueError: `cache` is not a folder, or is None and there is no home folder.
 
     Example:
         >>> import safe_kernels
@@ -77,10 +77,10 @@ class autotune:
 
 
 class Tuner:
-    """Times what it is offered, and remembers the fastest.
+    """Times candidates, and remembers the fastest.
 
     Args:
-        folder: where it keeps a file for each kind of device.
+        folder: folder with one file per kind of device.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -89,20 +89,20 @@ class Tuner:
         self._settled: dict[Call, Any] = {}
 
     def choose(self, call: Call, offer: Offer, like: Tensor | None) -> Any:
-        """The fastest of what is offered.
+        """The fastest candidate.
 
         Args:
-            call: what is chosen for; the device comes first.
-            offer: gives the kind of device, and what to time by what it is a run of; asked for once a call. Nothing
-                that a run changes may be seen. What serves without tuning comes first.
+            call: identifies the kind of call; the device is first.
+            offer: returns the kind of device, and a run for each candidate; called once per kind of call. A run must
+                have no visible effect. The choice without tuning is first.
             like: one of the call's tensors; None forbids timing.
 
         Returns:
-            One of what is offered, or None where nothing is remembered and nothing may be timed.
+            A candidate, or None if nothing is remembered and nothing may be timed.
         """
         found = self._settled.get(call)
         if found is None:
-            with torch.cuda.device(call[0]):  # whose clock times; of a CPU's -1, nothing happens
+            with torch.cuda.device(call[0]):  # its clock times the runs; -1 (a CPU) changes nothing
                 kind, runs = offer()
                 found = self._choose(self._store(kind), key(*call[1:]), runs, like)
             if found is not None:
@@ -119,9 +119,9 @@ class Tuner:
             return None
         times = {choice: time for choice, run in runs.items() if (time := milliseconds(run)) is not None}
         if not times:
-            return next(iter(runs))  # for this process: there may be more memory in the next one
+            return next(iter(runs))  # not stored: the next process may have more memory
         if store.choices.get(key) not in choices:
-            store.choices.pop(key, None)  # of candidates that there were once
+            store.choices.pop(key, None)  # of a former candidate
         return choices[store.add(key, str(min(times, key=times.__getitem__)))]
 
     def _store(self, kind: str) -> Store:
@@ -139,11 +139,11 @@ _STATE = _State()
 
 def _switch(tuner: Tuner | None) -> None:
     _STATE.tuner = tuner
-    forget()  # plans have tiles in them
+    forget()  # plans contain tiles
 
 
 def active() -> Tuner | None:
-    """What measures now, or None.
+    """The current tuner, or None.
 
     Example:
         >>> active() is None
@@ -158,7 +158,7 @@ def _tuner(folder: Path) -> Tuner:
 
 
 def folder(cache: str | os.PathLike[str] | None) -> Path:
-    """Where choices are kept.
+    """The folder in which choices are kept.
 
     Args:
         cache: as for `autotune`.
@@ -167,8 +167,8 @@ def folder(cache: str | os.PathLike[str] | None) -> Path:
         The folder, which need not exist yet.
 
     Raises:
-        TypeError: `cache` is no path.
-        ValueError: it is not a folder, or there is no home folder to have one in.
+        TypeError: `cache` is not a path.
+        ValueError: `cache` is not a folder, or is None and there is no home folder.
 
     Example:
         >>> folder("somewhere").name
@@ -187,7 +187,7 @@ def folder(cache: str | os.PathLike[str] | None) -> Path:
 
 
 def remembered(cache: str | os.PathLike[str] | None = None) -> dict[str, int]:
-    """How many choices there are that would be taken now.
+    """The number of remembered choices that are valid now.
 
     Args:
         cache: as for `autotune`.
@@ -213,7 +213,7 @@ def _place(folder: Path, device: str) -> tuple[Path, dict[str, str]]:
 
 @cache
 def _code() -> str:
-    """What the kernels and their candidates are: a change of either makes old choices worthless."""
+    """A digest of the kernels and their candidates: a change of either makes old choices invalid."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
@@ -221,7 +221,7 @@ def _code() -> str:
 
 
 def bucket(size: Sequence[int]) -> tuple[int, ...]:
-    """Sizes that count as one: the powers of two above them.
+    """Rounds sizes up to powers of two; equal results share one choice.
 
     Args:
         size: of a problem.
@@ -234,12 +234,12 @@ def bucket(size: Sequence[int]) -> tuple[int, ...]:
 
 
 def key(kernel: str, size: Sequence[int], *rest: object) -> str:
-    """What a choice is remembered under.
+    """The key under which a choice is remembered.
 
     Args:
         kernel: its name.
         size: of the problem.
-        rest: whatever else matters; False is nothing.
+        rest: further properties of the call; False is ignored.
 
     Returns:
         One line.
@@ -253,7 +253,7 @@ def key(kernel: str, size: Sequence[int], *rest: object) -> str:
 
 
 def may_time(like: Tensor) -> bool:
-    """Whether a call may be timed now: there is a device that runs it, and nothing records what runs.
+    """Whether a call may be timed now: a device runs it, and nothing captures or traces it.
 
     Args:
         like: one of the call's tensors.
@@ -264,13 +264,13 @@ def may_time(like: Tensor) -> bool:
 
 
 def milliseconds(run: Run) -> float | None:
-    """The median time of a run on the current device, its cache flushed before each.
+    """The median time of a run on the current device, with its cache flushed before each run.
 
     Args:
-        run: what to time.
+        run: the function to time.
 
     Returns:
-        Milliseconds, or None if the device cannot run it, or not now.
+        Milliseconds, or None if the device cannot run it now.
     """
     from triton.runtime.errors import TritonError
     from triton.testing import do_bench

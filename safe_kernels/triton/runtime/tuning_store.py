@@ -1,4 +1,4 @@
-"""Choices that took time to make, kept in a file that processes share."""
+"""Measured choices, kept in a file that processes share."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 LONGEST_WAIT = 10.0
-"""Seconds that a process waits for another one's write; then it keeps its choice to itself."""
+"""Seconds that a process waits for another process to write. After that its choice is not stored."""
 MOST_BYTES = 2**20
-"""A file larger than any that was written here is not read."""
+"""A larger file is not read: this code never writes one."""
 
 
 class Store:
-    """What was chosen for each key: in memory, and in a JSON file.
+    """The choice for each key: in memory, and in a JSON file.
 
-    A choice in memory stays for as long as the process lives, whatever others write. The file is replaced whole, under
-    a lock, by what it holds and what this process has added. One that is torn, foreign or made under another `header`
-    counts as absent.
+    A choice in memory does not change while the process lives, even if other processes write another one. The whole
+    file is replaced, under a lock, by its content and this process's choices. A damaged or foreign file, or one with
+    another `header`, counts as absent.
 
     Args:
-        path: the file; its folder is made by the first write.
-        header: what the choices depend on.
+        path: the file; the first write creates its folder.
+        header: the versions and code on which the choices depend.
 
     Example:
         >>> store = Store(Path("choices.json"), {"triton": "3.7.1"})  # doctest: +SKIP
@@ -38,14 +38,14 @@ class Store:
         self.choices = self._read()
 
     def add(self, key: str, choice: str) -> str:
-        """Remembers a choice, unless one was made for this key meanwhile.
+        """Remembers a choice, unless the key already has one.
 
         Args:
-            key: what was chosen for.
-            choice: what was chosen.
+            key: the key, from `tuning.key`.
+            choice: the choice.
 
         Returns:
-            The choice that holds.
+            The choice that is remembered.
         """
         kept = self.choices.setdefault(key, choice)
         try:
@@ -53,7 +53,7 @@ class Store:
             with FileLock(self.path.with_suffix(".lock"), timeout=LONGEST_WAIT):
                 self._write({**self._read(), **self.choices})
         except (OSError, Timeout) as error:
-            self._warn(f"cannot be written ({error}), so other processes will measure again")
+            self._warn(f"cannot be written ({error}), so other processes measure again")
         return kept
 
     def _read(self) -> dict[str, str]:
@@ -63,7 +63,7 @@ class Store:
             content = json.loads(self.path.read_bytes())
             choices = content["choices"]
             if not all(isinstance(choice, str) for choice in choices.values()):
-                raise ValueError("a choice is no string")
+                raise ValueError("a choice is not a string")
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
@@ -73,7 +73,7 @@ class Store:
 
     def _write(self, choices: Mapping[str, str]) -> None:
         text = json.dumps({"header": self.header, "choices": dict(sorted(choices.items()))}, indent=1)
-        partial = self.path.with_suffix(".partial")  # the lock's holder alone writes it, over what a killed one left
+        partial = self.path.with_suffix(".partial")  # only the lock's holder writes it; a rest is overwritten
         with partial.open("w", encoding="utf-8") as file:
             file.write(text + "\n")
             file.flush()

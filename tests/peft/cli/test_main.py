@@ -152,7 +152,7 @@ def test_an_interruption_is_no_traceback(tmp_path: Path, monkeypatch: pytest.Mon
         raise KeyboardInterrupt
 
     monkeypatch.setattr(FreezeReport, "load", interrupt)
-    assert call("report", tmp_path)[::2] == (130, "safe-peft: interrupted; nothing half-made was kept.\n")
+    assert call("report", tmp_path)[::2] == (130, "safe-peft: interrupted; no incomplete files were kept.\n")
 
 
 @pytest.mark.parametrize("command", ["finetune", "plan", "report", "doctor"])

@@ -61,7 +61,7 @@ def test_processes_that_differ_are_told_so_by_name() -> None:
     whats = ["config", "adapters", "schedule", "first_step"]
     for messages in together(differ, *whats):
         for what, message in zip(whats, messages, strict=True):
-            assert message.startswith(f"{what}: every process has to have the same, but 0 has")
+            assert message.startswith(f"{what}: every process must have the same value, but 0 has")
 
 
 def test_a_process_that_cannot_begin_stops_the_others() -> None:
@@ -222,7 +222,7 @@ def come_apart(rank: int, how: str) -> str:
 
 @pytest.mark.parametrize("how", ["older checkpoint", "other adapters frozen"])
 def test_processes_that_have_come_apart_are_told_so(how: str) -> None:
-    assert all("have come apart" in message for message in together(come_apart, how))
+    assert all("have diverged" in message for message in together(come_apart, how))
 
 
 # ---------------------------------------------------------------- engines that cannot follow

@@ -193,7 +193,7 @@ def test_another_version_is_refused_by_its_number(freezer: AdapterFreezer) -> No
         (lambda state: {**state, "ledger": []}, r"state.ledger: expected Ledger, got \[\]"),
         (lambda state: {**state, "config": []}, r"state.config: expected dict.*, got \[\]"),
         (lambda state: {name: state[name] for name in state if name != "planned"}, "state lacks planned"),
-        (lambda state: {**state, "evidence": {"sum": []}}, "state.evidence has sum, which is not known here"),
+        (lambda state: {**state, "evidence": {"sum": []}}, "state.evidence has sum, which is unknown"),
     ],
 )
 def test_a_part_that_is_missing_or_of_another_type_is_named_and_changes_nothing(
@@ -256,7 +256,7 @@ def test_the_newest_whole_checkpoint_is_found(
     path = parts[10] / "safe_state.json"
     path.write_bytes(path.read_bytes()[:-3])
     assert last_checkpoint(tmp_path) == str(parts[9])
-    for says in ("more.json is missing", "weights.bin is not what was written", "is not JSON"):
+    for says in ("more.json is missing", "weights.bin has changed since it was written", "is not JSON"):
         assert says in caplog.text
     fresh().load(parts[9] / "safe_state.json")
     assert parts[100].exists() and parts[10].exists(), "nothing is deleted"
@@ -280,7 +280,7 @@ def test_files_that_are_not_there_are_refused(freezer: AdapterFreezer, tmp_path:
     (tmp_path / "elsewhere").write_text("x")
     (tmp_path / "checkpoint-3").mkdir()
     for name in ("nothing", "../elsewhere"):
-        with pytest.raises(StateError, match=r"files: .*name files that are there, in .*checkpoint-3 or below"):
+        with pytest.raises(StateError, match=r"files: .*name existing files in .*checkpoint-3 or below"):
             freezer.save(tmp_path / "checkpoint-3" / "safe_state.json", files=[tmp_path / "checkpoint-3" / name])
     assert not list((tmp_path / "checkpoint-3").iterdir())
 

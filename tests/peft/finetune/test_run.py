@@ -227,7 +227,7 @@ def test_minilm_learns_film_reviews(tmp_path: Path) -> None:
     [
         ({"task": "regression"}, "task must be one of seq-cls, causal-lm"),
         ({"loss": "focal"}, "loss must be one of model, chunked, got 'focal'"),
-        ({"loss": "chunked"}, "loss: chunked is for task causal-lm, whose logits are large; got seq-cls"),
+        ({"loss": "chunked"}, "loss: chunked needs task causal-lm, whose logits are large; got seq-cls"),
         ({"method": "magic"}, "method must be one of"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
         ({"max_steps": 0}, "max_steps must be at least 1"),
