@@ -37,7 +37,7 @@ struct Driver {
   bool complete() const { return get_context != nullptr && launch_kernel != nullptr && error_string != nullptr; }
 };
 
-// Called once there are plans: to record one, the driver had to be loaded.
+// Called once there are records: to record one, the driver had to be loaded.
 const Driver& driver() {
   static const Driver found;
   return found;

@@ -37,7 +37,7 @@ class Writer {
   std::string& key_;
 };
 
-// Tensors at one address are told from others: a plan finds an argument of a kernel by its address.
+// Tensors at one address are told from others: a record finds an argument of a kernel by its address.
 void add_tensor(const Tensor& tensor, Writer& writer, std::vector<Tensor>& tensors) {
   const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   size_t same = 0;

@@ -1,4 +1,4 @@
-// What a call's plan depends on: everything about its arguments but their contents and addresses.
+// What a call's record depends on: everything about its arguments but their contents and addresses.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "launch_replay/plan.h"
+#include "launch_replay/launch_record.h"
 
 namespace safe_kernels::launch_replay {
 

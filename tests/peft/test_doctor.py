@@ -55,7 +55,7 @@ def test_this_environment_is_healthy() -> None:
     assert diagnosis.exit_status == 0, diagnosis.problems
     assert named(diagnosis, "safe_kernels::lora on cpu").found == "csrc/cpu/lora.cpp"
     assert "reference" in named(diagnosis, "safe_kernels::lora on meta").found
-    assert named(diagnosis, "safe_kernels::lora on cuda").found == "csrc/launch_replay/served.cpp"
+    assert named(diagnosis, "safe_kernels::lora on cuda").found == "csrc/launch_replay/register_replayed.cpp"
     assert "OpenMP" not in {check.name for check in diagnosis.checks}, "one process, one OpenMP runtime"
 
 

@@ -1,12 +1,12 @@
-"""Notes what a call allocates and launches while its host function does it, so that C++ can do it again alone.
+"""Records what a call allocates and launches while its host function does it, so that C++ can do it again alone.
 
 Launching through Python costs tens of microseconds a kernel, more than most of an adapter's kernels run for. What a
 host function does follows from its arguments' shapes, strides, dtypes, alignments and numbers; so the first call of
-each kind is noted as a plan, and csrc/launch_replay/ carries that out for every call like it, with the new addresses.
+each kind leaves a launch record, which csrc/launch_replay/ replays for every call like it, with the new addresses.
 
 Host functions allocate through `empty`, launch through `launch`, and have PyTorch multiply through `multiply_add`. A
-call that does anything else to what reaches its kernels or results (a copy of a tensor, a sum by PyTorch) has no plan,
-and is left to its host function.
+call that does anything else to what reaches its kernels or results (a copy of a tensor, a sum by PyTorch) has no
+record, and is left to its host function.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ View = tuple[int, list[int], list[int], int]
 Product = tuple[View, View, View]
 
 
-class Unplannable(Exception):
-    """Something that a plan cannot say."""
+class Unrecordable(Exception):
+    """Something that a launch record cannot hold."""
 
 
 class Allocation(NamedTuple):
@@ -57,11 +57,11 @@ class Allocation(NamedTuple):
 
 
 _LOADED: dict[int, Any] = {}
-"""Compiled kernels by function: what plans launch must not be unloaded."""
+"""Compiled kernels by function: what launch records use must not be unloaded."""
 
 
 class Recorder:
-    """Takes notes of one call.
+    """Records one call.
 
     Args:
         inputs: the call's own tensors, in their order.
@@ -75,49 +75,49 @@ class Recorder:
         self.holds = True
 
     def allocated(self, tensor: Tensor) -> None:
-        """Notes an allocation."""
+        """Records an allocation."""
         storage = StorageWeakRef(tensor.untyped_storage())
         shape, dtype, first = list(tensor.shape), tensor.dtype, len(self.steps)
         self.allocations.append(Allocation(storage, tensor.data_ptr(), shape, dtype, first))
 
     def launched(self, kernel: Any, compiled: Any, grid: Sequence[int], values: Sequence[Any]) -> None:
-        """Notes a launch."""
+        """Records a launch."""
         if 0 in grid:
             return  # nothing runs
-        with self._noting():
+        with self._recording_step():
             if compiled is None:
-                raise Unplannable("it was interpreted")
+                raise Unrecordable("it was interpreted")
             if _is_watched():
                 self.holds = False
-                raise Unplannable("somebody wants to see it, and may not want to see the next one")
+                raise Unrecordable("somebody wants to see it, and may not want to see the next one")
             self.steps.append(self._launch(kernel, compiled, grid, values))
 
     def multiplied(self, *matrices: Tensor) -> None:
-        """Notes a product that PyTorch has added to the first matrix."""
-        with self._noting():
+        """Records a product that PyTorch has added to the first matrix."""
+        with self._recording_step():
             out, left, right = map(self._view, matrices)
             self.steps.append((out, left, right))
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
-        """What is noted has been done already, and must not fail for the notes, whatever a newer Triton tells of it."""
+    def _recording_step(self) -> Iterator[None]:
+        """The kernel has already run; failing to record it must not fail the call, whatever a newer Triton changes."""
         try:
             yield
         except Exception:
             self.is_complete = False
 
-    def plan(self, result: Tensor | tuple[Tensor, ...]) -> _C.Plan | None:
-        """The call's plan, or None.
+    def record(self, result: Tensor | tuple[Tensor, ...]) -> _C.LaunchRecord | None:
+        """The call's launch record, or None.
 
         Args:
             result: what the call returns.
         """
-        plan = None
-        with self._noting():
+        record = None
+        with self._recording_step():
             results = [self._result(tensor) for tensor in (result if isinstance(result, tuple) else (result,))]
             if self.is_complete and len({tensor.device for tensor in self.inputs}) == 1:
-                plan = _C.Plan(list(self._lives(results)), self.steps, results)
-        return plan
+                record = _C.LaunchRecord(list(self._lives(results)), self.steps, results)
+        return record
 
     def _lives(self, results: list[int]) -> Iterator[tuple[list[int], torch.dtype, int, int]]:
         """Of each allocation shape, dtype, the step before which it is made, and the one after which it goes."""
@@ -139,7 +139,7 @@ class Recorder:
         # Behind a kernel's own parameters come Triton's: two addresses of memory that none here asks for.
         expected, found = [BYTES.get(kind, 8) for _, kind in kinds], parameter_bytes(compiled.asm.get("ptx", ""))
         if found != [*expected, 8, 8]:
-            raise Unplannable("the kernel's parameters are others than its signature says")
+            raise Unrecordable("the kernel's parameters are others than its signature says")
         x, y, z = (*grid, 1, 1)[:3]
         threads = metadata.num_warps * metadata.target.warp_size
         function = int(compiled.function)
@@ -150,7 +150,7 @@ class Recorder:
         if kind.startswith("*"):
             return self._address(value)
         if kind not in BYTES:
-            raise Unplannable(f"a parameter of type {kind}")
+            raise Unrecordable(f"a parameter of type {kind}")
         if kind == "fp32":
             return -1, int.from_bytes(bytes(ctypes.c_float(value)), "little")  # as C casts it: too large is infinite
         return -1, int(value) % 2 ** (8 * BYTES[kind])
@@ -175,7 +175,7 @@ class Recorder:
             if made.holds(tensor)
         ]
         if len(owners) != 1 or address < owners[0][1]:
-            raise Unplannable("a tensor from elsewhere")
+            raise Unrecordable("a tensor from elsewhere")
         index, start = owners[0]
         return index, address - start
 
@@ -187,7 +187,7 @@ class Recorder:
         for index, made in enumerate(self.allocations):
             if made.holds(tensor) and (made.shape, made.dtype) == (list(tensor.shape), tensor.dtype):
                 return index
-        raise Unplannable("a result from elsewhere")
+        raise Unrecordable("a result from elsewhere")
 
 
 def _tensors_of(step: Launch | Product) -> Iterator[int]:
@@ -199,7 +199,7 @@ def _require_plain(metadata: Any) -> None:
     """A launch that says nothing but how many programs, threads and bytes."""
     special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
     if metadata.target.backend != "cuda" or metadata.num_ctas != 1 or any(getattr(metadata, s, 0) for s in special):
-        raise Unplannable("a launch of a special kind")
+        raise Unrecordable("a launch of a special kind")
 
 
 def _is_watched() -> bool:
@@ -232,13 +232,14 @@ _STATE = _State()
 
 
 def recorded(host: Callable[..., Any]) -> Callable[..., tuple[Any, Any, bool]]:
-    """Makes a host function tell what it has done.
+    """Makes a host function return what it has done, too.
 
     Args:
         host: a host function.
 
     Returns:
-        A function that returns what `host` does, the call's plan or None, and whether that holds for all calls like it.
+        A function that returns what `host` does, the call's launch record or None, and whether that holds for
+        all calls like it.
     """
 
     def record(*args: Any) -> tuple[Any, Any, bool]:
@@ -247,7 +248,7 @@ def recorded(host: Callable[..., Any]) -> Callable[..., tuple[Any, Any, bool]]:
         recorder = Recorder([value for value in args if isinstance(value, Tensor)])
         with _recording(recorder):
             result = host(*args)
-        return result, recorder.plan(result), recorder.holds
+        return result, recorder.record(result), recorder.holds
 
     return record
 
@@ -267,14 +268,14 @@ def unrecorded() -> Any:
 
 
 def may_change() -> None:
-    """The call that runs may do otherwise next time: it leaves no plan."""
+    """The call that runs may do otherwise next time: it leaves no record."""
     if _STATE.recorder is not None:
         _STATE.recorder.is_complete = _STATE.recorder.holds = False
 
 
 def forget() -> None:
-    """Forgets all plans: what calls do depends on something that has changed."""
-    _C.forget_plans()
+    """Forgets all launch records: what calls do depends on something that has changed."""
+    _C.forget_records()
 
 
 def empty(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:

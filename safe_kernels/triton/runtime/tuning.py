@@ -140,7 +140,7 @@ _STATE = _State()
 
 def _switch(tuner: Tuner | None) -> None:
     _STATE.tuner = tuner
-    forget()  # plans have tiles in them
+    forget()  # records have tiles in them
 
 
 def active() -> Tuner | None:

@@ -15,7 +15,7 @@ namespace safe_kernels::launch_replay {
 
 using at::Tensor;
 
-struct Plan {
+struct LaunchRecord {
   struct Allocation {
     std::vector<int64_t> sizes;
     at::ScalarType dtype;
@@ -51,7 +51,7 @@ struct Plan {
   std::vector<int64_t> results;  // among the allocations
 };
 
-// Carries a plan out on the current stream of the tensors' device.
-std::vector<Tensor> replay(const Plan& plan, std::vector<Tensor> tensors);
+// Replays a record on the current stream of the tensors' device.
+std::vector<Tensor> replay(const LaunchRecord& record, std::vector<Tensor> tensors);
 
 }  // namespace safe_kernels::launch_replay
