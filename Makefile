@@ -18,7 +18,7 @@ tools: ## the same, and what the tests need
 	@bash .ci/setup.sh dev
 
 demo: setup ## fine-tune MiniLM on film reviews, with stock PEFT and with SAFE (ARGS="--help" for its options)
-	@$(BIN)/safe-peft demo $(ARGS)
+	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint ## lint, types and every test (ARGS= goes to pytest)
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)

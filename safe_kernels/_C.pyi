@@ -1,5 +1,5 @@
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -7,9 +7,6 @@ from torch import Tensor
 torch_version: str  # that it was compiled against
 compiler: str  # its version
 
-_T = TypeVar("_T")
-
-def living(kind: type[_T]) -> list[_T]: ...
 def announce_reader(x: Tensor) -> None: ...  # csrc/autograd/norm_output.h
 def leave_hooks(out: Tensor, hook: object) -> None: ...  # the same file
 def invertible(  # csrc/inversion.cpp

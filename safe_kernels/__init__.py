@@ -19,7 +19,6 @@ from safe_kernels import flops as flops
 from safe_kernels import reference, retention
 from safe_kernels import triton as _triton
 from safe_kernels.functional import activation, dropout, gated_activation, layer_norm, lora, lora_linear, rms_norm
-from safe_kernels.fusion import prefers_fused
 from safe_kernels.inversion import invertible
 from safe_kernels.statistics import AdapterStatistics, RowBlocks
 from safe_kernels.triton.runtime.tuning import autotune
@@ -41,7 +40,6 @@ __all__ = [
     "layer_norm",
     "lora",
     "lora_linear",
-    "prefers_fused",
     "reference",
     "retention",
     "rms_norm",

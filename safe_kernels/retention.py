@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from safe_kernels import _C
 
-__all__ = ["Recorder", "RetainedTensor", "Retention", "Save", "announce_reader", "living", "measure", "record"]
-
-T = TypeVar("T")
+__all__ = ["Recorder", "RetainedTensor", "Retention", "Save", "announce_reader", "measure", "record"]
 
 
 class RetainedTensor(NamedTuple):
@@ -101,19 +99,21 @@ class Retention:
 
 
 def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Tensor | nn.Module] = ()) -> Retention:
-    """Runs ``fn()`` and tells what autograd keeps of it for backward.
+    """Runs ``fn()`` and measures what autograd keeps of it for backward.
 
     What counts is what the graph still holds when ``fn`` returns, so ``fn`` has to return the loss (or whatever keeps
-    the graph alive). Parameters do not count, nor does any alias of one (``weight.t()``, ``weight.detach()``), since
-    they exist anyway. A storage saved by several nodes, or through several views, counts once, and counts whole.
+    the graph alive). A storage saved by several nodes, or through several views, counts once, and counts whole.
+
+    Backward needs weights too. They exist anyway, so pass the model as ``exclude``: its parameters and buffers do not
+    count then, nor does any alias of one (``weight.t()``, ``weight.detach()``).
 
     Saves that hooks inside ``fn`` take over (activation checkpointing, ``save_on_cpu``) are theirs and are not
     counted; hooks outside do not see what ``fn`` saves. Hooks belong to a thread: what other threads save is not seen.
 
     Args:
         fn: called once, without arguments, in this thread.
-        exclude: further tensors that exist anyway, whose storages are not to be counted: a tensor, a module (its
-            parameters and buffers), or an iterable of these.
+        exclude: what exists anyway, so that its storages do not count: a tensor, a module (its parameters and
+            buffers), or an iterable of these.
 
     Returns:
         The bytes, the list of tensors, and the function's output, on which ``backward()`` still works.
@@ -125,7 +125,7 @@ def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Ten
         >>> import torch
         >>> from safe_kernels import retention
         >>> layer, x = torch.nn.Linear(8, 4), torch.ones(2, 8)
-        >>> retained = retention.measure(lambda: layer(x).relu().sum())
+        >>> retained = retention.measure(lambda: layer(x).relu().sum(), exclude=layer)
         >>> retained.bytes, [tuple(tensor.shape) for tensor in retained.tensors]
         (96, [(2, 8), (2, 4)])
         >>> retained.output.backward()
@@ -136,7 +136,8 @@ def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Ten
         )
     excluded = list(_tensors(exclude))
     output, saves = record(fn)
-    tensors = _by_storage((save.tensor for save in saves), known=_storages_of([*excluded, *_living_parameters()]))
+    known = {key for tensor in excluded if not is_lazy(tensor) for key, _ in storages(tensor)}
+    tensors = _by_storage((save.tensor for save in saves), known)
     return Retention(sum(tensor.bytes for tensor in tensors), tensors, output)
 
 
@@ -220,23 +221,6 @@ def storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
     yield from (_storage(leaf) for leaf in _leaves(tensor))
 
 
-def living(kind: type[T]) -> list[T]:
-    """Finds all objects of a class that live in this process and that Python's collector knows.
-
-    Their class is asked, not the objects: proxies and lazy modules act when they are looked at. No other thread runs
-    meanwhile, and none is disturbed: to go through `gc.get_objects()` breaks tuples that another thread is building.
-
-    Args:
-        kind: the class; objects of classes derived from it are found as well.
-
-    Example:
-        >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> any(tensor is weight for tensor in living(torch.Tensor))
-        True
-    """
-    return _C.living(kind)
-
-
 def announce_reader(x: Tensor) -> None:
     """Says that autograd is about to keep `x` for a layer that is not an op of ours.
 
@@ -253,8 +237,8 @@ def announce_reader(x: Tensor) -> None:
         ...     y = safe_kernels.rms_norm(x * 1.0, torch.ones(8), 1e-6)
         ...     announce(y)
         ...     return torch.nn.functional.linear(y, A)
-        >>> measure(lambda: run(announce_reader)).bytes, measure(lambda: run(id)).bytes  # 32 of them are the weight
-        (104, 168)
+        >>> [measure(lambda: run(hear), exclude=A).bytes for hear in (announce_reader, id)]  # 32 are the norm's weight
+        [104, 168]
     """
     _C.announce_reader(x)
 
@@ -297,11 +281,6 @@ def _tensors(exclude: Any) -> Iterator[Tensor]:
         )
 
 
-def _living_parameters() -> list[Tensor]:
-    """All parameters of this process: a saved alias (``weight.detach()``) does not say whose storage it shares."""
-    return [tensor for tensor in living(Tensor) if isinstance(tensor, nn.Parameter) and not is_lazy(tensor)]
-
-
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:
     """The tensors with storages of their own that a subclass or a sparse tensor is made of."""
     if is_traceable_wrapper_subclass(tensor):
@@ -327,10 +306,6 @@ def _storage(tensor: Tensor) -> tuple[int, int]:
     except (NotImplementedError, RuntimeError):
         return id(tensor), tensor.numel() * tensor.element_size()
     return storage._cdata, storage.nbytes()
-
-
-def _storages_of(tensors: Iterable[Tensor]) -> set[int]:
-    return {key for tensor in tensors for key, _ in storages(tensor)}
 
 
 def _by_storage(tensors: Iterable[Tensor], known: set[int]) -> tuple[RetainedTensor, ...]:

@@ -1,11 +1,17 @@
-"""For all tests: how hard property tests try (`--hypothesis-profile=thorough`: thousands of cases), and speed."""
+"""For all tests: one thread, a seed, no hub, and how hard property tests try (`--hypothesis-profile=thorough`)."""
 
 from __future__ import annotations
 
-import gc
+import os
+from collections.abc import Iterator
 from contextlib import suppress
 
-with suppress(ModuleNotFoundError):  # tests/gpu has no property tests, and asks for no more than pytest
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+
+with suppress(ModuleNotFoundError):  # tests/gpu has no property tests, and needs pytest alone
     from hypothesis import settings
 
     settings.register_profile("quick", max_examples=50, deadline=None)
@@ -13,7 +19,10 @@ with suppress(ModuleNotFoundError):  # tests/gpu has no property tests, and asks
     settings.load_profile("quick")
 
 
-def pytest_collection_finish() -> None:
-    """The tests themselves are a million objects: code that goes through living objects need not see them."""
-    gc.collect()
-    gc.freeze()
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)

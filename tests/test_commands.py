@@ -69,7 +69,7 @@ def call(program: str, args: list[str], monkeypatch: pytest.MonkeyPatch) -> None
         assert re.search(rf"^{args[0]}:", makefile, flags=re.MULTILINE), f"there is no target {args[0]}"
         more = [word.removeprefix("ARGS=") for word in args[1:] if word.startswith("ARGS=")]
         if args[0] == "demo" and more:
-            call("safe-peft", ["demo", *shlex.split(*more)], monkeypatch)
+            call("python", ["examples/demo.py", *shlex.split(*more)], monkeypatch)
         stop()
     elif program == "torchrun":
         with pytest.raises(ParsedError):

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import assets
 import pytest
 import torch
 from tiny import Rows, batches, bert, gpt2
@@ -45,6 +46,7 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         "args": arguments,
         "train": lambda model: model(**next(iter(batches(1)))).loss.backward(),
         "layer": layer,
+        "folder": assets.fetch("minilm"),
         "x": torch.randn(3, 6),
         "lora_A": torch.randn(2, 6),
         "lora_B": torch.randn(5, 2),

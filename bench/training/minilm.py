@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import assets
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
-
-from safe_peft.finetune import assets
 
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 LAYERS, ADAPTERS = 6, 36

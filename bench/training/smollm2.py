@@ -10,13 +10,13 @@ from __future__ import annotations
 import argparse
 import json
 
+import assets
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import safe_peft
-from safe_peft.finetune import assets
 from safe_peft.finetune.measure import peak_rss
 from safe_peft.loss import BY_NAME
 

@@ -11,7 +11,6 @@
 #include "autograd/graph.h"
 #include "autograd/norm_output.h"
 #include "autograd/recipe.h"
-#include "autograd/refusals.h"
 #include "autograd/saved.h"
 
 namespace safe_kernels {
@@ -47,51 +46,20 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
   }
 };
 
-// Stands in the graph only while a backward is itself recorded (create_graph=True): PyTorch would
-// otherwise treat the kernel's result as a constant, and a second derivative would be silently wrong.
-struct ActivationBackwardFunction : torch::autograd::Function<ActivationBackwardFunction> {
-  static Variable forward(AutogradContext* /*ctx*/, const Tensor& grad, const Tensor& x, std::string_view kind,
-                          double dropout_p, const std::optional<Tensor>& rng_state) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return activation_backward(grad, x, kind, dropout_p, rng_state);
-  }
-
-  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    refuse_double_backward("activation");
-  }
-};
-
 Tensor activation_autograd(const Tensor& x, std::string_view kind, double dropout_p,
                            const std::optional<Tensor>& rng_state) {
   check_activation(x, kind, dropout_p, rng_state);
-  refuse_forward_mode(x, "x", "activation");
-  if (!builds_graph({x})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return activation(x, kind, dropout_p, rng_state);
-  }
-  refuse_transforms("activation");
+  if (!builds_graph("activation", x)) return below_autograd([&] { return activation(x, kind, dropout_p, rng_state); });
   Tensor out = ActivationFunction::apply(x, kind, dropout_p, rng_state);
   if (!retains_output(kind)) attach_recipe(out, x, Tensor(), kind, dropout_p, rng_state);
   return out;
-}
-
-Tensor activation_backward_autograd(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
-                                    const std::optional<Tensor>& rng_state) {
-  check_activation_backward(grad, x, kind, dropout_p, rng_state);
-  refuse_forward_mode(grad, "grad", "activation_backward");
-  refuse_forward_mode(x, "x", "activation_backward");
-  if (!builds_graph({grad, x})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return activation_backward(grad, x, kind, dropout_p, rng_state);
-  }
-  return ActivationBackwardFunction::apply(grad, x, kind, dropout_p, rng_state);
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
   m.impl("activation", activation_autograd);
-  m.impl("activation_backward", activation_backward_autograd);
+  once_differentiable<activation_backward, check_activation_backward>(m, "activation_backward");
 }
 
 }  // namespace safe_kernels

@@ -8,7 +8,6 @@
 #include <torch/library.h>
 
 #include "autograd/graph.h"
-#include "autograd/refusals.h"
 
 namespace safe_kernels {
 
@@ -38,12 +37,7 @@ struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
 
 Tensor dropout_autograd(const Tensor& x, double dropout_p, const Tensor& rng_state) {
   check_dropout_op(x, dropout_p, rng_state);
-  refuse_forward_mode(x, "x", "dropout");
-  if (!builds_graph({x})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return dropout(x, dropout_p, rng_state);
-  }
-  refuse_transforms("dropout");
+  if (!builds_graph("dropout", x)) return below_autograd([&] { return dropout(x, dropout_p, rng_state); });
   return DropoutFunction::apply(x, dropout_p, rng_state);
 }
 

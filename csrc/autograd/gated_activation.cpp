@@ -11,7 +11,6 @@
 
 #include "autograd/graph.h"
 #include "autograd/recipe.h"
-#include "autograd/refusals.h"
 #include "autograd/saved.h"
 
 namespace safe_kernels {
@@ -49,59 +48,22 @@ struct GatedActivationFunction : torch::autograd::Function<GatedActivationFuncti
   }
 };
 
-// Stands in the graph only while a backward is itself recorded (create_graph=True): PyTorch would
-// otherwise treat the kernel's results as constants, and a second derivative would be silently wrong.
-struct GatedActivationBackwardFunction : torch::autograd::Function<GatedActivationBackwardFunction> {
-  static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad, const Tensor& gate, const Tensor& up,
-                               std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state,
-                               std::array<bool, 2> output_mask) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [grad_gate, grad_up] = gated_activation_backward(grad, gate, up, kind, dropout_p, rng_state, output_mask);
-    return {grad_gate, grad_up};
-  }
-
-  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    refuse_double_backward("gated_activation");
-  }
-};
-
 Tensor gated_activation_autograd(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
                                  const std::optional<Tensor>& rng_state) {
   check_gated_activation(gate, up, kind, dropout_p, rng_state);
-  refuse_forward_mode(gate, "gate", "gated_activation");
-  refuse_forward_mode(up, "up", "gated_activation");
-  if (!builds_graph({gate, up})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return gated_activation(gate, up, kind, dropout_p, rng_state);
-  }
-  refuse_transforms("gated_activation");
+  if (!builds_graph("gated_activation", gate, up))
+    return below_autograd([&] { return gated_activation(gate, up, kind, dropout_p, rng_state); });
   Tensor out = GatedActivationFunction::apply(gate, up, kind, dropout_p, rng_state);
   // Where up is not retained anyway, a reader does better to retain the output.
   if (gate.requires_grad()) attach_recipe(out, gate, up, kind, dropout_p, rng_state);
   return out;
 }
 
-std::tuple<Tensor, Tensor> gated_activation_backward_autograd(const Tensor& grad, const Tensor& gate, const Tensor& up,
-                                                              std::string_view kind, double dropout_p,
-                                                              const std::optional<Tensor>& rng_state,
-                                                              std::array<bool, 2> output_mask) {
-  check_gated_activation_backward(grad, gate, up, kind, dropout_p, rng_state);
-  refuse_forward_mode(grad, "grad", "gated_activation_backward");
-  refuse_forward_mode(gate, "gate", "gated_activation_backward");
-  refuse_forward_mode(up, "up", "gated_activation_backward");
-  if (!builds_graph({grad, gate, up})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return gated_activation_backward(grad, gate, up, kind, dropout_p, rng_state, output_mask);
-  }
-  auto outputs = GatedActivationBackwardFunction::apply(grad, gate, up, kind, dropout_p, rng_state, output_mask);
-  return {outputs[0], outputs[1]};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
   m.impl("gated_activation", gated_activation_autograd);
-  m.impl("gated_activation_backward", gated_activation_backward_autograd);
+  once_differentiable<gated_activation_backward, check_gated_activation_backward>(m, "gated_activation_backward");
 }
 
 }  // namespace safe_kernels

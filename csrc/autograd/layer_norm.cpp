@@ -10,7 +10,6 @@
 
 #include "autograd/graph.h"
 #include "autograd/norm_output.h"
-#include "autograd/refusals.h"
 #include "autograd/saved.h"
 #include "checks.h"
 #include "ops/layer_norm.h"
@@ -74,35 +73,12 @@ struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
   }
 };
 
-// Stands in the graph only while a backward is itself recorded (create_graph=True); see LoraBackwardFunction.
-struct LayerNormBackwardFunction : torch::autograd::Function<LayerNormBackwardFunction> {
-  static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad, const Tensor& retained,
-                               const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                               const std::optional<Tensor>& mean, const Tensor& rstd, bool from_output,
-                               std::array<bool, 3> output_mask) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [grad_x, grad_weight, grad_bias] =
-        layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
-    return {grad_x, grad_weight, grad_bias};
-  }
-
-  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    refuse_double_backward("layer_norm");
-  }
-};
-
 std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, const std::optional<Tensor>& weight,
                                                        const std::optional<Tensor>& bias, double eps,
                                                        bool retain_output) {
   check_layer_norm(x, weight, bias, eps);
-  refuse_forward_mode(x, "x", "layer_norm");
-  refuse_forward_mode(weight, "weight", "layer_norm");
-  refuse_forward_mode(bias, "bias", "layer_norm");
-  if (!builds_graph({x, weight, bias})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return layer_norm(x, weight, bias, eps, retain_output);
-  }
-  refuse_transforms("layer_norm");
+  if (!builds_graph("layer_norm", x, weight, bias))
+    return below_autograd([&] { return layer_norm(x, weight, bias, eps, retain_output); });
   auto outputs = LayerNormFunction::apply(x, weight, bias, eps, retain_output);
   if (!requires_grad(weight) && !requires_grad(bias)) {
     constexpr size_t mean_at = 3, rstd_at = 4;
@@ -112,29 +88,11 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_autograd(const Tensor& x, const st
   return {outputs[0], outputs[1], outputs[2]};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_autograd(const Tensor& grad, const Tensor& retained,
-                                                                const std::optional<Tensor>& weight,
-                                                                const std::optional<Tensor>& bias,
-                                                                const std::optional<Tensor>& mean, const Tensor& rstd,
-                                                                bool from_output, std::array<bool, 3> output_mask) {
-  check_layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
-  refuse_forward_mode(grad, "grad", "layer_norm_backward");
-  refuse_forward_mode(retained, "retained", "layer_norm_backward");
-  refuse_forward_mode(weight, "weight", "layer_norm_backward");
-  refuse_forward_mode(bias, "bias", "layer_norm_backward");
-  if (!builds_graph({grad, retained, weight, bias})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
-  }
-  auto outputs = LayerNormBackwardFunction::apply(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
-  return {outputs[0], outputs[1], outputs[2]};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
   m.impl("layer_norm", layer_norm_autograd);
-  m.impl("layer_norm_backward", layer_norm_backward_autograd);
+  once_differentiable<layer_norm_backward, check_layer_norm_backward>(m, "layer_norm_backward");
 }
 
 }  // namespace safe_kernels

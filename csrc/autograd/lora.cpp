@@ -10,7 +10,6 @@
 
 #include "autograd/adapter_input.h"
 #include "autograd/graph.h"
-#include "autograd/refusals.h"
 #include "autograd/saved.h"
 #include "ops/lora.h"
 
@@ -71,64 +70,26 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
   }
 };
 
-// Stands in the graph only while a backward is itself recorded (create_graph=True): PyTorch would
-// otherwise treat the kernel's results as constants, and a second derivative would be silently wrong.
-struct LoraBackwardFunction : torch::autograd::Function<LoraBackwardFunction> {
-  static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad, const std::optional<Tensor>& x,
-                               const Tensor& lora_A, const Tensor& lora_B, double scaling, double dropout_p,
-                               const std::optional<Tensor>& rng_state, std::array<bool, 3> output_mask) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [grad_x, grad_A, grad_B] = lora_backward(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
-    return {grad_x, grad_A, grad_B};
-  }
-
-  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    refuse_double_backward("lora");
-  }
-};
-
 std::tuple<Tensor, Tensor> lora_autograd(const Tensor& x, const Tensor& base, const Tensor& lora_A,
                                          const Tensor& lora_B, double scaling, double dropout_p,
                                          const std::optional<Tensor>& rng_state,
                                          const std::optional<Tensor>& block_starts, int64_t block_rows,
                                          const std::optional<Tensor>& row_weight) {
   check_lora(x, base, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
-  refuse_forward_mode(x, "x", "lora");
-  refuse_forward_mode(base, "base", "lora");
-  refuse_forward_mode(lora_A, "lora_A", "lora");
-  refuse_forward_mode(lora_B, "lora_B", "lora");
-  if (!builds_graph({x, base, lora_A, lora_B})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
-  }
-  refuse_transforms("lora");
+  if (!builds_graph("lora", x, base, lora_A, lora_B))
+    return below_autograd([&] {
+      return lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
+    });
   auto outputs =
       LoraFunction::apply(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
   return {outputs[0], outputs[1]};
-}
-
-std::tuple<Tensor, Tensor, Tensor> lora_backward_autograd(const Tensor& grad, const std::optional<Tensor>& x,
-                                                          const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                                                          double dropout_p, const std::optional<Tensor>& rng_state,
-                                                          std::array<bool, 3> output_mask) {
-  check_lora_backward(grad, x, lora_A, lora_B, dropout_p, rng_state, output_mask);
-  refuse_forward_mode(grad, "grad", "lora_backward");
-  refuse_forward_mode(x, "x", "lora_backward");
-  refuse_forward_mode(lora_A, "lora_A", "lora_backward");
-  refuse_forward_mode(lora_B, "lora_B", "lora_backward");
-  if (!builds_graph({grad, x, lora_A, lora_B})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return lora_backward(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
-  }
-  auto outputs = LoraBackwardFunction::apply(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
-  return {outputs[0], outputs[1], outputs[2]};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
   m.impl("lora", lora_autograd);
-  m.impl("lora_backward", lora_backward_autograd);
+  once_differentiable<lora_backward, check_lora_backward>(m, "lora_backward");
 }
 
 }  // namespace safe_kernels

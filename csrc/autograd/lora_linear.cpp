@@ -11,7 +11,6 @@
 
 #include "autograd/adapter_input.h"
 #include "autograd/graph.h"
-#include "autograd/refusals.h"
 #include "autograd/saved.h"
 #include "ops/lora_linear.h"
 
@@ -79,23 +78,6 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
   }
 };
 
-// Stands in the graph only while a backward is itself recorded (create_graph=True): see autograd/lora.cpp.
-struct LoraLinearBackwardFunction : torch::autograd::Function<LoraLinearBackwardFunction> {
-  static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad, const std::optional<Tensor>& x,
-                               const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                               double dropout_p, const std::optional<Tensor>& rng_state,
-                               std::array<bool, 5> output_mask) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [grad_x, grad_weight, grad_bias, grad_A, grad_B] =
-        lora_linear_backward(grad, x, weight, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
-    return {grad_x, grad_weight, grad_bias, grad_A, grad_B};
-  }
-
-  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    refuse_double_backward("lora_linear");
-  }
-};
-
 std::tuple<Tensor, Tensor> lora_linear_autograd(const Tensor& x, const Tensor& weight,
                                                 const std::optional<Tensor>& bias, const Tensor& lora_A,
                                                 const Tensor& lora_B, double scaling, double dropout_p,
@@ -103,46 +85,21 @@ std::tuple<Tensor, Tensor> lora_linear_autograd(const Tensor& x, const Tensor& w
                                                 const std::optional<Tensor>& block_starts, int64_t block_rows,
                                                 const std::optional<Tensor>& row_weight) {
   check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
-  refuse_forward_mode(x, "x", "lora_linear");
-  refuse_forward_mode(weight, "weight", "lora_linear");
-  refuse_forward_mode(bias, "bias", "lora_linear");
-  refuse_forward_mode(lora_A, "lora_A", "lora_linear");
-  refuse_forward_mode(lora_B, "lora_B", "lora_linear");
-  if (!builds_graph({x, weight, bias, lora_A, lora_B})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows,
-                       row_weight);
-  }
-  refuse_transforms("lora_linear");
+  if (!builds_graph("lora_linear", x, weight, bias, lora_A, lora_B))
+    return below_autograd([&] {
+      return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows,
+                         row_weight);
+    });
   auto outputs = LoraLinearFunction::apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts,
                                            block_rows, row_weight);
   return {outputs[0], outputs[1]};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward_autograd(
-    const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
-    const Tensor& lora_B, double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
-    std::array<bool, 5> output_mask) {
-  check_lora_linear_backward(grad, x, weight, lora_A, lora_B, dropout_p, rng_state, output_mask);
-  refuse_forward_mode(grad, "grad", "lora_linear_backward");
-  refuse_forward_mode(x, "x", "lora_linear_backward");
-  refuse_forward_mode(weight, "weight", "lora_linear_backward");
-  refuse_forward_mode(lora_A, "lora_A", "lora_linear_backward");
-  refuse_forward_mode(lora_B, "lora_B", "lora_linear_backward");
-  if (!builds_graph({grad, x, weight, lora_A, lora_B})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return lora_linear_backward(grad, x, weight, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
-  }
-  auto outputs =
-      LoraLinearBackwardFunction::apply(grad, x, weight, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
-  return {outputs[0], outputs[1], outputs[2], outputs[3], outputs[4]};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
   m.impl("lora_linear", lora_linear_autograd);
-  m.impl("lora_linear_backward", lora_linear_backward_autograd);
+  once_differentiable<lora_linear_backward, check_lora_linear_backward>(m, "lora_linear_backward");
 }
 
 }  // namespace safe_kernels

@@ -9,7 +9,6 @@
 
 #include "autograd/graph.h"
 #include "autograd/norm_output.h"
-#include "autograd/refusals.h"
 #include "autograd/saved.h"
 #include "ops/rms_norm.h"
 
@@ -52,32 +51,11 @@ struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
   }
 };
 
-// Stands in the graph only while a backward is itself recorded (create_graph=True); see LoraBackwardFunction.
-struct RmsNormBackwardFunction : torch::autograd::Function<RmsNormBackwardFunction> {
-  static variable_list forward(AutogradContext* /*ctx*/, const Tensor& grad, const Tensor& retained,
-                               const Tensor& weight, const Tensor& rstd, double weight_offset, bool from_output,
-                               std::array<bool, 2> output_mask) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    auto [grad_x, grad_weight] =
-        rms_norm_backward(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
-    return {grad_x, grad_weight};
-  }
-
-  static variable_list backward(AutogradContext* /*ctx*/, const variable_list& /*grads*/) {
-    refuse_double_backward("rms_norm");
-  }
-};
-
 std::tuple<Tensor, Tensor> rms_norm_autograd(const Tensor& x, const Tensor& weight, double eps, double weight_offset,
                                              bool retain_output) {
   check_rms_norm(x, weight, eps);
-  refuse_forward_mode(x, "x", "rms_norm");
-  refuse_forward_mode(weight, "weight", "rms_norm");
-  if (!builds_graph({x, weight})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rms_norm(x, weight, eps, weight_offset, retain_output);
-  }
-  refuse_transforms("rms_norm");
+  if (!builds_graph("rms_norm", x, weight))
+    return below_autograd([&] { return rms_norm(x, weight, eps, weight_offset, retain_output); });
   auto outputs = RmsNormFunction::apply(x, weight, eps, weight_offset, retain_output);
   if (!weight.requires_grad()) {
     constexpr size_t rstd_at = 2;
@@ -86,26 +64,11 @@ std::tuple<Tensor, Tensor> rms_norm_autograd(const Tensor& x, const Tensor& weig
   return {outputs[0], outputs[1]};
 }
 
-std::tuple<Tensor, Tensor> rms_norm_backward_autograd(const Tensor& grad, const Tensor& retained, const Tensor& weight,
-                                                      const Tensor& rstd, double weight_offset, bool from_output,
-                                                      std::array<bool, 2> output_mask) {
-  check_rms_norm_backward(grad, retained, weight, rstd);
-  refuse_forward_mode(grad, "grad", "rms_norm_backward");
-  refuse_forward_mode(retained, "retained", "rms_norm_backward");
-  refuse_forward_mode(weight, "weight", "rms_norm_backward");
-  if (!builds_graph({grad, retained, weight})) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    return rms_norm_backward(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
-  }
-  auto outputs = RmsNormBackwardFunction::apply(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
-  return {outputs[0], outputs[1]};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
   m.impl("rms_norm", rms_norm_autograd);
-  m.impl("rms_norm_backward", rms_norm_backward_autograd);
+  once_differentiable<rms_norm_backward, check_rms_norm_backward>(m, "rms_norm_backward");
 }
 
 }  // namespace safe_kernels

@@ -12,15 +12,15 @@ namespace safe_kernels::cpu {
 namespace {
 
 template <typename T>
-struct ForwardArgs {
+struct ActivationForwardArgs {
   Rows x, out;
   Kind kind;
   Dropout dropout;
 };
 
-struct Forward {
+struct ActivationForward {
   template <class Activation, typename T>
-  static SAFE_KERNELS_INLINE void run(const ForwardArgs<T>& args, int64_t begin, int64_t end) {
+  static SAFE_KERNELS_INLINE void run(const ActivationForwardArgs<T>& args, int64_t begin, int64_t end) {
     const int64_t columns = args.x.columns;
     const Reader<T> xs(args.x);
     const Writer<T> outs(args.out);
@@ -37,15 +37,15 @@ struct Forward {
 };
 
 template <typename T>
-struct BackwardArgs {
+struct ActivationBackwardArgs {
   Rows grad, x, grad_x;
   Kind kind;
   Dropout dropout;
 };
 
-struct Backward {
+struct ActivationBackward {
   template <class Activation, typename T>
-  static SAFE_KERNELS_INLINE void run(const BackwardArgs<T>& args, int64_t begin, int64_t end) {
+  static SAFE_KERNELS_INLINE void run(const ActivationBackwardArgs<T>& args, int64_t begin, int64_t end) {
     const int64_t columns = args.x.columns;
     const Reader<T> grads(args.grad), xs(args.x);
     const Writer<T> outs(args.grad_x);
@@ -62,20 +62,21 @@ struct Backward {
   }
 };
 
-SAFE_KERNELS_VARIANTS(forward_rows, run_kind<Forward>, ForwardArgs<float>)
-SAFE_KERNELS_VARIANTS(forward_rows, run_kind<Forward>, ForwardArgs<double>)
-SAFE_KERNELS_VARIANTS(backward_rows, run_kind<Backward>, BackwardArgs<float>)
-SAFE_KERNELS_VARIANTS(backward_rows, run_kind<Backward>, BackwardArgs<double>)
+SAFE_KERNELS_VARIANTS(forward_rows, run_kind<ActivationForward>, ActivationForwardArgs<float>)
+SAFE_KERNELS_VARIANTS(forward_rows, run_kind<ActivationForward>, ActivationForwardArgs<double>)
+SAFE_KERNELS_VARIANTS(backward_rows, run_kind<ActivationBackward>, ActivationBackwardArgs<float>)
+SAFE_KERNELS_VARIANTS(backward_rows, run_kind<ActivationBackward>, ActivationBackwardArgs<double>)
 
 template <typename T>
-void forward(const Tensor& x, const Tensor& out, Kind kind, const Dropout& dropout) {
-  const ForwardArgs<T> args{Rows(x), Rows(out), kind, dropout};
+void run_activation(const Tensor& x, const Tensor& out, Kind kind, const Dropout& dropout) {
+  const ActivationForwardArgs<T> args{Rows(x), Rows(out), kind, dropout};
   over_rows(args.x, [&](int64_t begin, int64_t end) { forward_rows(args, begin, end); });
 }
 
 template <typename T>
-void backward(const Tensor& grad, const Tensor& x, const Tensor& grad_x, Kind kind, const Dropout& dropout) {
-  const BackwardArgs<T> args{Rows(grad), Rows(x), Rows(grad_x), kind, dropout};
+void run_activation_backward(const Tensor& grad, const Tensor& x, const Tensor& grad_x, Kind kind,
+                             const Dropout& dropout) {
+  const ActivationBackwardArgs<T> args{Rows(grad), Rows(x), Rows(grad_x), kind, dropout};
   over_rows(args.x, [&](int64_t begin, int64_t end) { backward_rows(args, begin, end); });
 }
 
@@ -83,7 +84,7 @@ Tensor activation_cpu(const Tensor& x, std::string_view kind, double dropout_p,
                       const std::optional<Tensor>& rng_state) {
   check_activation(x, kind, dropout_p, rng_state);
   const Tensor out = empty_like_rows(x);
-  const auto run = x.scalar_type() == at::kDouble ? forward<double> : forward<float>;
+  const auto run = x.scalar_type() == at::kDouble ? run_activation<double> : run_activation<float>;
   run(x, out, kind_of(kind), make_dropout(dropout_p, rng_state));
   return out;
 }
@@ -92,7 +93,7 @@ Tensor activation_backward_cpu(const Tensor& grad, const Tensor& x, std::string_
                                const std::optional<Tensor>& rng_state) {
   check_activation_backward(grad, x, kind, dropout_p, rng_state);
   const Tensor grad_x = empty_like_rows(x);
-  const auto run = x.scalar_type() == at::kDouble ? backward<double> : backward<float>;
+  const auto run = x.scalar_type() == at::kDouble ? run_activation_backward<double> : run_activation_backward<float>;
   run(grad, x, grad_x, kind_of(kind), make_dropout(dropout_p, rng_state));
   return grad_x;
 }

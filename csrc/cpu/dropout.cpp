@@ -31,7 +31,7 @@ SAFE_KERNELS_VARIANTS(dropout_rows, dropout_body<float>, DropoutArgs<float>)
 SAFE_KERNELS_VARIANTS(dropout_rows, dropout_body<double>, DropoutArgs<double>)
 
 template <typename T>
-void run(const Tensor& x, const Tensor& out, const Dropout& dropout) {
+void run_dropout(const Tensor& x, const Tensor& out, const Dropout& dropout) {
   const DropoutArgs<T> args{Rows(x), Rows(out), dropout};
   over_rows(args.x, [&](int64_t begin, int64_t end) { dropout_rows(args, begin, end); });
 }
@@ -41,7 +41,7 @@ Tensor dropout_cpu(const Tensor& x, double dropout_p, const Tensor& rng_state) {
   const Dropout dropout = make_dropout(dropout_p, rng_state);
   if (dropout.threshold == 0) return x.clone(at::MemoryFormat::Contiguous);
   const Tensor out = empty_like_rows(x);
-  (x.scalar_type() == at::kDouble ? run<double> : run<float>)(x, out, dropout);
+  (x.scalar_type() == at::kDouble ? run_dropout<double> : run_dropout<float>)(x, out, dropout);
   return out;
 }
 

@@ -96,14 +96,15 @@ SAFE_KERNELS_VARIANTS(backward_rows, run_kind<GatedBackward>, GatedBackwardArgs<
 SAFE_KERNELS_VARIANTS(backward_rows, run_kind<GatedBackward>, GatedBackwardArgs<double>)
 
 template <typename T>
-void forward(const Tensor& gate, const Tensor& up, const Tensor& out, Kind kind, const Dropout& dropout) {
+void run_gated_activation(const Tensor& gate, const Tensor& up, const Tensor& out, Kind kind, const Dropout& dropout) {
   const GatedForwardArgs<T> args{Rows(gate), Rows(up), Rows(out), kind, dropout};
   over_rows(args.gate, [&](int64_t begin, int64_t end) { forward_rows(args, begin, end); });
 }
 
 template <typename T>
-void backward(const Tensor& grad, const Tensor& gate, const Tensor& up, const Tensor& grad_gate, const Tensor& grad_up,
-              Kind kind, const Dropout& dropout, const std::array<bool, 2>& wanted) {
+void run_gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up, const Tensor& grad_gate,
+                                   const Tensor& grad_up, Kind kind, const Dropout& dropout,
+                                   const std::array<bool, 2>& wanted) {
   const auto rows = [](const Tensor& tensor, bool wanted) { return wanted ? Rows(tensor) : Rows(); };
   const GatedBackwardArgs<T> args{
       Rows(grad), Rows(gate), Rows(up), rows(grad_gate, wanted[0]), rows(grad_up, wanted[1]), kind, dropout};
@@ -114,7 +115,7 @@ Tensor gated_activation_cpu(const Tensor& gate, const Tensor& up, std::string_vi
                             const std::optional<Tensor>& rng_state) {
   check_gated_activation(gate, up, kind, dropout_p, rng_state);
   const Tensor out = empty_like_rows(gate);
-  const auto run = gate.scalar_type() == at::kDouble ? forward<double> : forward<float>;
+  const auto run = gate.scalar_type() == at::kDouble ? run_gated_activation<double> : run_gated_activation<float>;
   run(gate, up, out, kind_of(kind), make_dropout(dropout_p, rng_state));
   return out;
 }
@@ -123,13 +124,14 @@ std::tuple<Tensor, Tensor> gated_activation_backward_cpu(const Tensor& grad, con
                                                          std::string_view kind, double dropout_p,
                                                          const std::optional<Tensor>& rng_state,
                                                          std::array<bool, 2> output_mask) {
-  check_gated_activation_backward(grad, gate, up, kind, dropout_p, rng_state);
+  check_gated_activation_backward(grad, gate, up, kind, dropout_p, rng_state, output_mask);
   const auto make = [](const Tensor& like, bool wanted) {
     return wanted ? empty_like_rows(like) : at::empty({0}, like.options());
   };
   const Tensor grad_gate = make(gate, output_mask[0]), grad_up = make(up, output_mask[1]);
   if (!output_mask[0] && !output_mask[1]) return {grad_gate, grad_up};
-  const auto run = gate.scalar_type() == at::kDouble ? backward<double> : backward<float>;
+  const auto run =
+      gate.scalar_type() == at::kDouble ? run_gated_activation_backward<double> : run_gated_activation_backward<float>;
   run(grad, gate, up, grad_gate, grad_up, kind_of(kind), make_dropout(dropout_p, rng_state), output_mask);
   return {grad_gate, grad_up};
 }

@@ -14,8 +14,8 @@ SAFE_KERNELS_VARIANTS(backward_chunks, backward_body<Layer<float>>, NormBackward
 SAFE_KERNELS_VARIANTS(backward_chunks, backward_body<Layer<double>>, NormBackward<Layer<double>>)
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<Tensor>& weight,
-                                           const std::optional<Tensor>& bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor> run_layer_norm(const Tensor& x, const std::optional<Tensor>& weight,
+                                                  const std::optional<Tensor>& bias, double eps) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
   const Tensor out = empty_like_x(x, true), mean = empty_per_row(x, dtype), rstd = empty_per_row(x, dtype);
   const Tensor scale = per_feature(weight, 1.0, x, dtype), shift = per_feature(bias, 0.0, x, dtype);
@@ -31,10 +31,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const std::optional<
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& retained,
-                                            const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
-                                            const std::optional<Tensor>& mean, const Tensor& rstd, bool from_output,
-                                            const std::array<bool, 3>& wanted) {
+std::tuple<Tensor, Tensor, Tensor> run_layer_norm_backward(const Tensor& grad, const Tensor& retained,
+                                                           const std::optional<Tensor>& weight,
+                                                           const std::optional<Tensor>& bias,
+                                                           const std::optional<Tensor>& mean, const Tensor& rstd,
+                                                           bool from_output, const std::array<bool, 3>& wanted) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
   const Tensor scale = per_feature(weight, 1.0, retained, dtype), shift = per_feature(bias, 0.0, retained, dtype);
   const Tensor inverse = from_output ? scale.reciprocal() : Tensor();
@@ -65,7 +66,7 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_cpu(const Tensor& x, const std::op
                                                   const std::optional<Tensor>& bias, double eps,
                                                   bool /*retain_output*/) {
   check_layer_norm(x, weight, bias, eps);
-  const auto run = compute_dtype({x, weight, bias}) == at::kDouble ? forward<double> : forward<float>;
+  const auto run = compute_dtype({x, weight, bias}) == at::kDouble ? run_layer_norm<double> : run_layer_norm<float>;
   return run(x, weight, bias, eps);
 }
 
@@ -75,7 +76,8 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward_cpu(const Tensor& grad, c
                                                            const std::optional<Tensor>& mean, const Tensor& rstd,
                                                            bool from_output, std::array<bool, 3> output_mask) {
   check_layer_norm_backward(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
-  const auto run = compute_dtype({retained, weight, bias}) == at::kDouble ? backward<double> : backward<float>;
+  const auto run = compute_dtype({retained, weight, bias}) == at::kDouble ? run_layer_norm_backward<double>
+                                                                          : run_layer_norm_backward<float>;
   return run(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
 }
 

@@ -21,10 +21,10 @@ namespace safe_kernels::cpu {
 
 namespace {
 
-SAFE_KERNELS_VARIANTS(forward_rows, forward_body<float>, ForwardArgs<float>)
-SAFE_KERNELS_VARIANTS(forward_rows, forward_body<double>, ForwardArgs<double>)
-SAFE_KERNELS_VARIANTS(backward_chunks, backward_body<float>, BackwardArgs<float>)
-SAFE_KERNELS_VARIANTS(backward_chunks, backward_body<double>, BackwardArgs<double>)
+SAFE_KERNELS_VARIANTS(forward_rows, lora_forward_body<float>, LoraForwardArgs<float>)
+SAFE_KERNELS_VARIANTS(forward_rows, lora_forward_body<double>, LoraForwardArgs<double>)
+SAFE_KERNELS_VARIANTS(backward_chunks, lora_backward_body<float>, LoraBackwardArgs<float>)
+SAFE_KERNELS_VARIANTS(backward_chunks, lora_backward_body<double>, LoraBackwardArgs<double>)
 SAFE_KERNELS_VARIANTS(score_blocks, cka_blocks<float>, CkaArgs<float>)
 SAFE_KERNELS_VARIANTS(score_blocks, cka_blocks<double>, CkaArgs<double>)
 
@@ -72,23 +72,23 @@ Tensor score(const Rows& base, const Tensor& h, const Tensor& lora_B, int64_t r,
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B,
-                                   double scaling, const Dropout& dropout, const std::optional<Tensor>& block_starts,
-                                   int64_t block_rows, const std::optional<Tensor>& row_weight) {
+std::tuple<Tensor, Tensor> run_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B,
+                                    double scaling, const Dropout& dropout, const std::optional<Tensor>& block_starts,
+                                    int64_t block_rows, const std::optional<Tensor>& row_weight) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
   const bool scores = block_starts.has_value() && block_starts->defined();
   const Tensor At = padded(lora_A.t(), dtype), Bt = lora_B.to(dtype).t().contiguous();
   const Tensor out = at::empty(base.sizes(), base.options().memory_format(at::MemoryFormat::Contiguous));
-  ForwardArgs<T> args{Rows(x),
-                      Rows(base),
-                      Rows(out),
-                      At.const_data_ptr<T>(),
-                      Bt.const_data_ptr<T>(),
-                      lora_A.size(0),
-                      At.size(1),
-                      static_cast<T>(scaling),
-                      dropout,
-                      nullptr};
+  LoraForwardArgs<T> args{Rows(x),
+                          Rows(base),
+                          Rows(out),
+                          At.const_data_ptr<T>(),
+                          Bt.const_data_ptr<T>(),
+                          lora_A.size(0),
+                          At.size(1),
+                          static_cast<T>(scaling),
+                          dropout,
+                          nullptr};
   Tensor h;
   if (scores) {
     h = at::empty({args.x.count, args.stride}, At.options());
@@ -102,9 +102,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& base, const Te
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& lora_A,
-                                            const Tensor& lora_B, double scaling, const Dropout& dropout,
-                                            const std::array<bool, 3>& wanted) {
+std::tuple<Tensor, Tensor, Tensor> run_lora_backward(const Tensor& grad, const std::optional<Tensor>& x,
+                                                     const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                                                     const Dropout& dropout, const std::array<bool, 3>& wanted) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
   const bool has_x = x.has_value() && x->defined();
   const int64_t r = lora_A.size(0), d_in = lora_A.size(1), d_out = lora_B.size(0);
@@ -115,7 +115,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::optio
   shape.back() = d_in;
   const Tensor grad_x = at::empty(wanted[0] ? at::IntArrayRef(shape) : at::IntArrayRef({0}),
                                   (has_x ? *x : grad).options().memory_format(at::MemoryFormat::Contiguous));
-  BackwardArgs<T> args;
+  LoraBackwardArgs<T> args;
   args.grad = Rows(grad);
   if (has_x) args.x = Rows(*x);
   if (wanted[0]) args.grad_x = Rows(grad_x);
@@ -147,7 +147,7 @@ std::tuple<Tensor, Tensor> lora_cpu(const Tensor& x, const Tensor& base, const T
                                     const std::optional<Tensor>& block_starts, int64_t block_rows,
                                     const std::optional<Tensor>& row_weight) {
   check_lora(x, base, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
-  const auto run = compute_dtype({x, base, lora_A, lora_B}) == at::kDouble ? forward<double> : forward<float>;
+  const auto run = compute_dtype({x, base, lora_A, lora_B}) == at::kDouble ? run_lora<double> : run_lora<float>;
   return run(x, base, lora_A, lora_B, scaling, make_dropout(dropout_p, rng_state), block_starts, block_rows,
              row_weight);
 }
@@ -156,8 +156,9 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward_cpu(const Tensor& grad, const s
                                                      const Tensor& lora_A, const Tensor& lora_B, double scaling,
                                                      double dropout_p, const std::optional<Tensor>& rng_state,
                                                      std::array<bool, 3> output_mask) {
-  check_lora_backward(grad, x, lora_A, lora_B, dropout_p, rng_state, output_mask);
-  const auto run = compute_dtype({grad, x, lora_A, lora_B}) == at::kDouble ? backward<double> : backward<float>;
+  check_lora_backward(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
+  const auto run =
+      compute_dtype({grad, x, lora_A, lora_B}) == at::kDouble ? run_lora_backward<double> : run_lora_backward<float>;
   return run(grad, x, lora_A, lora_B, scaling, make_dropout(dropout_p, rng_state), output_mask);
 }
 

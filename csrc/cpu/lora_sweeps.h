@@ -46,7 +46,7 @@ SAFE_KERNELS_INLINE Block<T> dropped_block(const Rows& x, int64_t begin, int64_t
 }
 
 template <typename T>
-struct ForwardArgs {
+struct LoraForwardArgs {
   Rows x, base, out;
   const T* lora_At;  // [d_in, stride]
   const T* lora_Bt;  // [r, d_out]
@@ -57,7 +57,7 @@ struct ForwardArgs {
 };
 
 template <typename T>
-SAFE_KERNELS_INLINE void forward_body(const ForwardArgs<T>& args, int64_t begin, int64_t end) {
+SAFE_KERNELS_INLINE void lora_forward_body(const LoraForwardArgs<T>& args, int64_t begin, int64_t end) {
   const int64_t d_in = args.x.columns, d_out = args.out.columns, stride = args.stride;
   const int64_t step = rows_in_block(std::max(d_in, d_out));
   const bool drops = args.dropout.threshold > 0;
@@ -83,7 +83,7 @@ SAFE_KERNELS_INLINE void forward_body(const ForwardArgs<T>& args, int64_t begin,
 }
 
 template <typename T>
-struct BackwardArgs {
+struct LoraBackwardArgs {
   Rows grad, x, grad_x;  // x without data: not needed; grad_x without data: not wanted
   const T* lora_A;       // [r, d_in]
   const T* lora_At;      // [d_in, stride]
@@ -99,7 +99,7 @@ struct BackwardArgs {
 };
 
 template <typename T>
-SAFE_KERNELS_INLINE void backward_chunk(const BackwardArgs<T>& args, int64_t chunk) {
+SAFE_KERNELS_INLINE void backward_chunk(const LoraBackwardArgs<T>& args, int64_t chunk) {
   const int64_t d_in = args.d_in, d_out = args.grad.columns, stride = args.stride, r = args.r;
   const int64_t begin = chunk * args.chunk_rows;
   const int64_t end = std::min(begin + args.chunk_rows, args.grad.count);
@@ -148,7 +148,7 @@ SAFE_KERNELS_INLINE void backward_chunk(const BackwardArgs<T>& args, int64_t chu
 }
 
 template <typename T>
-SAFE_KERNELS_INLINE void backward_body(const BackwardArgs<T>& args, int64_t begin, int64_t end) {
+SAFE_KERNELS_INLINE void lora_backward_body(const LoraBackwardArgs<T>& args, int64_t begin, int64_t end) {
   for (int64_t chunk = begin; chunk < end; ++chunk) backward_chunk(args, chunk);
 }
 

@@ -36,6 +36,14 @@ std::unique_ptr<T[]> row_scratch(int64_t columns) {
   return std::unique_ptr<T[]>(new T[static_cast<size_t>(columns)]);  // not initialised
 }
 
+// The second sum corrects the rounding of the first. That rounding matters in rows that are nearly constant, such as
+// those of padding: 1 / rstd is small there, and PyTorch's mean of a constant row is exact.
+template <typename T>
+SAFE_KERNELS_INLINE T mean_of(const T* x, int64_t columns) {
+  const T count = static_cast<T>(columns), mean = sum(x, T(0), columns) / count;
+  return mean + sum(x, mean, columns) / count;
+}
+
 template <typename Norm>
 struct NormForward {
   using T = typename Norm::Real;
@@ -66,7 +74,7 @@ SAFE_KERNELS_INLINE void forward_body(const NormForward<Norm>& args, int64_t beg
   const auto copy = row_scratch<T>(columns), result = row_scratch<T>(direct ? 0 : columns);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = read_block(args.x, row, row + 1, copy.get()).data;
-    const T mean = Norm::kCentred ? sum(x, columns) / static_cast<T>(columns) : T(0);
+    const T mean = Norm::kCentred ? mean_of(x, columns) : T(0);
     const T square = sum_of_squares(x, mean, columns) / static_cast<T>(columns);
     const T rstd = T(1) / std::sqrt(square + args.eps);
     if constexpr (Norm::kCentred) args.mean[row] = mean;

@@ -19,7 +19,7 @@ Tensor scale_of(const Tensor& weight, double weight_offset, at::ScalarType dtype
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
+std::tuple<Tensor, Tensor> run_rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
   const Tensor out = empty_like_x(x, true), rstd = empty_per_row(x, dtype);
   const Tensor scale = scale_of(weight, weight_offset, dtype);
@@ -30,9 +30,9 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, double
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& retained, const Tensor& weight,
-                                    const Tensor& rstd, double weight_offset, bool from_output,
-                                    const std::array<bool, 2>& wanted) {
+std::tuple<Tensor, Tensor> run_rms_norm_backward(const Tensor& grad, const Tensor& retained, const Tensor& weight,
+                                                 const Tensor& rstd, double weight_offset, bool from_output,
+                                                 const std::array<bool, 2>& wanted) {
   constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
   const Tensor scale = scale_of(weight, weight_offset, dtype), row_rstd = rstd.to(dtype).contiguous();
   const Tensor inverse = from_output ? scale.reciprocal() : Tensor();
@@ -55,15 +55,16 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& retained, 
 std::tuple<Tensor, Tensor> rms_norm_cpu(const Tensor& x, const Tensor& weight, double eps, double weight_offset,
                                         bool /*retain_output*/) {
   check_rms_norm(x, weight, eps);
-  const auto run = compute_dtype({x, weight}) == at::kDouble ? forward<double> : forward<float>;
+  const auto run = compute_dtype({x, weight}) == at::kDouble ? run_rms_norm<double> : run_rms_norm<float>;
   return run(x, weight, eps, weight_offset);
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward_cpu(const Tensor& grad, const Tensor& retained, const Tensor& weight,
                                                  const Tensor& rstd, double weight_offset, bool from_output,
                                                  std::array<bool, 2> output_mask) {
-  check_rms_norm_backward(grad, retained, weight, rstd);
-  const auto run = compute_dtype({retained, weight}) == at::kDouble ? backward<double> : backward<float>;
+  check_rms_norm_backward(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
+  const auto run =
+      compute_dtype({retained, weight}) == at::kDouble ? run_rms_norm_backward<double> : run_rms_norm_backward<float>;
   return run(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
 }
 

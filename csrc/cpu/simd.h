@@ -47,17 +47,18 @@ SAFE_KERNELS_INLINE T total(typename Wide<T>::Vector (&partial)[count]) {
   return result;
 }
 
+// The sum of values - level.
 template <typename T>
-SAFE_KERNELS_INLINE T sum(const T* values, int64_t count) {
+SAFE_KERNELS_INLINE T sum(const T* values, T level, int64_t count) {
   constexpr int64_t kLanes = Wide<T>::kLanes;
   typename Wide<T>::Vector partial[4] = {};
   T rest = T(0);
   int64_t j = 0;
   for (; j + 4 * kLanes <= count; j += 4 * kLanes)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) partial[v] += load<Wide<T>>(values + j + v * kLanes);
-  for (; j + kLanes <= count; j += kLanes) partial[0] += load<Wide<T>>(values + j);
-  for (; j < count; ++j) rest += values[j];
+    for (int v = 0; v < 4; ++v) partial[v] += load<Wide<T>>(values + j + v * kLanes) - level;
+  for (; j + kLanes <= count; j += kLanes) partial[0] += load<Wide<T>>(values + j) - level;
+  for (; j < count; ++j) rest += values[j] - level;
   return total<T>(partial) + rest;
 }
 

@@ -18,7 +18,8 @@ void check_gated_activation(const Tensor& gate, const Tensor& up, std::string_vi
 }
 
 void check_gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view kind,
-                                     double dropout_p, const std::optional<Tensor>& rng_state) {
+                                     double dropout_p, const std::optional<Tensor>& rng_state,
+                                     const std::array<bool, 2>& /*output_mask*/) {
   check_gated_activation(gate, up, kind, dropout_p, rng_state);
   check_alike(grad, "grad", gate, "gate");
 }

@@ -26,6 +26,7 @@ void check_gated_activation(const Tensor& gate, const Tensor& up, std::string_vi
                             const std::optional<Tensor>& rng_state);
 
 void check_gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view kind,
-                                     double dropout_p, const std::optional<Tensor>& rng_state);
+                                     double dropout_p, const std::optional<Tensor>& rng_state,
+                                     const std::array<bool, 2>& output_mask);
 
 }  // namespace safe_kernels

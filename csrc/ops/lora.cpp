@@ -64,7 +64,7 @@ void check_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const
 }
 
 void check_lora_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& lora_A, const Tensor& lora_B,
-                         double dropout_p, const std::optional<Tensor>& rng_state,
+                         double /*scaling*/, double dropout_p, const std::optional<Tensor>& rng_state,
                          const std::array<bool, 3>& output_mask) {
   check_adapter(lora_A, lora_B);
   check_features(grad, "grad", lora_B, "lora_B", 0);

@@ -36,7 +36,7 @@ void check_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const
                 const std::optional<Tensor>& row_weight);
 
 void check_lora_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& lora_A, const Tensor& lora_B,
-                         double dropout_p, const std::optional<Tensor>& rng_state,
+                         double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
                          const std::array<bool, 3>& output_mask);
 
 }  // namespace safe_kernels

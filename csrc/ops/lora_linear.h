@@ -29,7 +29,7 @@ void check_lora_linear(const Tensor& x, const Tensor& weight, const std::optiona
                        const std::optional<Tensor>& row_weight);
 
 void check_lora_linear_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight,
-                                const Tensor& lora_A, const Tensor& lora_B, double dropout_p,
+                                const Tensor& lora_A, const Tensor& lora_B, double scaling, double dropout_p,
                                 const std::optional<Tensor>& rng_state, const std::array<bool, 5>& output_mask);
 
 }  // namespace safe_kernels

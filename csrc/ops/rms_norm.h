@@ -20,6 +20,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& r
 // Throws, naming the argument, when a call cannot be right on any backend.
 void check_rms_norm(const Tensor& x, const Tensor& weight, double eps);
 
-void check_rms_norm_backward(const Tensor& grad, const Tensor& retained, const Tensor& weight, const Tensor& rstd);
+void check_rms_norm_backward(const Tensor& grad, const Tensor& retained, const Tensor& weight, const Tensor& rstd,
+                             double weight_offset, bool from_output, const std::array<bool, 2>& output_mask);
 
 }  // namespace safe_kernels

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from .binding.explain import explain
 from .errors import (
-    AssetError,
     BindingError,
     ConfigError,
     MissingPackageError,
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdapterFreezer",
-    "AssetError",
     "Binding",
     "BindingError",
     "ConfigError",

@@ -1,16 +1,15 @@
-"""The method inside a transformers Trainer; the only file that imports its classes."""
+"""The method inside a transformers Trainer."""
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from transformers.trainer_callback import CallbackHandler, ExportableState
+from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .binding.bind import bind
@@ -24,6 +23,9 @@ from .freezing.freezer import AdapterFreezer
 from .freezing.optimizer_state import Optimizers
 from .report.report import FreezeReport
 
+if TYPE_CHECKING:
+    from transformers import Trainer
+
 logger = logging.getLogger(__name__)
 
 NO_WAY_BACK = (
@@ -34,7 +36,7 @@ NO_WAY_BACK = (
 
 
 class SafeCallback(TrainerCallback, ExportableState):
-    """Freezes adapters while a Trainer trains, and adds `safe/*` to everything the Trainer logs during training.
+    """Freezes adapters while a Trainer trains, and adds `safe/*` to the Trainer's log history; see also `attach`.
 
     The length of the training comes from the Trainer. Checkpoints carry the method's state, so `resume_from_checkpoint`
     goes on where it stopped; a copy stands in the checkpoint's `safe_state.json`, for `AdapterFreezer.load_state_dict`.
@@ -54,6 +56,29 @@ class SafeCallback(TrainerCallback, ExportableState):
         self.config = SafeConfig.of(config)
         self._detach = detach
         self._freezer: AdapterFreezer | None = None
+
+    def attach(self, trainer: Trainer) -> Self:
+        """Put this callback before a Trainer's others, so that TensorBoard, W&B and the like log `safe/*` too.
+
+        A log is one dict that goes from callback to callback, and a Trainer puts those that report before the user's.
+
+        Args:
+            trainer: not training yet; it need not have been given this callback.
+
+        Returns:
+            The callback itself.
+
+        Example:
+            >>> trainer = Trainer(model=model, args=args, train_dataset=data)  # doctest: +SKIP
+            >>> callback = SafeCallback(SafeConfig(target_fraction=0.5)).attach(trainer)  # doctest: +SKIP
+        """
+        callbacks = trainer.callback_handler.callbacks
+        if self in callbacks:
+            callbacks.remove(self)
+        else:
+            take_over(unwrap(trainer.model))
+        callbacks.insert(0, self)
+        return self
 
     @property
     def freezer(self) -> AdapterFreezer:
@@ -112,7 +137,6 @@ class SafeCallback(TrainerCallback, ExportableState):
         if args.save_strategy != "no" and any(True for _ in fsdp_modules(kwargs["model"])):
             logger.warning(NO_WAY_BACK)
         state.stateful_callbacks.setdefault(type(self).__name__, self.state())  # the Trainer expects a key to fill
-        self._log_before_others()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Account for the optimizer step."""
@@ -126,7 +150,7 @@ class SafeCallback(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add `safe/*` to a log of training, for the callbacks that come after this one and for the history."""
+        """Add `safe/*` to a log of training, for the history and for the callbacks that come after this one."""
         if self._freezer is None or not logs or "loss" not in logs:
             return
         metrics = self._freezer.metrics()
@@ -149,21 +173,6 @@ class SafeCallback(TrainerCallback, ExportableState):
         self.freezer.standing.finished = True
         if self._detach:
             self.freezer.detach()
-
-    def _log_before_others(self) -> None:
-        """Move to the front of the Trainer's callbacks.
-
-        A log is one dict that goes from callback to callback, and those that send it on (TensorBoard and the like)
-        stand before the user's. No public call reorders them, and an event does not name its sender: it is looked up.
-        """
-        frame = inspect.currentframe()
-        while frame is not None:
-            handler = frame.f_locals.get("self")
-            if isinstance(handler, CallbackHandler) and self in handler.callbacks:
-                handler.callbacks.remove(self)
-                handler.callbacks.insert(0, self)
-                return
-            frame = frame.f_back
 
     def _saved_state(self, state: TrainerState) -> Any:
         """What `state` gave to the checkpoint that the Trainer resumes from."""

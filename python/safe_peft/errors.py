@@ -25,10 +25,6 @@ class ScoreError(SafeError, RuntimeError):
     """Adapters cannot be scored: NaN or Inf reached a score and the options say to stop, or it is no number."""
 
 
-class AssetError(SafeError, RuntimeError):
-    """A model or a data set cannot be fetched, or is not what it should be."""
-
-
 class PlanError(SafeError, RuntimeError):
     """A model's memory cannot be planned: it does not run without values, or is not known how to be called."""
 
@@ -62,6 +58,19 @@ def require(package: str, extra: str) -> None:
         raise MissingPackageError(
             f"{package} is not installed. Install what this function needs: pip install 'safe-kernels[{extra}]'"
         ) from None
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error of another library, which may print pages.
+
+    Args:
+        error: the error.
+
+    Example:
+        >>> first_line(ValueError("no such file")), first_line(KeyError())
+        ('no such file', 'KeyError')
+    """
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
 
 
 def sentence(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""The public ops, one file a stem: what they compute, for whom, and the dispatcher call."""
+"""The public ops, one file per op: documentation, checks, and the call of PyTorch's dispatcher."""
 
 from __future__ import annotations
 

@@ -9,29 +9,30 @@ from safe_kernels.functional.random import state_of_call
 
 
 def activation(x: Tensor, kind: str, *, dropout_p: float = 0.0, rng_state: Tensor | None = None) -> Tensor:
-    """``dropout(act(x))``: SiLU, GELU (arXiv 1606.08415) or ReLU, with dropout in the same pass.
+    """Compute ``dropout(act(x))``: SiLU, GELU (arXiv 1606.08415) or ReLU, with dropout in the same pass.
 
-    Autograd retains x, and with dropout 16 bytes of random state, if x requires grad; else there is no graph node. A
-    `lora` that reads the result directly and trains retains the same x instead of the result, and makes the result
-    again in backward: as long as neither has been changed in place, nor the result detached (``.data``, ``.detach()``),
-    through which PyTorch would not see it changed; and as it comes, not through a view.
+    If x requires grad, autograd retains x, and with dropout 16 bytes of random state. Otherwise there is no graph node.
 
-    The result keeps x alive as long as it lives itself, even where hooks moved what the graph retains elsewhere.
+    A `lora` that trains and reads the result directly retains the same x instead of the result, and recomputes the
+    result in backward. It retains the result itself in three cases: x or the result was changed in place; the result
+    was detached (``.data``, ``.detach()``), so that PyTorch cannot detect a change; `lora` reads a view of the result.
+
+    The result keeps x alive, even if saved-tensor hooks move the retained tensors to another place.
 
     Args:
-        x: [..., d], the pre-activation; float64, float32, bfloat16 or float16, any strides. Made in float32 (float64
-            for float64) and rounded once.
+        x: [..., d], the pre-activation; float64, float32, bfloat16 or float16, any strides. The op computes in float32
+            (float64 for float64) and rounds once.
         kind: "silu", "gelu" (by erf), "gelu_tanh" or "relu".
         dropout_p: probability in [0, 1] that an element of the result is dropped.
-        rng_state: int64 [2], Philox seed and offset; drawn from torch's generator when None.
+        rng_state: int64 [2], Philox seed and offset; None: drawn from torch's generator.
 
     Returns:
         A new contiguous tensor shaped and typed like `x`.
 
     Raises:
         ValueError: `kind` is unknown, `dropout_p` is outside [0, 1], or x has no dimension.
-        TypeError: the dtype is not supported.
-        RuntimeError: the result is differentiated twice, which is not supported.
+        TypeError: The dtype is not supported.
+        RuntimeError: The result is differentiated twice, which is not supported.
 
     Example:
         >>> import torch, safe_kernels

@@ -1,4 +1,4 @@
-"""What the dispatcher would take without a word, and should not; everything else the ops refuse themselves."""
+"""Checks of arguments that PyTorch's dispatcher accepts and the ops must not; the ops check everything else."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from safe_kernels.statistics import AdapterStatistics
 
 
 def check_number(value: float, name: str) -> None:
-    """Refuses a tensor that trains where a number is read from it: its gradient would be lost.
+    """Raise an error for a tensor that requires grad: the op reads a number from it, and its gradient would be lost.
 
     Raises:
-        TypeError: it is one.
+        TypeError: `value` is a tensor that requires grad.
     """
     if isinstance(value, Tensor) and value.requires_grad:
         raise TypeError(
@@ -21,10 +21,10 @@ def check_number(value: float, name: str) -> None:
 
 
 def check_statistics(statistics: AdapterStatistics | None) -> None:
-    """Refuses what is no `AdapterStatistics`.
+    """Raise an error for an argument that is not None and not an `AdapterStatistics`.
 
     Raises:
-        TypeError: it is something else.
+        TypeError: `statistics` has another type.
     """
     if statistics is not None and not isinstance(statistics, AdapterStatistics):
         raise TypeError(f"statistics must be an AdapterStatistics or None, got {type(statistics).__name__}")

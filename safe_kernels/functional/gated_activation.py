@@ -11,37 +11,37 @@ from safe_kernels.functional.random import state_of_call
 def gated_activation(
     gate: Tensor, up: Tensor, kind: str, *, dropout_p: float = 0.0, rng_state: Tensor | None = None
 ) -> Tensor:
-    """``dropout(act(gate) * up)``: SwiGLU, GeGLU or ReGLU (arXiv 2002.05202), with dropout in the same pass.
+    """Compute ``dropout(act(gate) * up)``: SwiGLU, GeGLU or ReGLU (arXiv 2002.05202), with dropout in the same pass.
 
-    What autograd retains follows from which arguments require grad:
+    Retained bytes depend on the arguments that require grad:
 
-    * gate does: gate and up, and with dropout 16 bytes of random state; no activation, no product, no mask.
-    * only up does: gate and the random state.
-    * none does: there is no graph node.
+    * gate: gate and up, and with dropout 16 bytes of random state; no activation, no product, no mask.
+    * only up: gate and the random state.
+    * none: there is no graph node.
 
-    Gate and up may be halves of one tensor (``chunk(2, -1)``), which is then retained as it is, without a copy. A
-    `lora` that reads the result directly and trains retains gate and up instead of the result, and makes the result
-    again in backward: as long as none of them has been changed in place, nor the result detached (``.data``,
-    ``.detach()``), through which PyTorch would not see it changed; and as it comes, not through a view.
+    Gate and up may be halves of one tensor (``chunk(2, -1)``). This tensor is then retained without a copy.
 
-    The result keeps gate and up alive as long as it lives itself, even where hooks moved what the graph retains
-    elsewhere.
+    A `lora` that trains and reads the result directly retains gate and up instead of the result, and recomputes the
+    result in backward. It retains the result itself in three cases: gate, up or the result was changed in place; the
+    result was detached (``.data``, ``.detach()``), so that PyTorch cannot detect a change; `lora` reads a view of it.
+
+    The result keeps gate and up alive, even if saved-tensor hooks move the retained tensors to another place.
 
     Args:
-        gate: [..., d], the pre-activation; float64, float32, bfloat16 or float16, any strides. Made in float32 (float64
-            for float64) and rounded once.
-        up: [..., d], what is gated; of the shape and dtype of gate.
+        gate: [..., d], the pre-activation; float64, float32, bfloat16 or float16, any strides. The op computes in
+            float32 (float64 for float64) and rounds once.
+        up: [..., d], the factor of the activation; of the shape and dtype of gate.
         kind: "silu", "gelu" (by erf), "gelu_tanh" or "relu".
         dropout_p: probability in [0, 1] that an element of the result is dropped.
-        rng_state: int64 [2], Philox seed and offset; drawn from torch's generator when None.
+        rng_state: int64 [2], Philox seed and offset; None: drawn from torch's generator.
 
     Returns:
         A new contiguous tensor shaped and typed like `gate`.
 
     Raises:
         ValueError: `kind` is unknown, shapes differ, `dropout_p` is outside [0, 1], or there is no dimension.
-        TypeError: the dtypes differ or are not supported.
-        RuntimeError: the result is differentiated twice, which is not supported.
+        TypeError: The dtypes differ or are not supported.
+        RuntimeError: The result is differentiated twice, which is not supported.
 
     Example:
         >>> import torch, safe_kernels

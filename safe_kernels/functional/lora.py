@@ -21,15 +21,15 @@ def lora(
     statistics: AdapterStatistics | None = None,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """Adds a LoRA adapter to a base layer's output: ``base + scaling * (dropout(x) A') B'`` (arXiv 2106.09685).
+    """Add a LoRA adapter to a base layer's output: ``base + scaling * (dropout(x) A') B'`` (arXiv 2106.09685).
 
-    The base layer may be anything (linear, convolution over sequence, quantised), since only its output is taken.
-    What autograd retains follows from which arguments require grad:
+    The base layer can have any type (linear, convolution over the sequence, quantised), because the op reads only its
+    output. Retained bytes depend on the arguments that require grad:
 
-    * lora_A or lora_B does: x, once however many layers read it, and with dropout 16 bytes of random state. No mask, no
-      dropped copy, no copy of x in another dtype.
-    * only x or base does (a frozen adapter): nothing but lora_A and lora_B themselves.
-    * none does: there is no graph node.
+    * lora_A or lora_B: x, once for all layers that read it, and with dropout 16 bytes of random state. The op retains
+      no mask, no copy with dropout applied, and no copy of x in another dtype.
+    * only x or base (a frozen adapter): only lora_A and lora_B themselves.
+    * none: there is no graph node.
 
     Args:
         x: [..., d_in], the layer's input; float64, float32, bfloat16 or float16, any strides.
@@ -38,17 +38,17 @@ def lora(
         lora_B: [d_out, r], of the dtype of lora_A.
         scaling: lora_alpha / r, or / sqrt(r) for rsLoRA.
         dropout_p: probability in [0, 1] that an element of x is dropped on its way into the adapter.
-        statistics: scores the rows that `statistics.blocks` names, in the same call, and adds the sums to it. Not
-            differentiable, and free when None.
-        rng_state: int64 [2], Philox seed and offset; drawn from torch's generator when None.
+        statistics: the call also computes the sums that score the rows in `statistics.blocks`, and adds them to this.
+            The sums are not differentiable. None: no sums, and no cost.
+        rng_state: int64 [2], Philox seed and offset; None: drawn from torch's generator.
 
     Returns:
         A new tensor shaped and typed like `base`.
 
     Raises:
-        ValueError: shapes do not fit together, or `dropout_p` is outside [0, 1].
+        ValueError: The shapes do not fit together, or `dropout_p` is outside [0, 1].
         TypeError: `scaling` is a tensor that requires grad, or a dtype is not supported.
-        RuntimeError: the result is differentiated twice, which is not supported.
+        RuntimeError: The result is differentiated twice, which is not supported.
 
     Example:
         >>> import torch, safe_kernels

@@ -1,4 +1,4 @@
-"""A linear layer and its LoRA adapter in one."""
+"""A linear layer and its LoRA adapter in one op."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ def lora_linear(
     statistics: AdapterStatistics | None = None,
     rng_state: Tensor | None = None,
 ) -> Tensor:
-    """A linear layer with its LoRA adapter: ``x W' + bias + scaling * (dropout(x) A') B'`` (arXiv 2106.09685).
+    """Compute a linear layer with its LoRA adapter: ``x W' + bias + scaling * (dropout(x) A') B'`` (arXiv 2106.09685).
 
     On a GPU with Triton it is one product of matrices: the adapter is one more step of the sum that makes an element
-    of the output, so that the layer's output without the adapter never exists. Elsewhere it is the composition of
-    PyTorch's products, and `lora` over ``torch.nn.functional.linear`` is the better choice.
+    of the output, so that the layer's output without the adapter never exists. On a CPU it is PyTorch's product with
+    weight, and `lora` over that.
 
-    What autograd retains follows from which arguments require grad:
+    Retained bytes depend on the arguments that require grad:
 
-    * weight, lora_A or lora_B does: x, once however many layers read it, and with dropout 16 bytes of random state.
-    * only x or bias does (a frozen adapter): nothing but weight, lora_A and lora_B themselves.
-    * none does: there is no graph node.
+    * weight, lora_A or lora_B: x, once for all layers that read it, and with dropout 16 bytes of random state.
+    * only x or bias (a frozen adapter): only weight, lora_A and lora_B themselves.
+    * none: there is no graph node.
 
     Args:
         x: [..., d_in], the layer's input; float64, float32, bfloat16 or float16, any strides.
@@ -42,17 +42,17 @@ def lora_linear(
         lora_B: [d_out, r], of the dtype of lora_A.
         scaling: lora_alpha / r, or / sqrt(r) for rsLoRA.
         dropout_p: probability in [0, 1] that an element of x is dropped on its way into the adapter.
-        statistics: scores the rows that `statistics.blocks` names, in the same call, and adds the sums to it.
-        rng_state: int64 [2], Philox seed and offset; drawn from torch's generator when None.
+        statistics: the call also computes the sums that score the rows in `statistics.blocks`, and adds them to this.
+        rng_state: int64 [2], Philox seed and offset; None: drawn from torch's generator.
 
     Returns:
         A new tensor [..., d_out], typed like `x`.
 
     Raises:
-        ValueError: shapes do not fit together, or `dropout_p` is outside [0, 1].
+        ValueError: The shapes do not fit together, or `dropout_p` is outside [0, 1].
         TypeError: `scaling` is a tensor that requires grad, a dtype is not supported, or x, weight and bias differ in
             dtype.
-        RuntimeError: the result is differentiated twice, which is not supported.
+        RuntimeError: The result is differentiated twice, which is not supported.
 
     Example:
         >>> import torch, safe_kernels

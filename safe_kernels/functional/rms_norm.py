@@ -11,34 +11,34 @@ from safe_kernels.functional.checks import check_number
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, *, weight_offset: float = 0.0, retain_output: bool = True
 ) -> Tensor:
-    """Divides each row by its root mean square: ``x * rstd * (weight + weight_offset)`` (arXiv 1910.07467).
+    """Divide each row by its root mean square: ``x * rstd * (weight + weight_offset)`` (arXiv 1910.07467).
 
-    ``rstd = 1 / sqrt(mean(x^2) + eps)``. Sums are made in float32 (float64 for float64), and the result is rounded
-    once. What autograd retains follows from which arguments require grad:
+    ``rstd = 1 / sqrt(mean(x^2) + eps)``. The op sums in float32 (float64 for float64) and rounds the result once.
+    Retained bytes depend on the arguments that require grad:
 
-    * only x does (a frozen weight): the output, which the layers that read it retain anyway, and rstd, 4 bytes per row
-      (8 for float64). Backward finds the normalised row again as ``out / (weight + weight_offset)``.
-    * weight does, or `retain_output` is False: x and rstd.
-    * neither does: there is no graph node.
+    * only x (a frozen weight): the output, which the layers that read it retain anyway, and rstd, 4 bytes per row (8
+      for float64). Backward computes the normalised row as ``out / (weight + weight_offset)``.
+    * weight, or `retain_output` is False: x and rstd.
+    * neither: there is no graph node.
 
-    Where ``weight + weight_offset`` has a zero the output cannot be inverted, and the gradient of x would not be
-    finite. The op cannot look at values without stopping a device, so the caller has to: pass ``retain_output=False``
-    unless `invertible` says that the output may be retained. A retained output must not be changed in place.
+    If ``weight + weight_offset`` has a zero, the output cannot be inverted, and the gradient of x is not finite. The op
+    cannot check this, because reading values makes the CPU wait for the device. So the caller must check: pass
+    ``retain_output=False`` unless `invertible` returns True. A retained output must not be changed in place.
 
     Args:
         x: [..., d]; float64, float32, bfloat16 or float16, any strides.
         weight: [d], of any of these dtypes.
         eps: added to the mean of the squares, at least 0.
-        weight_offset: added to the weight: 1 where a model stores the difference from 1, as Gemma does.
-        retain_output: whether backward may be made from the output.
+        weight_offset: added to the weight; 1 for models such as Gemma, which store the difference from 1.
+        retain_output: whether backward may be computed from the output.
 
     Returns:
-        A new tensor shaped and typed like `x`, and with its strides where x is dense.
+        A new tensor shaped and typed like `x`; if x is dense, also with the strides of x.
 
     Raises:
-        ValueError: shapes do not fit together, or `eps` is negative.
+        ValueError: The shapes do not fit together, or `eps` is negative.
         TypeError: `weight_offset` is a tensor that requires grad, or a dtype is not supported.
-        RuntimeError: the result is differentiated twice, which is not supported.
+        RuntimeError: The result is differentiated twice, which is not supported.
 
     Example:
         >>> import torch, safe_kernels
@@ -57,10 +57,10 @@ def rms_norm(
 
 
 def _order_in_memory(x: Tensor) -> list[int] | None:
-    """How the dimensions of a dense x lie in memory, where that is not their own order; the last stays the last.
+    """Return the order of a dense x's dimensions in memory; None if it is their usual order or the last one moves.
 
-    The result lies in memory as x does, as that of elementwise code: attention heads that are one after another there
-    need no copy when they are joined.
+    The result has the same order in memory as x, as elementwise code has. So attention heads that are next to each
+    other in memory can be joined without a copy.
     """
     if not isinstance(x, Tensor) or x.is_contiguous():
         return None

@@ -1,8 +1,8 @@
-"""The formulas, once, in plain PyTorch, one file a stem.
+"""The formulas in plain PyTorch, one file per op.
 
-Each op's function here is three things at the same time: the oracle that tests compare kernels with, the default
-kernel for every device that has none of its own, and the fake kernel that `torch.compile` traces with
-(`safe_kernels` registers them under ``CompositeExplicitAutograd``, which covers meta tensors too).
+Each function has three uses: tests compare kernels with it, devices without their own kernel run it, and
+`torch.compile` traces with it as the fake kernel. `safe_kernels` registers the functions under
+``CompositeExplicitAutograd``, which covers meta tensors too.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPS = (
     rms_norm,
     rms_norm_backward,
 )
-"""What is registered, under its own name."""
+"""The functions that are registered as ops, under their own names."""
 
 __all__ = [
     "OPS",

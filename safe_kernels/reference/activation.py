@@ -10,19 +10,20 @@ from torch import Tensor
 from safe_kernels.reference.common import compute_dtype, dropout_of
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
-"""The activations there are."""
+"""The supported activations."""
 
 
 def check_kind(kind: str) -> None:
-    """Refuses a name that is not in `KINDS`."""
+    """Raise ValueError for a name that is not in `KINDS`."""
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {', '.join(map(repr, KINDS))}, got {kind!r}")
 
 
 def value(x: Tensor, kind: str) -> Tensor:
-    """The activation of x: silu is x / (1 + exp(-x)), gelu is x Phi(x) with Phi the standard normal distribution.
+    """Return the activation of x.
 
-    gelu_tanh is x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3); relu is max(x, 0).
+    silu is x / (1 + exp(-x)). gelu is x Phi(x), where Phi is the standard normal distribution. gelu_tanh is
+    x (1 + tanh(u)) / 2 = x / (1 + exp(-2 u)) with u = sqrt(2 / pi) (x + 0.044715 x^3). relu is max(x, 0).
     """
     check_kind(kind)
     if kind == "silu":
@@ -35,7 +36,7 @@ def value(x: Tensor, kind: str) -> Tensor:
 
 
 def slope(x: Tensor, kind: str) -> Tensor:
-    """The derivative of `value`; that of relu at 0 is 0."""
+    """Return the derivative of `value`; for relu the derivative at 0 is 0."""
     check_kind(kind)
     if kind == "silu":
         s = x.sigmoid()
@@ -44,8 +45,8 @@ def slope(x: Tensor, kind: str) -> Tensor:
         density = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
         return 0.5 * torch.erfc(x * -math.sqrt(0.5)) + x * density
     if kind == "gelu_tanh":
-        x = x.clamp(-10, 10)  # further out it is 0 or 1 to the last bit, while x^2 would overflow
-        s, rest = (2 * _u(x)).sigmoid(), (-2 * _u(x)).sigmoid()  # rest = 1 - s, without its cancellation
+        x = x.clamp(-10, 10)  # beyond these values the slope is exactly 0 or 1, and x^2 could overflow
+        s, rest = (2 * _u(x)).sigmoid(), (-2 * _u(x)).sigmoid()  # rest = 1 - s, without cancellation
         return s + x * s * rest * 2 * math.sqrt(2 / math.pi) * (1 + 3 * 0.044715 * x * x)
     return (~(x <= 0)).to(x.dtype)
 
@@ -55,12 +56,12 @@ def _u(x: Tensor) -> Tensor:
 
 
 def pull_back(grad: Tensor, x: Tensor, kind: str) -> Tensor:
-    """``grad * slope(x)``, where relu stops even an infinite gradient."""
+    """Return ``grad * slope(x)``; relu stops an infinite gradient too."""
     return torch.where(x <= 0, 0.0, grad) if kind == "relu" else grad * slope(x, kind)
 
 
 def activation(x: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor | None = None) -> Tensor:
-    """``dropout(act(x))``.
+    """Return ``dropout(act(x))``.
 
     Args:
         x: [..., d], the pre-activation.
@@ -76,14 +77,14 @@ def activation(x: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor |
 
 
 def activation_backward(grad: Tensor, x: Tensor, kind: str, dropout_p: float, rng_state: Tensor | None) -> Tensor:
-    """The gradient of `activation` for x.
+    """Return the gradient of `activation` for x.
 
     Args:
         grad: [..., d], gradient of the output.
         x: [..., d], the pre-activation.
         kind: as in `activation`.
         dropout_p: as in `activation`.
-        rng_state: as in `activation`: the mask is made again, not kept.
+        rng_state: as in `activation`; the mask is computed again from it.
 
     Returns:
         A contiguous tensor shaped and typed like x.

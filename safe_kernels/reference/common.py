@@ -1,4 +1,4 @@
-"""What several formulas share: the dtype of sums, and the factor that dropout multiplies by."""
+"""Helpers that several formulas share: the dtype of sums, and dropout's factor."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from safe_kernels.reference.philox import dropout_keep
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
-    """The dtype sums are made in: float64 if any tensor has it, else float32.
+    """Return the dtype of sums: float64 if any tensor is float64, otherwise float32.
 
     Raises:
-        ValueError: they are on several devices, which PyTorch's products do not all notice.
+        ValueError: The tensors are on several devices. Some of PyTorch's products do not check this.
     """
     devices = {t.device for t in tensors}
     if len(devices) > 1:
@@ -23,7 +23,7 @@ def compute_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def dropout_factor(x: Tensor, dropout_p: float, rng_state: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What dropout multiplies x [N, d] by, or None when nothing is dropped."""
+    """Return the factor that dropout multiplies x [N, d] by; None if nothing is dropped."""
     if dropout_p == 0.0:
         return None
     if not 0.0 <= dropout_p <= 1.0:
@@ -36,16 +36,16 @@ def dropout_factor(x: Tensor, dropout_p: float, rng_state: Tensor | None, dtype:
 
 
 def dropped(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """``x * factor`` in `dtype`."""
+    """Return ``x * factor`` in `dtype`."""
     return x.to(dtype) if factor is None else x.to(dtype) * factor
 
 
 def rows_of(x: Tensor) -> Tensor:
-    """The rows of x [..., d] as a matrix [N, d]; any dimension may be 0."""
+    """Return x [..., d] as a matrix of rows [N, d]; any dimension may be 0."""
     return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def dropout_of(x: Tensor, dropout_p: float, rng_state: Tensor | None) -> Tensor:
-    """Dropout of x [..., d] in its own dtype; the row that decides the bits is that of x flattened to [N, d]."""
+    """Apply dropout to x [..., d] in its own dtype; the random bits use the row numbers of x flattened to [N, d]."""
     factor = dropout_factor(rows_of(x), dropout_p, rng_state, x.dtype)
     return x if factor is None else x * factor.reshape(x.shape)

@@ -1,4 +1,4 @@
-"""Inverted dropout (Srivastava et al. 2014) whose mask follows from a seed."""
+"""Inverted dropout (Srivastava et al. 2014) with a mask that is computed from a seed."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from safe_kernels.reference.common import compute_dtype, dropout_of
 
 
 def dropout(x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
-    """``x * keep / (1 - dropout_p)``; being linear and symmetric in x, its backward is the same call on the gradient.
+    """Return ``x * keep / (1 - dropout_p)``. The op is linear in x, and its backward is the same call on the gradient.
 
     Args:
         x: [..., d].

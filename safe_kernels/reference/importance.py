@@ -8,24 +8,24 @@ import torch
 from torch import Tensor
 
 MOST_BLOCK_ROWS = 8192
-"""Two matrices of so many rows squared, in double, are 1 GiB."""
+"""The most rows of a block: two square float64 matrices with this many rows take 1 GiB."""
 
 
 def cka_sums(
     base: Tensor, delta: Tensor, block_starts: Tensor, block_rows: int, row_weight: Tensor | None = None
 ) -> Tensor:
-    """The sums from which 1 - CKA of a layer's features without and with its adapter is made.
+    """Return the sums from which `one_minus_cka` computes the importance of an adapter.
 
-    With X = base and Y = base + delta, centred over the rows of each block, K = Xc Xc' and E = Yc Yc' - K:
-    a = |K|^2, b = <K, E>, c = |E|^2. They are added over blocks, so sums of several calls, micro-batches or processes
-    may simply be added (minibatch CKA, Nguyen et al. 2021, arXiv 2010.15327).
+    X = base and Y = base + delta, centred over the rows of each block; K = Xc Xc' and E = Yc Yc' - K. The sums are
+    a = |K|^2, b = <K, E> and c = |E|^2, added over all blocks. So the sums of several calls, micro-batches or processes
+    can be added (minibatch CKA, Nguyen et al. 2021, arXiv 2010.15327).
 
     Args:
         base: [N, d_out], features without the adapter.
-        delta: [N, d_out], what the adapter adds.
+        delta: [N, d_out], the adapter's output, which is added to base.
         block_starts: int64 [n], the first row of each block.
-        block_rows: rows in a block; a block that runs past row N is cut there.
-        row_weight: [N], zero where a row must not count.
+        block_rows: rows in a block; a block ends at row N at the latest.
+        row_weight: [N], zero for rows that must not count.
 
     Returns:
         float64 [4] = (a, b, c, number of rows that counted).
@@ -40,7 +40,7 @@ def cka_sums(
     counts = inside if row_weight is None else inside & (row_weight[rows] != 0)
     weight = counts.to(torch.float64)[:, :, None]
     total = weight.sum(1, keepdim=True)
-    several = weight * (total >= 2)  # a row by itself, centred, is zero whatever it holds
+    several = weight * (total >= 2)  # a single row, centred, is always zero
 
     def centred(features: Tensor) -> Tensor:
         block = features[rows].to(torch.float64).masked_fill(several == 0, 0.0)
@@ -53,7 +53,7 @@ def cka_sums(
 
 
 def check_blocks(base: Tensor, block_starts: Tensor, block_rows: int, row_weight: Tensor | None) -> None:
-    """Refuses blocks that nothing can score: here, on a GPU, and in the CPU kernel in the same words.
+    """Check the blocks that are to be scored. The GPU code uses this too; the CPU kernel has the same messages.
 
     Args:
         base: [N, d_out].
@@ -77,24 +77,24 @@ def check_blocks(base: Tensor, block_starts: Tensor, block_rows: int, row_weight
 
 
 def one_minus_cka(sums: Tensor) -> float:
-    """1 - CKA from the sums (a, b, c, rows), without the cancellation that subtracting from 1 would bring.
+    """Return 1 - CKA from the sums (a, b, c, rows), without the cancellation of a subtraction from 1.
 
-    CKA = (a + b) / sqrt(a (a + 2 b + c)) is the cosine between K and K + E, so its sine is at hand:
+    CKA = (a + b) / sqrt(a (a + 2 b + c)) is the cosine between K and K + E. Its sine follows:
     sin^2 = (a c - b^2) / (a (a + 2 b + c)), and 1 - cos = sin^2 / (1 + cos).
 
     Args:
-        sums: float64 [4], or [3]: (a, b, c[, rows]), as `cka_sums` makes them.
+        sums: float64 [4], or [3]: (a, b, c[, rows]), from `cka_sums`.
 
     Returns:
-        A number in [0, 1]; exactly 0.0 for an adapter that changes nothing; nan when the features are constant, when no
-        row was scored, or when a sum is not finite.
+        A number in [0, 1]; exactly 0.0 for an adapter that changes nothing; nan if the features are constant, if no row
+        was scored, or if a sum is not finite.
     """
     a, b, c = sums[:3].tolist()
     if not all(math.isfinite(value) for value in (a, b, c)) or a <= 0.0:
         return math.nan
     if c == 0.0:
         return 0.0
-    # Ratios to a, since a * c of large features could overflow.
+    # Ratios to a, because a * c of large features could overflow.
     b, c = b / a, c / a
     length = 1.0 + 2.0 * b + c
     if length <= 0.0:

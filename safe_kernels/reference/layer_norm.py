@@ -11,17 +11,17 @@ from safe_kernels.reference.common import compute_dtype, rows_of
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, retain_output: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``out = (x - mean) * rstd * weight + bias``, ``rstd = 1 / sqrt(mean((x - mean)^2) + eps)``, rounded once.
+    """Return ``(x - mean) * rstd * weight + bias``, ``rstd = 1 / sqrt(mean((x - mean)^2) + eps)``, rounded once.
 
     Args:
         x: [..., d].
         weight: [d]; None for ones.
         bias: [d]; None for zeros.
         eps: added to the variance, at least 0.
-        retain_output: whether autograd may retain out in place of x; no matter for values.
+        retain_output: whether autograd may retain out instead of x; the values do not depend on it.
 
     Returns:
-        out, shaped and typed like x, and mean and rstd [...], in float32, or float64 if an argument has it.
+        out, shaped and typed like x, and mean and rstd [...], in float32, or float64 if an argument is float64.
     """
     dtype = _dtype(x, weight, bias)
     values = x.to(dtype)
@@ -46,7 +46,7 @@ def layer_norm_backward(
     from_output: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of `layer_norm` for x, weight and bias.
+    """Return the gradients of `layer_norm` for x, weight and bias.
 
     With ``x_hat = (x - mean) * rstd``, or ``(out - bias) / weight``, and ``g = grad * weight``::
 
@@ -56,16 +56,16 @@ def layer_norm_backward(
 
     Args:
         grad: [..., d], gradient of the output.
-        retained: [..., d], the output if `from_output`, else x.
+        retained: [..., d], the output if `from_output`, otherwise x.
         weight: [d] or None, as in `layer_norm`.
         bias: [d] or None, as in `layer_norm`.
         mean: [...], as `layer_norm` returned it; None if `from_output`, which does not need it.
         rstd: [...], as `layer_norm` returned it.
-        from_output: whether `retained` is the output; no element of weight may then be zero.
-        output_mask: which of (grad_x, grad_weight, grad_bias) are wanted.
+        from_output: whether `retained` is the output; then no element of weight may be zero.
+        output_mask: which of (grad_x, grad_weight, grad_bias) are requested.
 
     Returns:
-        grad_x [..., d], grad_weight [d], grad_bias [d]; those not wanted have shape [0].
+        grad_x [..., d], grad_weight [d], grad_bias [d]; a gradient that is not requested has shape [0].
     """
     dtype = _dtype(retained, weight, bias)
     row_rstd = rstd.to(dtype).unsqueeze(-1)
@@ -90,7 +90,7 @@ def layer_norm_backward(
 
 
 def _inverted(out: Tensor, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The normalised row that `out` was made from."""
+    """Compute the normalised row from the output."""
     centred = out if bias is None else out - bias.to(dtype)
     return centred if weight is None else centred / weight.to(dtype)
 

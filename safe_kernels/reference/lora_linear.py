@@ -1,4 +1,4 @@
-"""A linear layer and its LoRA adapter in one, Hu et al. 2021 (arXiv 2106.09685), eq. 3."""
+"""A linear layer and its LoRA adapter in one op, Hu et al. 2021 (arXiv 2106.09685), eq. 3."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def lora_linear(
     block_rows: int = 0,
     row_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``out = x W' + bias + scaling * (dropout(x) A') B'``, rounded once, and the sums that score the adapter.
+    """Return ``x W' + bias + scaling * (dropout(x) A') B'``, rounded once, and the sums that score the adapter.
 
     Args:
         x: [..., d_in], of the dtype of weight.
@@ -49,7 +49,7 @@ def lora_linear(
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Refuses what PyTorch would broadcast or promote: in inference mode the op's own checks have not run before."""
+    """Check what PyTorch would broadcast or promote. In inference mode the op's own checks do not run before this."""
     for name, tensor in (("x", x), ("bias", bias)):
         if tensor is not None and tensor.dtype != weight.dtype:
             raise TypeError(f"{name} and weight must have one dtype, got {tensor.dtype} and {weight.dtype}; cast it")
@@ -68,28 +68,28 @@ def lora_linear_backward(
     rng_state: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of `lora_linear`.
+    """Return the gradients of `lora_linear`.
 
     Args:
         grad: [..., d_out], gradient of the output.
-        x: [..., d_in], the layer's input; None when only the gradients of x and bias are wanted.
+        x: [..., d_in], the layer's input; None if only the gradients of x and bias are requested.
         weight: [d_out, d_in].
         lora_A: [r, d_in].
         lora_B: [d_out, r].
         scaling: as in `lora`.
         dropout_p: as in `lora`.
-        rng_state: as in `lora`: the mask is made again, not kept.
-        output_mask: which of (grad_x, grad_weight, grad_bias, grad_A, grad_B) are wanted.
+        rng_state: as in `lora`; the mask is computed again from it.
+        output_mask: which of (grad_x, grad_weight, grad_bias, grad_A, grad_B) are requested.
 
     Returns:
-        grad_x [..., d_in], grad_weight [d_out, d_in], grad_bias [d_out], grad_A [r, d_in], grad_B [d_out, r]; those not
-        wanted have shape [0].
+        grad_x [..., d_in], grad_weight [d_out, d_in], grad_bias [d_out], grad_A [r, d_in], grad_B [d_out, r]; a
+        gradient that is not requested has shape [0].
     """
     want_x, want_weight, want_bias, want_A, want_B = output_mask
     dtype = compute_dtype(grad, weight, lora_A, lora_B)
     rows = rows_of(grad).to(dtype)
     wide = grad.to(dtype)
-    # In the dtype of sums, so that the two parts of grad_x are rounded once, together.
+    # In the dtype of sums, so that the sum of the two parts of grad_x is rounded once.
     inputs = None if x is None else x.to(dtype)
     grad_x, grad_A, grad_B = lora_backward(
         wide, inputs, lora_A, lora_B, scaling, dropout_p, rng_state, [want_x, want_A, want_B]

@@ -1,4 +1,4 @@
-"""Dropout's bits: Philox4x32-7 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
+"""Random bits for dropout: Philox4x32-7 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3")."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ import torch
 from torch import Tensor
 
 ROUNDS = 7
-"""The fewest that pass every test of the paper (BigCrush); its default of 10 has a margin, which dropout can spare."""
+"""The smallest number that passes every test of the paper (BigCrush). The paper's default, 10, has a margin."""
 _WORD = 0xFFFFFFFF
 
 
 def _multiply_words(a: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of ``a * constant``; in halves of 16 bits, since int64 cannot hold the product."""
+    """Return the high and low 32 bits of ``a * constant``, in halves of 16 bits, since int64 is too small for it."""
     low = a * (constant & 0xFFFF)
     high = a * (constant >> 16) + (low >> 16)
     return (high >> 16) & _WORD, ((high << 16) | (low & 0xFFFF)) & _WORD
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
-    """Philox4x32-7: four random 32-bit words for each counter.
+    """Return four random 32-bit words for each counter, by Philox4x32-7.
 
     Args:
-        counter: four int64 tensors holding 32-bit words, broadcastable with each other.
-        key: two int64 tensors holding 32-bit words.
+        counter: four int64 tensors with 32-bit words, broadcastable with each other.
+        key: two int64 tensors with 32-bit words.
 
     Returns:
         Four int64 tensors with values in ``[0, 2**32)``.
@@ -38,11 +38,11 @@ def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Te
 
 
 def dropout_keep(rows: int, columns: int, dropout_p: float, rng_state: Tensor) -> Tensor:
-    """Which elements of a [rows, columns] matrix dropout keeps.
+    """Return which elements of a [rows, columns] matrix dropout keeps.
 
-    The bits depend on the element's row and column and on `rng_state` alone, so any kernel can make them again in
-    backward, on any device, in any order: nothing is stored. Columns ``4 i .. 4 i + 3`` take the four words of one
-    counter.
+    The bits depend only on the element's row and column and on `rng_state`. So any kernel can compute them again in
+    backward, on any device and in any order, and nothing is stored. Columns ``4 i .. 4 i + 3`` use the four words of
+    one counter.
 
     Args:
         rows: number of rows.
@@ -53,7 +53,7 @@ def dropout_keep(rows: int, columns: int, dropout_p: float, rng_state: Tensor) -
     Returns:
         Bool tensor [rows, columns], True where the element is kept.
     """
-    if rng_state.is_meta:  # only shapes are asked for (compiling, planning): a hundred operations less for each of them
+    if rng_state.is_meta:  # only the shape matters (compiling, planning): this saves a hundred operations per call
         return rng_state.new_empty(rows, columns, dtype=torch.bool)
     device = rng_state.device
     seed, offset = rng_state[0], rng_state[1]

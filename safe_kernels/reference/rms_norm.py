@@ -11,17 +11,17 @@ from safe_kernels.reference.common import compute_dtype, rows_of
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, retain_output: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """``out = x * rstd * (weight + weight_offset)``, ``rstd = 1 / sqrt(mean(x^2) + eps)``, rounded once at the end.
+    """Return ``x * rstd * (weight + weight_offset)``, ``rstd = 1 / sqrt(mean(x^2) + eps)``, rounded once at the end.
 
     Args:
         x: [..., d].
         weight: [d].
         eps: added to the mean of the squares, at least 0.
-        weight_offset: added to the weight: 1 where a model stores the difference from 1, as Gemma does.
-        retain_output: whether autograd may retain out in place of x; no matter for values.
+        weight_offset: added to the weight; 1 for models such as Gemma, which store the difference from 1.
+        retain_output: whether autograd may retain out instead of x; the values do not depend on it.
 
     Returns:
-        out, shaped and typed like x, and rstd [...], in float32, or float64 if x or weight has it.
+        out, shaped and typed like x, and rstd [...], in float32, or float64 if x or weight is float64.
     """
     dtype = compute_dtype(x, weight)
     values = x.to(dtype)
@@ -39,7 +39,7 @@ def rms_norm_backward(
     from_output: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of `rms_norm` for x and weight.
+    """Return the gradients of `rms_norm` for x and weight.
 
     With ``x_hat = x * rstd``, or ``out / (weight + weight_offset)``, and ``g = grad * (weight + weight_offset)``::
 
@@ -48,15 +48,15 @@ def rms_norm_backward(
 
     Args:
         grad: [..., d], gradient of the output.
-        retained: [..., d], the output if `from_output`, else x.
+        retained: [..., d], the output if `from_output`, otherwise x.
         weight: [d].
         rstd: [...], as `rms_norm` returned it.
         weight_offset: as in `rms_norm`.
-        from_output: whether `retained` is the output; no element of ``weight + weight_offset`` may then be zero.
-        output_mask: which of (grad_x, grad_weight) are wanted.
+        from_output: whether `retained` is the output; then no element of ``weight + weight_offset`` may be zero.
+        output_mask: which of (grad_x, grad_weight) are requested.
 
     Returns:
-        grad_x [..., d], grad_weight [d]; those not wanted have shape [0].
+        grad_x [..., d], grad_weight [d]; a gradient that is not requested has shape [0].
     """
     dtype = compute_dtype(retained, weight)
     scale = weight.to(dtype) + weight_offset

@@ -113,7 +113,8 @@ def watched(outcome: Outcome, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         return saved
 
     def noted(loss: Tensor, *args: Any, **options: Any) -> None:
-        parameters = retention.living(nn.Parameter)
+        assert outcome.model is not None, "the recipe has made no freezer"
+        parameters = list(outcome.model.parameters())
         own = {key for parameter in parameters for key, _ in retention.storages(parameter)}
         held = dict(item for ref in refs if (saved := ref()) for item in retention.storages(saved.tensor))
         outcome.losses.append(loss.item())

@@ -24,5 +24,5 @@ for driver in "$repo"/tests/cpp/drive_*.py; do
   echo "$(basename "$driver")"
   LD_PRELOAD="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-name=libstdc++.so)" \
     ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 \
-    PYTHONPATH="$build/lib:$repo/tests/kernels:$repo/tests/triton" "$python" "$driver" "$@"
+    PYTHONPATH="$build/lib:$repo/tests/support:$repo/tests/triton" "$python" "$driver" "$@"
 done

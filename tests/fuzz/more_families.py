@@ -1,4 +1,4 @@
-"""Tiny models of every family in tests/peft/families.py and of further ones, for the differential test."""
+"""Tiny models of every family in tests/support/families.py and of further ones, for the differential test."""
 
 from __future__ import annotations
 

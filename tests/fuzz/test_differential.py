@@ -26,6 +26,8 @@ FOUND = [
     Case(precision="autocast", compiled=True),
     Case(hook="data", spot="act", embeds="fresh"),
     Case(family="gemma3", targets="attention", parts="norms", hook="record"),
+    Case(family="whisper", precision="autocast", adapter="dora", hook="record"),
+    Case(family="starcoder2", padding="left", hook="vector", spot="embeddings", entry="backbone"),
     Case(recompute=True, trains="alternate", high=True, change="norm zero", when="between", calls="two"),
     Case(family="t5", precision="autocast", trains="alternate", asks="attentions"),
 ]

@@ -26,3 +26,9 @@ def gpu(device: torch.device) -> torch.device:
     if device.type == "cpu":
         pytest.skip("CUDA's own: streams, graphs, launches")
     return device
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_a_seed() -> None:
+    """All threads: the CPU computes what the GPU's results are compared with."""
+    torch.manual_seed(0)

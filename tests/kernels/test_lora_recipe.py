@@ -8,49 +8,15 @@ import weakref
 import pytest
 import torch
 from activations import DTYPES, KINDS, normal
-from oracle import rng_state
-from torch import Tensor, nn
+from recipes import ROWS, WIDTH, Layer, same_bits
+from torch import Tensor
 
-import safe_kernels
 from safe_kernels.retention import measure
-
-ROWS, WIDTH, OUT, RANK = 12, 33, 9, 4
-STATE = rng_state(11)
-
-
-class Layer:
-    """The last layer of an MLP: its input's makings, its frozen base, and its adapter."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32, kind: str = "silu", dropout_p: float = 0.0) -> None:
-        self.kind, self.dropout_p = kind, dropout_p
-        self.gate, self.up = (normal(ROWS, WIDTH, dtype=dtype, seed=seed).requires_grad_() for seed in range(2))
-        self.weight = normal(OUT, WIDTH, dtype=dtype, seed=2, scale=0.1)
-        self.A = nn.Parameter(normal(RANK, WIDTH, dtype=dtype, seed=3, scale=0.2))
-        self.B = nn.Parameter(normal(OUT, RANK, dtype=dtype, seed=4, scale=0.5))
-        self.leaves = (self.gate, self.up, self.A, self.B)
-
-    def gated(self, gate: Tensor | None = None, up: Tensor | None = None) -> Tensor:
-        gate, up = self.gate if gate is None else gate, self.up if up is None else up
-        return safe_kernels.gated_activation(gate, up, self.kind, dropout_p=self.dropout_p, rng_state=STATE)
-
-    def plain(self) -> Tensor:
-        return safe_kernels.activation(self.gate, self.kind, dropout_p=self.dropout_p, rng_state=STATE)
-
-    def lora(self, x: Tensor) -> Tensor:
-        base = nn.functional.linear(x, self.weight)
-        return safe_kernels.lora(x, base, self.A, self.B, 2.0, dropout_p=self.dropout_p, rng_state=STATE)
-
-    def gradients(self, out: Tensor, **kwargs) -> list[Tensor | None]:
-        return list(torch.autograd.grad(out.float().square().sum(), self.leaves, allow_unused=True, **kwargs))
 
 
 def through_a_view(x: Tensor) -> Tensor:
     """No longer the activation's direct output, so that x itself is retained."""
     return x.view(x.shape)
-
-
-def same_bits(got: list[Tensor | None], expected: list[Tensor | None]) -> bool:
-    return all(b is a or torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
 # ---------------------------------------------------------------- what is retained
@@ -68,21 +34,21 @@ def test_gate_and_up_are_retained_and_nothing_else(trains: tuple[str, ...], drop
         x = layer.gated()
         return [layer.lora(x) for _ in range(readers)]
 
-    retained = measure(forward, exclude=layer.weight)
+    retained = measure(forward, exclude=layer.parameters)
     assert retained.bytes == layer.gate.nbytes + layer.up.nbytes + (16 if dropout_p else 0), str(retained)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_pre_activation_is_retained_and_nothing_else(dtype: torch.dtype) -> None:
     layer = Layer(dtype, "gelu")
-    retained = measure(lambda: layer.lora(layer.plain()), exclude=layer.weight)
+    retained = measure(lambda: layer.lora(layer.plain()), exclude=layer.parameters)
     assert retained.bytes == layer.gate.nbytes, str(retained)
 
 
 def test_halves_of_one_tensor() -> None:
     layer = Layer()
     both = normal(ROWS, 2 * WIDTH).requires_grad_()
-    retained = measure(lambda: layer.lora(layer.gated(*both.chunk(2, -1))), exclude=layer.weight)
+    retained = measure(lambda: layer.lora(layer.gated(*both.chunk(2, -1))), exclude=layer.parameters)
     assert retained.bytes == both.nbytes
 
 
@@ -90,7 +56,7 @@ def test_a_frozen_adapter_retains_nothing_of_its_own() -> None:
     layer = Layer()
     layer.A.requires_grad_(False)
     layer.B.requires_grad_(False)
-    retained = measure(lambda: layer.lora(layer.gated()), exclude=layer.weight)
+    retained = measure(lambda: layer.lora(layer.gated()), exclude=layer.parameters)
     assert retained.bytes == layer.gate.nbytes + layer.up.nbytes
     assert all(tensor.uses == 1 for tensor in retained.tensors)
 
@@ -101,21 +67,21 @@ def test_where_the_activation_retains_less_x_is_retained(wanted: tuple[bool, boo
     layer = Layer()
     layer.gate.requires_grad_(wanted[0])
     layer.up.requires_grad_(wanted[1])
-    retained = measure(lambda: layer.lora(layer.gated()), exclude=layer.weight)
+    retained = measure(lambda: layer.lora(layer.gated()), exclude=layer.parameters)
     assert retained.bytes == layer.gate.nbytes * (1 + wanted[1])
 
 
 def test_behind_a_view_x_is_retained() -> None:
     layer = Layer()
     for view in (through_a_view, lambda x: x.reshape(3, 4, WIDTH), lambda x: x[:], lambda x: x * 1.0):
-        retained = measure(lambda view=view: layer.lora(view(layer.gated())), exclude=layer.weight)
+        retained = measure(lambda view=view: layer.lora(view(layer.gated())), exclude=layer.parameters)
         assert retained.bytes == 3 * layer.gate.nbytes
 
 
 def test_x_that_a_training_base_retains_is_retained_by_it() -> None:
     layer = Layer()
     layer.weight.requires_grad_()
-    retained = measure(lambda: layer.lora(layer.gated()), exclude=layer.weight)
+    retained = measure(lambda: layer.lora(layer.gated()), exclude=layer.parameters)
     assert retained.bytes == 3 * layer.gate.nbytes
 
 

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from activations import KINDS
-from test_lora_recipe import ROWS, STATE, WIDTH, Layer, same_bits
+from recipes import ROWS, STATE, WIDTH, Layer, same_bits
 from torch import Tensor
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from itertools import chain, combinations, product
+from itertools import product
 
 import pytest
 import torch
+from norm_cases import CASES, subsets
 from norms import KINDS, MIDDLE, SHAPES, Norm, assert_results, backward_op, norm, plain, results
 from oracle import DTYPES, Dtypes
 from torch.autograd import gradcheck
@@ -14,11 +15,6 @@ from torch.utils.checkpoint import checkpoint
 BOTH = ("rms", "layer")
 
 
-def subsets(*names: str) -> list[tuple[str, ...]]:
-    return list(chain.from_iterable(combinations(names, count) for count in range(len(names) + 1)))
-
-
-CASES = [("rms", names) for names in subsets("x", "weight")]
 CASES += [("layer", names) for names in subsets("x", "weight", "bias")]
 CASES += [("layer-no-weight", names) for names in subsets("x", "bias")]
 CASES += [("layer-no-bias", names) for names in subsets("x", "weight")]

@@ -121,6 +121,14 @@ def test_a_constant_row(kind: str) -> None:
     assert torch.isfinite(p.call()).all()
 
 
+@pytest.mark.parametrize("width", [32, 100])
+@pytest.mark.parametrize("value", [0.02, 0.1, 3.3])
+def test_the_mean_of_a_constant_row_is_exact(value: float, width: int) -> None:
+    """As PyTorch's is. 1 / rstd is small there, so the rounding of a mean would be 300 times as large in the output."""
+    x, weight, bias = torch.full((2, width), value), torch.rand(width) + 0.8, torch.rand(width)
+    assert torch.equal(safe_kernels.layer_norm(x, weight, bias, 1e-5), bias.expand(2, width))
+
+
 @pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("kind", BOTH)
 def test_special_numbers_stay_in_their_row(kind: str, special: float) -> None:

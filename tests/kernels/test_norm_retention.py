@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from norm_cases import CASES
 from norms import MIDDLE, Norm, assert_results, norm
 from oracle import DTYPES, Dtypes
-from test_norm_backward import CASES
 from torch import Tensor, nn
 
 import safe_kernels
@@ -71,7 +71,7 @@ def test_the_output_is_what_its_readers_retain(kind: str, dtypes: Dtypes) -> Non
         y = p.call()
         return [safe_kernels.lora(y, base, A, B, 2.0) for A, B in adapters]
 
-    retained = measure(forward, exclude=[tensor for tensor in (p.weight, p.bias) if tensor is not None])
+    retained = measure(forward, exclude=[adapters, [tensor for tensor in (p.weight, p.bias) if tensor is not None]])
     assert retained.bytes == p.x.nbytes + 4 * MIDDLE[0], str(retained)
     # The statistics have a dimension more where it is the output that is kept.
     assert [tensor.shape for tensor in retained.tensors] == [p.x.shape, (1, *p.x.shape[:1])]
@@ -124,7 +124,7 @@ def test_readers_keep_the_input_beside_the_output_when_the_weight_trains() -> No
     p = norm("rms").require("x", "weight")
     A, B = nn.Parameter(torch.randn(4, 33)), nn.Parameter(torch.randn(20, 4))
     base = torch.randn(MIDDLE[0], 20)
-    retained = measure(lambda: safe_kernels.lora(p.call(), base, A, B, 2.0), exclude=p.weight)
+    retained = measure(lambda: safe_kernels.lora(p.call(), base, A, B, 2.0), exclude=(p.weight, A, B))
     assert retained.bytes == 2 * p.x.nbytes + 4 * MIDDLE[0]
 
 
@@ -146,7 +146,7 @@ def test_several_norms_of_one_tensor_keep_it_once(readers: int) -> None:
         outs = [apply(x, p.weight, p.bias) for p in (first, second)]
         return [read(out) if i < readers else out for i, out in enumerate(outs)]
 
-    exclude = [first.weight, first.bias, second.weight, second.bias]
+    exclude = [first.weight, first.bias, second.weight, second.bias, A, B]
     ours = measure(
         lambda: forward(
             lambda x, w, b: safe_kernels.layer_norm(x, w, b, 1e-5), lambda y: safe_kernels.lora(y, y, A, B, 1.0)
@@ -186,7 +186,7 @@ def test_stock_pytorch_by_the_same_measure(kind: str) -> None:
         hidden = p.x.to(torch.float32)
         return p.weight * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + p.eps))
 
-    parameters = [tensor for tensor in (p.weight, p.bias) if tensor is not None]
+    parameters = [tensor for tensor in (p.weight, p.bias, reader) if tensor is not None]
     stock = measure(
         lambda: nn.functional.linear({"rms": rms_norm, "layer": layer_norm}[kind](), reader), exclude=parameters
     )

@@ -7,16 +7,10 @@ import weakref
 
 import pytest
 import torch
+from leaves import BYTES, D, N, leaf
 from torch import Tensor, nn
 
 from safe_kernels.retention import RetainedTensor, measure
-
-N, D = 6, 10
-BYTES = N * D * 4
-
-
-def leaf(*shape: int) -> Tensor:
-    return torch.randn(*(shape or (N, D)), requires_grad=True)
 
 
 def test_what_a_product_retains() -> None:
@@ -52,21 +46,23 @@ def test_nothing_requires_grad() -> None:
         assert measure(lambda: y.exp()).bytes == 0
 
 
-def test_parameters_and_their_aliases_do_not_count() -> None:
+def test_excluded_parameters_and_their_aliases_do_not_count() -> None:
     weight = nn.Parameter(torch.randn(D, D))
     x = leaf()
-    assert measure(lambda: x @ weight).bytes == BYTES
-    assert measure(lambda: x @ weight.t()).bytes == BYTES
-    assert measure(lambda: x @ weight[:, :5]).bytes == BYTES
-    assert measure(lambda: x @ weight.detach()).bytes == 0
-    assert measure(lambda: x @ weight.detach().t()).bytes == 0
-    assert measure(lambda: x @ weight.data).bytes == 0
+    for exclude in (weight, nn.ParameterList([weight])):
+        assert measure(lambda: x @ weight, exclude=exclude).bytes == BYTES
+        assert measure(lambda: x @ weight.t(), exclude=exclude).bytes == BYTES
+        assert measure(lambda: x @ weight[:, :5], exclude=exclude).bytes == BYTES
+        assert measure(lambda: x @ weight.detach(), exclude=exclude).bytes == 0
+        assert measure(lambda: x @ weight.detach().t(), exclude=exclude).bytes == 0
+        assert measure(lambda: x @ weight.data, exclude=exclude).bytes == 0
+    assert measure(lambda: x @ weight).bytes == BYTES + weight.nbytes, "it counts unless it is excluded"
 
 
 def test_a_copy_of_a_parameter_counts() -> None:
     weight = nn.Parameter(torch.randn(D, D), requires_grad=False)
     x = leaf()
-    assert measure(lambda: x @ weight.to(torch.float64).float()).bytes == D * D * 4
+    assert measure(lambda: x @ weight.to(torch.float64).float(), exclude=weight).bytes == D * D * 4
 
 
 def test_exclude() -> None:

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 import torch
-from test_retention import BYTES, D, N, leaf
+from leaves import BYTES, D, N, leaf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
@@ -106,44 +106,20 @@ def test_threads_do_not_see_each_other() -> None:
     assert results == {size: 30 * size * size * 4 for size in (3, 5, 7, 9)}
 
 
-def test_other_threads_can_build_tuples_meanwhile() -> None:
-    """Who holds a tuple that another thread is just building breaks it."""
-    stop, broken = threading.Event(), []
-    ballast = [[] for _ in range(10**6)]  # going through them takes long enough for others to get a turn
-
-    def build() -> None:
-        try:
-            while not stop.is_set():
-                tuple(sum(range(2000)) for _ in range(37))
-        except SystemError as error:
-            broken.append(error)
-
-    threads = [threading.Thread(target=build) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    x = leaf(N, D)
-    for _ in range(30):
-        measure(lambda: x.exp())
-    stop.set()
-    for thread in threads:
-        thread.join()
-    assert broken == [] and ballast
-
-
 def test_meta_and_fake_tensors() -> None:
     x = torch.randn(N, D, device="meta", requires_grad=True)
     assert measure(lambda: (x * 2).exp()).bytes == BYTES
     with FakeTensorMode():
         weight = nn.Parameter(torch.randn(D, D))
         y = torch.randn(N, D, requires_grad=True)
-        assert measure(lambda: (y @ weight).exp()).bytes == 2 * BYTES
+        assert measure(lambda: (y @ weight).exp(), exclude=weight).bytes == 2 * BYTES
 
 
 def test_subclasses_count_by_their_parts() -> None:
     x = TwoTensor(torch.randn(N, D), torch.randn(N, D)).requires_grad_()
     assert measure(lambda: x.exp()).bytes == 2 * BYTES
     parameter = nn.Parameter(TwoTensor(torch.randn(N, D), torch.randn(N, D)))
-    assert measure(lambda: parameter * parameter).bytes == 0
+    assert measure(lambda: parameter * parameter, exclude=parameter).bytes == 0
 
 
 @pytest.mark.filterwarnings("ignore:Sparse")
@@ -157,11 +133,12 @@ def test_sparse_tensors_count_by_their_parts() -> None:
     assert measure(lambda: csr @ dense).bytes >= 2 * 4
 
 
-def test_lazy_modules_elsewhere_do_no_harm() -> None:
+def test_lazy_modules_may_be_excluded() -> None:
     lazy = nn.LazyLinear(3)
     x = leaf()
-    assert measure(lambda: x.exp()).bytes == BYTES
+    assert measure(lambda: x.exp(), exclude=lazy).bytes == BYTES
     assert lazy.has_uninitialized_params()
+    assert measure(lambda: lazy(x), exclude=lazy).bytes == BYTES, "its parameters are made inside"
 
 
 def test_compiled_functions_are_seen() -> None:
@@ -177,7 +154,7 @@ def test_a_real_block() -> None:
     torch.manual_seed(0)
     block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
     x = leaf(2, 5, 16)
-    retained = measure(lambda: block(x))
+    retained = measure(lambda: block(x), exclude=block)
     expected = torch.autograd.grad(block(x).sum(), [x, *block.parameters()])
     got = torch.autograd.grad(retained.output.sum(), [x, *block.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

@@ -1,6 +1,6 @@
-"""Puts the fast path under a PEFT model in place, explains what it did, and takes it off again.
+"""Puts the fast path under a PEFT model in place, explains which path each layer takes, and removes the fast path.
 
-What an extension registers with stands here, and is imported when it is first asked for.
+The names that extensions need are here. They are imported at first use.
 """
 
 from __future__ import annotations

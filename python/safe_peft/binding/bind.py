@@ -1,4 +1,4 @@
-"""Puts the fast path under a PEFT model, layer by layer; the model object stays what it is."""
+"""Puts the fast path under a PEFT model, layer by layer, in place."""
 
 from __future__ import annotations
 
@@ -23,17 +23,23 @@ from .class_swap import STATE, is_bound, put_on, take_off
 
 @dataclass
 class Binding:
-    """What `bind` did to a model, and how to undo it.
+    """The result of `bind`; `detach` undoes it.
 
     Args:
-        layers: every bound adapter layer by its path in the model; also those that an earlier `bind` had bound.
-        recompute: names of transformer blocks that, once everything in them is frozen, retain their input alone and run
-            again in backward: exact, less memory, more time. May be changed at any time; `blocks` are their names.
-        blocks: names of the transformer blocks, lowest first.
+        layers: every bound adapter layer by its path in the model, including the layers of an earlier `bind`.
+        recompute: names of transformer blocks to recompute. Once everything in such a block is frozen, the block
+            retains only its input and runs again in backward: the same results, less memory, more time. You may change
+            this set at any time.
+        blocks: names of all transformer blocks, lowest first.
 
     Example:
-        >>> with bind(model) as binding:  # doctest: +SKIP
-        ...     model(**batch)
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+        >>> with bind(model) as binding:
+        ...     model(torch.ones(2, 8)).sum().backward()
+        >>> list(binding.layers)
+        ['0']
     """
 
     layers: dict[str, nn.Module]
@@ -43,13 +49,16 @@ class Binding:
     _freezer: weakref.ref[Any] | None = field(default=None, repr=False)
 
     def live_adapters(self) -> list[Adapter]:
-        """Return the adapters that have a parameter which requires grad, in the model's order.
+        """Return the adapters with a parameter that requires grad, in the model's order.
 
-        A layer with more than one of them has its path followed by the adapter's key in brackets.
+        An adapter's name is the path of its layer. If a layer has several live adapters, the adapter's key follows in
+        brackets.
 
         Example:
-            >>> [adapter.name for adapter in bind(model).live_adapters()]  # doctest: +SKIP
-            ['encoder.layer.0.attention.self.query', ...]
+            >>> from peft import LoraConfig, get_peft_model
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+            >>> [adapter.name for adapter in bind(model).live_adapters()]
+            ['0']
         """
         found = []
         for name, layer in self.layers.items():
@@ -62,18 +71,18 @@ class Binding:
         return found
 
     def claim(self) -> list[Adapter]:
-        """Hand the live adapters to one freezer, until `release` or until it is forgotten.
+        """Assign the live adapters to one freezer, until `release`, or until no reference to this binding is left.
 
         Raises:
-            BindingError: None is live, or another freezer has them.
+            BindingError: No adapter trains, or another freezer has the adapters.
         """
         if self._owner() is not None:
-            gc.collect()  # an exception's traceback may have kept a freezer in a cycle
+            gc.collect()  # the traceback of an exception may keep a freezer alive in a cycle
         if self._owner() is not None:
             raise BindingError(
                 "this model has an AdapterFreezer already: call detach() on that freezer (callback.freezer.detach() if "
-                "a SafeCallback made it), or safe_peft.bind(model).release(keep_frozen=False) if it cannot be reached; "
-                "either lets everything train again that it froze."
+                "a SafeCallback made it), or safe_peft.bind(model).release(keep_frozen=False) if you have no reference "
+                "to it; after either call its frozen adapters train again."
             )
         adapters = self.live_adapters()
         if not adapters:
@@ -83,14 +92,16 @@ class Binding:
         return adapters
 
     def release(self, keep_frozen: bool = True) -> None:
-        """Let another freezer have the adapters.
+        """Make the adapters available to another freezer.
 
         Args:
-            keep_frozen: what was frozen stays so, and is none of the other freezer's business; otherwise a freezer that
-                is at work is detached, and everything trains again, with its dropout, as before it was frozen.
+            keep_frozen: frozen adapters stay frozen, and the other freezer does not see them. Otherwise an active
+                freezer is detached, and all adapters train again, with their dropout, as before they were frozen.
 
         Example:
-            >>> safe_peft.bind(model).release(keep_frozen=False)  # doctest: +SKIP
+            >>> from peft import LoraConfig, get_peft_model
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+            >>> bind(model).release(keep_frozen=False)
         """
         owner = self._owner()
         if not keep_frozen and owner is not None and (freezer := owner.freezer()) is not None:
@@ -106,9 +117,9 @@ class Binding:
         return owner._freezer() if owner is not None and owner._freezer is not None else None
 
     def detach(self) -> None:
-        """Give every module that this binding bound its own class back. Doing it twice does no harm.
+        """Unbind every module that this binding bound. A second call has no effect.
 
-        A freezer that was made meanwhile and is still at work needs them bound: then its own `detach` does it.
+        If a freezer is active on the model, the modules stay bound until the freezer's own `detach`.
         """
         owner = self._owner()
         if owner is not None and owner is not self:
@@ -135,31 +146,34 @@ class Binding:
 
 
 def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
-    """Bind every adapter layer of a model that has a fast path, and what retains more than it needs around them.
+    """Put the fast path under every supported adapter layer of a model, and under its norms, MLPs and dropouts.
 
-    Nothing is frozen or scored. In addition to the adapters this serves norms, MLPs and dropouts, and lets the graph
-    begin at the lowest transformer block in which anything trains.
+    Nothing is frozen or scored. The graph begins at the lowest transformer block that has something to train.
 
-    The model object, its state dict's keys, `save_pretrained`, `isinstance` and what is printed stay as they are. A
-    call that the fast path does not cover runs PEFT's own code; `explain` says which and why. Copies and pickles of a
-    bound model are ordinary PEFT models. Layers that are bound already stay bound, and belong to the earlier binding.
+    The model object stays an ordinary PEFT model: the state dict's keys, `save_pretrained`, `isinstance` and the
+    printed model do not change. PEFT's own code computes a call that the fast path does not cover; `explain` shows
+    which calls, and why. Copies and pickles of a bound model are unbound PEFT models. Layers that are bound already
+    stay bound, and belong to the earlier binding.
 
     Args:
-        model: a PEFT model, or anything that holds its layers; DDP's wrapper and `torch.compile`'s are looked through.
-        parts: what to serve in addition to the adapters: "norms", "mlps" (with their activations), "attention" (that
-            which is written out in Python) and "dropouts".
+        model: a PEFT model, or a module that contains one. DDP's wrapper and `torch.compile`'s wrapper are allowed.
+        parts: what to bind in addition to the adapters: "norms", "mlps" (with their activations), "attention" (only
+            attention that is written in Python) and "dropouts".
 
     Returns:
-        The binding, whose `detach` undoes it; also a context manager.
+        The binding. Its `detach` undoes it. It is also a context manager.
 
     Raises:
         BindingError: The model has no layer that can be bound.
-        ConfigError: `parts` names something else.
+        ConfigError: `parts` contains an unknown name.
 
     Example:
-        >>> binding = bind(model)  # doctest: +SKIP
-        >>> model(**batch).loss.backward()  # doctest: +SKIP
-        >>> binding.detach()  # doctest: +SKIP
+        >>> import torch
+        >>> from peft import LoraConfig, get_peft_model
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+        >>> binding = bind(model)
+        >>> model(torch.ones(2, 8)).sum().backward()
+        >>> binding.detach()
     """
     if not isinstance(parts, Collection) or isinstance(parts, str) or not set(parts) <= set(PARTS):
         raise ConfigError(f"parts: expected some of {', '.join(PARTS)}, got {parts!r}.")
@@ -177,6 +191,6 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
 def _nothing_to_bind(model: nn.Module, modules: list[nn.Module]) -> str:
     kinds = Counter(kind for module in modules if (kind := peft_kind(module)) is not None)
     if not kinds:
-        return f"{type(model).__name__} has no adapter layer of PEFT's; pass what peft.get_peft_model returned."
+        return f"{type(model).__name__} has no adapter layer of PEFT; pass the model that peft.get_peft_model returned."
     found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     return f"{type(model).__name__} has no layer that can be bound: expected lora.Linear, found {found}."

@@ -1,7 +1,7 @@
-"""Puts a subclass on an existing module's instance, and takes it off: how everything here binds a model in place.
+"""Changes the class of an existing module to a subclass, and back. All binding in place works in this way.
 
-The instance keeps its identity, its attributes and its hooks; `isinstance`, the state dict's keys and what is printed
-stay as they were. Copies and pickles of it are of the original class.
+The instance keeps its identity, its attributes and its hooks. `isinstance`, the state dict's keys and the printed
+module do not change. Copies and pickles have the original class.
 """
 
 from __future__ import annotations
@@ -12,22 +12,22 @@ import torch
 from torch import nn
 
 STATE = "_safe_state"
-"""The one attribute that binding adds to a module."""
+"""The only attribute that binding adds to a module."""
 
 
 class Swapped(nn.Module):
     """Base of the classes that binding puts on instances; `original` is the class that the instance had."""
 
     original: ClassVar[type[nn.Module]]
-    # Code that wraps or compiles a bound module keeps its method, and may call it when the module is bound no more:
-    # then each `forward` and `__call__` passes the call on to the module's own class.
+    # Code that wraps or compiles a bound module (torch.compile) may keep a bound method and call it after unbinding.
+    # Each `forward` and `__call__` then delegates to the original class.
 
     def _get_name(self) -> str:
         return self.original.__name__
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """A copied or pickled module is an ordinary one: no binding comes along, and none is needed to load."""
-        # Protocol 1's form names the class as a mere argument; from 2 on, pickle insists on the object's own class.
+        """Copy or pickle the module with its original class, without the binding."""
+        # In protocol 1 the class is an ordinary argument; from protocol 2 on, pickle requires the object's own class.
         reduced: Any = super().__reduce_ex__(1)
         function, (_, *arguments), attributes = reduced
         return function, (self.original, *arguments), {k: v for k, v in attributes.items() if k != STATE}
@@ -37,7 +37,7 @@ _WITHOUT: dict[type, type] = {}
 
 
 def _without(kind: type) -> type:
-    """A class without what `put_on` has made of it, also where `fully_shard` has put a class of its own on top."""
+    """Return a class without the change of `put_on`, also if `fully_shard` has put its own class on top."""
     if "original" in kind.__dict__:
         return kind.__dict__["original"]
     if not issubclass(kind, Swapped):
@@ -52,44 +52,44 @@ _CLASSES: dict[tuple[type[Swapped], type[nn.Module]], type[Swapped]] = {}
 
 
 def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> type[Swapped]:
-    """Return the subclass of `original` that behaves as `mixin` says: one for all instances."""
+    """Return the subclass of `original` with the behaviour of `mixin`: one class for all instances."""
     if (mixin, original) not in _CLASSES:
         names = {"original": original, "__module__": original.__module__, "__doc__": original.__doc__}
         made = type(original.__name__, (mixin, original), names)
         if "forward" in vars(made):
-            # transformers' layers wrap it for every subclass, and keep what their class had at that moment; the class
-            # may be patched later. It has the same wrapper itself.
+            # transformers' layers wrap `forward` for every subclass, and keep the `forward` of that moment. The class
+            # may be patched later. The original class has the same wrapper.
             delattr(made, "forward")
         _CLASSES[mixin, original] = made
     return _CLASSES[mixin, original]
 
 
 def put_on(module: nn.Module, mixin: type[Swapped], state: object) -> None:
-    """Make an instance behave as `mixin` says, with `state` for it to read.
+    """Give an instance the behaviour of `mixin`, with `state` for it to read.
 
     Args:
         module: not bound yet.
         mixin: the behaviour.
-        state: kept in the instance's `__dict__`, where neither a state dict nor an optimizer sees it.
+        state: stored in the instance's `__dict__`, so that it is in no state dict and in no optimizer.
     """
     module.__dict__[STATE] = state
     module.__class__ = swapped_class(mixin, type(module))
 
 
 def take_off(module: nn.Module) -> None:
-    """Give an instance its own class back. Doing it twice does no harm."""
+    """Give an instance its own class back. A second call has no effect."""
     if isinstance(module, Swapped):
         module.__dict__.pop(STATE, None)
         module.__class__ = _without(type(module))
 
 
 def is_bound(module: nn.Module) -> bool:
-    """Whether `put_on` was called for it, and not undone."""
+    """Whether `put_on` was called for the module, and not undone."""
     return STATE in module.__dict__
 
 
 def original_type(module: nn.Module) -> type[nn.Module]:
-    """The class a module has when it is not bound."""
+    """Return the class that the module has when it is not bound."""
     return module.original if isinstance(module, Swapped) else type(module)
 
 
@@ -99,20 +99,20 @@ def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def is_transformed() -> bool:
-    """Whether `torch.func` transforms or `torch.jit` traces what runs: they know PyTorch's own ops only."""
+    """Whether `torch.func` or `torch.jit.trace` is active: they support only PyTorch's own ops."""
     if torch.compiler.is_compiling():
         return False
     return torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None
 
 
 def autocasts(x: torch.Tensor) -> bool:
-    """Whether autocast is on for a tensor's device; there are some, such as "meta", that know no autocast."""
+    """Whether autocast is on for a tensor's device; some devices, such as "meta", have no autocast."""
     kind = x.device.type
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody wants to see its calls, so that it cannot be passed over."""
+    """Whether a module has hooks or a replaced forward, so that its call cannot be skipped."""
     own = module.__dict__
     return bool(
         own["_forward_hooks"]

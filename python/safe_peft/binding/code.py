@@ -1,7 +1,8 @@
-"""Whether a module still computes what it computed when it was recognised, asked in every call that passes it over.
+"""Checks whether a module still computes what it computed when it was recognised.
 
-Three things may change: a method of its class, an attribute of its own, and who watches the calls of all modules. Each
-is compared; none is remembered. Its parameters, its children and `training` are not looked at: those are read anyway.
+Every call that skips the module makes this check. Three things may change: a method of its class, one of its
+attributes, and the global hooks on the calls of all modules. Each call compares all three. Parameters, children and
+`training` are not compared, because every call reads them.
 """
 
 from __future__ import annotations
@@ -25,20 +26,20 @@ from .class_swap import STATE, original_type
 F = TypeVar("F", bound=Callable[..., Any])
 
 _ORDINARY = frozenset({*nn.Module().__dict__, STATE, "_is_hf_initialized"})
-"""What every module has, and a note of transformers'."""
+"""Attributes of every module, and a note of transformers."""
 _VALUES = frozenset({bool, int, float, complex, str, bytes, type(None)})
-"""Types whose equal values are the same; of all others only the same object is."""
+"""Types that are compared by value; all others are compared by identity."""
 _GONE = object()
 _OBSERVES = "_safe_observes"
 _TRACKER = "torch.utils.module_tracker"
 
 
 class Code:
-    """What decides, other than its parameters and children, what a module computes.
+    """A module's methods and attributes: what it computes depends on these, its parameters and its children.
 
     Args:
-        module: bound or not, as it is now.
-        read: names of attributes that are read in every call, and so may change.
+        module: bound or not, in its current state.
+        read: names of attributes that every call reads, and that may therefore change.
     """
 
     __slots__ = ("attributes", "call", "forward", "helpers", "kind", "mutable")
@@ -53,13 +54,13 @@ class Code:
         self.mutable = next((name for name, v in self.attributes if name in used and not _is_fixed(v)), None)
 
     def change(self, module: nn.Module | None) -> str | None:
-        """Say in a few words what is no longer as it was; None if everything is.
+        """Return in a few words what has changed; None if nothing has.
 
         Args:
-            module: the same one, or what has taken its place.
+            module: the same module, or its replacement.
         """
         if module is None:
-            return f"{self.kind.__name__} was taken away"
+            return f"{self.kind.__name__} was removed"
         kind: type = type(module)
         if kind is not self.kind and (kind := original_type(module)) is not self.kind:
             return f"{kind.__name__} has taken the place of {self.kind.__name__}"
@@ -75,15 +76,15 @@ class Code:
             now = own.get(name, _GONE)
             if now is not value and (type(now) is not type(value) or type(now) not in _VALUES or now != value):
                 return f"{name} has changed"
-        return None if self.mutable is None else f"{kind.__name__} reads {self.mutable}, which may change within"
+        return None if self.mutable is None else f"{kind.__name__} reads {self.mutable}, whose contents may change"
 
 
 def own_method(kind: type, name: str) -> Any:
-    """Return a class's method; None if it was put there from outside the class's package, which mostly wraps its own.
+    """Return a class's method; None if another package has replaced the method, usually with a wrapper.
 
     Args:
         kind: the class.
-        name: of the method.
+        name: the method's name.
     """
     method = getattr(kind, name)
     owner = next(base for base in kind.__mro__ if name in base.__dict__).__module__
@@ -92,7 +93,7 @@ def own_method(kind: type, name: str) -> Any:
 
 
 def _helpers(kind: Any) -> list[str]:
-    """Names of a class's own attributes that its forward reads: methods that it calls, mostly none."""
+    """Return the names of a class's own attributes that its forward reads: methods that it calls, usually none."""
     found: list[str] = []
     rest = list(_names(kind.forward))
     while rest:
@@ -104,7 +105,7 @@ def _helpers(kind: Any) -> list[str]:
 
 
 def _names(method: Any) -> tuple[str, ...]:
-    """Names that a function reads: attributes among them."""
+    """Return the names that a function reads, including attributes."""
     code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
     return getattr(code, "co_names", ())
 
@@ -116,13 +117,13 @@ def _is_fixed(value: Any) -> bool:
 
 
 def observes(hook: F) -> F:
-    """Decorator: as a hook on the calls of all modules it only looks, so it need not see those that are passed over."""
+    """Decorator: this global hook only observes calls, so calls of skipped modules may be missing."""
     setattr(hook, _OBSERVES, True)
     return hook
 
 
 def watched() -> bool:
-    """Whether a hook on the calls of all modules would miss those that are passed over."""
+    """Whether a global hook on the calls of all modules would miss the calls of skipped modules."""
     if not (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks):
         return False
     return not all(map(_only_observes, _global_hooks()))
@@ -134,5 +135,5 @@ def _global_hooks() -> Iterator[Any]:
 
 
 def _only_observes(hook: Any) -> bool:
-    """Our own, and those of PyTorch that keep a stack of names (`FlopCounterMode`)."""
+    """Whether a hook is one of ours, or one of PyTorch that keeps a stack of names (`FlopCounterMode`)."""
     return hasattr(hook, _OBSERVES) or type(getattr(hook, "__self__", None)).__module__ == _TRACKER

@@ -1,4 +1,4 @@
-"""Says layer by layer which path serves an adapter, and why."""
+"""Shows for each layer which path computes its adapter, and why."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ if TYPE_CHECKING:
 FAST = "safe_kernels::lora"
 FUSED = "safe_kernels::lora_linear"
 PEFT = "peft"
-AS_IT_IS = "as it is"
-_NO_LAYERS = "no adapter layers: the model has none of PEFT's"
+AS_IT_IS = "unchanged"
+_NO_LAYERS = "no adapter layers: the model has no adapter layer of PEFT"
 
 
 @dataclass(frozen=True)
 class LayerPath:
-    """Which path serves one adapter layer.
+    """The path of one adapter layer.
 
     Args:
         name: the layer's path in the model.
-        kind: PEFT's type of it, such as "lora.Linear".
-        path: "safe_kernels::lora" or "peft"; "safe_kernels::lora_linear" if its last call was computed in one with the
-            base layer.
-        reason: why; on the fast path mostly empty, or what there is to know about the base layer.
-        trainable: whether any of its adapters' parameters requires grad.
-        frozen: whether a freezer has frozen an adapter of it.
+        kind: PEFT's type of the layer, such as "lora.Linear".
+        path: "safe_kernels::lora" or "peft"; "safe_kernels::lora_linear" if one op computed the last call together with
+            the base layer.
+        reason: the reason; on the fast path usually empty, or a remark about the base layer.
+        trainable: whether a parameter of its adapters requires grad.
+        frozen: whether a freezer has frozen one of its adapters.
     """
 
     name: str
@@ -41,13 +41,13 @@ class LayerPath:
 
 @dataclass(frozen=True)
 class PartPath:
-    """Which path serves one part of a transformer block other than its adapters.
+    """The path of one part of a transformer block: a norm, an MLP, an activation or a dropout.
 
     Args:
-        name: its path in the model.
-        kind: its class.
-        path: the op, or "as it is".
-        reason: why it stays as it is, or what there is to know about how the op serves it.
+        name: the part's path in the model.
+        kind: the part's class.
+        path: the op, or "unchanged".
+        reason: the reason why the part is unchanged, or a remark about the op.
     """
 
     name: str
@@ -58,12 +58,12 @@ class PartPath:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` found: iterable over the adapter layers; printed, a summary; `details()` lists everything.
+    """The result of `explain`. Print it for a summary, iterate over it for the adapter layers.
 
     Args:
         layers: the adapter layers.
         parts: norms, MLPs, activations and dropouts.
-        blocks: by transformer block, what a training forward builds of a graph in it.
+        blocks: by transformer block, the graph that a training forward builds in it, in words.
         notes: settings of the model that cost memory in training.
     """
 
@@ -99,9 +99,12 @@ class Explanation:
         """Return tables of every layer, part and block.
 
         Example:
-            >>> print(safe_peft.explain(model).details())  # doctest: +SKIP
-            layer                       kind         path                state      reason
-            encoder.layer.0.attn.query  lora.Linear  safe_kernels::lora  trainable
+            >>> from peft import LoraConfig, get_peft_model
+            >>> from torch import nn
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+            >>> print(explain(model).details())
+            layer  kind         path  state      reason
+            0      lora.Linear  peft  trainable  not bound: bind(model) puts it on safe_kernels::lora
         """
         if not self.layers:
             return _NO_LAYERS
@@ -116,13 +119,13 @@ class Explanation:
 
 
 def _by_path(what: str, rows: Sequence[LayerPath] | Sequence[PartPath]) -> str:
-    """Such as "8 adapter layers: 6 by safe_kernels::lora, 2 by peft"."""
+    """Return a line such as "8 adapter layers: 6 by safe_kernels::lora, 2 by peft"."""
     counts = Counter(row.path if row.path == AS_IT_IS else f"by {row.path}" for row in rows)
     return f"{len(rows)} {what}: " + ", ".join(f"{count} {path}" for path, count in counts.most_common())
 
 
 def _counted(texts: Iterable[str]) -> list[str]:
-    """One line per text, the most frequent first."""
+    """Return one line per text, the most frequent first."""
     return [f"  {count:>4}  {text}" for text, count in Counter(texts).most_common()]
 
 
@@ -133,10 +136,10 @@ def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
 
 
 def explain(model: nn.Module) -> Explanation:
-    """Say for every adapter layer, norm, MLP and dropout of a model which path its next call takes, and why.
+    """Show for every adapter layer, norm, MLP and dropout of a model which path its next call takes, and why.
 
-    It also says for every transformer block whether a graph is built in it, and which settings cost memory. What only a
-    call can tell (its input's dtype, `adapter_names`) is not looked at.
+    The result also shows for every transformer block whether a graph is built in it, and which settings cost memory.
+    Conditions that depend on a call (its input's dtype, `adapter_names`) are not included.
 
     Args:
         model: a PEFT model, bound or not.
@@ -146,13 +149,16 @@ def explain(model: nn.Module) -> Explanation:
         summary, and its `details()` for tables.
 
     Example:
-        >>> print(safe_peft.explain(model))  # doctest: +SKIP
-        12 adapter layers: 10 by safe_kernels::lora, 2 by peft
-             2  peft: LoRA variant DoRA
-            12  trainable
-        5 parts: 5 by safe_kernels::layer_norm
-        2 blocks
-             2  trains
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> from safe_peft import bind
+        >>> base = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 8))
+        >>> model = get_peft_model(base, LoraConfig(target_modules=["0", "2"]))
+        >>> with bind(model):
+        ...     print(explain(model))
+        2 adapter layers: 2 by safe_kernels::lora
+             2  trainable
+        1 parts: 1 by safe_kernels::layer_norm
         details() lists every layer, part and block
     """
     from ..distributed.wrappers import short_name, unwrap
@@ -177,7 +183,7 @@ def _explain_parts(model: nn.Module) -> Iterator[PartPath]:
         if refusal is not None:
             yield PartPath(name, kind, AS_IT_IS, refusal)
         elif not is_bound(module):
-            yield PartPath(name, kind, AS_IT_IS, f"not bound: after bind(model) {part.op} would serve it")
+            yield PartPath(name, kind, AS_IT_IS, f"not bound: bind(model) puts it on {part.op}")
         else:
             yield PartPath(name, kind, part.op, part.note(module))
     for name, module, reason in unrecognised(model):
@@ -185,7 +191,7 @@ def _explain_parts(model: nn.Module) -> Iterator[PartPath]:
 
 
 def _notes(model: nn.Module) -> Iterator[str]:
-    """A cache of keys and values, which only generation needs, kept by every forward that trains."""
+    """Yield a note if a training forward keeps the cache of keys and values, which only generation needs."""
     from .blocks import transformer_blocks
 
     blocks, seen = transformer_blocks(model).values(), set()
@@ -196,16 +202,16 @@ def _notes(model: nn.Module) -> Iterator[str]:
         if id(config) in seen or not (holds and module.training and getattr(config, "use_cache", False)):
             continue
         if not any(part.__dict__.get("is_causal") or part.__dict__.get("is_decoder") for part in module.modules()):
-            continue  # an encoder's config has the switch as well
+            continue  # an encoder's config has this option too, without effect
         seen.add(id(config))
         yield (
             "use_cache is on while the model trains: each layer keeps keys and values, up to 2d numbers per token; "
-            f"{_path_of(config, model)}.use_cache = False"
+            f"set {_path_of(config, model)}.use_cache = False"
         )
 
 
 def _path_of(config: object, model: nn.Module) -> str:
-    """How a user reaches a config: a multimodal model's blocks read the one inside it."""
+    """Return the expression that reaches a config: a multimodal model's blocks read the config inside the outer one."""
     outer = getattr(model, "config", None)
     inner = next((name for name, value in getattr(outer, "__dict__", {}).items() if value is config), None)
     return "model.config" if inner is None else f"model.config.{inner}"
@@ -222,7 +228,7 @@ def _explain_layer(name: str, layer: nn.Module, kind: str) -> LayerPath:
     elif (refusal := known.refusal(layer)) is not None:
         path, reason = PEFT, refusal
     elif state is None:
-        path, reason = PEFT, f"not bound: after bind(model) {FAST} would serve it"
+        path, reason = PEFT, f"not bound: bind(model) puts it on {FAST}"
     else:
         path, reason = FUSED if state.fused else FAST, known.note(layer)
     trainable = any(p.requires_grad for key in adapter_keys(layer) for p in adapter_parameters(layer, key))

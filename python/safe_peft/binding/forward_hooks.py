@@ -1,4 +1,4 @@
-"""Watches a model's forwards, in a way that copies and pickles of the model know nothing of."""
+"""Observes a model's forwards with hooks that are not part of copies and pickles of the model."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .class_swap import is_bound
 
 @dataclass(eq=False)
 class Call:
-    """A forward that runs now.
+    """A forward that is running.
 
     Args:
-        module: what was called.
-        outer: the watched forward that it runs in, of the same thread.
-        task: the backward pass that it runs in, or -1.
-        error: identity of the exception that was being handled when it began.
-        notes: what the watcher's owner keeps about it.
+        module: the called module.
+        outer: the observed forward around it, in the same thread.
+        task: the number of the backward pass around it, or -1.
+        error: identity of the exception that was being handled when the forward began.
+        notes: data of the watcher's owner.
     """
 
     module: nn.Module
@@ -42,18 +42,18 @@ End = Callable[[Call, Any, bool], None]
 
 
 class Hook:
-    """A hook that stays behind when its module is copied or pickled."""
+    """A hook that is not copied or pickled with its module."""
 
     def __init__(self, function: Callable[..., None]) -> None:
         self._function = function
 
     def __call__(self, *args: Any) -> None:
-        """Run before or after a forward; compiled code has no place for it."""
+        """Run before or after a forward, except in compiled code."""
         if not torch.compiler.is_compiling():
             self._function(*args)
 
     def __reduce__(self) -> Any:
-        """Its place in a copy is taken by a standard function that does nothing and needs nothing to be loaded."""
+        """Put a function of the standard library that does nothing into a copy, so that loading needs no import."""
         return getattr, (nullcontext(), "__exit__")
 
 
@@ -61,9 +61,9 @@ class Watcher:
     """Calls functions before and after the forwards of a model, and of the models inside it: see `watched`.
 
     Args:
-        model: a PEFT model, what holds one or several, or a model with adapter layers.
+        model: a PEFT model, a module that contains one or several, or a model with adapter layers.
         begin: called before each forward with its `Call`, its arguments and its keyword arguments.
-        end: called after it with its `Call`, its output, and whether it died of an exception.
+        end: called after each forward with its `Call`, its output, and whether it raised an exception.
 
     Example:
         >>> watcher = Watcher(nn.Linear(2, 2), lambda call, args, kwargs: print("begins"))
@@ -82,22 +82,22 @@ class Watcher:
 
     @property
     def current(self) -> Call | None:
-        """The innermost watched forward that runs in this thread."""
+        """The innermost observed forward that is running in this thread."""
         calls = self._calls
         return calls[-1] if calls else None
 
     def reset(self) -> None:
-        """Forget this thread's forwards: none runs, but one that was interrupted never said so."""
+        """Forget this thread's forwards. Call it when none is running: an interrupted forward leaves its entry."""
         self._calls.clear()
 
     @property
     def is_suspended(self) -> bool:
-        """Whether what runs is to be looked away from; forwards are followed all the same."""
+        """Whether forwards are to be ignored; the entries of running forwards are still kept."""
         return self._suspensions > 0
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
-        """Look away while the block runs."""
+        """Ignore forwards while the `with` block runs."""
         self._suspensions += 1
         try:
             yield
@@ -105,7 +105,7 @@ class Watcher:
             self._suspensions -= 1
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         while self._hooks:
             self._hooks.pop().remove()
 
@@ -118,7 +118,7 @@ class Watcher:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         calls = self._calls
-        # An interrupt ends a forward without running any hook; then its module is called anew.
+        # An interrupt ends a forward without running any hook. Its entry is removed when its module is called again.
         stale = next((index for index, call in enumerate(calls) if call.module is module), len(calls))
         del calls[stale:]
         call = Call(module, calls[-1] if calls else None, torch._C._current_graph_task_id(), id(sys.exc_info()[1]))
@@ -133,18 +133,19 @@ class Watcher:
         call = calls[index]
         del calls[index:]
         if self._end is not None:
-            # Hooks that are called in any case are not told of the exception, but run while it is handled.
+            # PyTorch does not pass the exception to an `always_call` hook, but runs the hook while handling it.
             self._end(call, output, id(sys.exc_info()[1]) != call.error)
 
 
 def watched(model: nn.Module) -> list[nn.Module]:
-    """Return the modules whose calls are a model's forwards, from wherever they are called.
+    """Return the modules whose calls are a model's forwards.
 
-    These are the model itself, every PEFT model in it, every model of a library that holds adapters, and what lies
-    directly inside those: outer ones call the inner ones by `forward`, or are passed over themselves.
+    These are the model itself, every PEFT model in it, every model of a library that has adapters, and the models
+    directly inside those. An outer model may call the inner one by `forward`, without hooks, and a user may call the
+    inner model directly.
 
     Args:
-        model: a PEFT model, what holds one or several, or a model with adapter layers.
+        model: a PEFT model, a module that contains one or several, or a model with adapter layers.
 
     Example:
         >>> len(watched(nn.Linear(2, 2)))
@@ -163,10 +164,10 @@ def watched(model: nn.Module) -> list[nn.Module]:
 
 
 def models_in(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield every PEFT model in a model, and the outermost ones into which a library has put adapters.
+    """Yield every PEFT model in a model, and the outermost models into which a library has put adapters.
 
     Args:
-        model: any.
+        model: any module.
     """
     modules = dict(walk(model))
     layers, outermost = adapted_paths(modules), list[str]()
@@ -188,7 +189,7 @@ def adapted_paths(modules: Mapping[str, nn.Module]) -> list[str]:
 
 
 def _inside(root: nn.Module, adapted: set[int]) -> Iterator[nn.Module]:
-    """PEFT's tuner, the model in that, and the model in that one: a causal model has one without a head."""
+    """Yield PEFT's tuner, its model, and that model's own inner model: a causal model contains one without a head."""
     module: Any = root
     if callable(getattr(type(root), "get_base_model", None)):
         module = root.get_base_model()  # type: ignore[operator]
@@ -199,7 +200,7 @@ def _inside(root: nn.Module, adapted: set[int]) -> Iterator[nn.Module]:
 
 
 def _only_children(module: nn.Module, adapted: set[int]) -> Iterator[nn.Module]:
-    """What holds all adapters of a model that no library knows, down to where its adapters part."""
+    """Yield the modules that contain all adapters of another model, from the outside in."""
     while not isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Sequential):
         children = [child for child in module._modules.values() if id(child) in adapted]
         if len(children) != 1 or children[0] is None or peft_kind(children[0]) or is_bound(children[0]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any
@@ -35,7 +36,7 @@ LORA_OPTIONS = (
 Train = Annotated[str, _option(DATA, "Training file: csv, tsv, jsonl, json or parquet.")]
 Eval = Annotated[str, _option(DATA, "Evaluation file with the same columns.", "--eval")]
 Output = Annotated[str, _option(DATA, "Folder for the adapter, the tokenizer and the report.")]
-Model = Annotated[str, _option(DATA, "A folder, a hub id, or one of minilm, mpnet, smollm2.")]
+Model = Annotated[str, _option(DATA, "A folder or a hub id.")]
 Task = Annotated[str, _option(DATA, "seq-cls (measured by accuracy) or causal-lm (by perplexity).")]
 TextColumn = Annotated[str, _option(DATA, "Column that holds the text.")]
 LabelColumn = Annotated[str, _option(DATA, "Column that holds the class, for seq-cls: strings or integers.")]
@@ -57,7 +58,7 @@ Decay = Annotated[float, _option(TRAINING, "Weight decay of AdamW.")]
 LossName = Annotated[str, _option(TRAINING, "model, or chunked: causal-lm without whole logits in memory.")]
 MaxLength = Annotated[int, _option(TRAINING, "Tokens after which a text is cut.")]
 Seed = Annotated[int, _option(TRAINING, "Of the first values, the batches' order and dropout.")]
-Device = Annotated[str, _option(TRAINING, "auto, cpu, cuda, ...")]
+Device = Annotated[str, _option(TRAINING, "auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several GPUs.")]
 
 Score = Annotated[str, _option(FREEZING, "cka, relative_norm, gradient_sensitivity or random.")]
 Fraction = Annotated[
@@ -79,14 +80,15 @@ ScoreInterval = Annotated[str, _option(FREEZING, "Between two scorings.")]
 Never = Annotated[list[str] | None, _option(FREEZING, "Shell pattern of adapters that keep training; may be repeated.")]
 Keep = Annotated[bool, _option(FREEZING, "Leave frozen adapters' dropout on.", "--keep-dropout")]
 NonFinite = Annotated[str, _option(FREEZING, "What NaN or Inf in a score does: warn and go on, or raise and stop.")]
-NoFreeze = Annotated[bool, _option(FREEZING, "Freeze nothing, and take the fast path alone.", "--no-freeze")]
+Method = Annotated[str, _option(FREEZING, "safe, bind (the kernels, and nothing freezes) or stock (PEFT as it is).")]
+NoFreeze = Annotated[bool, typer.Option("--no-freeze", hidden=True)]  # the old name of --method bind
 
 
 def finetune(
+    model: Model,
     train: Train,
     eval: Eval,
     output: Output,
-    model: Model = "minilm",
     task: Task = FinetuneConfig.task,
     text_column: TextColumn = FinetuneConfig.text_column,
     label_column: LabelColumn = FinetuneConfig.label_column,
@@ -107,6 +109,7 @@ def finetune(
     max_length: MaxLength = FinetuneConfig.max_length,
     seed: Seed = 0,
     device: Device = FinetuneConfig.device,
+    method: Method = FinetuneConfig.method,
     score: Score = SafeConfig.score,
     target_fraction: Fraction = None,
     threshold: Threshold = None,
@@ -148,16 +151,17 @@ def configure(given: Mapping[str, Any]) -> FinetuneConfig:
         ConfigError: An option has a value that cannot work.
 
     Example:
-        >>> configure({"train": "t.csv", "eval": "e.csv", "model": "minilm", "warmup": "20"}).safe
+        >>> configure({"train": "t.csv", "eval": "e.csv", "model": "my-folder", "warmup": "20"}).safe
         {'warmup': 20}
     """
     options = {name: value for name, value in given.items() if value is not None}
     options |= {name: _point(name, options[name]) for name in POINTS if name in options}
     options |= {name: _names(options[name]) for name in LISTS if name in options}
-    method = "bind" if options.get("no_freeze") else "safe"
+    if options.get("no_freeze"):
+        warnings.warn("--no-freeze is --method bind now, and will be removed.", FutureWarning, stacklevel=2)
+        options["method"] = "bind"
     return FinetuneConfig(
         **{field.name: options[field.name] for field in fields(FinetuneConfig) if field.name in options},
-        method=method,
         safe={field.name: options[field.name] for field in fields(SafeConfig) if field.name in options},
         lora={name: options[name] for name in LORA_OPTIONS if name in options},
     )

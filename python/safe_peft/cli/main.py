@@ -1,4 +1,4 @@
-"""The command line: safe-peft finetune | plan | demo | report | doctor."""
+"""The command line: safe-peft finetune | plan | report | doctor."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..errors import EXPECTED, sentence
 from .finetune import finetune
@@ -64,52 +63,6 @@ app.command()(clear_errors(plan))
 
 @app.command()
 @clear_errors
-def demo(
-    output: Annotated[str, typer.Option(help="Folder for the report.")] = "runs/demo",
-    model: Annotated[str, typer.Option(help="minilm, mpnet, a folder or a hub id.")] = "minilm",
-    methods: Annotated[
-        str, typer.Option(help="Some of stock, bind (fast path, no freezing), safe, bytes and random, with commas.")
-    ] = "stock,safe,random",
-    rows: Annotated[int, typer.Option(help="Training sentences, at most 8,566.")] = 5120,
-    test_rows: Annotated[int, typer.Option(help="Held-out sentences, at most 2,000.")] = 2000,
-    epochs: Annotated[int, typer.Option(help="Passes over the training sentences.")] = 1,
-    batch_size: Annotated[int, typer.Option(help="Rows a batch.")] = 32,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate of AdamW.")] = 2e-3,
-    lora_dropout: Annotated[float, typer.Option(help="Dropout before the adapters.")] = 0.1,
-    target_fraction: Annotated[float, typer.Option(help="Share of the adapters, or bytes, to freeze.")] = 0.75,
-    seed: Annotated[int, typer.Option(help="First seed.")] = 0,
-    seeds: Annotated[int, typer.Option(help="Repeat over this many seeds: mean and standard deviation.")] = 1,
-) -> None:
-    """Compare stock PEFT, SAFE and freezing at random on film reviews; takes minutes."""
-    from ..report.comparison import verdict
-    from ..report.tables import plans_table, runs_table
-    from . import demo as comparison
-
-    config = comparison.DemoConfig(
-        output=output,
-        model=model,
-        methods=tuple(name.strip() for name in methods.split(",")),
-        rows=rows,
-        test_rows=test_rows,
-        epochs=epochs,
-        batch_size=batch_size,
-        learning_rate=learning_rate,
-        lora_dropout=lora_dropout,
-        target_fraction=target_fraction,
-        seed=seed,
-        seeds=seeds,
-    )
-    report = comparison.demo(config)
-    console = Console()
-    console.print(runs_table(report.runs, f"{report.model}, {report.total_steps} steps per run"), highlight=False)
-    console.print(verdict(report.runs), highlight=False)
-    if report.plans:
-        console.print(plans_table(report.plans), highlight=False)
-    console.print(f"report: {Path(output, 'report.html')}", highlight=False)
-
-
-@app.command()
-@clear_errors
 def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.json, or the file itself.")]) -> None:
     """Show a report's tables, and draw its picture and its page again."""
     from ..report.comparison import verdict
@@ -118,24 +71,23 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.j
 
     path = folder if folder.suffix == ".json" else folder / "report.json"
     found = FreezeReport.load(path)
-    console = Console()
-    console.print(found.table(), highlight=False)
+    parts = [str(found)]
     if found.runs:
-        console.print(runs_table(found.runs), highlight=False)
-        if says := verdict(found.runs):
-            console.print(says, highlight=False)
+        parts.append(runs_table(found.runs))
+        parts += filter(None, [verdict(found.runs)])
     if found.plans:
-        console.print(plans_table(found.plans), highlight=False)
+        parts.append(plans_table(found.plans))
+    typer.echo("\n\n".join(parts))
     found.save_png(path.with_name("report.png"))
     found.save_memory_png(path.with_name("memory.png"))
     found.save_html(path.with_name("report.html"), picture=path.with_name("report.png"))
-    console.print(f"drawn again: {path.with_name('report.png')}, {path.with_name('report.html')}", highlight=False)
+    typer.echo(f"drawn again: {path.with_name('report.png')}, {path.with_name('report.html')}")
 
 
 @app.command()
 @clear_errors
 def doctor() -> None:
-    """Say what is installed, which kernels serve which device, and whether the extension can be built here."""
+    """Say what is installed, whether the extension loads, which kernels serve which device, and what to fix."""
     from .doctor import main as diagnose
 
     raise typer.Exit(diagnose())

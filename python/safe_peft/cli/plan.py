@@ -14,9 +14,7 @@ from .finetune import Dropout, LossName, Rank, Saved, Targets, Task, _names
 
 DTYPES = ("float32", "bfloat16", "float16")
 
-Model = Annotated[
-    str, typer.Option(help="A folder, a hub id, or one of minilm, mpnet, smollm2; its weights stay unread.")
-]
+Model = Annotated[str, typer.Option(help="A folder or a hub id; its weights stay unread.")]
 BatchSize = Annotated[int, typer.Option(help="Rows a batch.")]
 Length = Annotated[int, typer.Option(help="Tokens a row.")]
 Padded = Annotated[bool, typer.Option("--padded", help="Rows are of different length, so that attention takes a mask.")]
@@ -34,7 +32,7 @@ Picture = Annotated[Path | None, typer.Option(help="Draw the plan into this PNG 
 
 
 def plan(
-    model: Model = "minilm",
+    model: Model,
     task: Task = "seq-cls",
     batch_size: BatchSize = 32,
     sequence_length: Length = 128,

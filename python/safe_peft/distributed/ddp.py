@@ -8,23 +8,22 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from safe_kernels.retention import living
-
 from .wrappers import parameters_of, walk
 
 distributed: Any = torch.distributed
 """Its bindings to C++ have no declared names."""
 
 
-def find_ddp(model: nn.Module) -> DistributedDataParallel | None:
-    """Return DDP's wrapper around a model, which knows nothing of it: a Trainer hands the inner model on.
+def running_ddp(model: nn.Module) -> DistributedDataParallel | None:
+    """Return the wrapper whose forward runs now and calls a model, which knows nothing of it.
+
+    A Trainer hands the inner model on, and accelerate may wrap it later. DDP shows torch.compile which wrapper runs.
 
     Args:
         model: what the wrapper, or a module inside it, holds.
     """
-    return next(
-        (ddp for ddp in living(DistributedDataParallel) if any(module is model for _, module in walk(ddp))), None
-    )
+    wrapper = DistributedDataParallel._get_active_ddp_module()
+    return wrapper if wrapper is not None and any(module is model for _, module in walk(wrapper)) else None
 
 
 def refusal(ddp: DistributedDataParallel) -> str | None:
@@ -43,9 +42,9 @@ def refusal(ddp: DistributedDataParallel) -> str | None:
 def rebuild_reducer(ddp: DistributedDataParallel) -> None:
     """Make DDP reduce the gradients of the parameters that train now, and of no others.
 
-    What DDP's constructor and its `__setstate__` do, hooks included. Between two steps only: no backward may be under
-    way. No process waits for another here; in the next forward but one they agree on the order of the buckets, as
-    after the first one.
+    What DDP's constructor and its `__setstate__` do, hooks included. Between two steps, or as a step's first forward
+    begins: no backward may be under way. No process waits for another here; in the next forward but one they agree on
+    the order of the buckets, as after the first one.
 
     Args:
         ddp: its parameters' requires_grad is the same in every process.
@@ -67,6 +66,8 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
         distributed._register_comm_hook(ddp.reducer, state, hook)
     if builtin is not None:
         ddp._register_builtin_comm_hook(builtin)
+    if ddp._get_active_ddp_module() is ddp and torch.is_grad_enabled() and ddp.require_backward_grad_sync:
+        ddp.reducer.prepare_for_forward()  # as DDP's forward has had the old reducer do
 
 
 def _builtin_hook(ddp: DistributedDataParallel) -> object | None:

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import BindingError
 from . import ddp, fsdp
-from .refusals import refusal
+from .refusals import REPLICA, refusal
 
 MARKS = 1 << 20  # a mark's square, summed over thousands of processes, is exact in float64
 
@@ -31,7 +31,7 @@ class Engine:
     def __init__(self, model: nn.Module, outer: nn.Module, group: ProcessGroup | None = None) -> None:
         self._model, self._outer, self._group = model, outer, group
         self._ddp = _ddp_among(outer)
-        self._search = self._first = True
+        self._seen = self._stale = False
 
     def check(self, optimizer: object) -> None:
         """Raise if it cannot follow when parameters stop training.
@@ -42,10 +42,33 @@ class Engine:
         Raises:
             BindingError: It cannot.
         """
-        wrapper = self._find_ddp()
-        reason = refusal(self._model, self._outer, optimizer) or (wrapper and ddp.refusal(wrapper))
+        reason = refusal(self._model, self._outer, optimizer) or (self._ddp and ddp.refusal(self._ddp))
         if reason:
             raise BindingError(f"{reason}.")
+
+    def forward_begins(self, module: nn.Module) -> None:
+        """Look, as a forward begins, for DDP's wrapper: it may have come after the freezer, or not have been given.
+
+        Args:
+            module: the model, or a part of it, that is called.
+
+        Raises:
+            BindingError: The wrapper, or `nn.DataParallel`, cannot follow when parameters stop training.
+        """
+        if getattr(module, "_is_replica", False):
+            raise BindingError(f"{REPLICA}.")
+        self._seen = True
+        if self._ddp is None and _is_initialized() and (wrapper := ddp.running_ddp(self._model)) is not None:
+            if reason := ddp.refusal(wrapper):
+                raise BindingError(f"{reason}.")
+            self._ddp = wrapper
+            if self._stale:
+                self.parameters_changed()
+
+    @property
+    def waits(self) -> bool:
+        """Whether parameters have changed, and a wrapper that the first forward shows has to follow."""
+        return self._stale and not self._seen
 
     @property
     def alone(self) -> bool:
@@ -72,9 +95,8 @@ class Engine:
             return (self._group,)
         if sharded := fsdp.fsdp_groups(self._model):
             return sharded
-        wrapper = self._find_ddp()
         every: Any = torch.distributed.group.WORLD
-        return (wrapper.process_group if wrapper is not None else every,)
+        return (self._ddp.process_group if self._ddp is not None else every,)
 
     def check_step(self) -> None:
         """Raise if processes may run out of batches one by one.
@@ -84,21 +106,17 @@ class Engine:
         """
         if self._ddp is not None and self._ddp._join_config.enable:
             raise BindingError(
-                "DDP's join(): a process that has run out of batches answers neither a scoring nor a new reducer; give "
-                "every process as many batches, as DistributedSampler does."
+                "DDP's join(): a process that has run out of batches answers neither a scoring step nor a new "
+                "reducer; give every process as many batches, as DistributedSampler does."
             )
 
     def parameters_changed(self) -> None:
         """Have the engine follow a change of requires_grad: between two steps, in every process."""
         if not _is_initialized():
             return
-        self._search = True
-        wrapper = self._find_ddp()
-        self._first = True
-        if wrapper is not None:
-            if reason := ddp.refusal(wrapper):  # it may have come after the freezer
-                raise BindingError(f"{reason}.")
-            ddp.rebuild_reducer(wrapper)
+        self._stale = self._ddp is None
+        if self._ddp is not None:
+            ddp.rebuild_reducer(self._ddp)
 
     def reshard(self) -> None:
         """Make the model hold those parameters which the optimizer holds."""
@@ -150,7 +168,6 @@ class Engine:
         Raises:
             BindingError: `same` differs; every process raises.
         """
-        self._search, self._first = self._first, False
         groups = self.groups()
         if not groups:
             return values, 1, False
@@ -166,16 +183,6 @@ class Engine:
                 "all of them from one checkpoint, and call freezer.step() in all of them."
             )
         return flat[: -len(tail)].view_as(values), count, batch_mark * batch_mark != count * batch_square
-
-    def _find_ddp(self) -> DistributedDataParallel | None:
-        """Look for a wrapper that came late: at the first scoring step, at a freeze event, at the scoring step after.
-
-        To look at each scoring step would cost a second per million objects.
-        """
-        if self._ddp is None and self._search and _is_initialized() and not fsdp.fsdp_groups(self._model):
-            self._search = False
-            self._ddp = ddp.find_ddp(self._model)
-        return self._ddp
 
 
 def _ddp_among(outer: nn.Module) -> DistributedDataParallel | None:

@@ -1,1 +1,1 @@
-"""Files that survive a crash: strict JSON, checksums, whole checkpoints."""
+"""Files that survive a crash: JSON that is replaced whole, checkpoints that are whole."""

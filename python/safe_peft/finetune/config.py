@@ -12,6 +12,7 @@ from ..freezing.config import SafeConfig
 TASKS = ("seq-cls", "causal-lm")
 METHODS = ("stock", "bind", "safe")
 LOSSES = ("model", "chunked")
+DEVICES = ("auto", "cpu", "cuda")
 
 
 def check_dropout(p: Any) -> None:
@@ -32,7 +33,7 @@ class FinetuneConfig:
     """What to train, on what, and how.
 
     Args:
-        model: a folder, the name of a packaged asset, or a hub id.
+        model: a folder or a hub id.
         train: the training file (csv, tsv, jsonl, json or parquet).
         eval: the evaluation file.
         output: where the adapter and the report go; None keeps neither.
@@ -52,14 +53,13 @@ class FinetuneConfig:
         loss: "model" for the model's own, or "chunked" for the same without whole logits in memory, for "causal-lm".
         max_length: tokens after which a text is cut.
         seed: of the head's and the adapters' first values, the batches' order and dropout.
-        device: "auto" takes a GPU if there is one.
-        title: what reports call this training; made of model and file when empty.
+        device: "cpu", "cuda", or "auto" for a GPU if there is one. CUDA_VISIBLE_DEVICES chooses among several.
 
     Raises:
         ConfigError: An option has a value that cannot work.
 
     Example:
-        >>> FinetuneConfig("minilm", "train.csv", "eval.csv").task
+        >>> FinetuneConfig("my-folder", "train.csv", "eval.csv").task
         'seq-cls'
     """
 
@@ -84,10 +84,9 @@ class FinetuneConfig:
     max_length: int = 128
     seed: int = 0
     device: str = "auto"
-    title: str = ""
 
     def __post_init__(self) -> None:
-        for name, known in (("task", TASKS), ("method", METHODS), ("loss", LOSSES)):
+        for name, known in (("task", TASKS), ("method", METHODS), ("loss", LOSSES), ("device", DEVICES)):
             if getattr(self, name) not in known:
                 raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}.")
         if self.loss == "chunked" and self.task != "causal-lm":

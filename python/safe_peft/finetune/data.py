@@ -1,4 +1,4 @@
-"""Text and labels from local csv, jsonl and parquet files.
+"""Text and labels from local csv, jsonl and parquet files, and the tokenized rows that they make.
 
 Whatever is wrong with a file is said before a model is loaded, with the file, the column and the row.
 """
@@ -10,9 +10,14 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, require
+from ..errors import ConfigError, first_line, require
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Row = dict[str, Any]
 
 NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # how datasets and pyarrow put it
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
@@ -57,7 +62,7 @@ def _load(path: Path) -> dict[str, list[Any]]:
     except ConfigError:
         raise
     except Exception as error:  # readers raise whatever their libraries raise
-        reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error.__cause__ or error)
         if any(text in reason for text in NO_ROWS):
             raise _no_rows(path) from None
         raise ConfigError(f"{path} cannot be read as {kind}: {reason}") from error
@@ -223,3 +228,35 @@ def class_indices(path: str | Path, labels: Sequence[str], names: Sequence[str])
             f"{path} has labels that the training file lacks: {shown}; the classes are {', '.join(names)}."
         )
     return [index[label] for label in labels]
+
+
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], labels: list[int] | None, max_length: int
+) -> list[Row]:
+    """Tokenize texts.
+
+    Args:
+        tokenizer: the model's own.
+        texts: one per row.
+        labels: one class index per row, or None for language modelling. Then the tokens are the targets, and rows of a
+            single token, which hold no target, are left out.
+        max_length: a text is cut after this many tokens.
+
+    Returns:
+        What the tokenizer returns, with `labels`, one dict per row.
+
+    Raises:
+        ConfigError: No row is left.
+
+    Example:
+        >>> tokenize(tokenizer, ["a fine film"], [1], max_length=64)  # doctest: +SKIP
+    """
+    columns = tokenizer(texts, truncation=True, max_length=max_length)
+    rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    if labels is None:
+        rows = [row | {"labels": row["input_ids"]} for row in rows if len(row["input_ids"]) > 1]
+    else:
+        rows = [row | {"labels": label} for row, label in zip(rows, labels, strict=True)]
+    if not rows:
+        raise ConfigError("no row has two tokens or more, so there is nothing to predict; check --text-column.")
+    return rows

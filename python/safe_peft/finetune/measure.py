@@ -1,4 +1,4 @@
-"""What a training costs: bytes retained by one step, FLOPs of one step, and the process's peak of memory."""
+"""What a training costs: retained bytes and FLOPs of one step, and the peak of the process's memory."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from safe_kernels import retention
 
 from ..loss import Loss, flop_formulas, own_loss
-from .batches import Batch
+
+Batch = dict[str, Any]
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def retained_bytes(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int
         241172480
     """
     with _unseen(model, batch):
-        return retention.measure(lambda: loss(model, batch), exclude=[*model.buffers(), *batch.values()]).bytes
+        return retention.measure(lambda: loss(model, batch), exclude=[model, *batch.values()]).bytes
 
 
 def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:

@@ -1,4 +1,4 @@
-"""Base models and their LoRA adapters, from a folder, from the packaged assets or from a hub."""
+"""Base models and their LoRA adapters, from a folder or from a hub."""
 
 from __future__ import annotations
 
@@ -10,43 +10,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, SafeError
-from . import assets
+from ..errors import ConfigError, SafeError, first_line
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-MODELS = ("minilm", "mpnet", "smollm2")  # the models among the assets
-
 
 def locate(model: str) -> str:
-    """Find a model: a folder here, the name of an asset (fetched on first use), or else an id for the hub.
+    """Find a model: a folder here, or an id of the hub.
 
     Args:
-        model: the folder, name or id.
+        model: the folder or id.
 
     Returns:
         What transformers loads from.
 
     Raises:
-        ConfigError: It looks like a folder but is none.
-        AssetError: An asset cannot be fetched.
+        ConfigError: The name is that of a folder, and there is no such folder.
 
     Example:
-        >>> locate("minilm")  # doctest: +SKIP
+        >>> locate("meta-llama/Llama-3.2-1B")
+        'meta-llama/Llama-3.2-1B'
     """
     if Path(model).is_dir():
         return str(Path(model))
-    if model in MODELS:
-        return str(assets.fetch(model))
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
-        raise ConfigError(f"model: there is no folder {model}; give a folder, a hub id, or one of {_known()}.")
+        raise ConfigError(f"model: there is no folder {model}; give a folder or a hub id.")
     return model
-
-
-def _known() -> str:
-    return ", ".join(MODELS)
 
 
 @contextmanager
@@ -58,11 +49,11 @@ def _loading(model: str, what: str) -> Iterator[None]:
     except SafeError:
         raise
     except (OSError, ValueError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         hint = "; it is no folder here, and the hub is off" if not Path(model).exists() and _is_offline() else ""
         raise ConfigError(
             f"model: the {what} of {model!r} cannot be loaded{hint} ({reason}). "
-            f"Give a folder, a hub id that can be reached, or one of {_known()}."
+            "Give a folder, or a hub id that can be reached."
         ) from error
 
 
@@ -106,7 +97,7 @@ def load_tokenizer(source: str) -> PreTrainedTokenizerBase:
         ConfigError: It cannot be loaded.
 
     Example:
-        >>> load_tokenizer(locate("minilm")).pad_token  # doctest: +SKIP
+        >>> load_tokenizer("my-folder").pad_token  # doctest: +SKIP
         '[PAD]'
     """
     from transformers import AutoTokenizer
@@ -135,7 +126,7 @@ def load_model(source: str, task: str, classes: Sequence[str] | None, pad_id: in
         ConfigError: It cannot be loaded, or not for this task.
 
     Example:
-        >>> load_model(locate("minilm"), "seq-cls", ["bad", "good"], 0).num_labels  # doctest: +SKIP
+        >>> load_model("my-folder", "seq-cls", ["bad", "good"], 0).num_labels  # doctest: +SKIP
         2
     """
     import torch
@@ -182,7 +173,7 @@ def load_shell(source: str, task: str, classes: int = 2, dtype: str = "float32")
         ConfigError: There is no such configuration, or none for this task.
 
     Example:
-        >>> load_shell(locate("minilm"), "seq-cls").device.type  # doctest: +SKIP
+        >>> load_shell("my-folder", "seq-cls").device.type  # doctest: +SKIP
         'meta'
     """
     import torch
@@ -222,7 +213,7 @@ def add_lora(model: PreTrainedModel, task: str, options: Mapping[str, Any]) -> n
         with quiet():
             return peft.get_peft_model(model, peft.LoraConfig(task_type=kind, **options))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigError(f"LoRA options: {str(error).strip().splitlines()[0]}") from error
+        raise ConfigError(f"LoRA options: {first_line(error)}") from error
 
 
 def positions(model: PreTrainedModel) -> int | None:

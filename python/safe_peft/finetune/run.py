@@ -13,9 +13,8 @@ from ..files.staging import staged
 from ..report.records import mebibytes
 from ..report.report import FreezeReport
 from . import data, models
-from .batches import tokenize
 from .config import FinetuneConfig
-from .training import Prepared, Training
+from .training import Prepared, train
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> FreezeReport:
@@ -34,12 +33,12 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> FreezeRe
         SafeError: The loss is no number any more.
 
     Example:
-        >>> finetune(FinetuneConfig("minilm", "train.csv", "eval.csv", output="runs/mine"))  # doctest: +SKIP
+        >>> finetune(FinetuneConfig("my-folder", "train.csv", "eval.csv", output="runs/mine"))  # doctest: +SKIP
     """
     console = console or Console(stderr=True)
     with staged(config.output) if config.output else nullcontext() as stage:
         prepared = _prepare(config)
-        report = Training(config, prepared, console).run()
+        report = train(config, prepared, console)
         if stage is not None:
             _save(prepared, report, stage)
     return report
@@ -47,7 +46,8 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> FreezeRe
 
 def _prepare(config: FinetuneConfig) -> Prepared:
     """Read everything that can be wrong before anything that takes long."""
-    device = _device(config.device)
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device: cuda was given, but torch finds no GPU; give cpu, or auto.")
     texts, labels, classes = _read(config)
     source = models.locate(config.model)
     tokenizer = models.load_tokenizer(source)
@@ -57,8 +57,8 @@ def _prepare(config: FinetuneConfig) -> Prepared:
     if limit is not None and config.max_length > limit:
         raise ConfigError(f"max_length is {config.max_length}, but the model has {limit} positions; lower it.")
     model = models.add_lora(base, config.task, config.lora)
-    train, evaluation = (tokenize(tokenizer, texts[i], labels[i], config.max_length) for i in range(2))
-    return Prepared(model.to(device), tokenizer, train, evaluation, device)
+    train, evaluation = (data.tokenize(tokenizer, texts[i], labels[i], config.max_length) for i in range(2))
+    return Prepared(model, tokenizer, train, evaluation)
 
 
 def _read(config: FinetuneConfig) -> tuple[list[list[str]], list[list[int] | None], list[str] | None]:
@@ -69,14 +69,6 @@ def _read(config: FinetuneConfig) -> tuple[list[list[str]], list[list[int] | Non
     classes = data.class_names(pairs[0][1])
     indices = [data.class_indices(file, labels, classes) for file, (_, labels) in zip(files, pairs, strict=True)]
     return [texts for texts, _ in pairs], [*indices], classes
-
-
-def _device(name: str) -> torch.device:
-    name = models.device_name(name)
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:  # torch raises all three
-        raise ConfigError(f"device: {name!r} cannot be used ({str(error).splitlines()[0]}); try cpu.") from error
 
 
 def _save(prepared: Prepared, report: FreezeReport, stage: Path) -> None:

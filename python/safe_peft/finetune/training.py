@@ -1,177 +1,245 @@
-"""The training loop: one run, with or without freezing, measured as it goes."""
+"""One training by transformers' Trainer, and what it cost."""
 
 from __future__ import annotations
 
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
+from transformers import (
+    DataCollatorForSeq2Seq,
+    DataCollatorWithPadding,
+    PrinterCallback,
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
+from ..binding.bind import bind
+from ..callback import SafeCallback
 from ..errors import PlanError, SafeError
 from ..freezing.config import SafeConfig
-from ..loss import BY_NAME, Loss
-from ..loss.check import IGNORED, check
+from ..loss import BY_NAME, IGNORED, Loss
+from ..loss.check import check
 from ..report.records import AdapterRecord, RunRecord
 from ..report.report import FreezeReport
 from . import measure
-from .batches import Batch, Examples
 from .config import FinetuneConfig
-from .progress import Tick, progress
+from .data import Row
+from .models import device_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+LINES = 20  # of progress
 
 
 @dataclass
 class Prepared:
     model: Any  # a PeftModel
     tokenizer: PreTrainedTokenizerBase
-    train: Examples
-    eval: Examples
-    device: torch.device
-
-    def place(self, batch: Batch) -> Batch:
-        return {name: value.to(self.device) for name, value in batch.items()}
+    train: list[Row]
+    eval: list[Row]
 
 
-class Training:
-    """The state of one training: model, optimizer, schedule, freezer, and what was measured so far."""
+def train(config: FinetuneConfig, prepared: Prepared, console: Console) -> FreezeReport:
+    """Train, evaluate, and take off the model what was bound.
 
-    def __init__(self, config: FinetuneConfig, prepared: Prepared, console: Console) -> None:
-        self.config, self.prepared, self.console = config, prepared, console
-        self.model, self.loss = prepared.model, BY_NAME[config.loss]
-        self.steps = config.max_steps or config.epochs * math.ceil(len(prepared.train) / config.batch_size)
-        self.trainable = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-        self.adapters = _adapters(self.model)
-        self.optimizer = torch.optim.AdamW(self.trainable, lr=config.learning_rate, weight_decay=config.weight_decay)
-        self.schedule = _linear_schedule(self.optimizer, round(config.warmup_ratio * self.steps), self.steps)
-        self.freezer, self.binding = self._bind()
-        self.probe = prepared.place(next(prepared.train.shuffled(config.batch_size, config.seed)))
+    Args:
+        config: what to train, and how.
+        prepared: the model, its tokenizer and the rows.
+        console: where progress is shown.
+
+    Returns:
+        The report, with one measured run.
+
+    Raises:
+        ConfigError: The model's loss cannot be computed in chunks, and `config.loss` is "chunked".
+        SafeError: The loss is not finite.
+
+    Example:
+        >>> train(config, prepared, Console())  # doctest: +SKIP
+    """
+    safe = SafeCallback(SafeConfig.from_dict(config.safe), detach=False) if config.method == "safe" else None
+    with tempfile.TemporaryDirectory() as folder, bind(prepared.model) if config.method == "bind" else nullcontext():
+        trainer = _trainer(config, prepared, folder, safe)
+        probe = next(iter(trainer.get_train_dataloader()))
         if config.loss == "chunked":
-            check(self.model, self.probe)
-        self.retained: list[tuple[int, int]] = []
-        self.seconds = 0.0
+            check(prepared.model, probe)
+        costs = _Costs(probe, trainer.loss, safe)
+        trainer.add_callback(costs)
+        trainer.add_callback(_Lines(config.label, console, safe))
+        trainer.train()
+        value = _evaluate(trainer, config.task, safe)
+        report = _report(config, prepared.model, trainer.state.max_steps, safe, console)
+        if safe is not None:
+            safe.freezer.detach()
+    run = RunRecord(
+        method=config.label,
+        seed=config.seed,
+        metric="accuracy" if config.task == "seq-cls" else "perplexity",
+        value=value,
+        eval_rows=len(prepared.eval),
+        steps=trainer.state.global_step,
+        adapters=len(report.adapters),
+        frozen=len(report.freezings),
+        seconds=costs.seconds,
+        peak_rss=costs.peak_rss,
+        retained=tuple(costs.retained),
+        flops_start=costs.flops[0],
+        flops_end=costs.flops[-1],
+    )
+    return replace(report, retained=run.retained, runs=(run,))
 
-    def _bind(self) -> tuple[Any, Any]:
-        from ..binding import bind as binding
-        from ..freezing import freezer
 
-        if self.config.method == "safe":
-            config = SafeConfig.from_dict(self.config.safe)
-            bound = freezer.AdapterFreezer(self.model, self.optimizer, config, total_steps=self.steps)
-            return bound, bound
-        return None, binding.bind(self.model) if self.config.method == "bind" else None
+def _trainer(config: FinetuneConfig, prepared: Prepared, folder: str, safe: SafeCallback | None) -> _Trainer:
+    steps = config.max_steps or config.epochs * math.ceil(len(prepared.train) / config.batch_size)
+    is_cpu = device_name(config.device) == "cpu"
+    arguments = TrainingArguments(
+        folder,
+        max_steps=steps,
+        per_device_train_batch_size=config.batch_size,
+        per_device_eval_batch_size=2 * config.batch_size,
+        learning_rate=config.learning_rate,
+        weight_decay=config.weight_decay,
+        warmup_steps=round(config.warmup_ratio * steps),
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        data_seed=config.seed,
+        use_cpu=is_cpu,
+        dataloader_pin_memory=not is_cpu,
+        label_names=["labels"],
+        logging_steps=math.ceil(steps / LINES),
+        save_strategy="no",
+        report_to=[],
+    )
+    arguments._n_gpu = min(arguments.n_gpu, 1)  # DataParallel, which uses several, cannot train a bound model
+    trainer = _Trainer(
+        BY_NAME[config.loss],
+        model=prepared.model,
+        args=arguments,
+        train_dataset=prepared.train,
+        eval_dataset=prepared.eval,
+        data_collator=_collator(config.task, prepared.tokenizer),
+        callbacks=[] if safe is None else [safe],
+    )
+    for shown in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the result
+        trainer.remove_callback(shown)
+    return trainer
 
-    def run(self) -> FreezeReport:
-        """Train, evaluate, and detach whatever was bound."""
-        flops_start = self._measure(measure.step_flops)
-        self._note_retained(0)
-        self._train()
-        peak_rss = measure.peak_rss()
-        self._note_retained(self.steps)
-        flops_end = self._measure(measure.step_flops)
-        metric, value = self._evaluate()
-        record = RunRecord(
-            method=self.config.label,
-            seed=self.config.seed,
-            metric=metric,
-            value=value,
-            eval_rows=len(self.prepared.eval),
-            steps=self.steps,
-            adapters=len(self.adapters),
-            frozen=self._frozen(),
-            seconds=self.seconds,
-            peak_rss=peak_rss,
-            retained=tuple(self.retained),
-            flops_start=flops_start,
-            flops_end=flops_end,
-        )
-        report = self._report(record)
-        if self.binding is not None:
-            self.binding.detach()
-        return report
 
-    def _train(self) -> None:
-        self.model.train()
-        torch.manual_seed(self.config.seed + 1)  # the same dropout whatever was drawn while the model was made
-        batches = self.prepared.train.shuffled(self.config.batch_size, self.config.seed)
-        with progress(f"train ({self.config.label})", self.steps, self.console) as tick:
-            for step, batch in zip(range(1, self.steps + 1), batches, strict=False):
-                self._step(step, batch, tick)
+def _collator(task: str, tokenizer: PreTrainedTokenizerBase) -> Any:
+    padder = copy(tokenizer)
+    padder.padding_side = "right"  # a token that is predicted from padding would be a target
+    # DataCollatorForLanguageModeling ignores every target that equals the padding token, which may be a real token.
+    return DataCollatorWithPadding(padder) if task == "seq-cls" else DataCollatorForSeq2Seq(padder)
 
-    def _step(self, step: int, batch: Batch, tick: Tick) -> None:
-        frozen = self._frozen()
-        # The processor's time, since a busy machine stretches any other; a GPU's work is not in it.
-        clock = time.process_time if self.prepared.device.type == "cpu" else time.perf_counter
-        start = clock()
-        loss = self.loss(self.model, self.prepared.place(batch))
-        if loss.requires_grad:  # it does not once everything that trained is frozen
-            loss.backward()
-        nn.utils.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
-        self.optimizer.step()
-        self.schedule.step()
-        self.optimizer.zero_grad()
-        if self.freezer is not None:
-            self.freezer.step()
-        value = loss.item()
-        self.seconds += clock() - start
-        if not math.isfinite(value):
+
+class _Trainer(Trainer):
+    """A Trainer with one of our losses, which stops where the loss is not finite."""
+
+    def __init__(self, loss: Loss, **options: Any) -> None:
+        super().__init__(**options)
+        self.loss = loss
+
+    def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *_: Any, **__: Any) -> Tensor:
+        loss: Tensor = self.loss(model, inputs)
+        if not math.isfinite(value := loss.item()):
+            step = self.state.global_step + 1
             raise SafeError(f"the loss is {value} at step {step}; lower --learning-rate, or look for broken rows.")
-        if self._frozen() > frozen:
-            self._note_retained(step)
-        state = f"  frozen {self._frozen()}/{len(self.adapters)}" if self.freezer is not None else ""
-        tick(f"loss {value:.3f}{state}")
+        return loss
 
-    def _measure(self, measure: Any) -> int:
-        with self._suspended():
-            return measure(self.model, self.probe, self.loss)
 
-    def _note_retained(self, step: int) -> None:
-        self.retained.append((step, self._measure(measure.retained_bytes)))
+class _Costs(TrainerCallback):
+    """Measures a Trainer's training, and leaves it as it is.
 
-    def _suspended(self) -> AbstractContextManager[Any]:
-        return self.freezer.suspended() if self.freezer is not None else nullcontext()
+    Args:
+        probe: the batch on which a step's retained bytes and FLOPs are measured.
+        loss: how the training computes its loss.
+        safe: the callback that freezes, if any does; it comes before this one.
+    """
 
-    def _frozen(self) -> int:
-        return len(self.freezer.ledger.freezings) if self.freezer is not None else 0
+    def __init__(self, probe: measure.Batch, loss: Loss, safe: SafeCallback | None) -> None:
+        self._probe, self._loss, self._safe = probe, loss, safe
+        # A CPU's time, because other work on the machine makes the wall time longer. It does not hold a GPU's work.
+        self._clock = time.process_time if probe["input_ids"].device.type == "cpu" else time.perf_counter
+        self.seconds, self.peak_rss, self._start, self._frozen = 0.0, 0, 0.0, 0
+        self.retained: list[tuple[int, int]] = []
+        self.flops: list[int] = []
 
-    def _report(self, record: RunRecord) -> FreezeReport:
-        title = self.config.title or f"{self.config.model} on {Path(self.config.train).name}"
-        if self.freezer is None:
-            report = FreezeReport(title, {"method": self.config.method}, self.steps, self.adapters)
-        else:
-            report = replace(self._planned_report(), model=title)
-        return replace(report, retained=record.retained, runs=(record,))
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self._measure(model, state.global_step, with_flops=True)
 
-    def _planned_report(self) -> FreezeReport:
-        try:
-            report: FreezeReport = self.freezer.report(memory=True)
-        except PlanError as error:
-            self.console.print(f"no memory plan: {error}", highlight=False)
-            report = self.freezer.report()
-        return report
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._start = self._clock()
 
-    def _evaluate(self) -> tuple[str, float]:
-        examples, size = self.prepared.eval, 2 * self.config.batch_size
-        total = math.ceil(len(examples) / size)
-        score = _accuracy if self.config.task == "seq-cls" else partial(_loss_sum, self.loss)
-        gained, units = 0.0, 0
-        shown = progress(f"evaluate ({self.config.label})", total, self.console, lines=1)
-        with self._suspended(), _evaluating(self.model), shown as tick:
-            for batch in examples.in_order(size):
-                gain, count = score(self.model, self.prepared.place(batch))
-                gained, units = gained + gain, units + count
-                tick()
-        mean = gained / units
-        return ("accuracy", mean) if self.config.task == "seq-cls" else ("perplexity", math.exp(min(mean, 700.0)))
+    def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.seconds += self._clock() - self._start
+        frozen = len(self._safe.freezer.frozen) if self._safe is not None else 0
+        if frozen > self._frozen:
+            self._frozen = frozen
+            self._measure(model, state.global_step)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        self.peak_rss = measure.peak_rss()  # before more is measured
+        self._measure(model, state.global_step, with_flops=True)
+
+    def _measure(self, model: nn.Module, step: int, *, with_flops: bool = False) -> None:
+        with _suspended(self._safe):
+            if with_flops:
+                self.flops.append(measure.step_flops(model, self._probe, self._loss))
+            self.retained.append((step, measure.retained_bytes(model, self._probe, self._loss)))
+
+
+def _suspended(safe: SafeCallback | None) -> AbstractContextManager[Any]:
+    """Return a context in which a freezer, if there is one, ignores the model's calls.
+
+    Args:
+        safe: the callback that has the freezer.
+    """
+    return nullcontext() if safe is None else safe.freezer.suspended()
+
+
+class _Lines(TrainerCallback):
+    """Shows progress, a line now and then, on the console instead of standard output."""
+
+    def __init__(self, label: str, console: Console, safe: SafeCallback | None) -> None:
+        self._label, self._console, self._safe = label, console, safe
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not logs or "loss" not in logs:
+            return
+        note = f"train ({self._label})  {state.global_step}/{state.max_steps}  loss {float(logs['loss']):.3f}"
+        if self._safe is not None:
+            freezer = self._safe.freezer
+            note += f"  frozen {len(freezer.frozen)}/{len(freezer.adapters)}"
+        self._console.print(note, highlight=False, markup=False)
+
+
+def _evaluate(trainer: _Trainer, task: str, safe: SafeCallback | None) -> float:
+    """Accuracy, or perplexity per predicted token: a Trainer's own eval_loss weighs batches by their rows."""
+    gained, units = 0.0, 0
+    with _suspended(safe), _evaluating(trainer.model):
+        for batch in trainer.get_eval_dataloader():
+            if task == "seq-cls":
+                labels = batch.pop("labels")
+                gain, count = float((trainer.model(**batch).logits.argmax(-1) == labels).sum()), len(labels)
+            else:
+                count = int((batch["labels"][:, 1:] != IGNORED).sum())
+                gain = float(trainer.loss(trainer.model, batch)) * count
+            gained, units = gained + gain, units + count
+    mean = gained / units
+    return mean if task == "seq-cls" else math.exp(min(mean, 700.0))
 
 
 @contextmanager
@@ -182,22 +250,17 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     model.train()
 
 
-def _accuracy(model: nn.Module, batch: Batch) -> tuple[float, int]:
-    labels = batch.pop("labels")
-    return float((model(**batch).logits.argmax(-1) == labels).sum()), len(labels)
-
-
-def _loss_sum(loss: Loss, model: nn.Module, batch: Batch) -> tuple[float, int]:
-    """Return the summed loss and the number of predicted tokens: all but each row's first."""
-    count = int((batch["labels"][:, 1:] != IGNORED).sum())
-    return float(loss(model, batch)) * count, count
-
-
-def _linear_schedule(optimizer: torch.optim.Optimizer, warmup: int, steps: int) -> torch.optim.lr_scheduler.LRScheduler:
-    def factor(step: int) -> float:
-        return (step + 1) / (warmup + 1) if step < warmup else (steps - step) / max(1, steps - warmup)
-
-    return torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+def _report(
+    config: FinetuneConfig, model: nn.Module, steps: int, safe: SafeCallback | None, console: Console
+) -> FreezeReport:
+    title = f"{config.model} on {Path(config.train).name}"
+    if safe is None:
+        return FreezeReport(title, {"method": config.method}, steps, _adapters(model))
+    try:
+        return replace(safe.report(memory=True), model=title)
+    except PlanError as error:
+        console.print(f"no memory plan: {error}", highlight=False)
+        return replace(safe.report(), model=title)
 
 
 def _adapters(model: nn.Module) -> tuple[AdapterRecord, ...]:

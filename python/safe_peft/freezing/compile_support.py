@@ -12,11 +12,11 @@ _stances: list[torch._dynamo.set_stance] = []  # ours, which knows the one that 
 
 
 class EagerForwards:
-    """Has compiled models run their Python code, uncompiled, while a scoring looks at their forwards.
+    """Has compiled models run their Python code, uncompiled, while a scoring step looks at their forwards.
 
     A graph that scores is another graph than one that does not: every freezing would compile two. Scorings are rare,
     so they do without. The stance that was set before is set again when this is not needed any longer: at `end`, or
-    when a training that was broken off in the middle of a scoring is forgotten.
+    when a training that was broken off in a scoring step is forgotten.
     """
 
     def __init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -10,7 +11,6 @@ from typing import Any
 
 from ..errors import ConfigError
 from .curves import curve_names
-from .sizes import parse_size
 
 Point = int | float
 """A moment of the training: an int counts optimizer steps, a float is a share of the training."""
@@ -21,6 +21,12 @@ RECOMPUTE = ("off", "frozen", "auto")
 ON_NONFINITE = ("warn", "raise")
 MOST = 2**53
 """As far as floats, and with them any reader of JSON, count exactly."""
+_UNITS = {"": 1, "B": 1} | {
+    f"{prefix}{unit}": base**power
+    for power, prefix in enumerate("KMGT", 1)
+    for unit, base in (("B", 1000), ("iB", 1024))
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
 @dataclass(frozen=True)
@@ -237,3 +243,28 @@ def _check_point(name: str, value: object) -> None:
     is_step = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
     expected = "optimizer steps (an int >= 0) or a share of the training (a float between 0.0 and 1.0)"
     _check(is_share or is_step, name, expected, value)
+
+
+def parse_size(text: Any, option: str = "memory_budget") -> int:
+    """Read a number of bytes.
+
+    Args:
+        text: an int, or a number with a unit: B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).
+        option: named in errors.
+
+    Raises:
+        ConfigError: It is no such thing, or not above zero.
+
+    Example:
+        >>> parse_size("6GiB"), parse_size("800 MB")
+        (6442450944, 800000000)
+    """
+    if isinstance(text, int) and not isinstance(text, bool):
+        size = text
+    else:
+        match = _SIZE.fullmatch(text) if isinstance(text, str) else None
+        unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
+        size = int(float(match[1]) * _UNITS[unit]) if match and unit is not None else 0
+    if size < 1:
+        raise ConfigError(f'{option}: expected bytes above zero, such as "6GiB", "800MB" or an int, got {text!r}.')
+    return size

@@ -33,7 +33,7 @@ class Decisions:
         self._others_train = others_train
 
     def record(self, step: int, importance: Mapping[str, float]) -> None:
-        """Take in a scoring.
+        """Take in a scoring step.
 
         Args:
             step: optimizer steps done.
@@ -48,7 +48,7 @@ class Decisions:
         self.ledger.record_scoring(step, importance, self.ledger.threshold if threshold is None else threshold)
 
     def end_warmup(self, step: int) -> None:
-        """End warm-up at its last moment; before that a scoring that shows importance at rest ends it."""
+        """End warm-up at its last moment; before that a scoring step that shows importance at rest ends it."""
         if self._is_warm(step) and step >= self._schedule.max_warmup:
             self.ledger.warmup_end = step
 

@@ -21,10 +21,10 @@ from ..distributed.wrappers import trains_besides, unwrap
 from ..errors import BindingError, SafeError, StateError
 from ..files import jsonio
 from ..files.checkpoints import fingerprints
-from ..files.checksum import signed
 from ..report.records import AdapterRecord
 from ..report.report import FreezeReport
 from .byte_planner import Planner
+from .compile_support import EagerForwards
 from .config import SafeConfig, check_int
 from .decisions import Decisions
 from .enforcement import Holding
@@ -86,7 +86,7 @@ class AdapterFreezer:
         self._optimizers = Optimizers(optimizer)
         self._step = first_step = check_int("first_step", first_step, least=0)
         self._nonfinite = NonFinite(self.config)
-        self._engine = Engine(self.model, model, process_group)
+        self._engine, self._first_forward = Engine(self.model, model, process_group), EagerForwards()
         with ExitStack() as undo:
             try:
                 self._make(model, total_steps, undo)
@@ -122,7 +122,7 @@ class AdapterFreezer:
         self.planner = Planner(self.model, self.config, others_train, self._adapters, shared=not self._engine.alone)
         undo.callback(self.planner.close)
         self._decisions = Decisions(self.config, self.schedule, self.planner, len(names), others_train)
-        self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config)
+        self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config, self._engine)
         undo.callback(self._scorer.close)
         self._holding = Holding(self._adapters, self.binding, self._optimizers, self._engine, self.config)
 
@@ -147,7 +147,7 @@ class AdapterFreezer:
         return tuple(name for name, value in self.ledger.importance.items() if not math.isfinite(value))
 
     def step(self) -> tuple[str, ...]:
-        """Account for one optimizer step that is done: finish a scoring, and freeze if the schedule says so.
+        """Account for one optimizer step that is done: finish a scoring step, and freeze if the schedule says so.
 
         Call it after `optimizer.step()`, before or after `zero_grad()`, once per optimizer step.
 
@@ -161,6 +161,7 @@ class AdapterFreezer:
         """
         self._check_attached()
         self._engine.check_step()
+        self._first_forward.end()
         self._step += 1
         self.standing.finished = self._step >= (self.schedule.total_steps or math.inf)
         error = None
@@ -182,7 +183,7 @@ class AdapterFreezer:
     def _measure(self) -> dict[str, float]:
         """Score over all processes: what one of them alone has seen decides nothing."""
         where = f"{self._step} {self.ledger.frozen}"
-        importance, other_batch = self._scorer.measure(self._engine, same=where, batch=self.planner.mark)
+        importance, other_batch = self._scorer.measure(same=where, batch=self.planner.mark)
         known = self.planner.knowledge
         self.planner.agree(self._engine.gather(known) if other_batch else [known])
         return importance
@@ -201,7 +202,7 @@ class AdapterFreezer:
         return names
 
     def _arm(self, due: bool = False) -> None:
-        """Prepare the coming step; a scoring that is `due` had nothing to go by before."""
+        """Prepare the coming step; a scoring step that is `due` had nothing to go by before."""
         frozen = set(self.ledger.frozen)
         live = [index for index, adapter in enumerate(self._adapters) if adapter.name not in frozen]
         if due or self._scorer.armed or is_scoring_step(self.schedule, self._step + 1):
@@ -268,6 +269,7 @@ class AdapterFreezer:
         if not self.standing.attached:
             return
         self.standing.attached = False
+        self._first_forward.end()
         self._scorer.close()
         self.planner.close()
         if not keep_frozen:
@@ -277,7 +279,7 @@ class AdapterFreezer:
         self.binding.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all that is needed to go on after a restart, as JSON values with a checksum.
+        """Return all that is needed to go on after a restart, as JSON values.
 
         Example:
             >>> json.dumps(freezer.state_dict())  # doctest: +SKIP
@@ -293,7 +295,7 @@ class AdapterFreezer:
             state: what `state_dict` returned, for the same options, optimizer and adapters; `total_steps` may differ.
 
         Raises:
-            StateError: It belongs to something else, is damaged or was edited; nothing is changed then.
+            StateError: It belongs to something else or is damaged; nothing is changed then.
             BindingError: The freezer is detached, or PEFT has deleted an adapter or unloaded the model.
         """
         self._check_attached()
@@ -306,6 +308,8 @@ class AdapterFreezer:
         self._scorer.disarm()
         self._arm(due=saved.evidence.due)
         self._scorer.load_evidence(saved.evidence)
+        if self._engine.waits:  # compiled, the next forward would not show DDP's wrapper
+            self._first_forward.begin()
         if saved.total_steps != (total := self.schedule.total_steps):
             what = "the state is of a training of %s steps, and this has %s: the last freezing is at step %d now."
             logger.warning(what, saved.total_steps, total, self.schedule.freeze_end)
@@ -325,7 +329,7 @@ class AdapterFreezer:
             >>> freezer.save("checkpoint-8/safe_state.json")  # doctest: +SKIP
         """
         found = fingerprints(jsonio.path_of(path).parent, files)
-        jsonio.write_json(path, signed({**self.state_dict(), **({FILES: found} if found else {})}))
+        jsonio.write_json(path, self.state_dict() | ({FILES: found} if found else {}))
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Go on from what `save` wrote; see `load_state_dict`.
@@ -334,7 +338,7 @@ class AdapterFreezer:
             path: the file.
 
         Raises:
-            StateError: It is missing or damaged, was edited, or belongs to something else; nothing is changed then.
+            StateError: It is missing or damaged, or belongs to something else; nothing is changed then.
             BindingError: The freezer is detached.
 
         Example:
@@ -347,4 +351,4 @@ class AdapterFreezer:
             raise StateError(f"{path}: {error}") from error
 
     def _owner(self) -> Owner:
-        return Owner(self.config, self._optimizers.kinds, self._traits, self.binding.blocks, self._engine.process)
+        return Owner(self.config, self._optimizers.kinds, self._traits, self._engine.process)

@@ -6,10 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
 
-from ..errors import StateError
-from ..files import jsonio
 from ..report.records import Freezing, Scoring
 
 
@@ -35,18 +32,13 @@ class Ledger:
     freezings: list[Freezing] = field(default_factory=list)
 
     def record_scoring(self, step: int, importance: Mapping[str, float], threshold: float | None = None) -> None:
-        """Add a scoring.
+        """Add a scoring step.
 
         Args:
             step: optimizer steps done.
             importance: by adapter name; nan where it could not be told.
             threshold: the one in force, if any.
-
-        Raises:
-            StateError: `step` lies before an earlier scoring.
         """
-        if self.scorings and step < self.scorings[-1].step:
-            raise StateError(f"scoring at step {step} comes after one at step {self.scorings[-1].step}.")
         self.scorings.append(Scoring(step, threshold, dict(importance)))
 
     def record_freezing(self, step: int, name: str, threshold: float | None = None) -> None:
@@ -56,12 +48,7 @@ class Ledger:
             step: optimizer steps done.
             name: the adapter.
             threshold: the one it did not exceed, if any.
-
-        Raises:
-            StateError: The adapter is frozen already.
         """
-        if name in self.frozen:
-            raise StateError(f"adapter {name!r} is frozen already; an adapter freezes once.")
         self.freezings.append(Freezing(step, name, self.importance.get(name, math.nan), threshold))
 
     @property
@@ -87,14 +74,8 @@ class Ledger:
         events: list[Scoring | Freezing] = [*self.scorings, *self.freezings]
         return max([self.warmup_end or 0, *(event.step for event in events)])
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Every adapter that was scored or frozen."""
-        scored = [name for scoring in self.scorings for name in scoring.importance]
-        return tuple(dict.fromkeys([*scored, *self.frozen]))
-
     def order(self, names: Iterable[str]) -> None:
-        """Put importance in the model's order, which decides between equals, and which a JSON file need not keep.
+        """Put importance in the model's order, which decides between equals; a Trainer sorts the names of its JSON.
 
         Args:
             names: all adapters, in the model's order.
@@ -128,57 +109,3 @@ class Ledger:
                 "importance_max": max(values),
             }
         return {f"safe/{name}": float(value) for name, value in metrics.items()}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the record as JSON values; an importance that is not finite becomes null.
-
-        Example:
-            >>> Ledger.from_dict(Ledger(warmup_end=3).to_dict()).warmup_end
-            3
-        """
-        return {
-            "warmup_end": self.warmup_end,
-            "scorings": jsonio.encode(self.scorings),
-            "freezings": jsonio.encode(self.freezings),
-        }
-
-    @classmethod
-    def from_dict(cls, data: Any) -> Ledger:
-        """Read what `to_dict` wrote.
-
-        Args:
-            data: the JSON values.
-
-        Raises:
-            StateError: A part is missing, of the wrong type, or contradicts another.
-        """
-        if not isinstance(data, dict) or data.keys() != {"warmup_end", "scorings", "freezings"}:
-            raise StateError(
-                "ledger: expected warmup_end, scorings and freezings; the state is damaged, so save it again."
-            )
-        ledger = cls(
-            jsonio.decode(int | None, data["warmup_end"], "ledger.warmup_end"),
-            list(jsonio.decode(tuple[Scoring, ...], data["scorings"], "ledger.scorings")),
-            list(jsonio.decode(tuple[Freezing, ...], data["freezings"], "ledger.freezings")),
-        )
-        ledger._check()
-        return ledger
-
-    def _check(self) -> None:
-        """Refuse what contradicts itself: every freezing follows from the scoring before it."""
-        steps = [[scoring.step for scoring in self.scorings], [freezing.step for freezing in self.freezings]]
-        start = self.warmup_end if self.freezings else 0
-        for holds, what in (
-            (len(set(self.frozen)) == len(self.freezings), "freezings: an adapter freezes once"),
-            (all(row == sorted(row) for row in steps), "steps must not go back"),
-            (all(step > 0 for row in steps for step in row), "steps begin at 1"),
-            (self.warmup_end is None or self.warmup_end >= 0, "warmup_end: expected a step"),
-            (start is not None and all(step >= start for step in steps[1]), "freezings: none comes before warmup_end"),
-            (all(self._follows(freezing) for freezing in self.freezings), "freezings: one follows from no scoring"),
-        ):
-            if not holds:
-                raise StateError(f"ledger.{what}; the state is damaged, so use an older one.")
-
-    def _follows(self, freezing: Freezing) -> bool:
-        before = [scoring for scoring in self.scorings if scoring.step <= freezing.step]
-        return bool(before) and before[-1].importance.get(freezing.name) == freezing.importance

@@ -31,11 +31,11 @@ def broken_parts(evidence: Evidence) -> tuple[str, ...]:
     sums = None if evidence.statistics is None else evidence.statistics.sums
     parts = {
         "activations": sums,
-        "lora_A": evidence.lora_A,
-        "lora_B": evidence.lora_B,
-        "the gradient of lora_A": evidence.grad_A,
-        "the gradient of lora_B": evidence.grad_B,
-        "the base weight": evidence.base_weight,
+        "lora_A": evidence.lora_A(),
+        "lora_B": evidence.lora_B(),
+        "the gradient of lora_A": evidence.grad_A(),
+        "the gradient of lora_B": evidence.grad_B(),
+        "the base weight": evidence.base_weight(),
     }
     tensors = {name: tensor for name, tensor in parts.items() if tensor is not None and tensor.is_floating_point()}
     return tuple(name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all()))
@@ -56,7 +56,7 @@ class NonFinite:
     def note(
         self, step: int, importance: Mapping[str, float], broken: Mapping[str, tuple[str, ...]]
     ) -> ScoreError | None:
-        """Take in a scoring.
+        """Take in a scoring step.
 
         Args:
             step: optimizer steps done.

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,8 +17,6 @@ from safe_kernels import AdapterStatistics, RowBlocks
 
 from ..binding.adapters import Adapter
 from ..binding.forward_hooks import Call, Watcher
-from ..distributed.refusals import REPLICA
-from ..errors import BindingError
 
 Sums = dict[torch.device, Tensor]
 
@@ -34,11 +33,20 @@ class Observation:
         adapters: whom to score.
         blocks: row blocks per batch.
         block_rows: rows per block.
+        begins: called with what is called, as each forward begins.
     """
 
-    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], blocks: int, block_rows: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        adapters: Sequence[Adapter],
+        blocks: int,
+        block_rows: int,
+        begins: Callable[[nn.Module], None] = lambda module: None,
+    ) -> None:
         self._adapters = adapters
         self._spread = partial(RowBlocks.spread, blocks=blocks, block_rows=block_rows)
+        self._begins = begins
         self._armed: list[int] = []
         self._shift = 0
         self._sums: Sums = {}
@@ -60,7 +68,7 @@ class Observation:
         for index in live:
             adapter = self._adapters[index]
             if adapter.state is not None:
-                adapter.state.observe[adapter.key] = partial(self._statistics, index)
+                adapter.state.observe[adapter.key] = StatisticsSlot(self, index)
 
     def finish(self) -> Tensor:
         """Stop observing.
@@ -126,8 +134,7 @@ class Observation:
 
     def _begin_forward(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """A new batch: its rows and its padding are others."""
-        if getattr(call.module, "_is_replica", False):
-            raise BindingError(f"{REPLICA}.")
+        self._begins(call.module)
         if not self._armed:
             return
         found = list(_masks(call.module, args, kwargs))
@@ -150,8 +157,13 @@ class Observation:
             for device, gathered in found.items():
                 self._buffer(sums, device).add_(gathered)
 
-    def _statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
-        """Where one adapter's coming call is to add its sums."""
+    def statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
+        """Return where one adapter's coming call is to add its sums; None if that call does not count.
+
+        Args:
+            index: the adapter's.
+            x: the call's input, or features, in whose last dimension they lie.
+        """
         if self._watcher.is_suspended or x.numel() == 0 or not torch.is_grad_enabled():
             return None
         call, task = self._watcher.current, torch._C._current_graph_task_id()
@@ -174,6 +186,23 @@ class Observation:
                 weight = real if weight is None else weight & real
             known[key] = self._spread(rows, row_weight=weight, shift=self._shift, device=x.device)
         return known[key]
+
+
+@dataclass(frozen=True, eq=False)
+class StatisticsSlot:
+    """An adapter's place in an observation; in a step that is scored, its layer calls this with what a call is given.
+
+    Args:
+        observation: what gathers the sums.
+        index: the adapter's.
+    """
+
+    observation: Observation
+    index: int
+
+    def __call__(self, x: Tensor) -> AdapterStatistics | None:
+        """Return where the coming call is to add its sums; None if it does not count."""
+        return self.observation.statistics(self.index, x)
 
 
 def _masks(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

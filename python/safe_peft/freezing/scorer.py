@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from safe_kernels import AdapterStatistics
 
 from ..binding.adapters import Adapter
-from ..binding.adapters.evidence import Evidence, Later
 from ..distributed import Engine
 from ..errors import ConfigError, ScoreError
 from .compile_support import EagerForwards
@@ -32,6 +31,7 @@ class Scorer:
         optimizers: those that train it; a score that reads gradients reads them before the step of the only one.
         adapters: whom this may be about.
         config: the options.
+        engine: the processes that train together.
 
     Attributes:
         broken: at the latest scoring, by adapter name, which parts of its evidence held NaN or Inf.
@@ -46,8 +46,9 @@ class Scorer:
         optimizers: Sequence[torch.optim.Optimizer],
         adapters: Sequence[Adapter],
         config: SafeConfig,
+        engine: Engine,
     ) -> None:
-        self._adapters = adapters
+        self._adapters, self._engine = adapters, engine
         self._seed = config.seed
         self._score = find_score(config.score)
         self._live: list[int] = []
@@ -58,14 +59,16 @@ class Scorer:
                 f"score: {config.score!r} reads gradients before the step of one optimizer, and here are "
                 f'{len(optimizers)}; choose "cka", "relative_norm" or "random".'
             )
-        self.observation = Observation(model, adapters, config.score_blocks, config.block_rows)
+        self.observation = Observation(
+            model, adapters, config.score_blocks, config.block_rows, begins=engine.forward_begins
+        )
         self._forwards = EagerForwards() if self._score.needs_statistics or config.needs_plan else None
         hooked = self._score.needs_gradients
         self._hook = optimizers[0].register_step_pre_hook(self._before_optimizer_step) if hooked else None
 
     @property
     def armed(self) -> bool:
-        """Whether a scoring is due in the step that comes or runs."""
+        """Whether the step that comes or runs is a scoring step."""
         return bool(self._live)
 
     def arm(self, live: Sequence[int], shift: int) -> None:
@@ -96,11 +99,10 @@ class Scorer:
         """Whether there is something to judge: GradScaler may have skipped the step that gradients are read before."""
         return bool(self._gathered) or not self._score.needs_gradients
 
-    def measure(self, engine: Engine, *, same: str, batch: str) -> tuple[dict[str, float], bool]:
+    def measure(self, *, same: str, batch: str) -> tuple[dict[str, float], bool]:
         """Judge what was gathered in all processes, with one all_reduce.
 
         Args:
-            engine: the processes that train together.
             same: what has to be the same in all of them now.
             batch: what may differ.
 
@@ -113,18 +115,18 @@ class Scorer:
             ScoreError: The score is no number.
         """
         try:
-            return self._measure(engine, same, batch)
+            return self._measure(same, batch)
         finally:
             self.disarm()
 
-    def _measure(self, engine: Engine, same: str, batch: str) -> tuple[dict[str, float], bool]:
+    def _measure(self, same: str, batch: str) -> tuple[dict[str, float], bool]:
         if self._score.needs_statistics:
-            sums, _, differs = engine.sum(self.observation.finish(), same=same, batch=batch)
+            sums, _, differs = self._engine.sum(self.observation.finish(), same=same, batch=batch)
             return self._judge_all(sums.cpu()), differs
         own = self._gathered if self._score.needs_gradients else self._judge_all(None)
         names = [self._adapters[index].name for index in self._live]
         values = torch.tensor([own.get(name, math.nan) for name in names], dtype=torch.float64)
-        values, count, differs = engine.sum(values.to(self.observation.device), same=same, batch=batch)
+        values, count, differs = self._engine.sum(values.to(self.observation.device), same=same, batch=batch)
         return dict(zip(names, (values / count).tolist(), strict=True)), differs
 
     def close(self) -> None:
@@ -176,12 +178,8 @@ class Scorer:
         return {self._adapters[index].name: self._judge(index, row, grad_scale) for index, row in named}
 
     def _judge(self, index: int, sums: Tensor | None, grad_scale: float) -> float:
-        found = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
-        further: Any = {"generator": Later(lambda: random.Random(f"{self._seed}/{index}"))}
-        if grad_scale != 1.0:
-            further["grad_A"] = Later(lambda: _divided(found.grad_A, grad_scale))
-            further["grad_B"] = Later(lambda: _divided(found.grad_B, grad_scale))
-        evidence = Evidence(**vars(found) | further)
+        evidence = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
+        evidence.generator, evidence.grad_scale = random.Random(f"{self._seed}/{index}"), grad_scale
         made = self._score.function(evidence)
         try:
             value = float(made)
@@ -193,7 +191,3 @@ class Scorer:
         if parts := broken_parts(evidence):
             self.broken[self._adapters[index].name] = parts
         return math.nan
-
-
-def _divided(grad: Tensor | None, scale: float) -> Tensor | None:
-    return None if grad is None else grad.float() / scale

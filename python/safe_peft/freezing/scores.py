@@ -42,7 +42,7 @@ def register_score(
     Example:
         >>> @register_score("rank")
         ... def rank(evidence: Evidence) -> float:
-        ...     return float(evidence.lora_A.shape[0])
+        ...     return float(evidence.lora_A().shape[0])
     """
     if name in _SCORES:
         raise ConfigError(f"score {name!r} is registered already; choose another name.")
@@ -91,8 +91,8 @@ def relative_norm(evidence: Evidence) -> float:
 
     B A is never formed: |B A|^2 = trace(A' B' B A) is the sum over the elementwise product of two r x r Gram matrices.
     """
-    A, B, W = evidence.lora_A, evidence.lora_B, evidence.base_weight
-    if W is None and evidence.dequantise is not None:
+    A, B, W = evidence.lora_A(), evidence.lora_B(), evidence.base_weight()
+    if W is None:
         W = evidence.dequantise()
     if A is None or B is None or W is None:
         return math.nan
@@ -105,7 +105,7 @@ def relative_norm(evidence: Evidence) -> float:
 @register_score("gradient_sensitivity", needs_gradients=True)
 def gradient_sensitivity(evidence: Evidence) -> float:
     """Mean |parameter x gradient|: what the adapter is worth to the loss, to first order (Molchanov et al. 2019)."""
-    pairs = ((evidence.lora_A, evidence.grad_A), (evidence.lora_B, evidence.grad_B))
+    pairs = ((evidence.lora_A(), evidence.grad_A()), (evidence.lora_B(), evidence.grad_B()))
     known = [(weight, grad) for weight, grad in pairs if weight is not None and grad is not None]
     if not known:
         return math.nan

@@ -1,4 +1,4 @@
-"""The loss of a causal language model, by chunks of tokens."""
+"""The loss of a causal language model, computed in chunks of tokens."""
 
 from .check import IGNORED
 from .chunked import BY_NAME, Loss, chunked_loss, flop_formulas, own_loss

@@ -1,4 +1,4 @@
-"""Whether a loss in chunks is a model's own in a call: its arguments, its logits, and its loss on a few tokens."""
+"""Checks that a loss in chunks equals the model's own in a call: arguments, logits, and the loss on a few tokens."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from ..distributed.wrappers import unwrap
 from ..errors import ConfigError
 
 CHECKED_TOKENS = 32
-IGNORED = -100  # the target that PyTorch's cross-entropy leaves out
+IGNORED = -100  # the target that PyTorch's cross entropy ignores
 _PLAIN = (bool, int, float, str, type(None))
 _INPUTS = (
     *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "cache_position", "is_causal"),
     *("past_key_values", "use_cache", "return_dict", "output_attentions", "output_hidden_states"),
     *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),
 )
-"""Arguments that make hidden states, and that no loss reads."""
+"""Arguments that the hidden states depend on, and that no loss reads."""
 _CONTEXT = ("past_key_values", "attention_mask", "position_ids", "cache_position")
 _NEUTRAL = {"ignore_index": IGNORED, "logits_to_keep": 0, "output_router_logits": False, "shift_labels": None}
-"""Arguments that change a loss, or what it is given, unless they have these values."""
+"""Arguments that change a loss or its inputs, unless they have these values."""
 _MAKES_HIDDEN = ("pixel_", "image_", "video_", "input_", "mm_token")
-"""How names of tensors begin that hold pictures and sounds."""
-_INSTEAD = "take the model's own loss"
+"""Prefixes of the names of tensors with images and audio."""
+_INSTEAD = "use the model's own loss"
 _LARGE, _SHORT = 50.0, 4
 _AS_IF = 7
-"""What a loss is divided by where a call that gives `num_items_in_batch` is compared."""
+"""The value of `num_items_in_batch` in a comparison."""
 
 
 @dataclass
 class _Checked:
-    """The calls of a model that were compared, and what was true of it then."""
+    """The calls of a model that were compared, and the model's state at that time."""
 
     state: tuple[Any, ...]
     calls: set[tuple[Any, ...]] = field(default_factory=set)
@@ -51,24 +51,21 @@ _CHECKED: weakref.WeakKeyDictionary[nn.Module, _Checked] = weakref.WeakKeyDictio
 
 
 def check(model: nn.Module, batch: Mapping[str, Any]) -> nn.Linear:
-    """See that `chunked_loss` is the model's own loss in a call, and return the model's head.
+    """Check that `chunked_loss` equals the model's own loss in a call, and return the model's head.
 
     Args:
-        model: as `chunked_loss` takes it.
-        batch: likewise; a few tokens of it are tried if no such call was.
+        model: as in `chunked_loss`.
+        batch: as in `chunked_loss`; a call with new arguments is compared on a few of its tokens.
 
     Raises:
-        ConfigError: It is not, or cannot be.
-
-    Example:
-        >>> check(model, batch)  # doctest: +SKIP
+        ConfigError: The two losses differ, or the model or an argument is not supported.
     """
     inner = unwrap(model)
     base: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
     head, labels = _head(base), batch.get("labels")
     if not isinstance(labels, Tensor) or labels.dim() != 2:
         got = f"of shape {list(labels.shape)}" if isinstance(labels, Tensor) else type(labels).__name__
-        raise ConfigError(f"batch: expected labels [rows, tokens] in it, got {got}.")
+        raise ConfigError(f"batch: expected labels of shape [samples, tokens], got {got}.")
     _refuse_arguments(inner, base, batch)
     if isinstance(labels, FakeTensor):
         return head
@@ -84,32 +81,32 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> nn.Linear:
 
 
 def _refuse_arguments(inner: Any, base: Any, batch: Mapping[str, Any]) -> None:
-    """What a forward does not name goes to the loss function, among others; some of what it names changes the loss."""
+    """Refuse arguments that change the loss: the loss function also gets arguments that the forward does not name."""
     named = {*inspect.signature(base.forward).parameters, *getattr(inner, "special_peft_forward_args", ()), *_INPUTS}
     for name, value in batch.items():
         if name in _NEUTRAL and not (value is None or (type(value) in _PLAIN and value == _NEUTRAL[name])):
             wanted = f"expected {_NEUTRAL[name]!r}"
         elif name not in {*named, *_NEUTRAL, "labels", "num_items_in_batch"} and value is not None:
-            wanted = f"it is no argument of {type(base).__name__}'s own, and may change its loss"
+            wanted = f"{type(base).__name__}.forward does not name it, so it may change the loss"
         else:
             continue
         got = f"a {type(value).__name__}" if not isinstance(value, _PLAIN) else repr(value)
-        raise ConfigError(f"batch: {name} cannot be given to a chunked loss: {wanted}, got {got}; {_INSTEAD}.")
+        raise ConfigError(f"batch: the chunked loss does not support {name}: {wanted}, got {got}; {_INSTEAD}.")
     items = batch.get("num_items_in_batch")
     if items is not None and (items.numel() != 1 if isinstance(items, Tensor) else type(items) not in (int, float)):
-        raise ConfigError(f"batch: expected a number of items in num_items_in_batch, got {items!r}.")
+        raise ConfigError(f"batch: expected a number in num_items_in_batch, got {items!r}.")
     asked = batch.get("output_router_logits") is not None
     if not asked and any(config.get("output_router_logits") for config in _configs(base)):
         raise ConfigError(
-            f"loss: chunked does not add the routers' loss that {type(base).__name__}'s config asks for with "
-            f"output_router_logits; set that to False, or {_INSTEAD}."
+            f"loss: chunked does not add the routers' loss, and the config of {type(base).__name__} has "
+            f"output_router_logits=True; set it to False, or {_INSTEAD}."
         )
 
 
 def _call(base: Any, batch: Mapping[str, Any]) -> tuple[Any, ...] | None:
-    """What a call is remembered by; None if its loss may depend on values that the next such call changes."""
+    """Return a call's key; None if the loss may depend on values that differ in the next call with the same key."""
     if base._parameters or base._buffers:
-        return None  # it may scale its logits by them
+        return None  # the model may scale its logits by them
     found: list[Any] = [base.training]
     for name, value in sorted(batch.items()):
         if isinstance(value, _PLAIN) and name != "num_items_in_batch":
@@ -122,13 +119,13 @@ def _call(base: Any, batch: Mapping[str, Any]) -> tuple[Any, ...] | None:
 
 
 def _configs(base: Any) -> list[dict[str, Any]]:
-    """The values of a model's config and of those in it."""
+    """Return the values of a model's config and of the configs in it."""
     own = getattr(getattr(base, "config", None), "__dict__", {})
     return [dict(own), *(dict(value.__dict__) for value in own.values() if hasattr(value, "to_dict"))]
 
 
 def _state(inner: Any, base: Any, head: nn.Module) -> tuple[Any, ...]:
-    """What else decides about logits and loss: code, settings, and hooks where they come out."""
+    """Return the model's state that logits and loss depend on: code, settings, and hooks on the model and its head."""
     found: list[Any] = [*_configs(base), id(head), _reference(getattr(base, "loss_function", None))]
     for module in dict.fromkeys((inner, base, head)):
         own = module.__dict__
@@ -141,7 +138,7 @@ def _state(inner: Any, base: Any, head: nn.Module) -> tuple[Any, ...]:
 
 
 def _reference(function: Any) -> Any:
-    """A function to compare with, without keeping alive the model that it may hold."""
+    """Return a weak reference to a function, for comparisons: the function may refer to the model."""
     function = getattr(function, "__func__", function)
     return function if function is None else weakref.ref(function)
 
@@ -153,7 +150,7 @@ def _head(base: Any) -> nn.Linear:
         raise ConfigError(f"loss: chunked is for decoders, but {type(base).__name__} has an encoder; {_INSTEAD}.")
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     if type(head) is not nn.Linear or is_spread(head.weight):
-        got = "one that is spread over processes" if type(head) is nn.Linear else type(head).__name__
+        got = "one that is sharded over processes" if type(head) is nn.Linear else type(head).__name__
         raise ConfigError(
             f"loss: chunked needs a model whose head is a plain torch.nn.Linear, got {got} in {type(base).__name__}; "
             f"{_INSTEAD}."
@@ -162,23 +159,23 @@ def _head(base: Any) -> nn.Linear:
 
 
 def cast(hidden: Tensor) -> Tensor:
-    """Give what a head is given the dtype of the head's product: accelerate has autocast on within the model alone.
+    """Cast the head's input to the dtype of the head's product: accelerate uses autocast only inside the model.
 
     Args:
-        hidden: what the head is given, inside the model's forward.
+        hidden: the head's input, inside the model's forward.
     """
     return hidden.to(torch.get_autocast_dtype(hidden.device.type)) if autocasts(hidden) else hidden
 
 
 def see_one(found: list[Tensor], shape: torch.Size) -> None:
-    """See that the head was called once, for every token.
+    """Check that the head was called once, with the hidden states of every token.
 
     Args:
-        found: what it was given.
-        shape: the labels'.
+        found: the inputs of the head.
+        shape: the shape of the labels.
 
     Raises:
-        ConfigError: It was not.
+        ConfigError: The head was not called exactly once, or not with every token.
     """
     if len(found) != 1:
         raise ConfigError(f"loss: chunked needs a model that calls its head once, got {len(found)} calls.")
@@ -192,16 +189,16 @@ def parameters(head: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | No
 
     Args:
         head: the layer.
-        dtype: the dtype that its product is computed in.
+        dtype: the dtype of the head's product.
     """
     return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
 
 def _compare(inner: nn.Module, base: nn.Module, head: nn.Linear, batch: Mapping[str, Any]) -> None:
-    """Whether the model's logits are what its head gives, and its loss their cross entropy, on a few tokens.
+    """Check on a few tokens that the model's logits are its head's output, and its loss their cross entropy.
 
-    On the whole batch if something in it, such as a picture, cannot be cut. In inference mode, so that what watches
-    a training takes it for none of its batches. The head's results are made large, which shows what caps them.
+    The check uses the whole batch if a part of it, such as an image, cannot be cut. It runs in inference mode, so that
+    a freezer does not take it for a training batch. The head's output is scaled up, which reveals a cap on the logits.
     """
     small, targets = _few(batch)
     devices = [targets.device] if targets.device.type == "cuda" else []
@@ -228,9 +225,8 @@ def _compare(inner: nn.Module, base: nn.Module, head: nn.Linear, batch: Mapping[
     if not (same_logits and abs(float(own.loss) - loss) <= close * max(1.0, abs(loss))):
         what = "losses" if same_logits else "logits"
         raise ConfigError(
-            f"loss: chunked would train another model than {type(base).__name__}, whose {what} are not those of its "
-            f"head and a cross entropy (on a few tokens its loss is {float(own.loss):.4f}, chunked {loss:.4f}); "
-            f"{_INSTEAD}."
+            f"loss: chunked differs from the loss of {type(base).__name__}, whose {what} are not those of its head and "
+            f"a cross entropy (on a few tokens its own loss is {float(own.loss):.4f}, chunked {loss:.4f}); {_INSTEAD}."
         )
 
 
@@ -241,13 +237,13 @@ def _agree(one: Any, other: Tensor, close: float) -> bool:
 
 
 def _few(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
-    """A few tokens of two rows, of which one is not padded and the other's last few are, one of them with a target.
+    """Return a few tokens of two samples. One token has no target, and the last tokens are masked but have a target.
 
-    That tells a mean over tokens from one over rows, and a loss that leaves out what the attention mask does.
+    This shows whether the loss is a mean over tokens or over samples, and whether it ignores masked tokens.
     """
     labels = batch["labels"]
     rest = {name: value for name, value in batch.items() if name not in ("labels", "num_items_in_batch")}
-    if rest.get("past_key_values") is not None:  # which a call would add to; what comes after the head asks for none
+    if rest.get("past_key_values") is not None:  # the call would add to this cache, and the comparison does not need it
         rest = {name: value for name, value in rest.items() if name not in _CONTEXT}
     tensors = [value for value in rest.values() if isinstance(value, Tensor)]
     few = (slice(2), slice(CHECKED_TOKENS)) if all(t.shape[:2] == labels.shape for t in tensors) else ...
@@ -265,7 +261,7 @@ def _few(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
 
 @contextmanager
 def _evaluating(model: nn.Module, base: nn.Module) -> Iterator[None]:
-    """Every module inside as in evaluation, and afterwards as it was; what makes the loss sees whether it trains."""
+    """Set all modules to evaluation mode, except the model itself, whose mode the loss may read; restore them later."""
     modes = [(module, module.training) for module in model.modules()]
     training = base.training
     model.eval()

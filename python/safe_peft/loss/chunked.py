@@ -1,4 +1,4 @@
-"""The loss of a causal language model without the logits of all its tokens at once."""
+"""The loss of a causal language model, without the logits of all tokens in memory at the same time."""
 
 from __future__ import annotations
 
@@ -16,40 +16,51 @@ Loss = Callable[[nn.Module, dict[str, Any]], Any]
 
 
 def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """Return what the model itself says its loss is.
+    """Return the model's own loss.
 
     Args:
-        model: of transformers, or PEFT's around one.
+        model: a model of transformers, or a PEFT model around one.
         batch: the model's arguments by name, with labels.
 
     Example:
-        >>> own_loss(model, batch).backward()  # doctest: +SKIP
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> tokens = torch.tensor([[1, 2, 3, 4]])
+        >>> own_loss(model, {"input_ids": tokens, "labels": tokens}).backward()
     """
     return model(**batch).loss
 
 
 def chunked_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-    """Compute a causal language model's own loss some tokens at a time, so that whole logits are never in memory.
+    """Compute a causal language model's own loss some tokens at a time, so the complete logits are never in memory.
 
-    The same number to the rounding of the dtype, by PyTorch's `linear_cross_entropy`. For 2,048 tokens and a vocabulary
-    of 49,152 one copy of the logits takes 384 MiB in fp32, and the model's own loss makes several. The model is called
-    as always, but for its head. The arguments of every call are looked at. Each new combination of them is compared,
-    on a few tokens, with the model's own logits and loss, and again when the model's configuration or code changes.
+    The result is the same, to the rounding of the dtype. PyTorch's `linear_cross_entropy` computes it. For 2,048 tokens
+    and a vocabulary of 49,152, one copy of the logits takes 384 MiB in fp32, and the model's own loss makes several
+    copies. The model is called as usual; only its head gets one token instead of all. Every call checks its arguments.
+    A new combination of arguments is compared with the model's own logits and loss, on a few tokens. So is the next
+    call after a change of the model's configuration or code.
 
     Args:
-        model: a causal language model of transformers, PEFT's around one, or DDP's around that; bound or not.
-        batch: the model's arguments by name, with `labels` [rows, tokens]; -100 is left out. With `num_items_in_batch`
-            the sum of the tokens' losses is divided by that, as transformers does.
+        model: a causal language model of transformers, a PEFT model around one, or DDP around that; bound or not.
+        batch: the model's arguments by name, with `labels` [samples, tokens]; the label -100 is ignored. With
+            `num_items_in_batch`, the sum of the tokens' losses is divided by it, as in transformers.
 
     Returns:
-        The loss, of one element. Of a model in bf16 it is rounded to bf16 where gradients are taken; they are not.
+        The loss, a tensor of one element. For a model in bf16 the loss is rounded to bf16 when gradients are computed;
+        the gradients are not.
 
     Raises:
         ConfigError: PyTorch is older than 2.13, the batch has no labels, an argument changes the loss in another way,
-            or the model has no plain linear head, or does something else with its logits than a cross entropy.
+            the model has no plain linear head, or its loss is not the cross entropy of its logits.
 
     Example:
-        >>> chunked_loss(model, batch).backward()  # doctest: +SKIP
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
+        >>> tokens = torch.tensor([[1, 2, 3, 4]])
+        >>> loss = chunked_loss if hasattr(torch.nn, "LinearCrossEntropyOptions") else own_loss  # torch >= 2.13
+        >>> loss(model, {"input_ids": tokens, "labels": tokens}).backward()
     """
     head, arguments = check(model, batch), dict(batch)
     labels, items = arguments.pop("labels"), arguments.pop("num_items_in_batch", None)
@@ -57,7 +68,7 @@ def chunked_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
 
 
 def _hidden(model: nn.Module, head: nn.Linear, arguments: dict[str, Any], shape: torch.Size) -> Tensor:
-    """What the head is given, in the dtype it would compute in; of that it computes the last token's logits alone."""
+    """Return the head's input, in the dtype of its product; the head itself computes only the last token's logits."""
     found: list[Tensor] = []
 
     def take(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -83,22 +94,26 @@ def _loss(hidden: Tensor, head: nn.Linear, labels: Tensor, items: Any) -> Tensor
     if torch.is_grad_enabled():
         mean = compute()
     else:
-        losses = compute(reduction="none")  # a mean in bf16 is rounded; without gradients these cost no more
+        losses = compute(reduction="none")  # a mean in bf16 is rounded; without gradients, single losses cost the same
         mean = losses.sum(dtype=torch.promote_types(losses.dtype, torch.float32)) / (targets != IGNORED).sum()
     return mean if items is None else mean * (count / items)
 
 
 def _flops(rows: torch.Size, weight: torch.Size, *others: Any, out_shape: Any = None) -> int:
-    """Of PyTorch's op in chunks, which is one op to its counter: logits, and the gradients that it makes with them."""
+    """Count the FLOPs of PyTorch's chunked op: the logits, and the gradients that the same op computes."""
     products = 1 + sum(map(bool, others[10:12]))
     return 2 * rows[0] * weight[0] * weight[1] * products
 
 
 def flop_formulas() -> dict[Any, Any]:
-    """Return what `torch.utils.flop_counter` has to be told to count a loss in chunks.
+    """Return the formulas with which `torch.utils.flop_counter` counts a loss in chunks.
 
     Example:
-        >>> FlopCounterMode(custom_mapping=flop_formulas())  # doctest: +SKIP
+        >>> from torch.utils.flop_counter import FlopCounterMode
+        >>> with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
+        ...     _ = torch.ones(2, 2) @ torch.ones(2, 2)
+        >>> counter.get_total_flops()
+        16
     """
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return {}
@@ -109,4 +124,4 @@ def flop_formulas() -> dict[Any, Any]:
 
 
 BY_NAME: dict[str, Loss] = {"model": own_loss, "chunked": chunked_loss}
-"""What `--loss` takes; `options.LOSSES` are the same names."""
+"""The values of the command line's `--loss`."""

@@ -1,1 +1,1 @@
-"""What a training step will cost in memory, told without running it, and what to freeze so that it costs less."""
+"""Predicts the memory of a training step without running it, and chooses what to freeze so that a step fits."""

@@ -1,4 +1,4 @@
-"""Names what keeps a tensor alive, by the module that was running when autograd saved it."""
+"""Names the part of a model that retains a tensor, by the module that was running when autograd saved the tensor."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ _ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 
 
 class Places:
-    """Where every module of a model stands.
+    """The place of every module of a model: its path, block and part.
 
     Args:
-        model: the model.
+        modules: the model's modules with their paths.
         blocks: paths of its transformer blocks, lowest first.
-        short: shortens a path.
     """
 
     def __init__(self, modules: Sequence[tuple[str, nn.Module]], blocks: Sequence[str]) -> None:
@@ -30,19 +29,19 @@ class Places:
         self._keys = {path: adapter_keys(self._kinds[path]) for path in self._layers}
 
     def block(self, path: str) -> int:
-        """Index of the block that a path lies in, or -1."""
+        """Return the index of the block that contains a path, or -1."""
         return next((index for prefix in _prefixes(path) if (index := self._blocks.get(prefix, -1)) >= 0), -1)
 
     def layer(self, path: str) -> str | None:
-        """Path of the adapter layer that a path lies in, if any."""
+        """Return the path of the adapter layer that contains a path, if any."""
         return next((prefix for prefix in _prefixes(path) if prefix in self._layers), None)
 
     def part(self, path: str, *, before_blocks: bool) -> str:
-        """One of `retained.PARTS`.
+        """Return one of `retained.PARTS`.
 
         Args:
-            path: of the module that was running.
-            before_blocks: no block has run yet.
+            path: the path of the module that was running.
+            before_blocks: whether no block has run yet.
         """
         module = self._kinds[path]
         if self.layer(path) is not None:

@@ -1,4 +1,4 @@
-"""Asks an autograd graph which trainable tensors lie behind each of its nodes."""
+"""Finds the trainable tensors that each node of an autograd graph passes a gradient to."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def latest_node() -> int:
-    """Return the sequence number of the node made last in this thread: inside a save's hook, the one that saves.
+    """Return the sequence number of this thread's newest node: inside a pack hook, the node that saves the tensor.
 
     Example:
         >>> y = torch.ones(1, requires_grad=True).exp()
@@ -23,17 +23,17 @@ def latest_node() -> int:
 _ALIASES = frozenset(
     f"{name}Backward0" for name in ("T", "Transpose", "Permute", "View", "UnsafeView", "Alias", "Detach", "ToCopy")
 )
-"""Nodes between a parameter and the product that reads it: transposed, or cast."""
+"""Nodes that only transpose, view or cast a parameter before the product that reads it."""
 
 
 class Reach:
-    """The leaves behind every node of a graph, as bits.
+    """The leaves that every node of a graph reaches, as bits.
 
     Args:
         roots: nodes from which backward starts.
-        bit: gives a leaf's bits.
-        hidden: by a node's sequence number, the bits of the leaves of its block; they count where the block is
-            checkpointed with reentrance, since its graph is made in backward only.
+        bit: returns a leaf's bits.
+        hidden: by a node's sequence number, the bits of the leaves of its block. They count for a block with reentrant
+            checkpointing, because its graph is built only in backward.
 
     Example:
         >>> a, b = torch.ones(1, requires_grad=True), torch.ones(1, requires_grad=True)
@@ -49,11 +49,11 @@ class Reach:
     ) -> None:
         self._bit, self._hidden = bit, hidden or {}
         self._all: dict[Any, int] = {}
-        self._aliases: dict[Any, int] = {}  # leaves, and nodes that only show one leaf in another shape or dtype
+        self._aliases: dict[Any, int] = {}  # leaves, and nodes that only change the shape or dtype of one leaf
         self.direct: dict[int, int] = {}
         """By a node's sequence number, the leaves that it reads itself."""
         self.all: dict[int, int] = {}
-        """By a node's sequence number, every leaf behind it."""
+        """By a node's sequence number, every leaf that it reaches."""
         for root in roots:
             self._visit(root)
 

@@ -1,4 +1,4 @@
-"""Plans for a kind of device that may not be there: a training on a GPU, planned on a machine without one."""
+"""Plans for another kind of device: training on a GPU, planned on a machine without a GPU."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ KINDS = ("cpu", "cuda")
 
 
 def device_kind(device: str | torch.device | None) -> str:
-    """Return the kind of device that a plan is for, "" for wherever the model is.
+    """Return the kind of device that a plan is for; "" for the model's own device.
 
     Args:
-        device: such as "cuda" or "cpu"; its index does not matter.
+        device: such as "cuda" or "cpu"; its index is ignored.
 
     Raises:
-        PlanError: It is none of these.
+        PlanError: The device is not a CPU or a CUDA device.
 
     Example:
         >>> device_kind(torch.device("cuda", 1))
@@ -37,20 +37,20 @@ def device_kind(device: str | torch.device | None) -> str:
 
 
 def as_on(kind: str, here: torch.device) -> AbstractContextManager[Any]:
-    """Return what makes fake tensors on one device retain what those of another kind would.
+    """Return a context in which fake tensors on one device retain the same bytes as tensors on another kind of device.
 
     Args:
-        kind: where the model will train; "" for here.
-        here: where its fake copy lies.
+        kind: the kind of device for the training; "" for the current device.
+        here: the device of the model's fake copy.
     """
     return AsOnGpu() if kind == "cuda" and here.type == "cpu" else nullcontext()
 
 
 class AsOnGpu(TorchFunctionMode):
-    """PyTorch's ops keep for backward what their kernels need, and some of CUDA's need other things than the CPU's.
+    """Makes PyTorch's ops on a CPU retain what the CUDA kernels retain.
 
-    - `dropout`: one kernel, and a mask of one byte per element; on the CPU the mask is of the input's dtype.
-    - `scaled_dot_product_attention` with a dropout: two seeds; on the CPU all probabilities and a mask of them.
+    - `dropout` retains a mask of one byte per element on a GPU, and a mask of the input's dtype on a CPU.
+    - `scaled_dot_product_attention` with dropout retains two seeds on a GPU, and on a CPU all probabilities and a mask.
 
     Example:
         >>> with AsOnGpu():
@@ -59,7 +59,7 @@ class AsOnGpu(TorchFunctionMode):
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the function, or what stands for it on a GPU."""
+        """Run the function, or its replacement for a GPU."""
         stand_in = _ON_GPU.get(func, func)
         return stand_in(*args, **(kwargs or {}))
 
@@ -73,7 +73,7 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **others: Any
 ) -> Tensor:
-    """There are no values to drop, so the dropout only has to draw: the random state shows that the block is random."""
+    """Compute attention without dropout, and draw one number, so that the block counts as random."""
     if dropout_p:
         torch.rand(1, device=query.device)
     return F.scaled_dot_product_attention(query, key, value, attn_mask, **others)

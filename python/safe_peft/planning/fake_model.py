@@ -1,4 +1,4 @@
-"""Copies a model without its values: tensors that have a shape, a dtype and a storage, but no memory."""
+"""Copies a model without its values: the tensors have a shape, a dtype and a storage, but no memory."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ from ..binding.blocks import parts_of
 from ..binding.blocks.norms import INVERTS, Norm
 from ..distributed.fsdp import is_spread
 from ..distributed.wrappers import buffers_of, parameters_of, walk
-from ..errors import PlanError
+from ..errors import PlanError, first_line
 from .sharded import check_sharding, copy_units, whole_dtypes
 
 _ALL, _ANY = torch.ops.aten.all.default, torch.ops.aten.any.default
 _FIND_PACKED = "find_packed_sequence_indices"
 _PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor})
 _ATTACHED = "_attached"
-"""On a copied parameter: names of the attributes that came along."""
+"""Attribute of a copied parameter: names of the attributes that were copied with it."""
 
 
 class FakeModel:
-    """A copy of a model on fake tensors. The model itself is neither changed nor read, and may be on the meta device.
+    """A copy of a model on fake tensors. The model itself does not change, and may be on the meta device.
 
-    Hooks and replaced forwards come along, as `copy.deepcopy` copies them; bindings and a freezer's hooks do not. So do
-    the scales of quantised weights, wherever a layer keeps them: `tensors` are all that the copy holds.
+    Hooks and replaced forwards are copied, as by `copy.deepcopy`. Bindings and a freezer's hooks are not. The scales of
+    quantised weights are copied from any attribute of a layer. `tensors` lists all tensors of the copy.
 
     Args:
         model: any module.
-        kind: of the device that the plan is for; what lies on one of another kind is copied to the CPU.
+        kind: the kind of device that the plan is for; tensors on another kind of device are copied to the CPU.
 
     Raises:
-        PlanError: It cannot be copied.
+        PlanError: The model cannot be copied.
 
     Example:
         >>> fake = FakeModel(nn.Linear(2, 3, device="meta"))
@@ -73,17 +73,17 @@ class FakeModel:
                     _attach(parameter, memo)
         except Exception as error:
             raise PlanError(
-                f"{type(model).__name__} cannot be copied for a plan ({first_line(error)}); take off what was put on "
-                "its modules, or plan before that."
+                f"{type(model).__name__} cannot be copied for a plan ({first_line(error)}); remove what was added to "
+                "its modules, or make the plan before you add it."
             ) from error
         self.tensors += [*parameters_of(self.module), *buffers_of(self.module)]
         self._note_norms(model)
 
     def _note_norms(self, model: nn.Module) -> None:
-        """Whether a norm can do without its input depends on its weights' values, which the copy does not have."""
+        """Store on each copied norm whether it can retain its output: this depends on the values of its weights."""
         parameters = parameters_of(model)
         if any(isinstance(p.data, FakeTensor) or p.is_meta or is_spread(p) for p in parameters):
-            return  # nothing to look at, at least not without other processes, or noted before
+            return  # no values, values that only all processes together have, or already stored
         norms = {id(module): part for _, module, part in parts_of(model) if isinstance(part, Norm)}
         for (_, original), (_, module) in zip(walk(model), walk(self.module), strict=True):
             if id(original) in norms:
@@ -96,7 +96,7 @@ class FakeModel:
         if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
             return self.mode.from_tensor(tensor, static_shapes=True)
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._shapes:  # tensors that share memory go on sharing it
+        if storage._cdata not in self._shapes:  # tensors that share memory share it in the copy too
             count = storage.nbytes() // tensor.element_size()
             self._shapes[storage._cdata] = torch.empty(count, dtype=tensor.dtype, device=self._device(tensor))
         base = self._shapes[storage._cdata]
@@ -112,7 +112,7 @@ class FakeModel:
 
 
 class _Copying(FakeCopyMode):
-    """Copies tensors that modules hold in addition to their parameters and buffers, as quantised layers do."""
+    """Copies tensors in other attributes than parameters and buffers, as in quantised layers."""
 
     def __init__(self, model: FakeModel) -> None:
         super().__init__(model.mode)
@@ -129,7 +129,7 @@ class _Copying(FakeCopyMode):
 
 
 def _attach(parameter: nn.Parameter, memo: dict[int, Any]) -> None:
-    """Give a copy what bitsandbytes hangs on its parameters: a fake tensor can be of no other class."""
+    """Copy the attributes that bitsandbytes sets on its parameters, because a fake tensor cannot have its class."""
     own = vars(parameter)
     known = type(parameter) in _PLAIN or is_traceable_wrapper_subclass(parameter)
     names = own.get(_ATTACHED, () if known else tuple(own))
@@ -140,10 +140,10 @@ def _attach(parameter: nn.Parameter, memo: dict[int, Any]) -> None:
 
 @contextmanager
 def ordinary_positions() -> Iterator[None]:
-    """Let transformers take a fake batch for an unpacked one, as nearly every batch is.
+    """Let transformers treat a fake batch as not packed, which is the usual case.
 
-    It looks for sequences packed into one row in the values of `position_ids`, and builds a mask to be safe where there
-    are no values. For real tensors nothing changes, in whatever thread.
+    transformers detects packed sequences from the values of `position_ids`, and builds a mask if there are no values.
+    Nothing changes for real tensors, in any thread.
     """
     original = getattr(masking_utils, _FIND_PACKED, None)
     if original is None:
@@ -162,13 +162,13 @@ def ordinary_positions() -> Iterator[None]:
 
 
 class MaskAnswers(TorchDispatchMode):
-    """Answers transformers 4, which asks whether a mask [rows, tokens] is all ones, and whether any token is padding.
+    """Gives transformers 4 the answer whether a mask [samples, tokens] is all ones, and whether a token is padding.
 
-    Transformers 5 does not ask fake tensors. Every other question about values remains an error.
+    Transformers 5 does not read these values from fake tensors. Any other read of a value is still an error.
 
     Args:
-        rows: of the batches that a step is called with.
-        padded: the answer.
+        rows: the numbers of samples of a step's batches.
+        padded: whether a token is padding.
     """
 
     def __init__(self, rows: Collection[int], padded: bool) -> None:
@@ -183,7 +183,3 @@ class MaskAnswers(TorchDispatchMode):
         if func in (_ALL, _ANY) and args[0].dim() == 2 and args[0].shape[0] in self.rows:
             self._asked[out] = self.padded == (func is _ANY)
         return out
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]

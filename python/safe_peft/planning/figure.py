@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
     from .plan import MemoryPlan
 
-DPI = 150
 # Okabe and Ito's palette keeps apart for every kind of colour vision; what adapters alone keep is hatched.
 COLOURS = dict(
     zip(
@@ -27,6 +27,42 @@ COLOURS = dict(
 )
 STOCK, OURS = "#999999", "#0072B2"
 MOST_BLOCKS = 60  # more are drawn without their names
+
+
+def new_figure(height: float, title: str) -> Figure:
+    """Return an empty figure on matplotlib's Agg canvas, known to no global state.
+
+    Args:
+        height: in inches; all are of one width.
+        title: its heading.
+
+    Example:
+        >>> new_figure(3.0, "plan").get_size_inches().tolist()
+        [11.0, 3.0]
+    """
+    require("matplotlib", "report")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11.0, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, weight="bold")
+    return figure
+
+
+def png_of(figure: Figure) -> bytes:
+    """Return a figure as a PNG file's content.
+
+    Args:
+        figure: what `new_figure` returned, with something drawn.
+
+    Example:
+        >>> png_of(new_figure(3.0, "plan"))[1:4]
+        b'PNG'
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150)
+    return buffer.getvalue()
 
 
 def draw_plans(plans: Sequence[tuple[str, MemoryPlan]]) -> Figure:
@@ -41,20 +77,13 @@ def draw_plans(plans: Sequence[tuple[str, MemoryPlan]]) -> Figure:
     Example:
         >>> draw_plans([("", plan)]).savefig("plan.png")  # doctest: +SKIP
     """
-    require("matplotlib", "report")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    blocks = len(plans[0][1].ours.by_block)
-    figure = Figure(figsize=(11.0, 2.6 + 0.8 * len(plans) + min(7.0, 0.22 * blocks + 1.2)), layout="constrained")
-    FigureCanvasAgg(figure)
-    ratios = [1.2 + 0.8 * len(plans), min(7.0, 0.22 * blocks + 1.2)]
+    plan = plans[-1][1]
+    ratios = [1.2 + 0.8 * len(plans), min(7.0, 0.22 * len(plan.ours.by_block) + 1.2)]
+    title = f"{plan.model}, {plan.batch}: {plan.ratio:.2f} of what stock PEFT retains"
+    figure = new_figure(1.4 + sum(ratios), title)
     parts, by_block = figure.subplots(2, 1, height_ratios=ratios)
     _draw_parts(parts, plans)
     _draw_blocks(by_block, plans)
-    plan = plans[-1][1]
-    title = f"{plan.model}, {plan.batch}: {plan.ratio:.2f} of what stock PEFT retains"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=12, weight="bold")
     return figure
 
 

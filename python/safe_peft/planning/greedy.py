@@ -1,4 +1,4 @@
-"""Chooses what to freeze and what to run again so that a step retains no more than it may: pure functions."""
+"""Chooses what to freeze and what to recompute so that a step stays within a limit; pure functions."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .retained import RetainedTable
 
 @dataclass(frozen=True)
 class Choice:
-    """What to do so that a step retains no more than it may.
+    """A choice of adapters to freeze and blocks to recompute.
 
     Args:
-        freeze: adapters to freeze besides those that are frozen.
-        recompute: blocks that are to run again in backward.
-        bytes: what a step then retains.
-        fits: whether that is within the limit.
+        freeze: adapters to freeze, in addition to the frozen ones.
+        recompute: blocks to recompute in backward.
+        bytes: the bytes that a step then retains.
+        fits: whether this is within the limit.
     """
 
     freeze: tuple[str, ...]
@@ -38,22 +38,23 @@ def fit(
     recompute: str = "off",
     keep_one: bool = False,
 ) -> Choice:
-    """Freeze what is worth least a byte, and recompute what has to be, until a step retains at most `limit` bytes.
+    """Freeze adapters with the least importance per byte, and recompute blocks, until a step fits into `limit` bytes.
 
-    Greedy. Adapters are taken in the sets that free something: those that read the same tensors, a block, or all blocks
-    up to one, since the graph below the lowest live adapter goes. With "auto" a block recomputes, which costs time
-    alone, before anything more freezes, which costs training; and of those only as many as the limit needs.
+    The search is greedy. It freezes sets of adapters that free memory: adapters that read the same tensors, a block, or
+    all blocks up to a certain block, because the graph below the lowest live adapter is not built. With "auto", blocks
+    are recomputed before more adapters freeze, because that costs only time. Only as many blocks are recomputed as the
+    limit requires.
 
     Args:
-        table: what a step retains with nothing frozen, or less.
-        importance: of the adapters that may freeze; those that are not in it, or not finite, stay live.
+        table: what a step retains, with nothing or a part frozen.
+        importance: of the adapters that may freeze; an adapter that is not in it, or is not finite, stays live.
         limit: bytes.
-        frozen: what is frozen already.
-        recompute: "off", "frozen" (every frozen block that a gradient passes) or "auto" (those that it takes).
-        keep_one: one adapter has to stay live, since nothing else trains.
+        frozen: adapters that are frozen already.
+        recompute: "off", "frozen" (every frozen block that a gradient passes) or "auto" (as many as necessary).
+        keep_one: whether one adapter must stay live, because nothing else trains.
 
     Returns:
-        The choice; if it does not fit, whatever could freeze and would free something is frozen.
+        The choice. If it does not fit, every adapter that may freeze and would free memory is frozen.
 
     Example:
         >>> from safe_peft.planning.retained import Saver, Storage
@@ -89,7 +90,7 @@ def _cost(importance: Mapping[str, float], choice: Choice) -> float:
 
 
 def _as_few(table: RetainedTable, frozen: Collection[str], blocks: Sequence[str], limit: int) -> list[str]:
-    """Of the blocks that would recompute, only those that the limit needs, the most rewarding first."""
+    """Return only as many of the blocks as the limit requires, those that free the most first."""
     plain = table.bytes(frozen)
     gains = {name: plain - table.bytes(frozen, [name]) for name in blocks}
     kept: list[str] = []
@@ -118,7 +119,7 @@ class _Search:
         self.sets = list(dict.fromkeys(self._sets()))
 
     def run(self, limit: int) -> list[str]:
-        """Names to freeze, in the order in which they were chosen."""
+        """Return the names to freeze, in the order of the choice."""
         taken: list[str] = []
         spent, best = 0.0, (math.inf, list[str]())
         excess = self._bytes(self.live) - limit
@@ -141,7 +142,7 @@ class _Search:
         return int(self.table.bytes_of(live[None], self.blocks)[0])
 
     def _options(self) -> list[tuple[float, int, list[str]]]:
-        """Cost, gain and names of every set that still frees something."""
+        """Return cost, gain and names of every set that still frees memory."""
         lives, names = [], []
         for members in self.sets:
             open_members = [name for name in members if self.live[self.places[name]]]
@@ -157,7 +158,7 @@ class _Search:
         return [(cost, int(gain), n) for cost, gain, n in zip(costs, gains, names, strict=True) if gain > 0]
 
     def _sets(self) -> Iterator[tuple[str, ...]]:
-        """Groups, blocks, and all adapters up to one: whatever of them may freeze."""
+        """Yield groups, blocks, and all adapters up to a certain one, each without adapters that may not freeze."""
         names = self.table.adapters
         yield from (self._open(group) for group in self.table.groups())
         for block in self.table.blocks:
@@ -169,12 +170,12 @@ class _Search:
 
 
 def bytes_limit(full: int, budget: int, share: float) -> int:
-    """Return what a step may retain on the way to a budget.
+    """Return the limit in bytes at one point of the schedule, on the way to a budget.
 
     Args:
-        full: what it retains with nothing frozen.
-        budget: what it may retain in the end.
-        share: of the way, as `curves.way` says.
+        full: the bytes that a step retains with nothing frozen.
+        budget: the limit at the end.
+        share: the value of the schedule's curve.
 
     Example:
         >>> bytes_limit(1000, 400, 0.5), bytes_limit(300, 400, 0.5)

@@ -1,4 +1,4 @@
-"""The shapes of a training batch: for a model that was not called yet, or as a training shows them."""
+"""The shapes of a training batch: for a model that was not called yet, or from a batch of the training."""
 
 from __future__ import annotations
 
@@ -38,10 +38,10 @@ class Inputs:
     Args:
         tensors: by the name of the model's argument.
         constants: arguments that are numbers, strings, booleans or None.
-        padded: some rows are padded. Attention masks of ones are then not looked through, as it is with real ones.
-        autocast: torch's name of the dtype that the model is called under; "" for none but what holds around the plan.
-        source: path of the module that is called with it, "" for the model itself.
-        further: what else is called before backward: another tower, or the same one with another half of a pair.
+        padded: whether some samples are padded; then attention does not drop its mask.
+        autocast: torch's name of the autocast dtype of the call; "" for the autocast around the plan, if any.
+        source: path of the called module; "" for the model itself.
+        further: the other calls before backward: another tower, or the same one with the other half of a pair.
 
     Example:
         >>> Inputs({"input_ids": InputSpec((4, 128), "int64")}).rows
@@ -57,17 +57,17 @@ class Inputs:
 
     @property
     def calls(self) -> tuple[Inputs, ...]:
-        """Every call of a step, this one first."""
+        """Every call of a step, this call first."""
         return self, *self.further
 
     @property
     def rows(self) -> int:
-        """Rows a batch."""
+        """Samples per batch."""
         return next((spec.shape[0] for spec in self.tensors.values() if spec.shape), 0)
 
     @property
     def elements(self) -> int:
-        """Elements of each call's largest tensor: of two batches of one kind the larger retains more."""
+        """The sum, over the calls, of the elements of the largest tensor: a larger batch retains more."""
         return sum(max((math.prod(spec.shape) for spec in call.tensors.values()), default=0) for call in self.calls)
 
     def make(self, device: torch.device) -> dict[str, Any]:
@@ -82,13 +82,13 @@ class Inputs:
     def of(
         cls, batch: Mapping[str, Any], *, padded: bool | None = None, autocast: bool = False, source: str = ""
     ) -> Inputs:
-        """Describe a real batch. A mask without padding is left out: attention leaves it out as well.
+        """Describe a real batch. A mask without padding is omitted, because attention ignores it.
 
         Args:
-            batch: a model's arguments by name; what is neither tensor nor plain constant is passed over.
-            padded: some rows of such batches are padded; None looks.
-            autocast: note the autocast that holds now.
-            source: path of the module that is called with it.
+            batch: a model's arguments by name; only tensors and plain constants count.
+            padded: whether some samples of such batches are padded; None: read the masks.
+            autocast: whether to include the current autocast.
+            source: path of the called module.
 
         Example:
             >>> Inputs.of({"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3)}).tensors
@@ -109,7 +109,7 @@ class Inputs:
 
 
 def largest(batch: Mapping[str, Any]) -> int:
-    """Return how many elements the largest tensor of a batch has.
+    """Return the number of elements of a batch's largest tensor.
 
     Example:
         >>> largest({"input_ids": torch.ones(2, 3), "use_cache": False})
@@ -119,19 +119,22 @@ def largest(batch: Mapping[str, Any]) -> int:
 
 
 def inputs_for(model: nn.Module, batch_size: int, sequence_length: int | None, *, padded: bool = False) -> Inputs:
-    """Make up the shapes of a batch that trains a transformers model.
+    """Create the shapes of a batch that trains a transformers model.
 
     Args:
-        model: a model of transformers, or PEFT's around one.
-        batch_size: rows per batch.
-        sequence_length: tokens per row, of encoder and decoder alike; pictures have a size of their own.
-        padded: some rows are shorter, and attention has to mask them.
+        model: a model of transformers, or a PEFT model around one.
+        batch_size: samples per batch.
+        sequence_length: tokens per sample, for both encoder and decoder; images have the size of the model's config.
+        padded: whether some samples are shorter, so that attention needs a mask.
 
     Raises:
-        PlanError: The model does not say what it is called with, or these numbers cannot be.
+        PlanError: The model does not declare its inputs, or a size is not valid.
 
     Example:
-        >>> inputs_for(model, 8, 128).tensors["input_ids"].shape  # doctest: +SKIP
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> with torch.device("meta"):
+        ...     model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=1))
+        >>> inputs_for(model, 8, 128).tensors["input_ids"].shape
         (8, 128)
     """
     base = getattr(model, "get_base_model", lambda: model)()
@@ -139,8 +142,8 @@ def inputs_for(model: nn.Module, batch_size: int, sequence_length: int | None, *
     main = getattr(base, "main_input_name", None)
     if config is None or main not in ("input_ids", "pixel_values"):
         raise PlanError(
-            f"{type(base).__name__} takes {main or 'inputs that nothing names'}, which a plan cannot make up; pass a "
-            "batch: plan_memory(model, batch=...)."
+            f"{type(base).__name__} takes {main or 'inputs that it does not declare'}, and a plan cannot create these; "
+            "pass a batch: plan_memory(model, batch=...)."
         )
     _check_size("batch_size", batch_size)
     if main == "pixel_values":
@@ -185,4 +188,4 @@ def _check_size(name: str, value: Any) -> None:
 def _check_positions(config: Any, length: int | None) -> None:
     limit = getattr(config, "max_position_embeddings", None)
     if isinstance(limit, int) and length is not None and length > limit > 0:
-        raise PlanError(f"sequence_length: the model has {limit} positions, got {length}; choose fewer.")
+        raise PlanError(f"sequence_length: expected at most the model's {limit} positions, got {length}.")

@@ -1,4 +1,4 @@
-"""Follows the bytes that live tensors occupy, operation by operation, on real tensors or on fake ones."""
+"""Counts the bytes of live tensors after each operation, for real tensors and for fake tensors."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _ON_STATES = frozenset({torch.ops.aten.equal.default, torch.ops.aten.detach.defa
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every storage from the operation that makes it until the last tensor of it is gone.
+    """Counts the bytes of every storage, from the operation that creates it until its last tensor is deleted.
 
-    What a kernel allocates for itself and frees before it returns is not seen.
+    Memory that a kernel allocates and frees before it returns is not counted.
 
     Args:
-        existing: tensors that are there already and do not count.
+        existing: tensors that exist already and do not count.
         on_draw: called at every operation that draws random numbers.
-        fake: a `FakeTensorMode` is on; generators' states are real even so.
+        fake: whether a `FakeTensorMode` is on; the states of generators are real tensors in this mode too.
 
     Example:
         >>> with LiveBytes() as live:
@@ -42,17 +42,17 @@ class LiveBytes(TorchDispatchMode):
         self._fake = fake
         self.now = self.peak = 0
         self._on_draw = on_draw
-        self._existing = list(existing)  # alive, so that none of their identities can come again
+        self._existing = list(existing)  # kept alive, so that their ids are not used again
         self._sizes: dict[int, int] = {}
         for tensor in self._existing:
             self._sizes.update({key: 0 for key, _ in storages(tensor)})
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation, and count what it made."""
+        """Run the operation, and count its results."""
         kwargs = kwargs or {}
         self.peak = max(self.peak, self.now)
         if self._fake and func in _ON_STATES and _is_real(args):
-            # Generators' states have values even where nothing else has: somebody keeps and compares them.
+            # Generators' states need values even in fake mode, because other code stores and compares them.
             with _disable_current_modes():
                 return func(*args, **kwargs)
         if self._on_draw is not None and torch.Tag.nondeterministic_seeded in func.tags and _draws(func, args, kwargs):
@@ -78,21 +78,21 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _is_real(args: tuple[Any, ...]) -> bool:
-    """Whether there are tensors among an operation's arguments, and none of them is fake."""
+    """Whether an operation has tensors among its arguments, and none of them is fake."""
     tensors = [arg for arg in args if isinstance(arg, Tensor)]
     return bool(tensors) and not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(args))
 
 
 def _adds_gradients(func: Any) -> bool:
-    """Whether autograd adds two gradients up: in place with real tensors, but not with fake ones.
+    """Whether autograd adds two gradients. Real tensors are added in place, fake tensors are not.
 
-    There the sum counts when the next operation begins, and the term that it would have been written to is gone.
+    For fake tensors, the sum counts when the next operation begins: then the term that it would replace is deleted.
     """
     return func is torch.ops.aten.add.Tensor and torch._C._current_graph_task_id() >= 0
 
 
 def _draws(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Attention kernels may draw, but do so only with a dropout."""
+    """Whether an operation draws random numbers: attention kernels draw only with dropout."""
     for index, argument in enumerate(func._schema.arguments):
         if argument.name == "dropout_p":
             return bool(args[index] if index < len(args) else kwargs.get("dropout_p", argument.default_value))

@@ -1,4 +1,4 @@
-"""Learns what a step retains from a training's own forward, where a model does not run without values."""
+"""Measures what a step retains from the training's own forward, for models that do not run without values."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .retained import RetainedTable
 
 
 class Measurement:
-    """One forward of the user's, from its beginning to its end. Nothing is computed twice, and nothing kept for longer.
+    """The measurement of one forward of the user. Nothing is computed twice, and no tensor is kept longer.
 
     Args:
         model: the whole model.
-        adapters: those of it that train.
-        called: the module in it whose forward it is.
-        arguments: what that is called with.
+        adapters: the model's adapters that train.
+        called: the called module.
+        arguments: the arguments of the call.
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter], called: nn.Module, arguments: Any) -> None:
@@ -41,10 +41,10 @@ class Measurement:
         self._open = True
 
     def end(self, output: Any) -> RetainedTable | None:
-        """Return what the forward retains; None if nothing that it returned leads back to a graph.
+        """Return what the forward retains; None if no tensor in its output has a graph.
 
         Args:
-            output: what it returned.
+            output: the forward's output.
         """
         if not self.abandon():
             return None
@@ -57,10 +57,10 @@ class Measurement:
         return self._accounts.table(self._recorder, roots, known).compact()
 
     def abandon(self) -> bool:
-        """Stop watching; an interrupt may have left the hooks where others have come on top of them.
+        """Stop the measurement. After an interrupt, other hooks may be on top of ours.
 
         Returns:
-            Whether the forward was watched to this moment.
+            Whether the forward was measured up to this call.
         """
         self._watching.close()
         was_open, self._open = self._open, False
@@ -72,17 +72,17 @@ class Measurement:
 
 
 def _plain(output: Any) -> Any:
-    """Results that pytree takes for a leaf, such as a dataclass, by what they hold."""
+    """Return the contents of an output that pytree treats as a leaf, such as a dataclass."""
     if isinstance(output, Tensor | Mapping | list | tuple) or not hasattr(output, "__dict__"):
         return output
     return list(vars(output).values())
 
 
 def joined(tables: Iterable[RetainedTable]) -> RetainedTable | None:
-    """Return what several forwards retain together.
+    """Return the table of several forwards together.
 
     Args:
-        tables: in the order of the forwards.
+        tables: one table per forward, in their order.
     """
     found: RetainedTable | None = None
     for table in tables:

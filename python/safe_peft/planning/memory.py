@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,13 +15,15 @@ from torch import nn
 from ..binding.blocks import transformer_blocks
 from ..distributed.wrappers import parameters_of, unwrap
 from ..errors import ConfigError, PlanError
-from ..loss import Loss
 from .device import device_kind
 from .fake_model import FakeModel
 from .inputs import Inputs, inputs_for
 from .plan import GroupRow, MemoryPlan, Side
 from .retained import RetainedTable
 from .tracing import Trace, live_adapters, trace
+
+if TYPE_CHECKING:
+    from ..loss import Loss
 
 __all__ = ["MemoryPlan", "plan_memory", "plan_of"]
 

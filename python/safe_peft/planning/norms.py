@@ -1,4 +1,4 @@
-"""What norms hold in a step, which depends on whether a layer that reads their output trains."""
+"""What norms retain in a step: this depends on whether a layer that reads their output trains."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from .retained import Saver
 
 
 class Norms:
-    """The norms that have let go of what they saved first, since a reader of their output was about to keep it.
+    """The norms that dropped their saved input, because a reader of their output was about to retain this output.
 
-    Only a norm lets go of what it has saved while it is still part of the graph.
+    Only norms drop a saved tensor while they are still part of the graph.
 
     Args:
-        saves: what is held at the end of the forward.
-        dropped: what was saved, and is not held.
-        reach: of the graph.
-        saver_of: who holds a save, by its note.
-        always: the bit of what always trains.
+        saves: the tensors that are retained at the end of the forward.
+        dropped: the tensors that were saved, and then dropped.
+        reach: the leaves that each node of the graph reaches.
+        saver_of: returns the `Saver` for the note of a save.
+        always: the bit of parameters that always train.
     """
 
     def __init__(
@@ -53,10 +53,10 @@ class Norms:
                 blocks[saver.block] = blocks.get(saver.block, 0) | saver.needs
 
     def of(self, index: int, save: Save) -> Saver:
-        """Return who holds a save: a norm saves its output while its reader runs, whose note it has.
+        """Return the `Saver` of a save: a norm saves its output while the reader runs, with the reader's note.
 
         Args:
-            index: its place among the saves.
+            index: the index among the saves.
             save: the save.
         """
         if index not in self._own or save.made_by not in self._readers:
@@ -64,22 +64,23 @@ class Norms:
         return replace(self._saver_of(self._notes[save.made_by]), needs=self._readers[save.made_by], adapter=-1)
 
     def held(self) -> Iterator[tuple[int, int, Saver]]:
-        """Yield what norms hold until a layer that trains holds their output, and what they hold in either case.
+        """Yield what norms retain until a reader retains their output, and what they always retain.
 
-        Identity and size of each storage, and who holds it.
+        Yields:
+            The id, the size and the `Saver` of each storage.
         """
         for drop in self._dropped:
             node = drop.note.node
             if node in self._readers:
                 saver, stays = self._saver_of(drop.note), self._is_statistic(drop) and self._key(drop) in self._kept
                 yield self._key(drop), drop.bytes, saver if stays else replace(saver, unless=self._readers[node])
-                # Where the norm's own block runs again, a reader in another one makes it save outside of that.
+                # If the norm's own block is recomputed, a reader in another block makes the norm save outside of it.
                 for block, needs in self._blocks[node].items() if stays else ():
                     if block != saver.block:
                         yield self._key(drop), drop.bytes, replace(saver, block=block, also=needs)
 
     def _outputs(self, saves: Sequence[Save]) -> set[int]:
-        """Places of the saves of their own outputs: the first ones, and statistics follow."""
+        """Return the indices of the saves of the norms' own outputs; each is followed by its statistics."""
         statistics = {self._key(drop): drop.note.node for drop in self._dropped if self._is_statistic(drop)}
         latest: dict[int, int] = {}
         found: dict[int, int] = {}
@@ -93,7 +94,7 @@ class Norms:
         return set(found.values())
 
     def _is_statistic(self, drop: Dropped) -> bool:
-        """Whether it is one that backward from the output may need too."""
+        """Whether a dropped tensor is a statistic, which backward from the output may need too."""
         return drop.bytes < self._largest[drop.note.node]
 
     @staticmethod

@@ -97,11 +97,10 @@ class MemoryPlan:
         return self.ours.retained / self.stock.retained if self.stock.retained else 1.0
 
     def __str__(self) -> str:
-        parts = _table(("kept by", "stock", "ours"), _sides(self.stock.by_part, self.ours.by_part))
-        blocks = _table(
-            ("block", "stock", "ours", "frozen whole, frees"),
-            [(*row, _mib(dict(self.blocks).get(row[0]))) for row in _sides(self.stock.by_block, self.ours.by_block)],
-        )
+        parts = text_table([("kept by", "stock", "ours"), *_sides(self.stock.by_part, self.ours.by_part)])
+        frees, sides = dict(self.blocks), _sides(self.stock.by_block, self.ours.by_block)
+        rows = [(*row, _mib(frees.get(row[0]))) for row in sides]
+        blocks = text_table([("block", "stock", "ours", "frozen whole, frees"), *rows])
         frozen = f"{len(self.frozen)} of {self.adapters} adapters frozen"
         again = f", {len(self.recompute)} blocks recomputed" if self.recompute else ""
         where = f", {self.device}" if self.device else ""
@@ -116,7 +115,7 @@ class MemoryPlan:
             (f"step, at most (gradients {self.gradients / MIB:,.2f})", self.stock.step, self.ours.step),
             ("peak", self.stock.peak, self.ours.peak),
         ]
-        return _table(("", "stock", "ours"), [(name, _mib(stock), _mib(ours)) for name, stock, ours in rows])
+        return text_table([("", "stock", "ours"), *((name, _mib(stock), _mib(ours)) for name, stock, ours in rows)])
 
     def groups_table(self) -> str:
         """Return what freezing each group of adapters would free, as text.
@@ -127,7 +126,7 @@ class MemoryPlan:
         rows = [
             (", ".join(row.adapters), _mib(row.holds), _mib(row.stock_frees), _mib(row.frees)) for row in self.groups
         ]
-        return _table(("adapters", "hold", "frozen, free in stock", "in ours"), rows)
+        return text_table([("adapters", "hold", "frozen, free in stock", "in ours"), *rows])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values.
@@ -185,8 +184,9 @@ class MemoryPlan:
         Example:
             >>> plan.save_png("plan.png")  # doctest: +SKIP
         """
-        with jsonio.replacing(path) as partial:
-            self.picture().savefig(partial, format="png", dpi=150)
+        from .figure import png_of
+
+        jsonio.replace_file(path, png_of(self.picture()))
 
 
 def parts_cells(plans: Sequence[tuple[str, MemoryPlan]]) -> list[list[str]]:
@@ -215,11 +215,22 @@ def _mib(size: int | None) -> str:
     return "" if size is None else f"{size / MIB:,.2f}"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Plain text, words to the left and numbers to the right."""
-    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
-    lines = []
-    for row in (heads, *rows):
-        cells = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join([row[0].ljust(widths[0]), *cells]).rstrip())
+def text_table(rows: Sequence[Sequence[str]], title: str = "", left: int = 1) -> str:
+    """Lay out a table as plain text.
+
+    Args:
+        rows: the heads first; all of one length.
+        title: a line above.
+        left: how many columns hold words, which begin at the left; numbers end at the right.
+
+    Example:
+        >>> print(text_table([["part", "MiB"], ["norms", "9.5"]]))
+        part   MiB
+        norms  9.5
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [title] if title else []
+    for row in rows:
+        cells = [f"{cell:{'<' if i < left else '>'}{widths[i]}}" for i, cell in enumerate(row)]
+        lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""What a step retains, as plain data: every storage, who holds it, and what would have to freeze for it to go."""
+"""What a step retains, as plain data: every storage, the modules that retain it, and what must freeze to free it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 MIB = 2**20
 Live = NDArray[np.bool_]
-"""What lives: one truth value an adapter, and a last one for what always trains."""
+"""Which adapters are live: one bool per adapter, and a last one for parameters that always train."""
 
 PARTS = (
     "attention",
@@ -26,23 +26,24 @@ PARTS = (
     "LoRA dropout",
     "LoRA inputs",
 )
-"""What keeps a storage; of several, the first: what freezing an adapter frees by itself stands last."""
+"""The part that retains a storage; of several parts, the first one: what freezing one adapter can free is last."""
 
 
 @dataclass(frozen=True)
 class Saver:
-    """One module's hold on a storage.
+    """One module that retains a storage.
 
     Args:
         module: path of the module that was running.
         part: one of `PARTS`.
         block: index of its block, or -1.
-        needs: bits of the adapters any of which keeps the hold; the bit above all adapters is for what always trains.
-        adapter: index of the adapter that holds it for its own gradient, or -1.
-        unless: bits of the adapters any of which ends the hold: a norm holds its input until a layer that trains holds
-            its output.
-        also: bits of the adapters of which one must live as well, if there are any: the layer in another block that
-            made a norm save, for what that norm holds outside of its own block.
+        needs: bits of adapters; the storage is retained while one of them is live. The highest bit is for parameters
+            that always train.
+        adapter: index of the adapter that retains the storage for its own gradient, or -1.
+        unless: bits of adapters; while one of them is live, the storage is not retained. A norm retains its input only
+            if no trainable layer retains its output.
+        also: bits of adapters; if there are any, one of them must be live too. Used for a norm that saves outside of
+            its own block, because of a layer in another block.
     """
 
     module: str
@@ -56,37 +57,37 @@ class Saver:
 
 @dataclass(frozen=True)
 class Storage:
-    """Bytes that somebody may hold; without savers they are a block's input that is not held yet."""
+    """The bytes and the savers of one storage; without savers it is a block's input that is not retained yet."""
 
     bytes: int
     savers: tuple[Saver, ...]
 
     @cached_property
     def holders(self) -> tuple[Saver, ...]:
-        """Those that hold it while nothing more is frozen."""
+        """The savers that retain the storage while nothing more is frozen."""
         return tuple(saver for saver in self.savers if not saver.unless)
 
     @cached_property
     def part(self) -> str:
-        """What keeps it, in one word."""
+        """The part that retains the storage."""
         return min((saver.part for saver in self.holders), key=PARTS.index)
 
     @property
     def block(self) -> int:
-        """The block that made its first holder."""
+        """The index of the block of its first saver."""
         return self.holders[0].block
 
 
 @dataclass(frozen=True)
 class BlockFacts:
-    """What it takes to run a block again in backward.
+    """The data that decides about recomputing a block.
 
     Args:
-        name: its path.
-        holds: bits of what trains in it.
-        passes: bits of what makes a gradient pass through it.
+        name: the block's path.
+        holds: bits of the adapters in the block.
+        passes: bits of the adapters for which a gradient passes through the block.
         inputs: indices of the storages of its arguments.
-        random_state: bytes of random state it would have to keep.
+        random_state: bytes of random state that the block would have to retain.
     """
 
     name: str
@@ -97,7 +98,7 @@ class BlockFacts:
 
 
 class _Rows(NamedTuple):
-    """Who holds what: one row a holder, the holders of a storage side by side."""
+    """All savers: one row per saver, with the savers of a storage next to each other."""
 
     needs: NDArray[np.float32]
     unless: NDArray[np.float32]
@@ -111,13 +112,13 @@ class _Rows(NamedTuple):
 class RetainedTable:
     """Everything a step retains, and what it would retain with more adapters frozen or blocks recomputed.
 
-    What it would retain is exact but for one case, in which it is a little less: where nothing before an MLP's
-    activation lives any more, the layer after it keeps its own input instead of the activation's.
+    The prediction is exact except in one case, in which a step retains a little less: if nothing before an MLP's
+    activation is live, the layer after the activation retains its own input instead of the activation's input.
 
     Args:
-        adapters: names of the live adapters; their places are their bits.
-        blocks: lowest first.
-        storages: each once.
+        adapters: names of the live adapters; their indices are their bits.
+        blocks: the blocks, lowest first.
+        storages: the storages, each once.
 
     Example:
         >>> x = Storage(64, (Saver("q", "LoRA inputs", 0, 0b01, 0), Saver("v", "LoRA inputs", 0, 0b10, 1)))
@@ -131,7 +132,7 @@ class RetainedTable:
     storages: tuple[Storage, ...]
 
     def live(self, frozen: Collection[str] = ()) -> Live:
-        """Return what lives when these are frozen; names of others are passed over."""
+        """Return which adapters are live if these are frozen; unknown names are ignored."""
         gone = set(frozen)
         return np.array([name not in gone for name in self.adapters] + [True])
 
@@ -140,19 +141,19 @@ class RetainedTable:
 
         Args:
             frozen: names of further adapters to freeze.
-            recompute: names of the blocks that run again in backward once nothing in them trains.
+            recompute: names of the blocks to recompute in backward once nothing in them trains.
         """
         return int(self.bytes_of(self.live(frozen)[None], recompute)[0])
 
     def bytes_of(self, live: Live, recompute: Collection[str] = ()) -> NDArray[np.int64]:
-        """Return the same for many cases at once.
+        """Return the bytes that a step would retain, for many cases at once.
 
         Args:
             live: [cases, adapters + 1].
-            recompute: as above.
+            recompute: as in `bytes`.
 
         Returns:
-            Bytes by case.
+            The bytes of each case.
         """
         rows, columns = self._rows, live.T.astype(np.float32)
         again = self._recomputed(columns, recompute)
@@ -165,12 +166,12 @@ class RetainedTable:
         return rows.sizes @ alive + states @ again
 
     def recomputed(self, frozen: Collection[str], recompute: Collection[str]) -> list[str]:
-        """Return the blocks that would run again: asked to, wholly frozen, and a gradient passes."""
+        """Return the blocks that would be recomputed: named in `recompute`, fully frozen, and a gradient passes."""
         again = self._recomputed(self.live(frozen)[:, None].astype(np.float32), recompute)
         return [block.name for block, runs in zip(self.blocks, again[:, 0], strict=False) if runs]
 
     def _recomputed(self, columns: NDArray[np.float32], recompute: Collection[str]) -> NDArray[np.bool_]:
-        """[blocks + 1, cases]; the last row, where index -1 leads, is for what lies outside the blocks."""
+        """Return [blocks + 1, cases]; the last row, with index -1, is for everything outside the blocks."""
         asked = set(recompute)
         again = np.zeros((len(self.blocks) + 1, columns.shape[1]), dtype=bool)
         if asked and self.blocks:
@@ -189,7 +190,7 @@ class RetainedTable:
         starts: list[int] = []
         for storage in self.storages:
             starts.append(len(found))
-            # One that is not held yet needs a row as well, for its place among the sums.
+            # A storage without savers needs a row too, for its place among the sums.
             savers = {(saver.needs, saver.unless, saver.also, saver.block) for saver in storage.savers}
             found += sorted(savers) or [(0, 0, 0, -1)]
         width = len(self.adapters) + 1
@@ -204,7 +205,7 @@ class RetainedTable:
         )
 
     def is_complete(self) -> bool:
-        """Whether every adapter had a part in what was retained."""
+        """Whether every adapter retains at least one storage."""
         found = 0
         for storage in self.storages:
             for saver in storage.savers:
@@ -212,16 +213,16 @@ class RetainedTable:
         return all(found >> bit & 1 for bit in range(len(self.adapters)))
 
     def scaled(self, ratio: float) -> RetainedTable:
-        """Return the table of a batch that is larger by this ratio, as nearly as may be said.
+        """Return an estimate of the table for a batch that is larger by this ratio.
 
         Args:
-            ratio: of the elements.
+            ratio: the ratio of the numbers of elements.
         """
         found = [replace(storage, bytes=round(storage.bytes * ratio)) for storage in self.storages]
         return replace(self, storages=tuple(found))
 
     def compact(self) -> RetainedTable:
-        """Return the same in fewer storages: those that the same holders hold are one, paths of modules left out."""
+        """Return the same table with fewer storages: storages with the same savers become one, without module paths."""
         inputs = {index for block in self.blocks for index in block.inputs}
         together: dict[tuple[tuple[Saver, ...], int], int] = {}
         places: dict[int, int] = {}
@@ -236,10 +237,10 @@ class RetainedTable:
         )
 
     def joined(self, other: RetainedTable) -> RetainedTable:
-        """Return what two forwards of a model retain that go backward together.
+        """Return the table of two forwards of a model with one common backward.
 
         Args:
-            other: the later one, of the same adapters and blocks.
+            other: the table of the later forward, with the same adapters and blocks.
         """
         count = len(self.storages)
         blocks = [
@@ -253,28 +254,8 @@ class RetainedTable:
         ]
         return RetainedTable(self.adapters, tuple(blocks), (*self.storages, *other.storages))
 
-    def agrees(self, adapters: Collection[str]) -> bool:
-        """Whether a table that was read from a file is of a model with these adapters, and of one piece."""
-        blocks, bits, count = len(self.blocks), len(self.adapters) + 1, len(self.storages)
-        return (
-            set(self.adapters) <= set(adapters)
-            and all(storage.bytes >= 0 for storage in self.storages)
-            and all(0 <= block.holds < 1 << bits and 0 <= block.passes < 1 << bits for block in self.blocks)
-            and all(0 <= index < count for block in self.blocks for index in block.inputs)
-            and all(
-                saver.part in PARTS
-                and -1 <= saver.block < blocks
-                and 0 <= saver.needs < 1 << bits
-                and -1 <= saver.adapter < bits - 1
-                and 0 <= saver.unless < 1 << bits
-                and 0 <= saver.also < 1 << bits
-                for storage in self.storages
-                for saver in storage.savers
-            )
-        )
-
     def groups(self) -> list[tuple[str, ...]]:
-        """Return the live adapters in groups that read the same tensors: its members free little one by one."""
+        """Return the activation groups: live adapters that read the same tensors. One member alone frees little."""
         leader = list(range(len(self.adapters)))
 
         def find(index: int) -> int:
@@ -293,12 +274,12 @@ class RetainedTable:
         return [tuple(names) for names in found.values()]
 
     def held_by(self, adapters: Iterable[str]) -> int:
-        """Return the bytes that these adapters hold for their own gradients, even if others hold them too."""
+        """Return the bytes that these adapters retain for their own gradients, even if others retain them too."""
         indices = {self.adapters.index(name) for name in adapters}
         return sum(s.bytes for s in self.storages if any(saver.adapter in indices for saver in s.savers))
 
     def by_part(self) -> dict[str, int]:
-        """Return the bytes retained now by what keeps them, in the order of `PARTS`."""
+        """Return the bytes retained now by part, in the order of `PARTS`."""
         found = dict.fromkeys(PARTS, 0)
         for storage in self.storages:
             if storage.holders:
@@ -306,7 +287,7 @@ class RetainedTable:
         return {part: size for part, size in found.items() if size}
 
     def by_block(self, outside: str = "outside the blocks") -> dict[str, int]:
-        """Return the bytes retained now by block; a storage belongs to the block that held it first."""
+        """Return the bytes retained now by block; a storage belongs to the block of its first saver."""
         found = {block.name: 0 for block in self.blocks} | {outside: 0}
         for storage in self.storages:
             if storage.holders:
@@ -316,23 +297,23 @@ class RetainedTable:
 
 @dataclass(frozen=True)
 class Measured:
-    """A table that was read off a training's own forwards.
+    """A table that was measured from the training's own forwards.
 
     Args:
-        elements: of the batch, as `Inputs.elements`.
-        table: what they retained.
+        elements: the size of the batch, as in `Inputs.elements`.
+        table: the table of these forwards.
     """
 
     elements: int
     table: RetainedTable
 
     def of(self, elements: int) -> RetainedTable:
-        """Return the table for a batch of so many elements."""
+        """Return the table for a batch with this number of elements."""
         return self.table if elements <= self.elements else self.table.scaled(elements / self.elements)
 
 
 def merged(*counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
-    """Lay several counts side by side, zero where one lacks a name.
+    """Combine several counts by name; a missing name counts as zero.
 
     Example:
         >>> merged({"a": 1}, {"a": 2, "b": 3})

@@ -1,4 +1,4 @@
-"""Learns from a training what its largest step is called with."""
+"""Records the shapes of a training's largest step."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from .retained import Measured, RetainedTable
 
 
 class Seen:
-    """The shapes of the largest step that a training has shown so far.
+    """The shapes of the largest step of a training so far.
 
-    A step is what is called between two backwards: most often the model once, but each tower of several, or one model
-    with either half of a pair. Of a model and those that it calls itself the outermost counts that takes tensors.
+    A step consists of all calls between two backwards: usually one call of the model, but also one call per tower, or
+    two calls of one model for the halves of a pair. If models call each other, the outermost one with tensors counts.
 
     Args:
         model: the model that trains.
-        exact: decisions depend on it: a step is more than a call, and whether any mask shows padding is looked for.
-        larger: called when a step was the largest.
-        measure: called with a module and the arguments of its forward; may return a measurement of it.
+        exact: whether decisions depend on the result; then several calls make one step, and masks are read for padding.
+        larger: called when a step is the largest so far.
+        measure: called with a module and the arguments of its forward; may return a measurement of this forward.
     """
 
     def __init__(
@@ -54,21 +54,21 @@ class Seen:
         self._watcher = Watcher(model, self._begin, self._end)
 
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Remove the hooks from the model."""
         self._abandon()
         self._watcher.close()
 
     def suspended(self) -> AbstractContextManager[None]:
-        """Look away while the block runs."""
+        """Return a context in which calls are ignored."""
         return self._watcher.suspended()
 
     def end_step(self) -> None:
-        """What was called so far has gone backward."""
+        """End a step: backward of the calls so far has begun."""
         self._step.clear()
         self._tables.clear()
 
     def _begin(self, call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Note a training batch if none as large has been there."""
+        """Record a training batch if it is the largest so far."""
         inside = call.outer is not None and call.outer.notes.get("noted", False)
         call.notes["noted"] = inside
         trains = call.task == -1 and torch.is_grad_enabled() and call.module.training
@@ -79,7 +79,7 @@ class Seen:
         if largest(batch) == 0:
             return
         call.notes["noted"] = call.notes["outermost"] = True
-        if self._running:  # an interrupt ended it, and nothing else said so
+        if self._running:  # an interrupt ended the last call, without a call of `_end`
             self._abandon()
             del self._step[-1:]
         self._running = True
@@ -106,7 +106,7 @@ class Seen:
             self._larger(seen)
 
     def _end(self, call: Call, output: Any, died: bool) -> None:
-        """A call that died is none; the others are over with the backward that passes their output."""
+        """Remove a call that raised an error; other calls end with the backward through their output."""
         if not call.notes.get("outermost"):
             return
         self._running = False
@@ -141,7 +141,7 @@ class Seen:
 
 
 class _Backward:
-    """A gradient's hook, which keeps nothing alive."""
+    """A hook on a gradient that keeps nothing alive."""
 
     def __init__(self, seen: Seen) -> None:
         self._seen = weakref.ref(seen)
@@ -152,9 +152,9 @@ class _Backward:
 
 
 def order(inputs: Inputs) -> tuple[int, bool, str]:
-    """Sort batches: of the largest, one with padding comes last.
+    """Return the sort key of a batch: of batches with the same size, one with padding comes last.
 
     Args:
-        inputs: a step's.
+        inputs: the inputs of a step.
     """
     return inputs.elements, inputs.padded, repr(inputs)

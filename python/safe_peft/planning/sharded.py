@@ -1,4 +1,4 @@
-"""Lets a model that `fully_shard` has sharded be copied for a plan: whole, and in the dtypes it computes in."""
+"""Copies a model that is sharded by `fully_shard` for a plan: unsharded, and in the dtypes that it computes in."""
 
 from __future__ import annotations
 
@@ -27,27 +27,27 @@ _ENGINE = "torch.distributed."
 
 
 def check_sharding(model: nn.Module) -> None:
-    """Raise if parameters are spread over processes otherwise than by FSDP2.
+    """Raise an error if parameters are distributed over processes by anything other than FSDP2.
 
     Raises:
-        PlanError: They are.
+        PlanError: The model uses tensor parallelism.
     """
     gathered = [members(group) for group in fsdp_groups(model)]
     if any(members(group) not in gathered for group in mesh_groups(model)):
         raise PlanError(
-            "tensor parallel: every process computes a part of a layer, which a plan of the whole model does not show; "
-            'choose target="adapters", and no memory_budget.'
+            "tensor parallelism: each process computes a part of a layer, and a plan is for whole layers; "
+            'use target="adapters" and no memory_budget.'
         )
 
 
 def whole_dtypes(model: nn.Module) -> dict[int, torch.dtype]:
-    """Return, by a shard's identity, the dtype of the parameter that FSDP2 puts together for a forward.
+    """Return, by the id of a shard, the dtype of the parameter that FSDP2 gathers for a forward.
 
     Args:
         model: sharded or not.
     """
     found: dict[int, torch.dtype] = {}
-    for unit in fsdp_modules(model):  # the root first, so that the innermost unit of a parameter has the last word
+    for unit in fsdp_modules(model):  # the root first, so that the innermost unit of a parameter decides
         policy = precision_policy(unit)
         for parameter in parameters_of(unit):
             if is_spread(parameter):
@@ -57,13 +57,13 @@ def whole_dtypes(model: nn.Module) -> dict[int, torch.dtype]:
 
 
 def copy_units(model: nn.Module, memo: dict[int, Any]) -> None:
-    """Put copies of a model's FSDP2 units into deepcopy's memo: units refuse to be copied, and their hooks gather.
+    """Put copies of a model's FSDP2 units into deepcopy's memo: units cannot be copied, and their hooks gather.
 
-    A copy is what the unit was before `fully_shard`, and casts what the unit's precision policy casts.
+    A copy is the unit before `fully_shard`, with the casts of the unit's precision policy.
 
     Args:
         model: sharded or not.
-        memo: knows its parameters already.
+        memo: already contains the model's parameters.
     """
     units = list(fsdp_modules(model))
     for unit in units:
@@ -80,7 +80,7 @@ def copy_units(model: nn.Module, memo: dict[int, Any]) -> None:
 
 
 def _own(unit: nn.Module) -> dict[str, Any]:
-    """Its attributes without what binding and FSDP2 have added."""
+    """Return a unit's attributes without those that binding and FSDP2 have added."""
     kept = {k: v for k, v in unit.__dict__.items() if k != STATE and not k.startswith("__composable_api")}
     for name in ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
         hooks = kept[name].items()

@@ -1,7 +1,7 @@
-"""Runs one training step on a copy of a model without values: what autograd holds, and how high memory goes.
+"""Runs one training step on a copy of a model without values, and records retained bytes and peak memory.
 
-Nothing is estimated by formulas: the model's own code, PEFT's and this package's make every decision as they do in
-training, and every tensor that is saved is seen. So whatever architecture runs, its plan is right.
+No formula estimates anything. The code of the model, of PEFT and of this package runs as in training, and every saved
+tensor is recorded. So the plan is right for every architecture that runs.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,26 +22,28 @@ from safe_kernels.retention import Recorder, storages
 from ..binding.adapters import Adapter, adapter_of
 from ..binding.bind import Binding, bind
 from ..distributed.wrappers import parameters_of, short_name, walk
-from ..errors import PlanError
-from ..loss import Loss
+from ..errors import PlanError, first_line
 from .accounts import Accounts
 from .device import as_on
-from .fake_model import FakeModel, MaskAnswers, first_line, ordinary_positions
+from .fake_model import FakeModel, MaskAnswers, ordinary_positions
 from .inputs import Inputs
 from .live_bytes import LiveBytes
 from .retained import RetainedTable
 
+if TYPE_CHECKING:
+    from ..loss import Loss
+
 
 @dataclass(frozen=True)
 class Trace:
-    """What one step does to memory, in bytes.
+    """The memory of one step, in bytes.
 
     Args:
         table: what is retained between forward and backward.
-        peak: the most that tensors made in the step occupy at a time, gradients included.
+        peak: the largest total size of the step's own tensors at one time, including gradients.
         parameters: parameters and buffers, and the scales of quantised weights.
         inputs: the batch.
-        gradients: what trains, and so the gradients at the end of backward.
+        gradients: the trainable parameters, which is the size of all gradients at the end of backward.
     """
 
     table: RetainedTable
@@ -56,10 +58,10 @@ class Trace:
         return sum(storage.bytes for storage in self.table.storages if storage.holders)
 
     def whole(self, optimizer_states: int) -> int:
-        """Bytes at the peak of a step: what lies there from step to step, and what the step makes.
+        """Return the bytes at the peak of a step: permanent tensors and the step's own tensors.
 
         Args:
-            optimizer_states: numbers the optimizer keeps for one that trains.
+            optimizer_states: numbers that the optimizer keeps per trainable number.
         """
         return self.parameters + self.inputs + optimizer_states * self.gradients + self.peak
 
@@ -75,25 +77,29 @@ def trace(
     device: str = "",
     loss: Loss | None = None,
 ) -> Trace:
-    """Trace a step of a model that is neither run nor changed.
+    """Trace a step of a model. The model itself does not run and does not change.
 
     Args:
         model: a PEFT model, bound or not, on any device, or the module of a `FakeModel`.
         inputs: the batch.
         frozen: names of adapters to freeze.
-        recompute: names of blocks that run again in backward once they are frozen.
-        fast: bind the copy; otherwise it is stock PEFT.
-        keep_dropout: leave the dropout of frozen adapters on; stock PEFT always does.
-        device: the kind of device the model will train on, "cpu" or "cuda"; "" for the one it is on.
-        loss: computes the loss of the model and a batch; None: the model's own.
+        recompute: names of blocks to recompute in backward once they are frozen.
+        fast: whether to bind the copy; False traces stock PEFT.
+        keep_dropout: whether the dropout of frozen adapters stays on; in stock PEFT it always does.
+        device: the kind of device that the model will train on, "cpu" or "cuda"; "" for its current device.
+        loss: computes the loss of the model and a batch; None: the model's own loss.
 
     Raises:
         PlanError: The model does not run without values.
-        BindingError: It has nothing to bind.
+        BindingError: The model has no layer that can be bound.
 
     Example:
-        >>> trace(model, inputs_for(model, 8, 128)).retained  # doctest: +SKIP
-        23068672
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from safe_peft.planning.inputs import InputSpec
+        >>> base = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+        >>> model = get_peft_model(base, LoraConfig(target_modules=["0", "1"]))
+        >>> trace(model, Inputs({"input": InputSpec((4, 8), "float32")})).retained  # the input of the second layer
+        128
     """
     fake = FakeModel(model, device)
     if not fake.module.training:
@@ -112,7 +118,7 @@ def trace(
     except Exception as error:
         raise PlanError(
             f"{type(model).__name__} does not run without values ({type(error).__name__}: {first_line(error)}); a plan "
-            "needs a model whose shapes do not depend on its data, and a batch that fits it."
+            "needs a model that does not read the values of its inputs, and a batch that fits the model."
         ) from error
 
 
@@ -127,13 +133,13 @@ def live_adapters(model: nn.Module) -> list[Adapter]:
 
 
 class _Step:
-    """One forward and backward, watched."""
+    """One forward and backward, with records of every saved tensor."""
 
     def __init__(self, fake: FakeModel, adapters: list[Adapter], recompute: Collection[str]) -> None:
         self.fake, self.accounts = fake, Accounts(fake.module, adapters, recompute)
 
     def run(self, inputs: Inputs, kind: str, loss_of: Loss | None) -> Trace:
-        """Forward, account, backward."""
+        """Run forward and backward, and return the trace."""
         module = self.fake.module
         device = parameters_of(module)[0].device
         positions = nullcontext() if "position_ids" in inputs.tensors else ordinary_positions()
@@ -167,7 +173,7 @@ class _Step:
             loss = compute()
         if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
             got = f"one of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise PlanError(f"loss: expected a tensor of one element, got {got}; return what backward is called on.")
+            raise PlanError(f"loss: expected a tensor of one element, got {got}; return the loss itself.")
         if loss is None or not loss.requires_grad:
             return None, self.accounts.table(Recorder(), [], known)
         return loss, self.accounts.table(recorder, [loss.grad_fn], known)
@@ -180,7 +186,7 @@ def _autocast(device: torch.device, inputs: Inputs) -> AbstractContextManager[An
 
 
 def _loss(loss: Loss | None, called: list[nn.Module], arguments: list[dict[str, Any]]) -> Any:
-    """The loss of a step, or, of one that calls several models, the sum of what each would differentiate."""
+    """Return the loss of a step; for several calls, the sum of their losses."""
     if loss is not None:
         return loss(called[0], arguments[0])
     found = [_differentiated(module, batch) for module, batch in zip(called, arguments, strict=True)]
@@ -189,7 +195,7 @@ def _loss(loss: Loss | None, called: list[nn.Module], arguments: list[dict[str, 
 
 
 def _differentiated(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
-    """What a training differentiates, and nothing else, so that the rest of the output is gone as it is there."""
+    """Return only the tensor that training differentiates, so that the rest of the output is deleted as in training."""
     output = model(**batch)
     loss = getattr(output, "loss", None)
     if isinstance(loss, Tensor):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import require
+from ..planning.figure import new_figure
 from .comparison import title
 from .records import AdapterRow, mebibytes
 
@@ -27,7 +27,6 @@ SCORES = {
     "gradient_sensitivity": "importance, gradient sensitivity",
     "random": "random rank (control)",
 }
-DPI = 150
 LABELLED_ROWS = 60  # more adapters than this are labelled by layer
 
 
@@ -45,23 +44,15 @@ def draw(report: FreezeReport) -> Figure:
         >>> draw(FreezeReport("m", {}, 1, ())).get_axes()[0].get_title(loc="left")
         'no adapter was scored'
     """
-    require("matplotlib", "report")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     heat_height = min(11.0, max(3.0, 0.17 * len(report.adapters)))
-    figure = Figure(figsize=(11.0, heat_height + 5.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    frozen, total = len(report.freezings), len(report.adapters)
+    figure = new_figure(heat_height + 5.2, f"{report.model}: {frozen} of {total} adapters frozen")
     heat, threshold, retained = figure.subplots(3, 1, sharex=True, height_ratios=[heat_height, 2.4, 2.0])
     _draw_importance(report, figure, heat)
     _draw_threshold(report, threshold)
     _draw_retained(report, retained)
     retained.set_xlim(0, max(1, report.total_steps))
     retained.set_xlabel("optimizer step")
-    frozen, total = len(report.freezings), len(report.adapters)
-    figure.suptitle(
-        f"{report.model}: {frozen} of {total} adapters frozen", x=0.01, ha="left", fontsize=13, weight="bold"
-    )
     return figure
 
 

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import base64
-import io
 import json
 from html import escape
 from typing import TYPE_CHECKING
 
-from ..planning.figure import draw_plans
+from ..planning.figure import draw_plans, png_of
 from ..planning.plan import parts_cells
 from .comparison import comparison, verdict
-from .figure import DPI, draw
+from .figure import draw
+from .records import mebibytes
 from .tables import adapter_cells
 
 if TYPE_CHECKING:
     from .report import FreezeReport
 
+PICTURE = "Heat map of every adapter's importance over time, the threshold, and the bytes one step retains"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --soft: #5c5c5c; --line: #d4d4d4; --back: #ffffff; --card: #f6f6f6; }
 @media (prefers-color-scheme: dark) {
@@ -57,7 +58,7 @@ def render(report: FreezeReport, png: bytes | None = None) -> str:
             _table(comparison(report.runs), words=1),
             f"<p>{escape(verdict(report.runs))}</p>",
         ]
-    parts += ["<h2>Importance, threshold and retained bytes</h2>", _picture(png or _draw(report))]
+    parts += ["<h2>Importance, threshold and retained bytes</h2>", _image(png or png_of(draw(report)), PICTURE)]
     parts += ["<h2>Freezing</h2>", _freezings(report), "<h2>Adapters</h2>", _table(adapter_cells(report), words=2)]
     if report.retained:
         parts += ["<h2>Retained for backward by one step</h2>", _retained(report)]
@@ -68,18 +69,6 @@ def render(report: FreezeReport, png: bytes | None = None) -> str:
     body = "\n".join(parts)
     return (
         f'<!doctype html>\n<html lang="en"><head>{head}<style>{STYLE}</style></head>\n<body>\n{body}\n</body></html>\n'
-    )
-
-
-def _draw(report: FreezeReport) -> bytes:
-    buffer = io.BytesIO()
-    draw(report).savefig(buffer, format="png", dpi=DPI)
-    return buffer.getvalue()
-
-
-def _picture(png: bytes) -> str:
-    return _image(
-        png, "Heat map of every adapter's importance over time, the threshold, and the bytes one step retains"
     )
 
 
@@ -101,15 +90,19 @@ def _freezings(report: FreezeReport) -> str:
 
 def _retained(report: FreezeReport) -> str:
     rows = [["from step", "MiB", "bytes"]]
-    return _table(rows + [[str(step), f"{size / 2**20:,.2f}", f"{size:,}"] for step, size in report.retained], words=0)
+    return _table(
+        rows + [[str(step), f"{mebibytes(size):,.2f}", f"{size:,}"] for step, size in report.retained], words=0
+    )
 
 
 def _plans(report: FreezeReport) -> list[str]:
-    buffer = io.BytesIO()
-    draw_plans(report.plans).savefig(buffer, format="png", dpi=DPI)
     batch = escape(f"Planned without values for {report.plans[0][1].batch}.")
     alt = "Bars of the bytes that one step retains by what keeps them and by block, stock PEFT and ours"
-    return [f'<p class="soft">{batch}</p>', _table(parts_cells(report.plans), words=1), _image(buffer.getvalue(), alt)]
+    return [
+        f'<p class="soft">{batch}</p>',
+        _table(parts_cells(report.plans), words=1),
+        _image(png_of(draw_plans(report.plans)), alt),
+    ]
 
 
 def _table(rows: list[list[str]], words: int, last: bool = False) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-MIB = 2**20
+from ..planning.retained import MIB
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A report's tables for the terminal."""
+"""A report's tables, as plain text."""
 
 from __future__ import annotations
 
@@ -6,14 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import require
-from ..planning.plan import MemoryPlan, parts_cells
+from ..planning.plan import MemoryPlan, parts_cells, text_table
 from .comparison import comparison
 from .records import RunRecord
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
     from .report import FreezeReport
 
 
@@ -55,7 +52,7 @@ def _importance(value: float | None) -> str:
     return "undefined" if math.isnan(value) else f"{value:.2e}"
 
 
-def adapter_table(report: FreezeReport) -> Table:
+def adapter_table(report: FreezeReport) -> str:
     """Return one line per adapter: parameters, first and last importance, the step it froze after.
 
     Args:
@@ -63,14 +60,14 @@ def adapter_table(report: FreezeReport) -> Table:
 
     Example:
         >>> from safe_peft import FreezeReport
-        >>> adapter_table(FreezeReport("m", {}, 1, ())).row_count
-        0
+        >>> adapter_table(FreezeReport("m", {}, 1, ())).splitlines()[0]
+        '0 of 0 adapters frozen in 1 steps'
     """
     title = f"{len(report.freezings)} of {len(report.adapters)} adapters frozen in {report.total_steps} steps"
-    return _table(adapter_cells(report), title, left=2)
+    return text_table(adapter_cells(report), title, left=2)
 
 
-def runs_table(runs: Sequence[RunRecord], title: str = "") -> Table:
+def runs_table(runs: Sequence[RunRecord], title: str = "") -> str:
     """Return the measured runs side by side, one column per method.
 
     Args:
@@ -78,47 +75,21 @@ def runs_table(runs: Sequence[RunRecord], title: str = "") -> Table:
         title: a heading.
 
     Example:
-        >>> runs_table([]).row_count
-        0
+        >>> runs_table([], "runs").splitlines()[0]
+        'runs'
     """
-    return _table(comparison(runs), title, left=1)
+    return text_table(comparison(runs), title)
 
 
-def plans_table(plans: Sequence[tuple[str, MemoryPlan]]) -> Table:
+def plans_table(plans: Sequence[tuple[str, MemoryPlan]]) -> str:
     """Return where each byte of a step goes, stock PEFT and ours.
 
     Args:
         plans: with a heading each, such as "start".
 
     Example:
-        >>> plans_table([]).row_count
-        1
+        >>> print(plans_table([]))
+        kept by, MiB
+        retained
     """
-    return _table(parts_cells(plans), f"where each byte goes: {plans[0][1].batch}" if plans else "", left=1)
-
-
-def as_text(table: Table) -> str:
-    """Return what a terminal shows of a table, without colours.
-
-    Example:
-        >>> as_text(runs_table([], "runs")).splitlines()[0].strip()
-        'runs'
-    """
-    from rich.console import Console
-
-    console = Console(no_color=True, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
-
-
-def _table(rows: list[list[str]], title: str, left: int) -> Table:
-    require("rich", "report")
-    from rich.table import Table
-
-    table = Table(title=title or None, title_justify="left")
-    for i, head in enumerate(rows[0]):
-        table.add_column(head, justify="left" if i < left else "right", overflow="fold")
-    for row in rows[1:]:
-        table.add_row(*row)
-    return table
+    return text_table(parts_cells(plans), f"where each byte goes: {plans[0][1].batch}" if plans else "")

@@ -88,7 +88,7 @@ class Tuner:
         self._stores: dict[str, Store] = {}
         self._settled: dict[Call, Any] = {}
 
-    def choose(self, call: Call, offer: Offer, like: Tensor | None, otherwise: Any = None) -> Any:
+    def choose(self, call: Call, offer: Offer, like: Tensor | None) -> Any:
         """The fastest of what is offered.
 
         Args:
@@ -96,7 +96,6 @@ class Tuner:
             offer: gives the kind of device, and what to time by what it is a run of; asked for once a call. Nothing
                 that a run changes may be seen. What serves without tuning comes first.
             like: one of the call's tensors; None forbids timing.
-            otherwise: what holds from here on if nothing may be timed; None leaves it open.
 
         Returns:
             One of what is offered, or None where nothing is remembered and nothing may be timed.
@@ -105,7 +104,7 @@ class Tuner:
         if found is None:
             with torch.cuda.device(call[0]):  # whose clock times; of a CPU's -1, nothing happens
                 kind, runs = offer()
-                found = self._choose(self._store(kind), key(*call[1:]), runs, like) or otherwise
+                found = self._choose(self._store(kind), key(*call[1:]), runs, like)
             if found is not None:
                 found = self._settled.setdefault(call, found)
         return found

@@ -150,25 +150,34 @@ def test_a_communication_hook_stays_where_it_was(name: str, hook: str) -> None:
 # ---------------------------------------------------------------- resumed, and refused
 
 
-def resume(rank: int) -> dict[str, Any]:
+def resume(rank: int, inner: bool, options: dict[str, Any], compiled: bool = False, at: int = 9) -> dict[str, Any]:
     """Half a run, then a new model, DDP and freezer that are given the state of the first."""
     data = list(shares(STEPS, rank, 2))
     model = bert()
     ddp = DistributedDataParallel(model)
     optimizer, freezer = start(ddp, model)
-    losses = train(ddp, optimizer, iter(data[:9]), freezer)
+    losses = train(ddp, optimizer, iter(data[:at]), freezer)
     saved = model.state_dict(), optimizer.state_dict(), freezer.state_dict()
     model = bert()
     model.load_state_dict(saved[0])
-    ddp = DistributedDataParallel(model)
-    optimizer, freezer = start(ddp, model)
+    ddp = DistributedDataParallel(model, **options)
+    outer = torch.compile(ddp, backend="eager") if compiled else ddp
+    optimizer, freezer = start(model if inner else outer, model)
     optimizer.load_state_dict(saved[1])
     freezer.load_state_dict(saved[2])
-    return outcome(model, freezer, losses + train(ddp, optimizer, iter(data[9:]), freezer))
+    return outcome(model, freezer, losses + train(outer, optimizer, iter(data[at:]), freezer))
 
 
-def test_a_resumed_run_equals_one_process() -> None:
-    assert_equal(together(resume), expected())
+@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}], ids=str)
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_resumed_run_equals_one_process(inner: bool, options: dict[str, Any]) -> None:
+    """Given the inner model, adapters freeze again before any forward shows the wrapper."""
+    assert_equal(together(resume, inner, options), expected())
+
+
+def test_a_resumed_run_whose_freezer_is_not_given_the_compiled_wrapper_equals_one_process() -> None:
+    """The step after the restart scores nothing, so that compiled code would run, and show no wrapper."""
+    assert_equal(together(resume, True, {}, True, 8), expected())
 
 
 def refuse(rank: int) -> list[str]:

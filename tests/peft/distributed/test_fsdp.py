@@ -84,7 +84,7 @@ def train_recomputing(rank: int, sharded: bool, reshard: bool = True) -> dict[st
 @pytest.mark.parametrize("reshard", [True, False])
 def test_blocks_that_run_again_in_backward_equal_one_process(reshard: bool) -> None:
     ranks = together(train_recomputing, True, reshard)
-    assert ranks[0]["blocks"] == ["trains", "frozen, runs again in backward", "trains"]
+    assert ranks[0]["blocks"] == ["trains", "frozen, recomputed in backward", "trains"]
     assert_equal(ranks, train_recomputing(0, False))
 
 

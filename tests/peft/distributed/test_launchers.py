@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import assets
 import pytest
 from accelerate import Accelerator, DistributedType, FullyShardedDataParallelPlugin
 from ranks import mend_versions, together
@@ -22,7 +23,6 @@ from transformers import Trainer, TrainingArguments
 from safe_peft import AdapterFreezer, SafeCallback, SafeConfig
 from safe_peft.callback import NO_WAY_BACK
 from safe_peft.distributed.fsdp import whole
-from safe_peft.finetune import assets
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "torchrun.py"
 

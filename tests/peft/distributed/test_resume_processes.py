@@ -12,6 +12,7 @@ from ranks import mend_versions, outcomes_of, together
 from transformers import TrainerCallback
 
 from safe_peft import last_checkpoint
+from safe_peft.files import jsonio
 
 KILLED_AT = SAVE_AT + 2
 
@@ -47,7 +48,7 @@ def train(rank: int, folder: str, how: str) -> dict[str, Any]:
     weights = run.model.state_dict()
     return {
         "from": found and Path(found).name,
-        "ledger": callback_of(run).freezer.ledger.to_dict(),
+        "ledger": jsonio.encode(callback_of(run).freezer.ledger),
         "bits": {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in weights.items()},
     }
 

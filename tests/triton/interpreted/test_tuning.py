@@ -13,9 +13,6 @@ from oracle import DTYPES, Shape, problem
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from torch._subclasses import FakeTensorMode
-from torch.autograd.graph import disable_saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import safe_kernels
 import safe_peft
@@ -251,84 +248,10 @@ def test_every_candidate_of_every_kernel_is_run(clock: Clock) -> None:
     }, "a sweep forward, another one backward, apply, input"
 
 
-# ---------------------------------------------------------------- base and adapter in one
-
-
-def prefers(p: Linear) -> bool:
-    return safe_kernels.prefers_fused(p.x, p.weight, p.bias, p.A, p.B, dropout_p=p.dropout_p)
-
-
-@pytest.mark.parametrize("fastest", ["over", "fused"])
-def test_the_faster_form_is_preferred(clock: Clock, fastest: str) -> None:
-    p = linear(MIDDLE, HALF, dropout_p=0.1).require("x", "A", "B")
-    clock.fastest = fastest
-    random = torch.get_rng_state()
-    assert prefers(p) == (fastest == "fused")
-    assert clock.timed.count("over") == clock.timed.count("fused") == 1
-    assert torch.equal(torch.get_rng_state(), random)
-    assert all(tensor.grad is None for tensor in p.inputs.values())
-    clock.timed.clear()
-    assert prefers(p) == (fastest == "fused")
-    assert clock.timed == [], "once a bucket"
-
-
-def test_a_graph_of_the_callers_sees_nothing_of_it(clock: Clock) -> None:
-    """Checkpointing counts what a forward saves, and a second run has to save the same."""
-    p = linear(MIDDLE, HALF).require("x", "A", "B")
-    clock.fastest = "fused"
-    seen: list[bool] = []
-
-    def layer(x: torch.Tensor) -> torch.Tensor:
-        seen.append(prefers(p))
-        return p.call() if seen[-1] else safe_kernels.lora(x, x @ p.weight.t() + p.bias, p.A, p.B, p.scaling)
-
-    checkpoint(layer, p.x, use_reentrant=False).sum().backward()
-    assert seen == [True, True]
-    with torch.inference_mode():
-        assert prefers(p), "what is remembered holds there"
-
-
-CONTEXTS = {
-    "mode": FlopCounterMode(display=False),
-    "no hooks": disable_saved_tensors_hooks("none here"),
-    "inference": torch.inference_mode(),
-}
-
-
-@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
-def test_where_a_graph_would_be_seen_or_cannot_be_none_is_built(clock: Clock, context: Any) -> None:
-    p = linear(MIDDLE, HALF)
-    clock.fastest = "fused"
-    with context:
-        assert not prefers(p)
-    assert clock.timed == []
-    # What a mode has seen may be run again without it (checkpointing); what ran in inference mode will not be.
-    assert prefers(p) == isinstance(context, torch.inference_mode)
-
-
-def test_a_compiled_graph_keeps_lora(clock: Clock) -> None:
-    p = linear(MIDDLE, HALF)
-    clock.fastest = "fused"
-    compiled = torch.compile(lambda x: x + prefers(p), backend="eager", fullgraph=True)
-    assert torch.equal(compiled(p.x), p.x)
-    assert clock.timed == []
-
-
-def test_while_tuning_is_off_a_gpu_takes_the_one_that_moves_less(clock: Clock) -> None:
-    with safe_kernels.autotune(False):
-        assert prefers(linear(MIDDLE, HALF))
-        assert not prefers(linear(MIDDLE, HALF).require("weight"))
-        assert not prefers(linear(MIDDLE, HALF).require("bias"))
-        assert not prefers(linear(Shape(0, 18, 17, 5), HALF))
-    assert clock.timed == []
-
-
-@pytest.mark.parametrize("fastest", ["over", "fused"])
-def test_a_bound_layer_takes_the_faster_form(clock: Clock, launches: list[str], fastest: str) -> None:
+def test_a_bound_layer_is_one_op(clock: Clock, launches: list[str]) -> None:
     torch.manual_seed(0)
     config = LoraConfig(r=4, target_modules=["0"])
     model = get_peft_model(nn.Sequential(nn.Linear(18, 17)), config, autocast_adapter_dtype=False).bfloat16()
-    clock.fastest = fastest
     x = torch.randn(20, 18, dtype=torch.bfloat16)
     stock = model(x)
     with safe_peft.bind(model):
@@ -336,7 +259,6 @@ def test_a_bound_layer_takes_the_faster_form(clock: Clock, launches: list[str], 
         launches.clear()
         out = model(x)
         (row,) = safe_peft.explain(model)
-    assert row.path == f"safe_kernels::lora{'_linear' if fastest == 'fused' else ''}"
-    assert launches == ["_lora_sweep_kernel", "_lora_linear_kernel" if fastest == "fused" else "_lora_apply_kernel"]
+    assert row.path == "safe_kernels::lora_linear"
+    assert launches == ["_lora_sweep_kernel", "_lora_linear_kernel"]
     assert torch.allclose(out, stock, atol=2e-2)
-    assert clock.timed.count("over") == clock.timed.count("fused") == 1

@@ -1,4 +1,4 @@
-"""The kinds of adapters this package knows, one file each, and the only place that imports PEFT."""
+"""The supported kinds of adapters, one file each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the policy asks of an adapter, and the registry of the PEFT layer types it knows."""
+"""The interface of an adapter, and the registry of the supported PEFT layer types."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .evidence import Evidence
 
 
 class LayerState:
-    """What binding keeps about one layer: plain Python, so that neither a state dict nor an optimizer ever sees it.
+    """The state of one bound layer, in plain Python, so that it is in no state dict and in no optimizer.
 
     Args:
-        frozen: keys of the adapters that the ledger calls frozen, whatever their requires_grad says.
-        observe: by key, gives the statistics that the coming forward is to add to; empty unless a scoring is due.
-        owner: the binding of the freezer that decides about this layer, as long as there is one.
-        fused: the last call computed the base layer and its adapter in one.
-        undo: by key, the adapter that a freezer froze, which knows what it was before.
+        frozen: keys of the adapters that are frozen according to the ledger, independent of their requires_grad.
+        observe: by key, returns the statistics that the next forward adds to; empty except in a scoring step.
+        owner: the binding of the freezer that decides about this layer, if there is one.
+        fused: whether the last call computed the base layer and its adapter in one op.
+        undo: by key, the adapter that a freezer froze, with its state before.
     """
 
     __slots__ = ("frozen", "fused", "observe", "owner", "undo")
@@ -41,7 +41,7 @@ def adapter_keys(layer: nn.Module) -> list[str]:
     """Return PEFT's names of the adapters in one of its layers.
 
     Args:
-        layer: any adapter layer of PEFT's.
+        layer: any adapter layer of PEFT.
     """
     return sorted(layer._get_available_adapters()) if isinstance(layer, BaseTunerLayer) else []
 
@@ -50,8 +50,8 @@ def active_keys(layer: Any, present: Container[str]) -> list[str]:
     """Return which of a PEFT layer's adapters are active.
 
     Args:
-        layer: any adapter layer of PEFT's.
-        present: the adapters it has: `adapter_keys`, or, where a forward waits for it, a dict of them as it stands.
+        layer: any adapter layer of PEFT.
+        present: the layer's adapters: `adapter_keys`, or, in a forward, the dict of them.
     """
     active = layer._active_adapter
     if type(active) is str:
@@ -60,10 +60,10 @@ def active_keys(layer: Any, present: Container[str]) -> list[str]:
 
 
 def adapter_parameters(layer: nn.Module, key: str) -> list[nn.Parameter]:
-    """Return the parameters of one adapter of a PEFT layer, whatever holds them there.
+    """Return the parameters of one adapter of a PEFT layer, in any container of the layer.
 
     Args:
-        layer: any adapter layer of PEFT's.
+        layer: any adapter layer of PEFT.
         key: PEFT's name of the adapter.
     """
     holders = [getattr(layer, name) for name in getattr(layer, "adapter_layer_names", ())]
@@ -77,15 +77,15 @@ class Adapter(ABC):
     Args:
         name: the layer's path in the model.
         layer: PEFT's layer.
-        key: PEFT's name of the adapter in that layer, mostly "default".
+        key: PEFT's name of the adapter in that layer, usually "default".
     """
 
     layer_type: ClassVar[type[nn.Module]]
-    """PEFT's type, matched exactly, since a subclass may compute something else."""
+    """PEFT's type, matched exactly, because a subclass may compute something else."""
     layer_names: ClassVar[tuple[str, ...]] = ()
-    """Dotted names of further types of PEFT's: of those whose module imports a package that few have installed."""
+    """Dotted names of further types of PEFT, whose modules import packages that are often not installed."""
     mixin: ClassVar[type[Swapped]]
-    """What binding puts on an instance of it."""
+    """The class that binding puts on an instance of the type."""
 
     def __init__(self, name: str, layer: nn.Module, key: str) -> None:
         self.name = name
@@ -97,19 +97,19 @@ class Adapter(ABC):
     @staticmethod
     @abstractmethod
     def refusal(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
-        """Why a call of this layer cannot take the fast path, in a few words; None if it can."""
+        """Return why a call of this layer cannot take the fast path, in a few words; None if it can."""
 
     @staticmethod
     def note(layer: nn.Module) -> str:
-        """What a user may want to know about a layer that takes the fast path."""
+        """Return a remark for the user about a layer that takes the fast path."""
         return ""
 
     @abstractmethod
     def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
-        """What is known about the adapter now."""
+        """Return the data from which a score is computed."""
 
     def is_present(self) -> bool:
-        """Whether PEFT still has it: it may have been deleted. Asked of all in every step."""
+        """Whether PEFT still has the adapter: it may have been deleted. Every step checks this for all adapters."""
         return self.key in adapter_keys(self.layer)
 
     def parameters(self) -> list[nn.Parameter]:
@@ -117,7 +117,7 @@ class Adapter(ABC):
         return adapter_parameters(self.layer, self.key)
 
     def traits(self) -> dict[str, Any]:
-        """Return, as JSON values, what a saved state has to find again: what is computed, without the weights."""
+        """Return, as JSON values, the traits that must match when a saved state is loaded; no weights."""
         return {"shapes": [list(parameter.shape) for parameter in self.parameters()]}
 
     def dropouts(self) -> list[nn.Dropout]:
@@ -126,19 +126,19 @@ class Adapter(ABC):
 
     @property
     def state(self) -> LayerState | None:
-        """What binding keeps about the layer; None if it is not bound (any more)."""
+        """The layer's state; None if the layer is not bound (any more)."""
         return self.layer.__dict__.get(STATE)
 
     @property
     def trainable(self) -> bool:
-        """Whether any of its parameters requires grad."""
+        """Whether any of the adapter's parameters requires grad."""
         return any(parameter.requires_grad for parameter in self.parameters())
 
     def freeze(self, *, keep_dropout: bool = False) -> None:
-        """Stop training the adapter, and switch off its dropout, since noise in a fixed adapter only costs.
+        """Stop training the adapter, and switch off its dropout, which has no use in a fixed adapter.
 
         Args:
-            keep_dropout: leave its dropout on.
+            keep_dropout: leave the adapter's dropout on.
         """
         if self.state is not None:
             self.state.frozen.add(self.key)
@@ -146,19 +146,19 @@ class Adapter(ABC):
         self.hold()
         if not keep_dropout:
             for dropout in self.dropouts():
-                off = float("0")  # an object of its own, by which a value that the user sets meanwhile is told from it
+                off = float("0")  # a separate object: `restore` compares by identity, to keep a value of the user
                 self._dropout_p.append((dropout, dropout.p, off))
                 dropout.p = off
 
     def hold(self) -> None:
-        """Keep it frozen: PEFT sets requires_grad again when adapters are switched, loaded or re-enabled."""
+        """Keep the adapter frozen: PEFT sets requires_grad again when adapters are switched, loaded or re-enabled."""
         for parameter in self.parameters():
             if parameter.requires_grad:
                 parameter.requires_grad_(False)
             parameter.grad = None
 
     def restore(self) -> None:
-        """Make it train, and its dropout work, as before it was frozen; a dropout that was changed since stays so."""
+        """Let the adapter train with its dropout, as before it was frozen; a dropout that was changed since stays."""
         if self.state is not None:
             self.state.frozen.discard(self.key)
             self.state.undo.pop(self.key, None)
@@ -174,18 +174,18 @@ _ADAPTERS: dict[str, type[Adapter]] = {}
 
 
 def dotted_name(kind: type) -> str:
-    """Return a class's full name, by which it is known without being imported."""
+    """Return a class's full name, which identifies the class without an import."""
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def register_adapter(kind: type[Adapter]) -> type[Adapter]:
-    """Class decorator: make a kind of adapter known to `bind` and `explain`."""
+    """Class decorator: register a kind of adapter for `bind` and `explain`."""
     _ADAPTERS.update(dict.fromkeys((dotted_name(kind.layer_type), *kind.layer_names), kind))
     return kind
 
 
 def adapter_of(layer: nn.Module) -> type[Adapter] | None:
-    """Return the kind of adapter a module holds, bound or not; None if it is none we know.
+    """Return the kind of adapter of a module, bound or not; None if the module has no supported adapter.
 
     Example:
         >>> adapter_of(nn.Linear(2, 2)) is None
@@ -195,7 +195,7 @@ def adapter_of(layer: nn.Module) -> type[Adapter] | None:
 
 
 def peft_kind(layer: nn.Module) -> str | None:
-    """Return how PEFT prints a layer's type, such as "lora.Linear"; None if it is no adapter layer of PEFT's.
+    """Return PEFT's name of a layer's type, such as "lora.Linear"; None if the layer is not an adapter layer of PEFT.
 
     Example:
         >>> peft_kind(nn.Linear(2, 2)) is None

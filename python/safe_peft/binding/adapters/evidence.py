@@ -1,11 +1,10 @@
-"""What is known about one adapter when it is scored."""
+"""The data from which one adapter is scored."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -14,54 +13,83 @@ from ...distributed.fsdp import whole
 if TYPE_CHECKING:
     from safe_kernels import AdapterStatistics
 
-
-class Later:
-    """A field of `Evidence` that is made when it is first read: a score reads one or two, of hundreds of adapters."""
-
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make: Callable[[], Any] | None = make
-        self._value: Any = None
-
-    def value(self) -> Any:
-        """The field."""
-        if self._make is not None:
-            self._value, self._make = self._make(), None
-        return self._value
+Source = Tensor | Callable[[], Tensor | None] | None
 
 
-@dataclass(frozen=True)
 class Evidence:
-    """What is known about one adapter when it is scored; a score reads what it needs, the rest may be None.
+    """What is known about one adapter when it is scored; a score calls what it needs, and the rest may be None.
 
-    A tensor that FSDP2 has spread over processes is put together when it is read, in all of them, and not before. A
-    field may be given as `Later`.
+    FSDP2 and tensor parallel spread tensors over processes. A method puts its tensor together, and every process has to
+    call it: a score therefore calls the same methods for every adapter, whatever the values are.
 
     Args:
         statistics: sums over this step's rows, gathered during its forwards.
-        lora_A: [r, d_in].
+        lora_A: [r, d_in]; this and the other tensors may be given as functions that make them.
         lora_B: [d_out, r].
         scaling: what the product is multiplied by.
         base_weight: the frozen weight that the adapter is added to, in either orientation; None where it is quantised.
         grad_A: gradient of lora_A before the optimizer's step.
         grad_B: gradient of lora_B before the optimizer's step.
         generator: seeded for this adapter alone, and independent of every global generator.
-        dequantise: where the base weight is quantised, makes it anew, or None where that cannot be done; costly, so
-            for the scores that need it.
+        dequantise: makes the base weight anew where it is quantised, or None where that cannot be done.
+
+    Attributes:
+        grad_scale: what a GradScaler has multiplied the gradients by.
+
+    Example:
+        >>> import torch
+        >>> evidence = Evidence(lora_A=torch.ones(2, 8), lora_B=lambda: torch.zeros(4, 2))
+        >>> evidence.lora_A().shape, evidence.lora_B().shape, evidence.base_weight()
+        (torch.Size([2, 8]), torch.Size([4, 2]), None)
     """
 
-    statistics: AdapterStatistics | None = None
-    lora_A: Tensor | None = None
-    lora_B: Tensor | None = None
-    scaling: float = 1.0
-    base_weight: Tensor | None = None
-    grad_A: Tensor | None = None
-    grad_B: Tensor | None = None
-    generator: random.Random | None = None
-    dequantise: Callable[[], Tensor | None] | None = None
+    def __init__(
+        self,
+        statistics: AdapterStatistics | None = None,
+        lora_A: Source = None,
+        lora_B: Source = None,
+        scaling: float = 1.0,
+        base_weight: Source = None,
+        grad_A: Source = None,
+        grad_B: Source = None,
+        generator: random.Random | None = None,
+        dequantise: Source = None,
+    ) -> None:
+        self.statistics, self.scaling, self.generator = statistics, scaling, generator
+        self.grad_scale = 1.0
+        self._lora_A, self._lora_B = lora_A, lora_B
+        self._grad_A, self._grad_B = grad_A, grad_B
+        self._base_weight, self._dequantise = base_weight, dequantise
 
-    def __getattribute__(self, name: str) -> Any:
-        """A field's value; torch's own functions would take a shard's sum for the whole tensor's."""
-        value = super().__getattribute__(name)
-        if type(value) is Later:
-            value = value.value()
-        return whole(value) if isinstance(value, Tensor) else value
+    def lora_A(self) -> Tensor | None:
+        """Return lora_A, whole."""
+        return _made(self._lora_A)
+
+    def lora_B(self) -> Tensor | None:
+        """Return lora_B, whole."""
+        return _made(self._lora_B)
+
+    def grad_A(self) -> Tensor | None:
+        """Return the gradient of lora_A, whole and unscaled."""
+        return self._unscaled(_made(self._grad_A))
+
+    def grad_B(self) -> Tensor | None:
+        """Return the gradient of lora_B, whole and unscaled."""
+        return self._unscaled(_made(self._grad_B))
+
+    def base_weight(self) -> Tensor | None:
+        """Return the base layer's weight, whole, as it is stored."""
+        return _made(self._base_weight)
+
+    def dequantise(self) -> Tensor | None:
+        """Return the weight that a quantised base layer stands for; every call makes it anew, which is costly."""
+        return _made(self._dequantise)
+
+    def _unscaled(self, grad: Tensor | None) -> Tensor | None:
+        return grad if grad is None or self.grad_scale == 1.0 else grad.float() / self.grad_scale
+
+
+def _made(source: Source) -> Tensor | None:
+    """Torch's own functions would take a shard's sum for the whole tensor's."""
+    tensor = source if source is None or isinstance(source, Tensor) else source()
+    return None if tensor is None else whole(tensor)

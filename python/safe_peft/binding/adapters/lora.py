@@ -1,6 +1,6 @@
-"""PEFT's `lora.Linear` with `safe_kernels.lora` for its adapter, over any base layer: only its output is taken.
+"""PEFT's `lora.Linear` with `safe_kernels.lora` for its adapter. The op reads only the output of the base layer.
 
-Over a plain nn.Linear the whole layer may be one op, `safe_kernels.lora_linear`, where that is known to be faster.
+Over a plain nn.Linear the whole layer is one op, `safe_kernels.lora_linear`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from safe_kernels import AdapterStatistics
 from ..class_swap import STATE, autocasts, is_hooked, is_transformed, original_type, own_forward
 from ..code import own_method, watched
 from .base import Adapter, LayerState, active_keys, register_adapter
-from .evidence import Evidence, Later
+from .evidence import Evidence
 from .observed import Observed
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -32,18 +32,18 @@ _ROUTING = ("adapter_names", *VARIANT_KWARG_KEYS)
 
 
 def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
-    """Why a call of this layer has to take PEFT's own path.
+    """Return why a call of this layer must take PEFT's own path.
 
-    It stands between every forward and its kernel. So it looks at types and flags only, never at values, and reads the
-    dicts of modules directly: nn.Module's attribute lookup costs more than all that is asked here.
+    Every forward calls this function before its kernel. So it reads only types and flags, never values, and it reads
+    the dicts of modules directly, because nn.Module's attribute lookup costs more than all these checks.
 
     Args:
         layer: the LoRA layer.
-        args: what the call passes; () when only the layer is asked about.
-        kwargs: likewise.
+        args: the call's arguments; () to check only the layer.
+        kwargs: the call's keyword arguments.
 
     Returns:
-        The reason in a few words, or None if `safe_kernels.lora` serves the call.
+        The reason in a few words, or None if `safe_kernels.lora` can compute the call.
     """
     if layer._disable_adapters:
         return "adapters are disabled"
@@ -52,7 +52,7 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
     if kwargs:
         for name in _ROUTING:
             if kwargs.get(name) is not None:
-                return f"{name} is given"
+                return f"the call passes {name}"
     keys = active_keys(layer, layer._modules["lora_A"]._modules)
     if len(keys) != 1:
         return "several adapters are active" if keys else "no active adapter in this layer"
@@ -62,7 +62,7 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
 
 
 def _refuse_code(layer: PeftLinear) -> str | None:
-    """The ops compute what PEFT's and PyTorch's classes do, as long as nothing takes the place of their methods."""
+    """Refuse a layer if a method of PEFT's or PyTorch's class is replaced: the ops compute the original methods."""
     kind: Any = original_type(layer)
     linear, dropout, identity = nn.Linear.forward, nn.Dropout.forward, nn.Identity.forward
     called = (kind.forward, kind.__call__, kind._cast_input_dtype, linear, dropout, identity)
@@ -72,7 +72,7 @@ def _refuse_code(layer: PeftLinear) -> str | None:
 
 
 def _look_at(kind: type, called: tuple[Any, ...]) -> str | None:
-    """What is called in a layer of a kind that is seen for the first time, or in which something was replaced."""
+    """Compare the methods that a layer calls, at its class's first call and after a method was replaced."""
     methods = [(kind, name) for name in _CALLED] + [
         (child, "forward") for child in (nn.Linear, nn.Dropout, nn.Identity)
     ]
@@ -102,7 +102,7 @@ def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
         return f"adapter dtype {str(A.dtype).removeprefix('torch.')} and {str(B.dtype).removeprefix('torch.')}"
     scaling = layer.scaling[key]
     if isinstance(scaling, Tensor):
-        return "scaling is a tensor (prepared for compiled hotswapping), which the op would take as a constant"
+        return "scaling is a tensor (prepared for compiled hotswapping), which the op would treat as a constant"
     if not isinstance(scaling, float | int):
         return f"scaling is a {type(scaling).__name__}"
     if type(dropout) not in _DROPOUTS:
@@ -118,7 +118,7 @@ def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | N
     if not args:
         return None
     if is_transformed():
-        return "torch.func or torch.jit.trace runs, which know PyTorch's own ops only"
+        return "torch.func or torch.jit.trace is active, which supports only PyTorch's own ops"
     x = args[0]
     if type(x) not in _TENSORS:
         return f"input is a {type(x).__name__}, not a plain tensor"
@@ -131,7 +131,7 @@ def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | N
 
 
 def _plain(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """Weight and bias of a base layer that computes ``x W' + bias`` alone, and whose call has no other effect."""
+    """Return weight and bias of a base layer that computes only ``x W' + bias``; None if its call does more."""
     if type(base) is not nn.Linear or is_hooked(base) or autocasts(x):
         return None
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias", x)
@@ -143,13 +143,13 @@ def _plain(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
 
 
 class SafeLoraLinear(Observed):
-    """PEFT's LoRA layer whose adapter runs in `safe_kernels.lora` wherever `refusal` finds nothing against it."""
+    """PEFT's LoRA layer; `safe_kernels.lora` computes its adapter if `refusal` returns None."""
 
     scaling: dict[str, float]
     _refusal = staticmethod(refusal)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's forward, by the fast path if it can serve this call."""
+        """Compute PEFT's forward, on the fast path if the call is supported."""
         state: LayerState | None = self.__dict__.get(STATE)
         if state is None:
             return own_forward(self, x, *args, **kwargs)
@@ -160,22 +160,21 @@ class SafeLoraLinear(Observed):
         lora_A, lora_B, dropout = (own[name]._modules[key] for name in ("lora_A", "lora_B", "lora_dropout"))
         A, B = lora_A.weight, lora_B.weight
         if key in state.frozen and (A.requires_grad or B.requires_grad):
-            A, B = A.detach(), B.detach()  # PEFT has set requires_grad again behind the ledger's back
+            A, B = A.detach(), B.detach()  # PEFT has set requires_grad of a frozen adapter again
         compiling = torch.compiler.is_compiling()
-        observe = state.observe.get(key) if self.training and not compiling else None  # scorings run uncompiled
+        observe = state.observe.get(key) if self.training and not compiling else None  # scoring steps run uncompiled
         dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
         statistics = None if observe is None else observe(x)
         plain = None if args or kwargs else _plain(own["base_layer"], x)
-        fused = plain is not None and safe_kernels.prefers_fused(x, *plain, A, B, dropout_p=dropout_p)
-        if fused is not state.fused and not compiling:
-            state.fused = fused
+        if not compiling:
+            state.fused = plain is not None
         options: Any = {"dropout_p": dropout_p, "statistics": statistics}
         base: Any = None
-        if not fused:
+        if plain is None:
             named = {name: value for name, value in kwargs.items() if name not in _ROUTING}
             base = self.base_layer(x, *args, **named)
         try:
-            if plain is not None and fused:
+            if plain is not None:
                 return safe_kernels.lora_linear(x, *plain, A, B, self.scaling[key], **options)
             return safe_kernels.lora(x, base, A, B, self.scaling[key], **options)
         except (TypeError, ValueError) as refused:
@@ -183,7 +182,7 @@ class SafeLoraLinear(Observed):
 
 
 def _as_peft(forward: Callable[..., Tensor], refused: Exception, *args: Any, **kwargs: Any) -> Tensor:
-    """Let PEFT's own code say what is wrong with arguments that the op refuses, in a type that its users expect."""
+    """Let PEFT's own code raise the error for invalid arguments, with the type that PEFT's users expect."""
     try:
         return forward(*args, **kwargs)
     except Exception as error:
@@ -202,48 +201,52 @@ class LoraAdapter(Adapter):
     layer: Any
 
     def traits(self) -> dict[str, Any]:
-        """Return, as JSON values, what a saved state has to find again: what is computed, without the weights."""
+        """Return, as JSON values, the traits that must match when a saved state is loaded; no weights."""
         return {**super().traits(), "r": self.layer.r[self.key], "scaling": float(self.layer.scaling[self.key])}
 
     def dropouts(self) -> list[nn.Dropout]:
-        """The adapter's dropout, if it has any."""
+        """Return the adapter's dropout, if it has one."""
         dropout = self.layer.lora_dropout[self.key]
         return [dropout] if isinstance(dropout, nn.Dropout) else []
 
     def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
         """What is known about the adapter now."""
-        later: Any = Later
         return Evidence(
             statistics=statistics,
-            lora_A=later(lambda: self.matrix_A(self.pair()[0].detach())),
-            lora_B=later(lambda: self.matrix_B(self.pair()[1].detach())),
+            lora_A=lambda: self.matrix_A(self.pair()[0].detach()),
+            lora_B=lambda: self.matrix_B(self.pair()[1].detach()),
             scaling=float(self.layer.scaling[self.key]),
-            base_weight=later(self.base_weight),
-            grad_A=later(lambda: _changed(self.pair()[0].grad, self.matrix_A)),
-            grad_B=later(lambda: _changed(self.pair()[1].grad, self.matrix_B)),
+            base_weight=self.base_weight,
+            grad_A=lambda: _changed(self.pair()[0].grad, self.matrix_A),
+            grad_B=lambda: _changed(self.pair()[1].grad, self.matrix_B),
+            dequantise=self.dequantise,
         )
 
     def is_present(self) -> bool:
-        """Whether PEFT still has it."""
+        """Whether PEFT still has the adapter."""
         lora_A = self.layer._modules.get("lora_A")
         return (lora_A is not None and self.key in lora_A._modules) or super().is_present()
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """The adapter's two parameters."""
+        """Return the adapter's two parameters."""
         return self.layer.lora_A[self.key].weight, self.layer.lora_B[self.key].weight
 
     def matrix_A(self, A: Tensor) -> Tensor:
-        """Lay lora_A or its gradient out as [..., r, d_in]: one matrix, or a stack of them."""
+        """Return lora_A or its gradient as [..., r, d_in]: one matrix, or a stack of matrices."""
         return A
 
     def matrix_B(self, B: Tensor) -> Tensor:
-        """Lay lora_B or its gradient out as [..., d_out, r], which times `matrix_A` changes the weight."""
+        """Return lora_B or its gradient as [..., d_out, r]; its product with `matrix_A` changes the weight."""
         return B
 
     def base_weight(self) -> Tensor | None:
-        """The weight that the adapter is added to, if it can be read."""
+        """Return the weight that the adapter is added to; None if it cannot be read."""
         weight = getattr(self.layer.get_base_layer(), "weight", None)
         return weight.detach() if isinstance(weight, Tensor) and weight.dtype in _FLOATS else None
+
+    def dequantise(self) -> Tensor | None:
+        """The weight that a quantised base layer stands for; None where `base_weight` says what there is to know."""
+        return None
 
 
 def _changed(grad: Tensor | None, change: Callable[[Tensor], Tensor]) -> Tensor | None:

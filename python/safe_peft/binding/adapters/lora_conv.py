@@ -1,4 +1,4 @@
-"""LoRA on convolutions: PEFT's `lora.Conv1d`, `Conv2d` and `Conv3d`, on PEFT's own path. Their rows are positions."""
+"""LoRA on convolutions: PEFT's `lora.Conv1d`, `Conv2d` and `Conv3d`, on PEFT's own path. A row is a position."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from .observed import Observed, no_kernel
 
 
 class SafeConv1d(Observed):
-    """Features lie along the channels: [..., C, L]."""
+    """The features are the channels of [..., C, L]."""
 
     features_dim = -2
 
 
 class SafeConv2d(Observed):
-    """Features lie along the channels: [..., C, H, W]."""
+    """The features are the channels of [..., C, H, W]."""
 
     features_dim = -3
 
 
 class SafeConv3d(Observed):
-    """Features lie along the channels: [..., C, D, H, W]."""
+    """The features are the channels of [..., C, D, H, W]."""
 
     features_dim = -4
 
@@ -39,12 +39,12 @@ class LoraConv1dAdapter(LoraAdapter):
     refusal = staticmethod(no_kernel)
 
     def matrix_A(self, A: Tensor) -> Tensor:
-        """Cut into as many pieces as the base layer has groups: B reads each with a group of its own."""
+        """Split lora_A into one matrix per group of the base layer: each group of lora_B reads one of them."""
         groups = self.layer.get_base_layer().groups
         return A.reshape(groups, A.shape[0] // groups, -1)
 
     def matrix_B(self, B: Tensor) -> Tensor:
-        """One matrix a group."""
+        """Return one matrix per group of the base layer."""
         groups = self.layer.get_base_layer().groups
         return B.reshape(groups, B.shape[0] // groups, -1)
 

@@ -19,5 +19,5 @@ class LoraEmbeddingAdapter(LoraAdapter):
     refusal = staticmethod(no_kernel)
 
     def pair(self) -> tuple[Tensor, Tensor]:
-        """The adapter's two parameters."""
+        """Return the adapter's two parameters."""
         return self.layer.lora_embedding_A[self.key], self.layer.lora_embedding_B[self.key]

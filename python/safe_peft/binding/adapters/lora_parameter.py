@@ -1,4 +1,4 @@
-"""LoRA on a bare parameter, a mixture's experts for instance: PEFT's `lora.ParamWrapper`, on PEFT's own path."""
+"""LoRA on a single parameter, such as the experts of a mixture: PEFT's `lora.ParamWrapper`, on PEFT's own path."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .observed import Call, Observed, Sample, aside
 
 
 class SafeParamWrapper(Observed):
-    """The base module runs with the changed parameter, so its output without the adapter takes a run of its own."""
+    """The base module runs with the changed parameter, so its output without the adapter needs a separate run."""
 
     def _sample_base(
         self, due: Mapping[str, Sample], call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -35,18 +35,18 @@ class LoraParameterAdapter(LoraAdapter):
 
     @staticmethod
     def refusal(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
-        """Why it takes PEFT's path."""
+        """Return why the layer takes PEFT's path."""
         return "lora.ParamWrapper (target_parameters) has no kernel"
 
     def matrix_A(self, A: Tensor) -> Tensor:
-        """One matrix an expert."""
+        """Return one matrix per expert."""
         return A.reshape(self.layer.num_experts, -1, A.shape[1])
 
     def matrix_B(self, B: Tensor) -> Tensor:
-        """One matrix an expert, in PEFT's order, which has the experts last."""
+        """Return one matrix per expert, from PEFT's order, in which the experts are the last dimension."""
         return B.reshape(B.shape[0], -1, self.layer.num_experts).permute(2, 0, 1)
 
     def base_weight(self) -> Tensor:
-        """The parameter itself."""
+        """Return the parameter itself."""
         weight: Tensor = self.layer.get_param()
         return weight.detach()

@@ -1,8 +1,8 @@
-"""Freezing and scoring on PEFT's own path: what an adapter is worth is read off its layer's outputs.
+"""Freezing and scoring on PEFT's own path: the score is computed from the layer's outputs.
 
-No kernel gathers its sums there. So in a step that scores, and only then, the layer's features without and with an
-adapter are sampled during its forward: exact up to the rounding of the features' own dtype, which in 16 bits hides an
-adapter that changes them by less.
+No kernel computes the sums there. So in a scoring step, the layer's features without and with the adapter are sampled
+during its forward. The score is exact up to the rounding of the features' dtype. In 16 bits, an adapter that changes
+the features by less than this rounding has the score 0.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch.utils.checkpoint import get_device_states
 from safe_kernels import AdapterStatistics
 from safe_kernels.retention import announce_reader
 
-from ..class_swap import STATE, Swapped, is_bound, own_forward
+from ..class_swap import STATE, Swapped, autocasts, is_bound, own_forward
 from .base import LayerState, active_keys, adapter_keys, adapter_parameters, peft_kind
 
 Call = Callable[[], Any]
 
 
 class Observed(Swapped):
-    """A LoRA layer on PEFT's own path: frozen adapters stay frozen, and those that are due are scored."""
+    """A LoRA layer on PEFT's own path: its frozen adapters stay frozen, and a scoring step scores its adapters."""
 
     features_dim: ClassVar[int] = -1
-    """The dimension of the layer's output that holds its features; the others are rows."""
+    """The dimension of the layer's output that contains the features; the other dimensions are rows."""
     base_layer: nn.Module
     disable_adapters: bool
     merged: bool
@@ -44,13 +44,13 @@ class Observed(Swapped):
         state: LayerState = self.__dict__[STATE]
         _hold_frozen(self, state)
         _announce(self, args)
-        scored = self.training and not torch.compiler.is_compiling()  # a scoring's forwards run uncompiled
+        scored = self.training and not torch.compiler.is_compiling()  # the forwards of a scoring step run uncompiled
         if scored and state.observe and (due := self._due(state, kwargs)):
             return self._observe(due, lambda: call(*args, **kwargs), args, kwargs)
         return call(*args, **kwargs)
 
     def _due(self, state: LayerState, kwargs: Mapping[str, Any]) -> dict[str, Sample]:
-        """The adapters that the coming call computes and that a scoring waits for."""
+        """Return the adapters that the next call computes and that are to be scored."""
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return {}
         keys = [key for key in active_keys(self, adapter_keys(self)) if key in state.observe]
@@ -60,7 +60,7 @@ class Observed(Swapped):
         output = self._sample_base(due, call, args, kwargs)
         together = len(active_keys(self, adapter_keys(self))) > 1
         for key, sample in due.items():
-            if together:  # what one does by itself is not to be told from what they all do
+            if together:  # the output has the sum of all adapters, so each needs a call of its own
                 with aside(self, args), _alone(self, key):
                     sample.end(call())
             else:
@@ -84,16 +84,16 @@ class Observed(Swapped):
 
 
 class Replaced(Observed):
-    """A layer whose `forward` was replaced before it was bound, by device hooks say: watched from around it."""
+    """A layer whose `forward` was replaced before it was bound, for example by device hooks: its `__call__` is used."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The layer's own call."""
+        """Make the layer's own call."""
         if not is_bound(self) or "forward" not in self.__dict__:
             return super().__call__(*args, **kwargs)
         return self._watch(super().__call__, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's forward for the replacement to call; any other layer's once that was taken away."""
+        """Compute PEFT's forward, which the replacement calls; after the replacement is removed, as `Observed` does."""
         if "forward" in self.__dict__:
             return own_forward(self, *args, **kwargs)
         return super().forward(*args, **kwargs)
@@ -103,11 +103,11 @@ _AROUND: dict[type[Swapped], type[Swapped]] = {}
 
 
 def mixin_for(layer: nn.Module, mixin: type[Swapped]) -> type[Swapped]:
-    """Return what binding puts on a layer.
+    """Return the class that binding puts on a layer.
 
     Args:
         layer: one of PEFT's adapter layers, not bound yet.
-        mixin: what it puts on such layers in general.
+        mixin: the usual class for such layers.
     """
     if "forward" not in layer.__dict__:
         return mixin
@@ -117,18 +117,18 @@ def mixin_for(layer: nn.Module, mixin: type[Swapped]) -> type[Swapped]:
 
 
 def no_kernel(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
-    """Why a kind of layer always takes PEFT's path: the `refusal` of an adapter type without a kernel.
+    """Return why a kind of layer always takes PEFT's path: the `refusal` of an adapter type without a kernel.
 
     Args:
         layer: one of PEFT's adapter layers.
-        args: what a call passes; it changes nothing.
-        kwargs: likewise.
+        args: ignored.
+        kwargs: ignored.
     """
     return f"{peft_kind(layer)} has no kernel"
 
 
 class Sample:
-    """The rows of a layer's features that score one adapter, without it and with it."""
+    """The sampled rows of a layer's features, without one adapter and with it."""
 
     def __init__(self, observe: Callable[[Tensor], AdapterStatistics | None], features_dim: int) -> None:
         self._observe = observe
@@ -136,7 +136,7 @@ class Sample:
         self._statistics: AdapterStatistics | None = None
         self._base = torch.empty(0)
 
-    def begin(self, base: Any) -> None:  # where gradients are as in the forward: observers ask
+    def begin(self, base: Any) -> None:  # with gradients on or off as in the forward: observers check this
         if isinstance(base, Tensor) and base.is_floating_point():
             features = base.detach().movedim(self._features_dim, -1)
             self._statistics = self._observe(features)
@@ -151,7 +151,7 @@ class Sample:
 
 
 def _hold_frozen(layer: nn.Module, state: LayerState) -> None:
-    """PEFT's own path looks at requires_grad alone, so that has to be right."""
+    """Set requires_grad of frozen adapters to False: PEFT's own path reads only requires_grad."""
     for key in state.frozen:
         for parameter in adapter_parameters(layer, key):
             if parameter.requires_grad:
@@ -159,17 +159,19 @@ def _hold_frozen(layer: nn.Module, state: LayerState) -> None:
 
 
 def _announce(layer: Any, args: tuple[Any, ...]) -> None:
-    """PEFT's lora_A keeps its input, so that a norm which made that input does better to keep it as well."""
+    """Announce PEFT's lora_A as a reader, so that the norm before it retains the same tensor."""
     if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     modules, x = layer._modules, args[0]
+    if autocasts(x) and torch.get_autocast_dtype(x.device.type) != x.dtype:
+        return  # lora_A keeps a copy of x in autocast's dtype
     for key in active_keys(layer, adapter_keys(layer)):
         lora_A = modules["lora_A"]._modules.get(key) if "lora_A" in modules else None
         if type(lora_A) is not nn.Linear or layer.disable_adapters or layer.merged:
             continue
         dropout, weight = modules["lora_dropout"]._modules[key], lora_A._parameters.get("weight")
         if any(map(_has_forward_hooks, (modules["base_layer"], dropout, lora_A))):
-            continue  # they may write to x before lora_A keeps it
+            continue  # they may write to x before lora_A retains it
         drops = dropout.training and getattr(dropout, "p", 0.0) > 0.0
         if weight is not None and weight.requires_grad and weight.dtype == x.dtype and not drops:
             announce_reader(x)
@@ -182,7 +184,7 @@ def _has_forward_hooks(module: nn.Module) -> bool:
 
 @contextmanager
 def aside(layer: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
-    """Compute outside of the forward: no graph, the same random numbers after it, and nothing observed in it."""
+    """Compute outside of the forward: no graph, no scoring, and the same random numbers after it."""
     states = [state for module in layer.modules() if isinstance(state := module.__dict__.get(STATE), LayerState)]
     observed = [state.observe for state in states]
     for state in states:
@@ -198,7 +200,7 @@ def aside(layer: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
 
 @contextmanager
 def _alone(layer: Any, key: str) -> Iterator[None]:
-    """Let one adapter of a layer be the active one; PEFT's own way would set requires_grad too."""
+    """Make one adapter of a layer the only active one; PEFT's own function would set requires_grad too."""
     active, layer._active_adapter = layer._active_adapter, [key]
     try:
         yield

@@ -1,11 +1,10 @@
-"""LoRA over quantised base layers: PEFT has a layer type for each quantiser, which all add the same to its output."""
+"""LoRA over quantised base layers. PEFT has a layer type per quantiser, and all add the adapter in the same way."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import replace
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,15 +12,12 @@ from peft.tuners.lora.torchao import TorchaoLoraLinear
 from peft.utils.integrations import dequantize_bnb_weight
 from torch import Tensor
 
-from safe_kernels import AdapterStatistics
-
 from ..class_swap import original_type
 from . import lora
 from .base import dotted_name, register_adapter
-from .evidence import Evidence
 
 logger = logging.getLogger(__name__)
-_QUANTISES_INPUT = ("act_quant_kwargs", "input_quant_func")  # torchao, today's and older
+_QUANTISES_INPUT = ("act_quant_kwargs", "input_quant_func")  # attributes of torchao, in newer and older releases
 _HALVES = (torch.float16, torch.bfloat16)
 
 
@@ -31,7 +27,7 @@ def _is_packed(weight: Any) -> bool:
 
 def _dequantise_bnb(base: Any) -> Tensor | None:
     if _is_packed(base.weight):
-        return None  # bitsandbytes would dequantise the order of the unpacked weight
+        return None  # bitsandbytes would dequantise it in the order of an unpacked weight
     return dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
 
 
@@ -39,7 +35,7 @@ def _dequantise_torchao(base: Any) -> Tensor | None:
     try:
         return base.weight.dequantize()
     except NotImplementedError:
-        return None  # older releases, of weights whose inputs are quantised too
+        return None  # older releases, for weights whose inputs are quantised too
 
 
 _PEFT = "peft.tuners.lora"
@@ -52,22 +48,22 @@ DEQUANTISE: dict[str, Callable[[Any], Tensor | None] | None] = {
     f"{_PEFT}.awq.AwqLoraLinear": None,
     f"{_PEFT}.aqlm.AqlmLoraLinear": None,
 }
-"""By PEFT's layer type, how to get the base weight back; None where kernels repack it, each in its own way."""
+"""By PEFT's layer type, a function that dequantises the base weight; None if the quantiser's kernels repack it."""
 
 
 def refusal(layer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
-    """Why a call of this layer has to take PEFT's own path.
+    """Return why a call of this layer must take PEFT's own path; None if it need not.
 
     Args:
         layer: one of PEFT's LoRA layers for a quantised base.
-        args: what the call passes; () when only the layer is asked about.
-        kwargs: likewise.
+        args: the call's arguments; () to check only the layer.
+        kwargs: the call's keyword arguments.
     """
     return lora.refusal(layer, args, kwargs) or _refuse_autocast(args)
 
 
 def _refuse_autocast(args: tuple[Any, ...]) -> str | None:
-    """PEFT casts nothing under autocast (it looks at CUDA's alone), so two halves that differ add up to float32."""
+    """Refuse two different 16-bit dtypes under CUDA's autocast: PEFT casts nothing there, and its sum is float32."""
     if args and torch.is_autocast_enabled() and args[0].dtype in _HALVES:
         x, cast = args[0].dtype, torch.get_autocast_dtype("cuda")
         if x != cast:
@@ -76,31 +72,31 @@ def _refuse_autocast(args: tuple[Any, ...]) -> str | None:
 
 
 def gradient_gap(layer: Any) -> str:
-    """Why the base layer passes no gradient to its input, bound or not; empty where it passes one.
+    """Return why the base layer passes no gradient to its input, bound or not; "" if it passes one.
 
     Args:
         layer: one of PEFT's LoRA layers for a quantised base.
     """
     weight = layer._modules["base_layer"]._parameters.get("weight")
     if _is_packed(weight):
-        return "bitsandbytes packed the weight when it evaluated on this CPU, and its base passes no gradient since"
+        return "bitsandbytes packed the weight at an evaluation on this CPU; the base passes no gradient to its input"
     if any(getattr(weight, name, None) is not None for name in _QUANTISES_INPUT):
-        return "torchao quantises the activations, and its base passes no gradient"
+        return "torchao quantises the activations; the base passes no gradient to its input"
     return ""
 
 
 @cache
 def _warn_once(gap: str) -> None:
-    logger.warning("%s: layers below train on a part of theirs, with PEFT alone as well; see docs/quantised.md", gap)
+    logger.warning("%s, so layers below get only a part of their gradient, as in stock PEFT: docs/quantised.md", gap)
 
 
 class SafeQuantisedLinear(lora.SafeLoraLinear):
-    """The same over a quantised base layer, whose own forward and backward stay as they are."""
+    """The fast path over a quantised base layer, whose own forward and backward do not change."""
 
     _refusal = staticmethod(refusal)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """PEFT's forward, by the fast path if it can serve this call."""
+        """Compute PEFT's forward, on the fast path if the call is supported."""
         if self.training and not torch.compiler.is_compiling() and (gap := gradient_gap(self)):
             _warn_once(gap)
         return super().forward(x, *args, **kwargs)
@@ -116,13 +112,11 @@ class QuantisedLora(lora.LoraAdapter):
     refusal = staticmethod(refusal)
     note = staticmethod(gradient_gap)
 
-    def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
-        """What is known about the adapter now; the base weight only by dequantising it."""
-        dequantise = DEQUANTISE[dotted_name(original_type(self.layer))]
-        base = self.layer.get_base_layer()
-        given = None if dequantise is None else partial(dequantise, base)
-        return replace(super().evidence(statistics), dequantise=given)
-
     def base_weight(self) -> Tensor | None:
-        """None: it is not stored as it is."""
+        """Return None: the weight is stored only in quantised form."""
         return None
+
+    def dequantise(self) -> Tensor | None:
+        """Make the base weight anew; None where the package gives no way to."""
+        make = DEQUANTISE[dotted_name(original_type(self.layer))]
+        return None if make is None else make(self.layer.get_base_layer())

@@ -1,6 +1,6 @@
-"""The parts of a transformer block that retain more than mathematics needs, one file a pattern, and the block itself.
+"""The parts of a transformer block that retain more than backward needs, one file per pattern, and the block itself.
 
-Parts are recognised by what they compute, not by their names; what is not recognised stays as it is.
+Parts are recognised by what they compute, not by their names. A part that is not recognised stays unchanged.
 """
 
 from __future__ import annotations

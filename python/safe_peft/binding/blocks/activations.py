@@ -1,4 +1,4 @@
-"""Activations of plain MLPs, which retain the pre-activation, from which the layer after them makes its input again."""
+"""Activations of plain MLPs: they retain the pre-activation, and the next layer recomputes its input from it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
 def activation_kind(module: nn.Module | None) -> str | None:
-    """Return which of `safe_kernels.activation`'s kinds a module computes, by trying it; None if none of them.
+    """Return which kind of `safe_kernels.activation` a module computes, by a trial call; None if it is none of them.
 
     Args:
-        module: called only if it has neither parameters, buffers nor children.
+        module: called only if it has no parameters, no buffers and no children.
 
     Example:
         >>> activation_kind(nn.GELU(approximate="tanh")), activation_kind(nn.Tanh())
@@ -45,7 +45,7 @@ class SafeActivation(Swapped):
     """An activation computed by `safe_kernels.activation`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's own formula."""
+        """Compute the module's own formula."""
         if not is_bound(self):
             return own_forward(self, x, *args, **kwargs)
         part: Activation = self.__dict__[STATE]
@@ -59,7 +59,7 @@ class Activation(Part):
     """An activation.
 
     Args:
-        kind: as `safe_kernels.activation` names it.
+        kind: the name in `safe_kernels.activation`.
     """
 
     mixin = SafeActivation
@@ -69,6 +69,6 @@ class Activation(Part):
 
     @classmethod
     def recognise(cls, module: nn.Module) -> Activation | None:
-        """A module without anything in it that computes one of the kinds."""
+        """Recognise a module without parameters, buffers and children that computes one of the kinds."""
         kind = activation_kind(module)
         return None if kind is None else cls(kind)

@@ -1,4 +1,4 @@
-"""What a call was given, to give it the same again: a KV cache is another one once the call has filled it."""
+"""The arguments of a call, for a second call with the same arguments: the first call may fill a KV cache."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ _SHAPES_ONLY = frozenset({"size", "dim", "numel", "ndimension", "stride", "__len
 
 
 class _Slot(NamedTuple):
-    """The place of a tensor."""
+    """The index of a tensor."""
 
     place: int
 
 
 class Given:
-    """The arguments of a call as they are before it: containers and objects are copied, tensors are only listed.
+    """The arguments of a call before the call: containers and objects are copied, tensors are only listed.
 
     Args:
         value: any structure of arguments.
-        compares: whether `was_written` compares values as well: a write through .data counts no version.
+        compares: whether `was_written` also compares values: a write through .data does not change the version.
 
     Attributes:
-        tensors: the tensors in it, each once.
+        tensors: the tensors in the arguments, each once.
 
     Example:
         >>> cache = {"keys": []}
@@ -62,23 +62,23 @@ class Given:
 
     @property
     def in_objects(self) -> list[Tensor]:
-        """Tensors that only objects hold, such as the keys and values in a cache."""
+        """Tensors that are only in objects, such as the keys and values in a cache."""
         return [tensor for tensor in self.tensors if id(tensor) not in self._direct]
 
     def was_written(self) -> bool:
-        """Whether any of the tensors was written in place since; to be asked once, as it drops what it compares."""
+        """Whether a tensor was written in place since then. Call it once: it drops the values that it compares with."""
         copies, self._copies = self._copies, []
         if [version(tensor) for tensor in self.tensors] != self._versions:
             return True
         return any(not torch.equal(tensor, then) for tensor, then in copies)
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
-        """Return the arguments as they were, with other tensors in the places of `self.tensors`."""
+        """Return the arguments before the call, with other tensors in the places of `self.tensors`."""
         return _copied(self._value, lambda value: tensors[value.place] if type(value) is _Slot else None, {})
 
 
 class TensorsUsed(TorchFunctionMode):
-    """Notes which tensors any operation reads; to ask for a shape alone is no reading.
+    """Records the tensors that operations read; a call that reads only a shape does not count.
 
     Example:
         >>> x, y = torch.ones(2), torch.ones(3)
@@ -93,7 +93,7 @@ class TensorsUsed(TorchFunctionMode):
         self._seen: set[int] = set()
 
     def has(self, tensor: Tensor) -> bool:
-        """Whether a tensor that was alive all the time was read."""
+        """Whether an operation read a tensor that was alive all the time."""
         return id(tensor) in self._seen
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,12 +109,12 @@ def _has_values(tensor: Tensor) -> bool:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written in place, as far as PyTorch counts it."""
+    """Return PyTorch's count of in-place writes to a tensor; -1 for an inference tensor."""
     return -1 if tensor.is_inference() else tensor._version
 
 
 def leaves(value: Any) -> Iterator[Any]:
-    """What a call was given, out of its tuples, lists and dicts; objects stay whole, whatever PyTorch knows of them."""
+    """Yield the items of arguments, inside tuples, lists and dicts; objects are not opened, unlike in pytree."""
     if isinstance(value, tuple | list):
         for item in value:
             yield from leaves(item)
@@ -126,7 +126,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def may_carry(value: Any) -> bool:
-    """Whether an argument is an object that may hold tensors: no tensor, number, function or module.
+    """Whether an argument is an object that may contain tensors, and not a tensor, number, function or module.
 
     Example:
         >>> may_carry(torch.float32), may_carry(print), may_carry(torch.ones(1))
@@ -137,7 +137,7 @@ def may_carry(value: Any) -> bool:
 
 
 def _copied(value: Any, leaf: Callable[[Any], Any], memo: dict[int, Any]) -> Any:
-    """Copy containers and objects, all the way down, but for what `leaf` has something else for."""
+    """Copy containers and objects recursively; where `leaf` returns a value, take this value instead."""
     replaced = leaf(value)
     if replaced is not None:
         return replaced

@@ -1,7 +1,7 @@
-"""Attention that is written out, with a bias by position (MPNet), computed by SDPA, and once more in backward.
+"""Attention that is written in Python, with a position bias (MPNet): SDPA computes it, and recomputes it in backward.
 
-The probabilities are not retained, but the sum of mask and bias, which is as large, once for all layers. SDPA alone
-would retain its output too; it runs inside `torch.utils.checkpoint`.
+The probabilities are not retained. The sum of mask and bias has the same size, and is retained once for all layers.
+SDPA runs inside `torch.utils.checkpoint`, because it would retain its output too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class SafeAttention(Swapped):
     """Self-attention computed by `torch.nn.functional.scaled_dot_product_attention`."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """The module's own formula."""
+        """Compute the module's own formula."""
         if not is_bound(self):
             return own_forward(self, hidden_states, *args, **kwargs)
         part: Attention = self.__dict__[STATE]
@@ -42,9 +42,9 @@ class Attention(Part):
     """Self-attention of four linear layers, with additive mask and bias.
 
     Args:
-        layers: names of the query's, key's, value's and output's layer.
+        layers: names of the layers for query, key, value and output.
         dropout: name of the dropout on the probabilities.
-        arguments: names of the forward's, in order, after the first: transformers 4 has a head_mask among them.
+        arguments: names of the forward's arguments after the first, in order; transformers 4 also has a head_mask.
     """
 
     mixin = SafeAttention
@@ -56,12 +56,12 @@ class Attention(Part):
 
     @property
     def passes_over(self) -> tuple[str, ...]:
-        """The dropout, which is called only where attention is written out, and is bound as a part of its own."""
+        """The dropout. Only the module's own code calls it, and it is bound as a separate part."""
         return (self.dropout,)
 
     @classmethod
     def recognise(cls, module: nn.Module) -> Attention | None:
-        """Four layers called q, k, v and o and a dropout, that compute such an attention."""
+        """Recognise four layers with the names q, k, v and o, and a dropout, that compute such an attention."""
         children = module._modules
         dropouts = [name for name, child in children.items() if is_dropout(child)]
         names = ("q", "k", "v", "o")
@@ -83,7 +83,7 @@ class Attention(Part):
         return agrees(lambda: forward(clone, x, attention_mask=mask, position_bias=bias)[0], expected)
 
     def attend(self, module: nn.Module, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
-        """The whole of it."""
+        """Compute the attention, from the hidden states to the output layer."""
         layers: Any = [module._modules[name] for name in self.layers]
         shape = (*x.shape[:-1], -1, module.attention_head_size)
         given = (*(layer(x).view(shape).transpose(1, 2) for layer in layers[:3]), self._add(mask, bias))
@@ -95,9 +95,9 @@ class Attention(Part):
         return layers[3](out.transpose(1, 2).flatten(2))
 
     def _add(self, mask: Tensor | None, bias: Tensor | None) -> Tensor | None:
-        """Mask and bias: one sum for all layers of a forward, which every layer retains.
+        """Return the sum of mask and bias, one tensor for all layers of a forward, which every layer retains.
 
-        The mask holds it, which is made in a forward and gone after it.
+        The sum is an attribute of the mask, because the mask exists only during one forward.
         """
         if mask is None or bias is None:
             return bias if mask is None else mask
@@ -106,18 +106,18 @@ class Attention(Part):
         given = (id(bias), bias._version, mask._version)
         known = mask.__dict__.get(_SUM)
         if known is None or known[0] != given:
-            known = mask.__dict__[_SUM] = (given, mask + bias, bias)  # which holds the bias, whose id it knows
+            known = mask.__dict__[_SUM] = (given, mask + bias, bias)  # keeps the bias alive, so that its id stays valid
         return known[1]
 
     def must_be_written_out(self, module: nn.Module, bias: Tensor | None) -> bool:
-        """Whether SDPA would not help: with dropout it keeps probabilities too, and it gives a bias no gradient."""
+        """Whether SDPA does not help: with dropout it retains probabilities too, and it gives a bias no gradient."""
         dropout: Any = module._modules[self.dropout]
         return (dropout.training and dropout.p > 0) or (bias is not None and bias.requires_grad)
 
     def note(self, module: nn.Module) -> str:
-        """Where the module's own code serves it after all."""
+        """Return a remark if the module's own code computes the attention in training."""
         dropout: Any = module._modules[self.dropout]
-        return "written out while training: attention dropout is on" if dropout.p > 0 else ""
+        return "in training the module's own code runs: attention dropout is on" if dropout.p > 0 else ""
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:

@@ -1,7 +1,7 @@
-"""What binding needs to know of a part of a transformer block, and how a module is recognised: by what it computes.
+"""The interface of a part of a transformer block, and helpers that recognise a module by what it computes.
 
-Names of classes say little: every model family has its own. So a copy of a module, with small random weights in the
-place of its own, is called once, and what it returns is compared with the formula.
+Every model family has its own class names. So a copy of a module with small random weights is called once, and its
+result is compared with the formula.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from ..code import Code, watched
 
 
 class Part(ABC):
-    """What binding keeps about one part, and why a call of it may not take the fast path."""
+    """The state of one bound part, and the check whether a call can take the fast path."""
 
     mixin: ClassVar[type[Swapped]]
-    """What binding puts on the module."""
+    """The class that binding puts on the module."""
     stem: ClassVar[str]
-    """What `bind(parts=...)` calls it: "norms", "mlps", "attention" or "dropouts"."""
+    """The part's name in `bind(parts=...)`: "norms", "mlps", "attention" or "dropouts"."""
     op: str
-    """The op that serves it, such as "safe_kernels::rms_norm"."""
+    """The op that computes the part, such as "safe_kernels::rms_norm"."""
     covers: tuple[str, ...] = ()
-    """Names of the module's children whose work the op does as well."""
+    """Names of the module's children that the op computes too."""
     codes: tuple[tuple[str, Code], ...] = ()
-    """What was recognised: the module's own code under "", and that of the children that are not called."""
+    """The recognised code: the module's own under "", and the code of the children that are not called."""
 
     @classmethod
     @abstractmethod
     def recognise(cls, module: nn.Module) -> Part | None:
-        """Return what is to be kept about a module of this kind; None if it is no such module."""
+        """Return the part for a module of this kind; None for any other module."""
 
     @property
     def passes_over(self) -> tuple[str, ...]:
@@ -46,14 +46,14 @@ class Part(ABC):
 
     @property
     def reads(self) -> tuple[str, ...]:
-        """Names of the module's attributes that are read in every call, and so may change."""
+        """Names of the module's attributes that every call reads, and that may therefore change."""
         return ()
 
     def watch(self, module: nn.Module) -> Self:
-        """Remember what a module was recognised by, so that `refusal` notices what changes of it.
+        """Store the code by which a module was recognised, so that `refusal` detects changes.
 
         Args:
-            module: as `recognise` has just seen it.
+            module: the module that `recognise` has just checked.
         """
         children = [(name, module._modules[name]) for name in self.passes_over]
         seen = [(name, child) for name, child in [("", module), *children] if child is not None]
@@ -62,9 +62,9 @@ class Part(ABC):
         return self
 
     def refusal(self, module: nn.Module) -> str | None:
-        """Why the module's own code has to serve its calls, in a few words; None if the op can.
+        """Return why the module's own code must compute its calls, in a few words; None if the op can.
 
-        It stands before every call, so it compares identities and asks for no attribute by nn.Module's lookup.
+        Every call makes this check, so it compares identities and avoids nn.Module's attribute lookup.
         """
         if "forward" in module.__dict__:
             return "forward is replaced on the module itself"
@@ -81,19 +81,19 @@ class Part(ABC):
         return None
 
     def note(self, module: nn.Module) -> str:
-        """What a user may want to know about how the op serves it."""
+        """Return a remark for the user about how the op computes the part."""
         return ""
 
 
 _READ = ("p", "inplace")
-"""What is read of a dropout in every call."""
+"""Attributes of a dropout that every call reads."""
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 
 
 def is_plain(*values: Any) -> bool:
-    """Whether all of them are floating-point tensors that an op takes, and nothing would change what it does."""
+    """Whether all values are floating-point tensors that an op supports, outside of torch.func and torch.jit.trace."""
     return not is_transformed() and all(
         type(value) in _TENSORS
         and value.dtype in _FLOATS
@@ -110,7 +110,7 @@ def stand_in(
     parameters: Mapping[str, Tensor] | None = None,
     children: Mapping[str, nn.Module] | None = None,
 ) -> nn.Module:
-    """Return a shallow copy with other parameters and children, and without hooks: called, it touches nothing else."""
+    """Return a shallow copy with other parameters and children and without hooks; a call of it changes nothing else."""
     clone = copy.copy(module)
     own = {name: nn.Parameter(value, requires_grad=False) for name, value in (parameters or {}).items()}
     clone.__dict__ |= {"_parameters": own, "_buffers": dict(module._buffers), "_modules": dict(children or {})}
@@ -119,11 +119,11 @@ def stand_in(
 
 
 def agrees(run: Callable[[], Any], expected: Tensor) -> bool:
-    """Whether a trial returns what a formula says, to the rounding of float32.
+    """Whether a trial call returns the result of a formula, to the rounding of float32.
 
     Args:
-        run: calls a stand-in; whatever it raises means no.
-        expected: float32.
+        run: calls a stand-in; any exception means that they do not agree.
+        expected: the formula's result, float32.
     """
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -136,12 +136,12 @@ def agrees(run: Callable[[], Any], expected: Tensor) -> bool:
 
 
 def sample(*shape: int, seed: int = 0) -> Tensor:
-    """Standard normal float32, the same every time, without drawing from torch's own generator."""
+    """Return standard normal float32 numbers, the same at every call, without drawing from torch's own generator."""
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
 
 
 def small_linear(d_in: int, d_out: int, seed: int) -> nn.Linear:
-    """A frozen layer with the same weights every time, without drawing from torch's own generator."""
+    """Return a frozen layer with the same weights at every call, without drawing from torch's own generator."""
     layer = nn.Linear(d_in, d_out, device="meta", dtype=torch.float32)
     layer.weight = nn.Parameter(sample(d_out, d_in, seed=seed), requires_grad=False)
     layer.bias = nn.Parameter(sample(d_out, seed=seed + 10), requires_grad=False)
@@ -149,10 +149,10 @@ def small_linear(d_in: int, d_out: int, seed: int) -> nn.Linear:
 
 
 def is_dropout(module: nn.Module | None) -> bool:
-    """nn.Dropout itself, bound or not: a subclass may compute something else."""
+    """Whether a module is nn.Dropout itself, bound or not; a subclass may compute something else."""
     return module is not None and original_type(module) is nn.Dropout
 
 
 def is_linear(module: nn.Module | None) -> bool:
-    """A linear layer, whatever PEFT or a quantiser has made of it; GPT-2's Conv1D calls its features nx and nf."""
+    """Whether a module is a linear layer, also of PEFT or of a quantiser; GPT-2's Conv1D names its sizes nx and nf."""
     return all(hasattr(module, name) for name in ("in_features", "out_features")) or hasattr(module, "nf")

@@ -21,15 +21,15 @@ from .stack import Block, stacks, transformer_blocks
 from .trains import modules_in
 
 PARTS = ("norms", "mlps", "attention", "dropouts")
-"""All that `bind(parts=...)` takes."""
+"""The names that `bind(parts=...)` accepts."""
 ANYWHERE: tuple[type[Part], ...] = (Norm, Dropout)
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 IN_BLOCKS: tuple[type[Part], ...] = (Mlp, Attention, Activation)
-"""An activation outside a block may feed a layer that trains whole, and then has nothing to gain."""
+"""Recognised only inside blocks: elsewhere the layer after an activation may train as a whole, and nothing is saved."""
 
 
 def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:
-    """Find every part that an op can serve: its path, the module, and what is known about it.
+    """Find every part that an op can compute: its path, the module and the `Part`.
 
     Args:
         model: bound or not.
@@ -47,7 +47,7 @@ def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:
 
 
 def unrecognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Find modules that look like such parts but compute something else: path, module and reason.
+    """Find modules that look like such parts and compute something else: path, module and reason.
 
     Args:
         model: bound or not.
@@ -68,7 +68,7 @@ def unrecognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 def _recognise(module: nn.Module, in_block: bool) -> Part | None:
     kinds = (*ANYWHERE, *IN_BLOCKS) if in_block else ANYWHERE
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False):  # whatever the caller has set for its own tensors
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False):  # independent of the caller's settings
         return next((part.watch(module) for kind in kinds if (part := kind.recognise(module)) is not None), None)
 
 
@@ -77,7 +77,7 @@ def _inside_blocks(model: nn.Module) -> set[int]:
 
 
 def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """All modules but those that an adapter layer is made of, which its own binding serves."""
+    """Yield all modules except those inside an adapter layer, which has its own binding."""
     adapters: list[str] = []
     for name, module in walk(model):
         if any(name.startswith(f"{other}.") for other in adapters):
@@ -91,12 +91,12 @@ def bind_blocks(model: nn.Module, parts: Collection[str] = PARTS) -> tuple[list[
     """Bind every part and every block of a model that is not bound yet.
 
     Args:
-        model: with adapters.
-        parts: which kinds of parts.
+        model: a model with adapters.
+        parts: the kinds of parts to bind.
 
     Returns:
-        The modules that were bound, for `take_off`; and the names of the blocks that are to run again in backward,
-        which may be changed at any time, and which an earlier binding of the same model shares.
+        The modules that were bound, for `take_off`; and the set of names of the blocks to recompute. You may change
+        this set at any time. Several bindings of one model share it.
     """
     own: list[nn.Module] = []
     for _, module, part in list(parts_of(model)):
@@ -119,7 +119,7 @@ def bind_blocks(model: nn.Module, parts: Collection[str] = PARTS) -> tuple[list[
 
 
 def _bind_entry(model: nn.Module, entry: Entry, blocks: list[nn.Module]) -> Iterator[nn.Module]:
-    """Bind the input embeddings and the models that call them; yields what was bound."""
+    """Bind the input embeddings and the models that call them, and yield the bound modules."""
     entry.before = before_blocks(model, blocks)
     known = set(map(id, entry.before))
     entry.after = [module for _, module in walk(model) if id(module) not in known]

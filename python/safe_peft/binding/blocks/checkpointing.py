@@ -1,4 +1,4 @@
-"""Activation checkpointing that transformers or a model's own code has switched on for a block."""
+"""Activation checkpointing of a block, switched on by transformers or by a model's own code."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ _made = WeakTensorKeyDictionary()
 
 
 class Checkpointing:
-    """What is known of a block's checkpointing function; another function is looked at anew."""
+    """The kind of a block's checkpointing function; another function is checked again."""
 
     def __init__(self) -> None:
         self._function: Any = None
         self._reentrant = False
 
     def is_reentrant(self, block: nn.Module) -> bool:
-        """Whether the block's function runs things without a graph first, and again in backward.
+        """Whether the block's function first runs without a graph, and again in backward.
 
-        The function is tried: it may be any. Reentrant ones call what they are given with grad mode off.
+        A trial call decides, because the function can be any. A reentrant one calls its argument with grad mode off.
         """
         function = getattr(block, _NAME, None)
         if not checkpoints(block) or function is None:
@@ -38,12 +38,12 @@ class Checkpointing:
         return self._reentrant
 
     def around(self, block: nn.Module, *, live: bool, passes: bool) -> Any:
-        """Return a context for a call of the block, in which reentrant checkpointing does what it is for.
+        """Return a context for a call of the block, in which reentrant checkpointing trains what has to train.
 
         Args:
             block: the block.
-            live: something in it trains.
-            passes: a gradient may pass through it.
+            live: something in the block trains.
+            passes: a gradient may pass through the block.
         """
         return self._replaced(block, _with_graph if not live and not passes else _with_grad)
 
@@ -82,12 +82,12 @@ def _turns_grad_off(function: Callable[..., Any]) -> bool:
 
 
 def _with_graph(reentrant: Callable[..., Any], function: Callable[..., Any], *args: Any, **_: Any) -> Any:
-    """Nothing trains that is known, so nothing is computed again; what a hook adds may train, and is made again."""
+    """Checkpoint without reentrance: no known part of the block trains, but a hook may add a trainable tensor."""
     return checkpoint(function, *args, use_reentrant=False)
 
 
 def _with_grad(reentrant: Callable[..., Any], function: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    """Reentrant checkpointing trains nothing, without a word, unless one of its inputs requires grad."""
+    """Let one input require grad: otherwise reentrant checkpointing trains nothing, without an error."""
     floats = [index for index, arg in enumerate(args) if isinstance(arg, Tensor) and arg.is_floating_point()]
     if floats and not any(args[index].requires_grad for index in floats) and _trains(function):
         first = floats[0]
@@ -98,12 +98,12 @@ def _with_grad(reentrant: Callable[..., Any], function: Callable[..., Any], *arg
 
 
 def is_made(leaf: Tensor) -> bool:
-    """Whether a bound block has made a leaf for reentrant checkpointing alone: it trains nothing."""
+    """Whether a bound block has created a leaf only for reentrant checkpointing; such a leaf trains nothing."""
     return leaf in _made
 
 
 def _trains(function: Any) -> bool:
-    """Whether what is checkpointed trains, as far as the function shows whose it is."""
+    """Whether the checkpointed module trains; True if the function does not show its module."""
     while isinstance(function, partial):
         owner = next((arg for arg in function.args if isinstance(arg, nn.Module)), None)
         function = function.func if owner is None else owner

@@ -19,7 +19,7 @@ class SafeDropout(Swapped):
     inplace: bool
 
     def forward(self, input: Tensor) -> Tensor:
-        """Zeroes elements at random while training."""
+        """Set elements to zero at random in training."""
         if not is_bound(self):
             return own_forward(self, input)
         if not self.training or self.p == 0.0 or not is_plain(input) or self.__dict__[STATE].refusal(self):
@@ -29,7 +29,7 @@ class SafeDropout(Swapped):
 
 @dataclass
 class Dropout(Part):
-    """A dropout module, wherever it stands."""
+    """A dropout module, anywhere in the model."""
 
     mixin = SafeDropout
     stem = "dropouts"
@@ -37,9 +37,9 @@ class Dropout(Part):
 
     @classmethod
     def recognise(cls, module: nn.Module) -> Dropout | None:
-        """nn.Dropout itself."""
+        """Recognise nn.Dropout itself."""
         return cls() if is_dropout(module) else None
 
     def refusal(self, module: nn.Module) -> str | None:
-        """Dropout in place has no input left to give."""
+        """Return why the module's own code must compute its calls: dropout in place is not supported."""
         return "inplace=True" if getattr(module, "inplace", False) else super().refusal(module)

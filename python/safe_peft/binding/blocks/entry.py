@@ -1,8 +1,8 @@
-"""Where the gradient enters a model for nothing: `enable_input_require_grads` makes the embeddings' output a leaf.
+"""Removes a graph that nothing needs: `enable_input_require_grads` makes the embeddings' output a leaf.
 
-Checkpointing set-ups switch that on so that some input requires grad. With a frozen prefix it builds the whole graph
-below the lowest live adapter, which nothing needs. Only what that hook of transformers' (or PEFT's own) made a leaf may
-be cut off, and only where the model itself called the embeddings: any other leaf is the user's.
+Checkpointing set-ups call it so that some input requires grad. With a frozen prefix it builds the whole graph below the
+lowest live adapter, which nothing needs. Only a leaf from this hook of transformers (or PEFT) may be cut off, and only
+if the model itself called the embeddings. Any other leaf belongs to the user.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _PACKAGES = ("transformers", "peft")
 
 
 class SafeEmbedding(Swapped):
-    """Input embeddings that note which leaves `enable_input_require_grads` made of their outputs."""
+    """Input embeddings that record which of their outputs `enable_input_require_grads` made a leaf."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own call, hooks included."""
+        """Make the module's own call, with its hooks."""
         if not is_bound(self):
             return type(self).__call__(self, *args, **kwargs)
         entry: Entry = self.__dict__[STATE]
@@ -43,10 +43,10 @@ class SafeEmbedding(Swapped):
 
 
 class SafeOwner(Swapped):
-    """A model that calls its input embeddings: what is called outside it is called by the user."""
+    """A model that calls its input embeddings. A call of the embeddings outside of the model is the user's."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own call."""
+        """Make the module's own call."""
         if not is_bound(self):
             return type(self).__call__(self, *args, **kwargs)
         if torch.compiler.is_compiling() or self._gives_states_away(kwargs):
@@ -59,19 +59,19 @@ class SafeOwner(Swapped):
             entry.running -= 1
 
     def _gives_states_away(self, kwargs: Mapping[str, Any]) -> bool:
-        """Whether the caller gets the embeddings' output as well, and may ask for its gradient."""
+        """Whether the caller gets the embeddings' output too, and may need its gradient."""
         by_default = getattr(getattr(self, "config", None), "output_hidden_states", False)
         return bool(kwargs.get("output_hidden_states", by_default))
 
 
 @dataclass
 class Entry:
-    """The leaves that only checkpointing set-ups wanted, as long as they live.
+    """The live leaves that only checkpointing set-ups need.
 
     Attributes:
-        running: how many calls of the model are under way.
-        before: what a model computes with before its first block, such as a norm of the embeddings.
-        after: all its other modules.
+        running: the number of calls of the model that are running.
+        before: the modules that a model calls before its first block, such as a norm of the embeddings.
+        after: all other modules of the model.
     """
 
     running: int = 0
@@ -81,7 +81,7 @@ class Entry:
 
     @contextmanager
     def noting(self, embeddings: nn.Module) -> Iterator[None]:
-        """Note what the known hooks make a leaf while the embeddings are called."""
+        """Record the leaves that the known hooks create while the embeddings are called."""
         hooks = embeddings._forward_hooks
         known = {key: hook for key, hook in hooks.items() if _makes_leaves(hook)}
         hooks.update({key: self._noted(hook) for key, hook in known.items()})
@@ -102,22 +102,22 @@ class Entry:
         return noted
 
     def see(self, embeddings: nn.Module, output: Any) -> None:
-        """Give a leaf back to the user where a hook of theirs may have kept it, to read its gradient."""
+        """Leave a leaf uncut if a hook of the user may have kept it, to read its gradient."""
         leaves = [leaf for ref in self._leaves if (leaf := ref()) is not None]
         if not any(leaf is output for leaf in leaves):
-            return  # a later hook has put another tensor in its place, as NEFTune's does
+            return  # a later hook has replaced it by another tensor, as NEFTune's does
         others = [hook for hook in embeddings._forward_hooks.values() if not _makes_leaves(hook)]
         if others:
             self._leaves = [ref for ref in self._leaves if ref() is not output]
 
     def is_artificial(self, hidden: Tensor) -> bool:
-        """Whether all that a tensor's gradient would reach are leaves that only checkpointing set-ups wanted.
+        """Whether a tensor's gradient would reach only leaves that checkpointing set-ups created.
 
-        A trainable embedding, a prompt, or a tensor of the user's that requires grad is something else, and is reached.
+        A trainable embedding, a prompt, or a user's tensor that requires grad is another leaf, and must be reached.
         """
         if not hidden.requires_grad or _is_watched(hidden):
             return False
-        # A hook on the embeddings is looked at when these are called.
+        # Hooks on the embeddings are checked when the embeddings are called.
         seen = [module for module in self.before if not isinstance(module, SafeEmbedding)]
         if waits_for_gradient(self.before) or may_ask_for_gradient(seen):
             return False
@@ -126,17 +126,17 @@ class Entry:
 
 
 def _makes_leaves(hook: Any) -> bool:
-    """Whether a hook is the one of `enable_input_require_grads`, or PEFT's of the same purpose."""
+    """Whether a hook is the one of `enable_input_require_grads`, or PEFT's hook for the same purpose."""
     return getattr(hook, "__name__", "") in _LEAF_MAKERS and package_of(hook) in _PACKAGES
 
 
 def _is_watched(tensor: Tensor) -> bool:
-    """Whether a gradient that reaches a tensor is asked for: hooks on it, or `retain_grad`."""
+    """Whether a tensor's gradient is needed: the tensor has hooks, or `retain_grad` was called."""
     return bool(tensor._backward_hooks) or (not tensor.is_leaf and tensor.retains_grad)
 
 
 def _leaves(tensor: Tensor) -> Iterator[Any]:
-    """The leaves that a tensor's gradient reaches; None for one that is not to be told."""
+    """Yield the leaves that a tensor's gradient reaches; None for a leaf that the graph does not show."""
     if tensor.grad_fn is None:
         yield tensor
         return
@@ -152,20 +152,20 @@ def _leaves(tensor: Tensor) -> Iterator[Any]:
 
 
 def before_blocks(model: nn.Module, blocks: Iterable[nn.Module]) -> list[nn.Module]:
-    """The modules that a model registers before its first block, less what holds the block."""
+    """Return the modules that a model registers before its first block, without those that contain a block."""
     inside = {id(module) for block in blocks for module in modules_in(block)}
     before = itertools.takewhile(lambda module: id(module) not in inside, (module for _, module in walk(model)))
     return [module for module in before if not any(id(child) in inside for child in modules_in(module))]
 
 
 def input_embeddings(model: nn.Module) -> dict[nn.Module, list[nn.Module]]:
-    """The modules whose outputs `enable_input_require_grads` makes leaves, and the models that call them.
+    """Return the modules whose outputs `enable_input_require_grads` makes leaves, and the models that call them.
 
-    Those with an adapter train, and are none.
+    Embeddings with an adapter train, and are not included.
     """
     found: dict[nn.Module, list[nn.Module]] = {}
     for _, module in walk(model):
-        get: Any = getattr(type(module), "get_input_embeddings", None)  # PEFT's wrappers have no method of their own
+        get: Any = getattr(type(module), "get_input_embeddings", None)  # PEFT's wrappers forward attributes
         try:
             embeddings = get(module) if callable(get) else None
         except (NotImplementedError, AttributeError):

@@ -1,4 +1,4 @@
-"""MLPs whose product of activation and gate, or whose dropout before the last layer, only the MLP itself can see."""
+"""MLPs that are bound as a whole: with a gate, or with a dropout between the activation and the last layer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class SafeMlp(Swapped):
     """An MLP whose activation runs in `safe_kernels.gated_activation` or `safe_kernels.activation`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own formula."""
+        """Compute the module's own formula."""
         if not is_bound(self):
             return own_forward(self, *args, **kwargs)
         part: Mlp = self.__dict__[STATE]
@@ -34,17 +34,18 @@ class SafeMlp(Swapped):
 
 @dataclass
 class Mlp(Part):
-    """Which child plays which role.
+    """The roles of an MLP's children.
 
     Args:
         gate: the layer before the activation.
-        up: the layer whose output the activation is multiplied by; None if there is none.
+        up: the layer whose output is multiplied by the activation; None if there is none.
         down: the last layer.
         activation: the activation.
-        kind: as `safe_kernels.activation` names it.
-        fused: `gate` gives both, the activation's part "first" or "last"; None if it does not.
+        kind: the activation's name in `safe_kernels.activation`.
+        fused: whether the layer `gate` computes gate and up together: the gate is its "first" or "last" half; None if
+            it computes only the gate.
         dropout: the dropout module, if any.
-        drops: where that stands: before the last layer ("inner") or after it ("outer").
+        drops: the dropout's place: before the last layer ("inner") or after it ("outer").
     """
 
     mixin = SafeMlp
@@ -60,7 +61,7 @@ class Mlp(Part):
 
     @property
     def op(self) -> str:  # type: ignore[override]
-        """The op that serves it."""
+        """The op that computes the MLP."""
         return f"safe_kernels::{'gated_activation' if self.is_gated else 'activation'}"
 
     @property
@@ -76,7 +77,7 @@ class Mlp(Part):
 
     @classmethod
     def recognise(cls, module: nn.Module) -> Mlp | None:
-        """A module of two or three linear layers, an activation and at most one dropout, that computes such an MLP."""
+        """Recognise two or three linear layers, an activation and at most one dropout, that compute such an MLP."""
         children = module._modules
         linear = [name for name, child in children.items() if is_linear(child)]
         dropouts = [name for name, child in children.items() if is_dropout(child)]
@@ -90,7 +91,7 @@ class Mlp(Part):
         return next((mlp for mlp in _candidates(linear, dropouts, known) if mlp._computes(module)), None)
 
     def _computes(self, module: nn.Module) -> bool:
-        """Whether a stand-in with small layers in its roles gives what these roles say it must."""
+        """Whether a stand-in with small layers computes the formula of these roles."""
         x, layers = sample(5, 4), self._small_layers()
         children: dict[str, nn.Module] = {**layers, self.activation: stand_in(module._modules[self.activation])}  # type: ignore[arg-type]
         if self.dropout is not None:
@@ -114,12 +115,12 @@ class Mlp(Part):
         return {name: small_linear(*size, seed) for seed, (name, size) in enumerate(sizes.items())}
 
     def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate and up of a layer that gives both."""
+        """Return gate and up from the output of a layer that computes both."""
         first, last = z.chunk(2, dim=-1)
         return (first, last) if self.fused == "first" else (last, first)
 
     def first(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        """The layers before the activation."""
+        """Call the layers before the activation."""
         layers: Any = module._modules
         z = layers[self.gate](x)
         if not self.is_gated:
@@ -127,19 +128,19 @@ class Mlp(Part):
         return self.split(z) if self.fused else (z, layers[self.up](x))
 
     def activate(self, module: nn.Module, hidden: tuple[Tensor, ...]) -> Tensor:
-        """The activation, gate and inner dropout in one op."""
+        """Compute the activation, gate and inner dropout in one op."""
         dropout: Any = module._modules[self.dropout] if self.drops == "inner" else None  # type: ignore[index]
         op: Any = safe_kernels.gated_activation if self.is_gated else safe_kernels.activation
         return op(*hidden, self.kind, dropout_p=dropout.p if dropout is not None and dropout.training else 0.0)
 
     def rest(self, module: nn.Module, y: Tensor) -> Tensor:
-        """The last layer, and the dropout after it."""
+        """Call the last layer, and the dropout after it."""
         layers: Any = module._modules
         out = layers[self.down](y)
         return layers[self.dropout](out) if self.drops == "outer" else out
 
     def casts(self, module: nn.Module, x: Tensor) -> bool:
-        """Whether the module may cast what it gives to its last layer, as T5 does where that one is kept in float32."""
+        """Whether the module may cast the input of its last layer, as T5 does if that layer is in float32."""
         weight = getattr(module._modules[self.down], "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype == x.dtype:
             return False
@@ -147,14 +148,14 @@ class Mlp(Part):
 
 
 class _Marker(nn.Module):
-    """Stands where a dropout is, and shows where that is."""
+    """Replaces a dropout in a trial, and shows its place."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x + 1.0
 
 
 def _candidates(linear: list[str], dropouts: list[str], known: dict[str, str]) -> Iterator[Mlp]:
-    """Every way to give the roles out; a plain MLP only where its dropout is out of the activation's reach."""
+    """Yield every assignment of roles; a plain MLP only with an inner dropout, which the activation cannot include."""
     places: list[dict[str, str]] = [
         {"dropout": name, "drops": place} for name in dropouts for place in ("inner", "outer")
     ]

@@ -1,4 +1,4 @@
-"""How modules are at one moment, so that a later call finds them as they were: modes, hooks, replaced forwards."""
+"""A snapshot of modules, for a later call in the same state: training mode, hooks, replaced forwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..class_swap import STATE
 from .arguments import version
 
 _ENGINES = frozenset({"_parameters", "_buffers"})
-"""FSDP puts other parameters there before each call, and knows itself when."""
+"""FSDP replaces these before each call, so they are not part of a snapshot."""
 _HOOKS_ON_ALL: tuple[dict[int, Any], ...] = tuple(
     hooks
     for name, hooks in vars(global_hooks).items()
@@ -27,11 +27,11 @@ _HOOKS_ON_ALL: tuple[dict[int, Any], ...] = tuple(
 
 
 class Moment:
-    """Remembers a block's modules when it is made.
+    """A snapshot of a block's modules.
 
-    Between forward and backward a user may call `eval()`, leave `disable_adapter()`, take off hooks or change a
-    dropout. A block that runs again must not notice. Attributes that are lists, dicts or sets are remembered by what
-    is in them, others as they are; so a second call leaves no trace in them either.
+    Between forward and backward a user may call `eval()`, leave `disable_adapter()`, remove hooks or change a dropout.
+    A recomputed block must run in its earlier state. The snapshot copies the contents of lists, dicts and sets, and
+    stores other attributes by reference. So a second call does not change any of them.
 
     Args:
         modules: the block and all modules in it.
@@ -51,25 +51,25 @@ class Moment:
         return [(id(b), version(b)) for module in self._modules for b in module._buffers.values() if b is not None]
 
     def buffers_changed(self) -> bool:
-        """Whether a buffer was replaced or written in place since."""
+        """Whether a buffer was replaced or written in place since then."""
         return self._buffer_versions() != self._buffers
 
     def check_parameters(self, name: str) -> None:
-        """See that no parameter was written in place since, or taken away, as parametrizing and pruning do.
+        """Check that no parameter was written in place since then, or removed, as parametrizing and pruning do.
 
-        Writes through .data are seen where parameters have one dimension and lie on a CPU: norms, biases.
+        Writes through .data are detected only for parameters of one dimension on a CPU: norms, biases.
 
         Args:
-            name: what the message calls the block.
+            name: the block's name in the message.
 
         Raises:
-            RuntimeError: One was, as autograd would have it of one that it saved.
+            RuntimeError: A parameter was written to or removed. Autograd raises the same for a tensor that it saved.
         """
         for module, names in zip(self._modules, self._names, strict=True):
             if gone := [key for key in names if key not in module._parameters]:
                 raise RuntimeError(
                     f"{gone[0]} of a {type(module).__name__} in {name} was replaced between forward and backward, and "
-                    "the block runs again in backward; change the model after backward, or take the block out of "
+                    "backward recomputes the block; change the model after backward, or remove the block from "
                     "`binding.recompute`."
                 )
             for key, parameter in module._parameters.items():
@@ -79,13 +79,13 @@ class Moment:
                 if self._parameters.get(id(parameter), now) != now:
                     raise RuntimeError(
                         f"{key} of a {type(module).__name__} in {name} was modified by an inplace operation between "
-                        "forward and backward, and the block runs again in backward; step the optimizer after "
-                        "backward, or take the block out of `binding.recompute`."
+                        "forward and backward, and backward recomputes the block; step the optimizer after "
+                        "backward, or remove the block from `binding.recompute`."
                     )
 
     @contextmanager
     def back(self) -> Iterator[None]:
-        """Inside the block modules are as they were, and no adapter is scored; afterwards they are as they are now."""
+        """Restore the snapshot inside the `with` block, without scoring; restore the current state after it."""
         states = [s for module in self._modules if isinstance(s := module.__dict__.get(STATE), LayerState)]
         observed = [state.observe for state in states]
         changed = [not _is_as(module, then) for module, then in zip(self._modules, self._then, strict=True)]
@@ -113,7 +113,7 @@ class Moment:
 
 
 def _values(parameter: Tensor) -> tuple[int, int | None]:
-    """What a write changes."""
+    """Return the values that a write changes."""
     return version(parameter), fingerprint(parameter) if parameter.dim() == 1 else None
 
 
@@ -125,7 +125,7 @@ def _put_on_all(wanted: Sequence[dict[int, Any]]) -> None:
 
 
 class _Look(NamedTuple):
-    """A module's class, its attributes, and what is in those that are containers and not empty."""
+    """A module's class, its attributes, and the contents of attributes that are containers and not empty."""
 
     kind: type[nn.Module]
     attributes: dict[str, Any]
@@ -146,7 +146,7 @@ def _contents(module: nn.Module, *, copied: bool) -> dict[str, Any]:
 
 
 def _is_as(module: nn.Module, look: _Look) -> bool:
-    """Whether nothing has changed: by identity, since two tensors cannot be asked whether they are equal."""
+    """Whether nothing has changed, compared by identity, because comparing two tensors is not possible here."""
     own = module.__dict__
     if type(module) is not look.kind or len(own) != len(look.attributes):
         return False

@@ -1,4 +1,4 @@
-"""RMSNorm and LayerNorm that retain their output in place of their input, where a reader retains that anyway."""
+"""RMSNorm and LayerNorm that retain their output instead of their input, if a reader retains this output anyway."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from ..class_swap import STATE, Swapped, autocasts, is_bound, original_type, own
 from .base import Part, agrees, is_plain, sample, stand_in
 
 INVERTS = "_safe_inverts"
-"""What a copy without values carries of its original's: whether x can be told from the output."""
+"""Attribute of a copy without values: whether the input can be computed from the output in the original."""
 
 MOST_READS = 8
-"""How often a norm's weights are read on a device that has to be waited for."""
+"""How often a norm's weights are read if reading waits for the device."""
 
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 _OFFSETS = (0.0, 1.0)  # Gemma's weight counts from 1
@@ -30,10 +30,10 @@ _SHAPED = (nn.LayerNorm, nn.RMSNorm)
 _TRIAL_EPS = 0.25
 _16_BIT = frozenset({torch.bfloat16, torch.float16})
 _OTHERWISE: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.GroupNorm, "normalises over groups of channels, and the ops over the last dimension"),
-    (nn.modules.batchnorm._BatchNorm, "normalises over the batch, and the ops over the last dimension"),
-    (nn.modules.instancenorm._InstanceNorm, "normalises each channel of an image, and the ops the last dimension"),
-    (nn.LocalResponseNorm, "normalises over neighbouring channels, and the ops over the last dimension"),
+    (nn.GroupNorm, "normalises groups of channels; the ops normalise the last dimension"),
+    (nn.modules.batchnorm._BatchNorm, "normalises over the batch; the ops normalise the last dimension"),
+    (nn.modules.instancenorm._InstanceNorm, "normalises channels of an image; the ops normalise the last dimension"),
+    (nn.LocalResponseNorm, "normalises over neighbouring channels; the ops normalise the last dimension"),
 )
 
 
@@ -41,7 +41,7 @@ class SafeNorm(Swapped):
     """A norm computed by `safe_kernels.rms_norm` or `safe_kernels.layer_norm`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The module's own formula."""
+        """Compute the module's own formula."""
         if not is_bound(self):
             return own_forward(self, x, *args, **kwargs)
         part: Norm = self.__dict__[STATE]
@@ -65,10 +65,10 @@ class Norm(Part):
 
     Args:
         formula: "rms_norm" or "layer_norm".
-        eps: name of the module's attribute that holds it.
-        offset: what is added to the weight.
-        names: of its parameters.
-        keeps_dtype: whether it returns 16 bits where it is given 16 bits.
+        eps: name of the module's attribute with the number that is added to the variance.
+        offset: added to the weight.
+        names: names of the parameters.
+        keeps_dtype: whether the result of a 16-bit input has 16 bits.
     """
 
     mixin = SafeNorm
@@ -85,12 +85,12 @@ class Norm(Part):
 
     @property
     def op(self) -> str:  # type: ignore[override]
-        """The op that serves it."""
+        """The op that computes the norm."""
         return f"safe_kernels::{self.formula}"
 
     @classmethod
     def recognise(cls, module: nn.Module) -> Norm | None:
-        """Whatever computes one of the two formulas over its last dimension."""
+        """Recognise a module that computes one of the two formulas over its last dimension."""
         eps, width = _eps_name(module), _width(module)
         if eps is None or width is None or _holds_more(module):
             return None
@@ -104,7 +104,7 @@ class Norm(Part):
         return found
 
     def _trial(self, module: nn.Module, width: int, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """A copy of the module with other weights and another eps than its own."""
+        """Return a copy of the module with other weights and another eps."""
         own = [name for name, parameter in module._parameters.items() if parameter is not None]
         clone = stand_in(module, parameters={name: sample(width, seed=1 + len(name)).to(dtype) for name in own})
         clone._parameters.update((name, None) for name in module._parameters.keys() - own)
@@ -112,7 +112,7 @@ class Norm(Part):
         return clone
 
     def _computes(self, module: nn.Module, width: int) -> bool:
-        """Whether this formula is what the module computes over the last dimension, of several numbers of them."""
+        """Whether the module computes this formula over the last dimension, for inputs of two and three dimensions."""
         clone = self._trial(module, width)
         weight, bias = clone._parameters.get("weight"), clone._parameters.get("bias")
         for shape in ((5, width), (2, 3 if width != 3 else 4, width)):
@@ -139,13 +139,13 @@ class Norm(Part):
         return (self.eps,)
 
     def refusal(self, module: nn.Module) -> str | None:
-        """Why the module's own code has to serve its calls, in a few words; None if the op can."""
+        """Return why the module's own code must compute its calls, in a few words; None if the op can."""
         if tuple(module._parameters) != self.names:
-            return "its parameters are not its own any more (prune, parametrize)"
+            return "its parameters were replaced (prune, parametrize)"
         return super().refusal(module)
 
     def takes(self, module: nn.Module, x: Any) -> bool:
-        """Whether the op serves a call: dtypes that differ follow rules that every family makes for itself."""
+        """Whether the op can compute a call: for different dtypes, every model family has its own rules."""
         shown = [p for p in module._parameters.values() if p is not None]
         if not is_plain(x, *shown) or self.refusal(module) is not None:
             return False
@@ -160,7 +160,7 @@ class Norm(Part):
         return alike or (self.formula == "layer_norm" and autocasts(x))
 
     def ones(self, x: Tensor) -> Tensor:
-        """The weight of a norm that has none. Like a parameter it is there once, not once per call."""
+        """Return ones, the weight of a norm without a weight. Like a parameter, it is created once, not per call."""
         if torch.compiler.is_compiling():
             return x.new_ones(x.shape[-1])
         own = self._ones
@@ -169,9 +169,9 @@ class Norm(Part):
         return own
 
     def retains_output(self, module: nn.Module) -> bool:
-        """Whether the output may be retained in place of the input: x can be told from it, by today's values.
+        """Whether the output may be retained instead of the input: the current weights allow its inversion.
 
-        A compiler would take the answer for a constant. A hook may keep an alias of the output, and write to it later.
+        A compiler would treat the answer as a constant. A hook may keep an alias of the output and write to it later.
         """
         if torch.compiler.is_compiling() or module._forward_hooks:
             return False
@@ -180,26 +180,26 @@ class Norm(Part):
         if any(p.requires_grad for p in shown):
             return False
         if any(isinstance(p, FakeTensor) or p.is_meta for p in shown):
-            return bool(module.__dict__.get(INVERTS, True))  # no values to look at, in a plan
+            return bool(module.__dict__.get(INVERTS, True))  # in a plan there are no values
         if not any(reading_waits(p) for p in shown):
             return invertible(weight, bias, self.offset)
         return self._remembers(weight, bias, shown)
 
     def _remembers(self, weight: Tensor | None, bias: Tensor | None, shown: Sequence[Tensor]) -> bool:
-        """The same without reading the values in every call, which would wait for the device."""
+        """Give the same answer without reading the values in every call, because reading waits for the device."""
         now = tuple(map(marks, shown))
         if None in now:
-            return False  # memory that others share: they may write to it unseen
+            return False  # other tensors share this memory, and a write through them is not detected
         if now != self._marks:
             if self._reads == MOST_READS:
                 return False
             self._reads += 1
             self._inverts = invertible(weight, bias, self.offset)
-            self._marks = tuple(map(marks, shown))  # reading has made aliases
+            self._marks = tuple(map(marks, shown))  # reading has created aliases
         return self._inverts
 
     def note(self, module: nn.Module) -> str:
-        """Why the input is retained, where it is."""
+        """Return why the input is retained; "" if the output can be."""
         trains = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
         if trains:
             return f"retains its input: {' and '.join(trains)} trains"
@@ -212,42 +212,42 @@ class Norm(Part):
         shown = [p for p in module._parameters.values() if p is not None and not p.is_meta]
         if any(reading_waits(p) and marks(p) is None for p in shown):
             return "retains its input: other tensors share the memory of its weights, and may write to it"
-        return "retains its input: a weight is zero, or too small for its bias to be divided by"
+        return "retains its input: a weight is zero, or too small compared with its bias"
 
 
 def reading_waits(tensor: Tensor) -> bool:
-    """Whether to read a tensor's values is to wait until its device has done all that it was given to do."""
+    """Whether reading a tensor's values waits until its device has finished all its work."""
     return tensor.device.type != "cpu"
 
 
 def reason(module: nn.Module) -> str:
-    """Why a module that is called a norm is none that the ops serve, in a few words.
+    """Return why the ops cannot compute a module that is named a norm, in a few words.
 
     Args:
-        module: one that `Norm.recognise` returns None for.
+        module: a module for which `Norm.recognise` returns None.
     """
     for kind, words in _OTHERWISE:
         if isinstance(module, kind):
             return words
     if isinstance(module, _SHAPED) and len(module.normalized_shape) != 1:
-        return f"normalises over {len(module.normalized_shape)} dimensions, and the ops over the last one"
+        return f"normalises over {len(module.normalized_shape)} dimensions; the ops normalise the last one"
     if _holds_more(module):
-        return "holds other modules, buffers or parameters than a weight and a bias"
+        return "has modules, buffers or parameters other than a weight and a bias"
     if _width(module) is None:
         return "has no weight of one dimension"
     if _eps_name(module) is None:
-        return f"has no number called {', '.join(_EPS_NAMES[:-1])} or {_EPS_NAMES[-1]}"
+        return f"has no number with the name {', '.join(_EPS_NAMES[:-1])} or {_EPS_NAMES[-1]}"
     return "computes neither rms_norm nor layer_norm over the last dimension"
 
 
 def _eps_name(module: nn.Module) -> str | None:
     if isinstance(module, nn.RMSNorm) and module.eps is None:
-        return "eps"  # torch takes that of x's dtype
+        return "eps"  # torch uses the eps of x's dtype
     return next((name for name in _EPS_NAMES if isinstance(getattr(module, name, None), float)), None)
 
 
 def _width(module: nn.Module) -> int | None:
-    """The size of the dimension that is normalised, as far as the module says."""
+    """Return the size of the normalised dimension; None if the module does not show it."""
     if isinstance(module, _SHAPED) and len(module.normalized_shape) != 1:
         return None
     weight = module._parameters.get("weight")

@@ -1,10 +1,10 @@
-"""Runs a block whose adapters are all frozen again in backward, so that it keeps nothing but its arguments.
+"""Recomputes a frozen block in backward, so that the block retains only its arguments.
 
-The semantics are those of `torch.utils.checkpoint(use_reentrant=False)`: forward builds the graph, so gradients reach
-whatever goes into the block or comes out of it, by argument, hook or cache; what its nodes saved is dropped, and made
-again when backward asks for it. It is not that function, for two reasons. Whether a block can run again exactly shows
-only after it has run: one that wrote into an argument keeps what it saved. And the second call is given what the first
-one was given: a cache as it was before it was filled, modules in the mode and with the hooks that they had.
+The semantics are those of `torch.utils.checkpoint(use_reentrant=False)`. Forward builds the graph, so gradients reach
+everything that enters or leaves the block, by argument, hook or cache. The tensors that its nodes saved are dropped,
+and backward computes them again. This module does not use that function, for two reasons. First, only a finished call
+shows whether a block can be recomputed exactly: a block that wrote into an argument retains its tensors. Second, the
+second call needs the state of the first: the cache before it was filled, and the mode and hooks of the modules.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from .moment import Moment
 from .trains import may_ask_for_gradient, modules_in
 
 WROTE = "it writes into its arguments in place, as a static cache does"
-COUNTED = "it changes buffers of its own in each call, as a batch norm does"
+COUNTED = "it changes its own buffers in each call, as a batch norm does"
 
 
 class _Handle:
-    """What a node of the graph holds in the place of a tensor."""
+    """The object that a graph node saves instead of a tensor."""
 
     __slots__ = ("__weakref__", "index")
 
@@ -42,18 +42,18 @@ class _Handle:
 
 
 class Run:
-    """One call of a block, which can be repeated.
+    """One call of a block that can be repeated exactly.
 
-    Exact: dropout draws the same numbers, autocast and modules are as they were. Where the block draws random numbers
-    their generators' states are kept too (5,056 bytes on a CPU).
+    In the second call, dropout draws the same numbers, and autocast and modules have the same state. If the block draws
+    random numbers, the states of the generators are retained too (5,056 bytes on a CPU).
 
     Args:
-        call: what to call.
-        block: the module that it belongs to.
-        name: what error messages call it.
+        call: the function to call.
+        block: the module that the function belongs to.
+        name: the block's name in error messages.
 
     Attributes:
-        reason: why the call keeps what it saved, and does not run again; "" if it does.
+        reason: why the call retains its tensors and is not repeated; "" if it is repeated.
 
     Example:
         >>> x = torch.ones(2, requires_grad=True)
@@ -77,7 +77,7 @@ class Run:
     # ---------------------------------------------------------------- forward
 
     def first(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        """Make the call, and drop what its graph saved."""
+        """Make the call, and drop the tensors that its graph saved."""
         self._given = given = Given((tuple(args), dict(kwargs)), compares=self._is_hooked)
         self._device = next((tensor.device.type for tensor in given.tensors), "cpu")
         self._autocast = autocast_now(self._device)
@@ -88,12 +88,12 @@ class Run:
             with saved_tensors_hooks(self._pack, unpack), TensorsUsed() if objects else nullcontext() as used:
                 output = self._call(*args, **kwargs)
         except BaseException:
-            self._saved = {}  # what nodes have made: their hooks lead here, in a cycle that no collector sees
+            self._saved = {}  # the nodes' hooks refer to this object, in a cycle that the collector cannot find
             raise
         drew = bool(self._devices) or not torch.equal(before, torch.get_rng_state())
         self._settle([before, *states] if drew else [], {id(t) for t in objects if used and not used.has(t)})
         for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):  # `_kept` keeps the hooks around this call alive as long as its graph
+            if isinstance(leaf, Tensor):  # `_kept` keeps the hooks around this call alive, as long as its graph exists
                 leave_hooks(leaf, unpack)
         return output
 
@@ -105,18 +105,18 @@ class Run:
         return handle
 
     def _settle(self, states: list[Tensor], unread: set[int]) -> None:
-        """Drop what was saved if the call can run again, and keep what that takes."""
+        """Drop the saved tensors if the call can be repeated, and retain what the repetition needs."""
         saved = {index: tensor for index, tensor in self._saved.items() if self._handles[index]() is not None}
         self._saved = {}
         if not saved:
             return
         self.reason = WROTE if self._given.was_written() else COUNTED if self._moment.buffers_changed() else ""
         if self.reason:
-            # Detached: what a node has made itself would keep that node alive in a cycle.
+            # Detached, because a node's own output would keep the node alive in a cycle.
             self._places = list(saved)
             self._kept = _keep([tensor.detach() for tensor in saved.values()])
             return
-        # Of a cache only what the block has read: all of it would keep what other blocks have put there.
+        # Retain only the parts of a cache that the block has read, and not what other blocks have put there.
         given = self._given.tensors
         self._unread = {place: _without_values(t) for place, t in enumerate(given) if id(t) in unread}
         self._states = len(states)
@@ -128,7 +128,7 @@ class Run:
 
     def _unpack(self, handle: _Handle) -> Tensor:
         with self._lock:
-            if self._kept is None:  # asked for in forward itself
+            if self._kept is None:  # unpacked in the forward itself
                 return self._saved[handle.index]
             if self.reason:
                 return self._kept.saved_tensors[self._places.index(handle.index)]
@@ -137,7 +137,7 @@ class Run:
             return self._saved.pop(handle.index)
 
     def _again(self) -> dict[int, Tensor]:
-        """What the call saves, once more."""
+        """Repeat the call, and return the tensors that it saves."""
         self._moment.check_parameters(self._name)
         kept = self._arguments()
         tensors, states = list(kept[: len(kept) - self._states]), kept[len(kept) - self._states :]
@@ -154,14 +154,14 @@ class Run:
                 found[index] = tensor
             return tensor
 
-        # Leaves of their own: a hook that the block puts on an argument is not to be put on the real one again.
+        # New leaves, so that a hook that the block puts on an argument is not registered twice on the real argument.
         args, kwargs = self._given.rebuild([t.detach().requires_grad_(t.requires_grad) for t in tensors])
         with self._as_before(states), saved_tensors_hooks(pack, lambda tensor: tensor):
             self._call(*args, **kwargs)
         if shapes != self._shapes:
             raise RuntimeError(
-                f"{self._name} runs again in backward, and did not do the same as in forward: it saved "
-                f"{len(shapes)} tensors, then {len(self._shapes)}, or others; take it out of `binding.recompute`."
+                f"{self._name} was recomputed in backward and did not repeat its forward: it saved {len(shapes)} "
+                f"tensors, in forward {len(self._shapes)}, or other shapes; remove it from `binding.recompute`."
             )
         return found
 
@@ -172,21 +172,21 @@ class Run:
             if "inplace" not in str(error):
                 raise
             raise RuntimeError(
-                f"an argument of {self._name} was written to in place after the call, and the block needs it to run "
-                "again in backward; clone it before the write, or take the block out of `binding.recompute`."
+                f"an argument of {self._name} was written to in place after the call, and backward needs it to "
+                "recompute the block; clone it before the write, or remove the block from `binding.recompute`."
             ) from error
         return saved
 
     @contextmanager
     def _as_before(self, states: Sequence[Tensor]) -> Iterator[None]:
-        """The modules, the random state and the autocast of the first call."""
+        """Restore the modules, the random state and the autocast of the first call."""
         device = self._device
         with ExitStack() as stack:
             stack.enter_context(self._moment.back())
             stack.enter_context(torch.enable_grad())
             stack.enter_context(self._autocast())
             if states:
-                # fork_rng saves the CPU's state in any case, and wants an accelerator's name besides.
+                # fork_rng always saves the CPU's state, and also requires the name of an accelerator.
                 kind = "cuda" if device == "cpu" else device
                 stack.enter_context(torch.random.fork_rng(devices=list(self._devices), device_type=kind))
                 torch.set_rng_state(states[0])
@@ -196,7 +196,7 @@ class Run:
 
 
 class _Keep(torch.autograd.Function):
-    """A node that holds tensors: hooks around the block see them, and writes in place to them are noticed."""
+    """A node that saves tensors, so that hooks around the block see them and in-place writes to them are detected."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
@@ -218,7 +218,7 @@ def _without_values(tensor: Tensor) -> Tensor:
 
 
 def autocast_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
-    """Return what makes autocast as it is now; some kinds of device have none."""
+    """Return a function that creates a context with the current autocast; some kinds of device have no autocast."""
     if not torch.amp.is_autocast_available(device):
         return nullcontext
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)

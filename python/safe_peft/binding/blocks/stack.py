@@ -1,4 +1,4 @@
-"""The stack of transformer blocks: where the graph begins, and which frozen blocks run again in backward."""
+"""The stack of transformer blocks: where the graph begins, and which frozen blocks are recomputed in backward."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from .trains import may_ask_for_gradient, modules_in, trains, waits_for_gradient
 
 
 def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """Return a model's transformer blocks by their paths, lowest first; an encoder's before its decoder's.
+    """Return a model's transformer blocks by their paths, lowest first; encoder blocks before decoder blocks.
 
-    They are found by structure: the outermost `nn.ModuleList`s with an adapter layer in an element, or, in a model
-    without adapters, with two or more elements; and an `nn.Sequential` of blocks of one class, with adapters in them.
+    The blocks are found by structure: the outermost `nn.ModuleList`s with an adapter layer in an element, or, in a
+    model without adapters, with two or more elements; and an `nn.Sequential` of blocks of one class with adapters.
 
     Args:
         model: with or without adapters, bound or not.
@@ -37,7 +37,7 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
-    """Return the same, stack by stack."""
+    """Return the transformer blocks by their paths, one dict per stack."""
     modules = list(walk(model))
     adapted = {name for name, module in modules if peft_kind(module) is not None}
     found: dict[str, nn.Module] = {}
@@ -59,17 +59,17 @@ def stacks(model: nn.Module) -> list[dict[str, nn.Module]]:
 
 
 def _is_stack(sequence: nn.Sequential) -> bool:
-    """Whether an nn.Sequential, timm's stacks for instance, is made of blocks of one kind, and is no small network."""
+    """Whether an nn.Sequential, such as timm's, consists of blocks of one class, and is not a small network."""
     blocks = list(sequence)
     same = len({original_type(block) for block in blocks}) == 1
     return same and len(blocks) > 1 and all(block._modules and peft_kind(block) is None for block in blocks)
 
 
 class SafeBlock(Swapped):
-    """A transformer block that builds a graph only where somebody needs it."""
+    """A transformer block that builds a graph only if a gradient needs it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The block's own call, hooks and activation checkpointing included."""
+        """Make the block's own call, with hooks and activation checkpointing."""
         if not is_bound(self):
             return type(self).__call__(self, *args, **kwargs)
         state: Block = self.__dict__[STATE]
@@ -80,16 +80,16 @@ class SafeBlock(Swapped):
 
 @dataclass
 class Block:
-    """What binding keeps about one block.
+    """The state of one bound block.
 
     Args:
-        name: its path in the model.
-        entry: where the model's gradient may enter for nothing.
+        name: the block's path in the model.
+        entry: the model's leaves that only checkpointing set-ups need.
         stack: the blocks of its stack, lowest first.
-        recompute: names of the blocks that are to run again in backward once they are frozen.
+        recompute: names of the blocks to recompute in backward once they are frozen.
 
     Attributes:
-        not_again: why its last call, which was to run again in backward, keeps what it saved; "" if it does not.
+        not_again: why the last call could not be recomputed exactly and retains its tensors; "" if it could.
     """
 
     mixin = SafeBlock
@@ -101,7 +101,7 @@ class Block:
     _checkpointing: Checkpointing = field(default_factory=Checkpointing, repr=False)
 
     def run(self, block: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the block with a graph, without one, or with one whose tensors are made again in backward."""
+        """Call the block with a graph, without one, or with a graph whose tensors are recomputed in backward."""
         if block is self.stack[0]:
             args, kwargs = _replace_hidden(args, kwargs, self._enter)
         given = list(leaves((args, kwargs)))
@@ -122,7 +122,7 @@ class Block:
         return hidden.detach()
 
     def _is_waited_for(self) -> bool:
-        """Whether a hook is where no gradient would come: up to and in the lowest block that trains, or anywhere."""
+        """Whether a hook needs a gradient up to and in the lowest block that trains, or outside of the blocks."""
         for block in self.stack:
             modules = list(modules_in(block))
             if waits_for_gradient(modules) or may_ask_for_gradient(modules):
@@ -135,7 +135,7 @@ class Block:
 def _replace_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Change the block's hidden states: its first argument, whatever that is called."""
+    """Change the block's hidden states, which are its first argument under any name."""
     if args:
         first = change(args[0]) if _is_float(args[0]) else args[0]
         return (first, *args[1:]), kwargs
@@ -150,23 +150,23 @@ def _is_float(value: Any) -> bool:
 
 
 def graph_states(model: nn.Module) -> dict[str, str]:
-    """Say for every transformer block of a model what a training forward builds of a graph in it.
+    """Return for every transformer block of a model whether a training forward builds a graph in it.
 
     Args:
         model: bound or not.
 
     Returns:
-        By the block's path, in a few words.
+        A few words by the block's path.
     """
     found, reached = {}, _trains_before_blocks(model)
     for name, block in transformer_blocks(model).items():
         state = block.__dict__.get(STATE)
         asked = isinstance(state, Block) and name in state.recompute
-        again = "frozen, runs again in backward"
+        again = "frozen, recomputed in backward"
         if asked and checkpoints(block):
-            again = "frozen, does not run again by itself: activation checkpointing is on"
+            again = "frozen, not recomputed: activation checkpointing is on"
         elif isinstance(state, Block) and state.not_again:
-            again = f"frozen, asked to run again in backward, which cannot be exact: {state.not_again}"
+            again = f"frozen, not recomputed, because it would not be exact: {state.not_again}"
         if trains(block):
             found[name], reached = "trains", True
         elif reached:
@@ -177,7 +177,7 @@ def graph_states(model: nn.Module) -> dict[str, str]:
 
 
 def _trains_before_blocks(model: nn.Module) -> bool:
-    """Whether anything that a model registers before its first block trains: embeddings and prompts do."""
+    """Whether something that a model registers before its first block trains, such as embeddings and prompts."""
     first = next(iter(transformer_blocks(model).values()), None)
     inside = {id(parameter) for parameter in parameters_of(first)} if first is not None else set()
     for parameter in parameters_of(model):

@@ -1,4 +1,4 @@
-"""Asks modules whether anything in them trains, and whether somebody waits for a gradient there."""
+"""Checks whether anything in a module trains, and whether a hook on it needs a gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..class_swap import STATE
 
 
 def trains(block: nn.Module) -> bool:
-    """Whether anything in a block trains: requires_grad, less what the ledger has frozen and PEFT has thawed since."""
+    """Whether a parameter in a block requires grad, except frozen adapters whose requires_grad PEFT has set again."""
     live: list[nn.Parameter] = []
     frozen: set[int] = set()
     for module in modules_in(block):
@@ -26,7 +26,7 @@ def trains(block: nn.Module) -> bool:
 
 
 def modules_in(block: nn.Module) -> Iterator[nn.Module]:
-    """A block's modules, some perhaps twice: asked for in every call, where `modules()` takes several times as long."""
+    """Yield a block's modules, some perhaps twice. Every call uses this; `modules()` takes several times as long."""
     rest = [block]
     while rest:
         module = rest.pop()
@@ -35,7 +35,7 @@ def modules_in(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def waits_for_gradient(modules: Iterable[nn.Module]) -> bool:
-    """Whether a backward hook is on any of these modules, or on all modules there are.
+    """Whether one of these modules has a backward hook, or a global backward hook is registered.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -52,9 +52,9 @@ _ASK_FOR_NOTHING = ("torch", "transformers", "peft", "accelerate", "safe_peft")
 
 
 def may_ask_for_gradient(modules: Iterable[nn.Module]) -> bool:
-    """Whether a forward hook is on any of these modules, or on all modules there are, other than these libraries' own.
+    """Whether one of these modules has a forward hook, or a global one is registered, except hooks of some libraries.
 
-    It can put a hook on the output, retain its gradient, or add something that trains, and no module shows it.
+    A forward hook can put a hook on the output, retain its gradient, or add something that trains. No module shows it.
 
     Example:
         >>> layer = nn.Linear(2, 2)
@@ -73,7 +73,7 @@ def may_ask_for_gradient(modules: Iterable[nn.Module]) -> bool:
 
 
 def package_of(hook: Any) -> str:
-    """The top package that a hook is from; "" if it does not say.
+    """Return the top-level package of a hook; "" if the hook does not show it.
 
     Example:
         >>> package_of(nn.functional.relu)

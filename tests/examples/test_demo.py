@@ -1,0 +1,104 @@
+"""The demo: the trainings of one seed differ in the method alone, and the report holds all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import assets
+import demo
+import pytest
+import typer
+from texts import bert_folder, sentences
+
+from safe_peft import ConfigError, FreezeReport
+from safe_peft.report.comparison import verdict
+from safe_peft.report.records import RunRecord
+
+METHODS = "stock,safe,bytes,random"
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., FreezeReport]:
+    """Run the demo on a tiny model, with made-up reviews in place of the real ones."""
+    rows = [assets.Example(row["text"], int(row["label"] == "positive")) for row in sentences(320)]
+    monkeypatch.setattr(demo, "load_film_reviews", lambda: (rows[:256], rows[256:]))
+    model = bert_folder(tmp_path / "bert")
+
+    def run(**changes: Any) -> FreezeReport:
+        options = {"output": str(tmp_path / "out"), "model": model, "rows": 80, "test_rows": 32, "batch_size": 8}
+        demo.demo(**options | {"max_length": 16, "methods": METHODS} | changes)
+        return FreezeReport.load(tmp_path / "out" / "report.json")
+
+    return run
+
+
+def test_trainings_differ_in_the_method_alone() -> None:
+    stock, safe, by_bytes, control = (demo.command({"model": "m", "seed": 5}, name) for name in METHODS.split(","))
+    assert safe[-4:] == ["--model", "m", "--seed", "5"]
+    assert stock == [*safe, "--method", "stock"]
+    assert by_bytes == [*safe, "--target", "bytes"]
+    assert control == [*safe, "--score", "random"]
+
+
+@pytest.mark.slow
+def test_the_report_holds_every_run_and_shows_the_first_safe_one(
+    run: Callable[..., FreezeReport], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    report = run()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.json",
+        "report.png",
+        "memory.png",
+        "report.html",
+    }
+    assert [(name, len(plan.frozen)) for name, plan in report.plans] == [("start", 0), ("end", 10)]
+    assert [(run.method, run.seed) for run in report.runs] == [(method, 0) for method in METHODS.split(",")]
+    stock, safe, by_bytes, control = report.runs
+    assert (stock.frozen, safe.frozen, control.frozen) == (0, 10, 10)
+    assert by_bytes.retained[-1][1] < safe.retained[-1][1], "what freezing is to free, it frees"
+    assert safe.retained[-1][1] < safe.retained[0][1] < stock.retained[0][1] == stock.retained[-1][1]
+    assert report.retained == safe.retained
+    assert report.config["score"] == "cka"
+    assert "SAFE ended with 10 of 13 adapters frozen" in verdict(report.runs)
+    assert "SAFE ended with 10 of 13 adapters frozen" in " ".join(capfd.readouterr().out.split())
+
+
+def test_several_seeds_repeat_every_method(run: Callable[..., FreezeReport], monkeypatch: pytest.MonkeyPatch) -> None:
+    def fake(options: dict[str, Any], method: str) -> FreezeReport:
+        retained, seed = ((0, 5), (4, 4)), options["seed"]
+        run = RunRecord(method, seed, "accuracy", 0.5, 10, 4, 2, 1, 1.0, 9, retained, flops_start=1, flops_end=1)
+        return FreezeReport(f"{method} {seed}", {}, 4, (), runs=(run,))
+
+    monkeypatch.setattr(demo, "train", fake)
+    report = run(seed=3, seeds=2, methods="stock, safe")
+    assert [(run.method, run.seed) for run in report.runs] == [("stock", 3), ("safe", 3), ("stock", 4), ("safe", 4)]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"methods": "stock,magic"}, "methods must be some of stock, bind, safe, bytes, random, each once"),
+        ({"methods": "stock,stock"}, "each once"),
+        ({"methods": ""}, "methods must be some of"),
+        ({"lora_dropout": float("nan"), "methods": "safe"}, "the training with method safe failed."),
+    ],
+)
+def test_a_run_that_fails_says_so_and_leaves_no_output(
+    run: Callable[..., FreezeReport],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    change: Any,
+    says: str,
+) -> None:
+    with pytest.raises(typer.Exit) as caught:
+        run(**change)
+    assert (caught.value.exit_code, (tmp_path / "out").exists()) == (2, False)
+    assert says in capfd.readouterr().err
+
+
+def test_names_of_methods_may_have_spaces() -> None:
+    assert demo.checked("stock, safe") == ["stock", "safe"]
+    with pytest.raises(ConfigError):
+        demo.checked("stock safe")
