@@ -6,7 +6,7 @@
 
 #include "autograd/norm_output.h"
 #include "inversion.h"
-#include "launch_replay/served.h"
+#include "launch_replay/register_replayed.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the ops of safe_kernels with PyTorch's dispatcher.";

@@ -19,7 +19,7 @@ _Launch = tuple[int, tuple[int, int, int], int, int, list[tuple[int, int]]]
 _View = tuple[int, list[int], list[int], int]
 _Product = tuple[_View, _View, _View]
 
-class Plan:  # csrc/launch_replay/plan.h
+class LaunchRecord:  # csrc/launch_replay/launch_record.h
     def __init__(
         self,
         allocations: list[tuple[list[int], torch.dtype, int, int]],
@@ -27,8 +27,8 @@ class Plan:  # csrc/launch_replay/plan.h
         results: list[int],
     ) -> None: ...
 
-def serve(
-    op: str, host: Callable[..., Any], recorded: Callable[..., tuple[Any, Plan | None, bool]], key: str
+def register_replayed(
+    op: str, host: Callable[..., Any], recorded: Callable[..., tuple[Any, LaunchRecord | None, bool]], key: str
 ) -> None: ...
-def forget_plans() -> None: ...
-def plan_counts() -> dict[str, int]: ...
+def forget_records() -> None: ...
+def record_counts() -> dict[str, int]: ...

@@ -50,5 +50,5 @@ def often(call: Callable[..., Any], op: str, arguments: tuple[Any, ...]) -> Call
 def test_launches(benchmark: BenchmarkFixture, case: str) -> None:
     driver, (op, arguments) = stub(), CASES[case]
     _, watch = driver.watched(lambda: driver.hosted(op, *arguments))
-    replayed, by_python = (often(call, op, arguments) for call in (driver.served, driver.hosted))
+    replayed, by_python = (often(call, op, arguments) for call in (driver.dispatched, driver.hosted))
     compare(benchmark, replayed, by_python, rounds=100, launches=len(watch.launches), calls=CALLS)

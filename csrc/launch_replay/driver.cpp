@@ -37,7 +37,7 @@ struct Driver {
   bool complete() const { return get_context != nullptr && launch_kernel != nullptr && error_string != nullptr; }
 };
 
-// Called only when a plan exists; recording one has loaded the driver.
+// Called only when a record exists; recording one has loaded the driver.
 const Driver& driver() {
   static const Driver found;
   return found;

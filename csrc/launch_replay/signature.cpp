@@ -37,7 +37,7 @@ class Writer {
   std::string& key_;
 };
 
-// The key notes which tensors share an address, since a plan finds a kernel's argument by its address.
+// The key notes which tensors share an address, since a record finds a kernel's argument by its address.
 void add_tensor(const Tensor& tensor, Writer& writer, std::vector<Tensor>& tensors) {
   const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   size_t same = 0;

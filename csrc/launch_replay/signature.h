@@ -1,4 +1,4 @@
-// The key of a launch plan: all properties of a call's arguments except contents and addresses.
+// The key of a launch record: all properties of a call's arguments except contents and addresses.
 
 #pragma once
 
@@ -8,7 +8,7 @@
 #include <string>
 #include <vector>
 
-#include "launch_replay/plan.h"
+#include "launch_replay/launch_record.h"
 
 namespace safe_kernels::launch_replay {
 

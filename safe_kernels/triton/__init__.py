@@ -77,22 +77,22 @@ def register() -> bool:
         return False
     for ops in STEMS.values():
         for op in ops:
-            serve(op, "CUDA")
+            register_replayed(op, "CUDA")
     return True
 
 
-def serve(op: str, key: str) -> None:
-    """Registers an op's host function; C++ replays its launch plans.
+def register_replayed(op: str, key: str) -> None:
+    """Registers an op's host function; C++ replays its launch records.
 
     Args:
         op: the op's name.
         key: a dispatch key.
 
     Example:
-        >>> serve("lora", "CUDA")  # doctest: +SKIP
+        >>> register_replayed("lora", "CUDA")  # doctest: +SKIP
     """
     host = _deferred(op)
-    _C.serve(op, host, launch_replay.recorded(host), key)
+    _C.register_replayed(op, host, launch_replay.recorded(host), key)
 
 
 def _deferred(op: str) -> Callable[..., Any]:

@@ -39,7 +39,7 @@ def test_a_second_call_does_without_python(case: Case, gpu: torch.device, monkey
     with monkeypatch.context() as patch:
         patch.setattr(skinny_matmul, "launch", forbidden)
         again = step(*placed)
-    assert _C.plan_counts()["lora"] + _C.plan_counts()["lora_linear"] > 0
+    assert _C.record_counts()["lora"] + _C.record_counts()["lora_linear"] > 0
     stream = torch.cuda.Stream(gpu)
 
     def work() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.backends.compiler import GPUTarget
 
-from safe_kernels.triton import STEMS, host_function, serve
+from safe_kernels.triton import STEMS, host_function, register_replayed
 from safe_kernels.triton.runtime.launch_replay import parameter_bytes
 
 KEY = "XPU"
@@ -57,7 +57,7 @@ class Watch(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if func in (torch.ops.aten.empty.memory_format, torch.ops.aten.new_empty.default):
             self.made.append(Made(result, len(self.launches)))
-        if func is torch.ops.aten.addmm_.default:  # a step of plans, too: the library's product
+        if func is torch.ops.aten.addmm_.default:  # a step of records, too: the library's product
             views = tuple(number for matrix in args for number in (*matrix.shape, *matrix.stride()))
             self.launches.append(Launch(0, views, 0, 0, 0, tuple(matrix.data_ptr() for matrix in args)))
         return result
@@ -74,7 +74,7 @@ class Stub:
         self.library.watch(self._watcher)
         self.driver = self._driver()
         for op in (op for ops in STEMS.values() for op in ops):
-            serve(op, KEY)
+            register_replayed(op, KEY)
 
     @staticmethod
     def _driver() -> Any:
@@ -116,7 +116,7 @@ class Stub:
         finally:
             self.watch = None
 
-    def served(self, op: str, *args: Any) -> Any:
+    def dispatched(self, op: str, *args: Any) -> Any:
         """Calls an op as the dispatcher would."""
         triton.runtime.driver.set_active(self.driver)
         keys = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, KEY))

@@ -2,10 +2,10 @@
 
 A launch through Python takes tens of microseconds per kernel, longer than most kernels of an adapter run. The shapes,
 strides, dtypes, alignments and numbers of the arguments decide the launches. So the first call of each kind is recorded
-as a launch plan, and csrc/launch_replay/ replays the plan for every call like it, with the new addresses.
+as a launch record, and csrc/launch_replay/ replays the record for every call like it, with the new addresses.
 
 Host functions allocate through `empty`, launch through `launch`, and let PyTorch multiply through `multiply_add`. If
-anything else makes an input of a kernel or a result (a copy of a tensor, a sum by PyTorch), the call has no plan, and
+anything else makes an input of a kernel or a result (a copy of a tensor, a sum by PyTorch), the call has no record, and
 its host function runs every time.
 """
 
@@ -38,8 +38,8 @@ View = tuple[int, list[int], list[int], int]
 Product = tuple[View, View, View]
 
 
-class Unplannable(Exception):
-    """A plan cannot represent this call."""
+class Unrecordable(Exception):
+    """A record cannot represent this call."""
 
 
 class Allocation(NamedTuple):
@@ -57,7 +57,7 @@ class Allocation(NamedTuple):
 
 
 _LOADED: dict[int, Any] = {}
-"""Compiled kernels by function: this keeps the kernels of plans loaded."""
+"""Compiled kernels by function: this keeps the kernels of records loaded."""
 
 
 class Recorder:
@@ -84,40 +84,40 @@ class Recorder:
         """Records a launch."""
         if 0 in grid:
             return  # nothing runs
-        with self._noting():
+        with self._recording_step():
             if compiled is None:
-                raise Unplannable("the interpreter ran the kernel")
+                raise Unrecordable("the interpreter ran the kernel")
             if _is_watched():
                 self.holds = False
-                raise Unplannable("a launch hook is set, and may be removed before the next call")
+                raise Unrecordable("a launch hook is set, and may be removed before the next call")
             self.steps.append(self._launch(kernel, compiled, grid, values))
 
     def multiplied(self, *matrices: Tensor) -> None:
         """Records a product that PyTorch has added to the first matrix."""
-        with self._noting():
+        with self._recording_step():
             out, left, right = map(self._view, matrices)
             self.steps.append((out, left, right))
 
     @contextmanager
-    def _noting(self) -> Iterator[None]:
+    def _recording_step(self) -> Iterator[None]:
         """The kernel has already run; a failure to record it (as with a newer Triton) must not fail the call."""
         try:
             yield
         except Exception:
             self.is_complete = False
 
-    def plan(self, result: Tensor | tuple[Tensor, ...]) -> _C.Plan | None:
-        """The call's plan, or None.
+    def record(self, result: Tensor | tuple[Tensor, ...]) -> _C.LaunchRecord | None:
+        """The call's launch record, or None.
 
         Args:
             result: the result of the call.
         """
-        plan = None
-        with self._noting():
+        record = None
+        with self._recording_step():
             results = [self._result(tensor) for tensor in (result if isinstance(result, tuple) else (result,))]
             if self.is_complete and len({tensor.device for tensor in self.inputs}) == 1:
-                plan = _C.Plan(list(self._lives(results)), self.steps, results)
-        return plan
+                record = _C.LaunchRecord(list(self._lives(results)), self.steps, results)
+        return record
 
     def _lives(self, results: list[int]) -> Iterator[tuple[list[int], torch.dtype, int, int]]:
         """Each allocation's shape and dtype, the step before which it is made, the step after which it is freed."""
@@ -139,7 +139,7 @@ class Recorder:
         # Triton appends two addresses of scratch memory, which no kernel here uses.
         expected, found = [BYTES.get(kind, 8) for _, kind in kinds], parameter_bytes(compiled.asm.get("ptx", ""))
         if found != [*expected, 8, 8]:
-            raise Unplannable("the kernel's parameters differ from its signature")
+            raise Unrecordable("the kernel's parameters differ from its signature")
         x, y, z = (*grid, 1, 1)[:3]
         threads = metadata.num_warps * metadata.target.warp_size
         function = int(compiled.function)
@@ -150,7 +150,7 @@ class Recorder:
         if kind.startswith("*"):
             return self._address(value)
         if kind not in BYTES:
-            raise Unplannable(f"a parameter of type {kind}")
+            raise Unrecordable(f"a parameter of type {kind}")
         if kind == "fp32":
             return -1, int.from_bytes(bytes(ctypes.c_float(value)), "little")  # as C casts: too large becomes infinite
         return -1, int(value) % 2 ** (8 * BYTES[kind])
@@ -175,7 +175,7 @@ class Recorder:
             if made.holds(tensor)
         ]
         if len(owners) != 1 or address < owners[0][1]:
-            raise Unplannable("a tensor of unknown origin")
+            raise Unrecordable("a tensor of unknown origin")
         index, start = owners[0]
         return index, address - start
 
@@ -187,7 +187,7 @@ class Recorder:
         for index, made in enumerate(self.allocations):
             if made.holds(tensor) and (made.shape, made.dtype) == (list(tensor.shape), tensor.dtype):
                 return index
-        raise Unplannable("a result of unknown origin")
+        raise Unrecordable("a result of unknown origin")
 
 
 def _tensors_of(step: Launch | Product) -> Iterator[int]:
@@ -199,7 +199,7 @@ def _require_plain(metadata: Any) -> None:
     """Refuses a launch that needs more than a number of programs, threads and bytes."""
     special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
     if metadata.target.backend != "cuda" or metadata.num_ctas != 1 or any(getattr(metadata, s, 0) for s in special):
-        raise Unplannable("a launch of a special kind")
+        raise Unrecordable("a launch of a special kind")
 
 
 def _is_watched() -> bool:
@@ -232,13 +232,13 @@ _STATE = _State()
 
 
 def recorded(host: Callable[..., Any]) -> Callable[..., tuple[Any, Any, bool]]:
-    """Makes a host function return its launch plan too.
+    """Makes a host function return its launch record too.
 
     Args:
         host: a host function.
 
     Returns:
-        A function that returns the result of `host`, the plan or None, and whether that holds for all calls like it.
+        A function that returns the result of `host`, the record or None, and whether that holds for all calls like it.
     """
 
     def record(*args: Any) -> tuple[Any, Any, bool]:
@@ -247,7 +247,7 @@ def recorded(host: Callable[..., Any]) -> Callable[..., tuple[Any, Any, bool]]:
         recorder = Recorder([value for value in args if isinstance(value, Tensor)])
         with _recording(recorder):
             result = host(*args)
-        return result, recorder.plan(result), recorder.holds
+        return result, recorder.record(result), recorder.holds
 
     return record
 
@@ -267,14 +267,14 @@ def unrecorded() -> Any:
 
 
 def may_change() -> None:
-    """The current call may launch other kernels next time: it gets no plan."""
+    """The current call may launch other kernels next time: it gets no record."""
     if _STATE.recorder is not None:
         _STATE.recorder.is_complete = _STATE.recorder.holds = False
 
 
 def forget() -> None:
-    """Drops all plans, because something has changed that launches depend on."""
-    _C.forget_plans()
+    """Drops all records, because something has changed that launches depend on."""
+    _C.forget_records()
 
 
 def empty(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:

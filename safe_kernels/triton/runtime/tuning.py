@@ -139,7 +139,7 @@ _STATE = _State()
 
 def _switch(tuner: Tuner | None) -> None:
     _STATE.tuner = tuner
-    forget()  # plans contain tiles
+    forget()  # records contain tiles
 
 
 def active() -> Tuner | None:

@@ -15,7 +15,7 @@ OPS = [op for ops in triton.STEMS.values() for op in ops]
 def test_the_dispatcher_takes_triton_for_cuda(op: str) -> None:
     table = torch._C._dispatch_dump_table(f"safe_kernels::{op}").splitlines()
     lines = {line.partition(":")[0]: line for line in table}
-    assert "csrc/launch_replay/served.cpp" in lines["CUDA"] and lines["CUDA"].endswith("[kernel]")
+    assert "csrc/launch_replay/register_replayed.cpp" in lines["CUDA"] and lines["CUDA"].endswith("[kernel]")
     assert "csrc/autograd/" in lines["AutogradCUDA"]
 
 

@@ -1,4 +1,4 @@
-"""Calls of every op whose plans are checked: each makes new tensors of one kind."""
+"""Calls of every op whose records are checked: each makes new tensors of one kind."""
 
 from __future__ import annotations
 

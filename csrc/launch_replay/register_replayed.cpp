@@ -1,4 +1,4 @@
-#include "launch_replay/served.h"
+#include "launch_replay/register_replayed.h"
 
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/stl.h>
@@ -18,35 +18,35 @@ namespace safe_kernels::launch_replay {
 
 namespace {
 
-// No training has more kinds of calls; dropped plans are recorded again.
-constexpr size_t kMostPlans = 4096;
+// No training has more kinds of calls; dropped records are recorded again.
+constexpr size_t kMaxRecords = 4096;
 
-// Plans of one op by signature. Null: a call that cannot have a plan, since it does more than allocate and launch.
-class Plans {
+// Records of one op by signature. Null: a call that cannot have a record, since it does more than allocate and launch.
+class Records {
  public:
-  bool find(const std::string& key, std::shared_ptr<const Plan>& plan) const {
+  bool find(const std::string& key, std::shared_ptr<const LaunchRecord>& record) const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = plans_.find(key);
-    if (found == plans_.end()) return false;
-    plan = found->second;
+    const auto found = records_.find(key);
+    if (found == records_.end()) return false;
+    record = found->second;
     return true;
   }
 
-  // Does nothing if plans were dropped since the call began: this one may depend on the state before.
-  void add(std::string key, std::shared_ptr<const Plan> plan, size_t age) {
+  // Does nothing if records were dropped since the call began: this one may depend on the state before.
+  void add(std::string key, std::shared_ptr<const LaunchRecord> record, size_t age) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (age != age_) return;
-    if (plans_.size() >= kMostPlans) plans_.clear();
-    plans_[std::move(key)] = std::move(plan);
+    if (records_.size() >= kMaxRecords) records_.clear();
+    records_[std::move(key)] = std::move(record);
   }
 
   void forget() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    plans_.clear();
+    records_.clear();
     ++age_;
   }
 
-  // How often plans have been dropped.
+  // How often records have been dropped.
   size_t age() const {
     const std::lock_guard<std::mutex> lock(mutex_);
     return age_;
@@ -54,19 +54,19 @@ class Plans {
 
   size_t count() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return plans_.size();
+    return records_.size();
   }
 
  private:
   mutable std::mutex mutex_;
   size_t age_ = 0;
-  std::unordered_map<std::string, std::shared_ptr<const Plan>> plans_;
+  std::unordered_map<std::string, std::shared_ptr<const LaunchRecord>> records_;
 };
 
 // By op. Never destroyed: the dispatcher may call an op until the process ends.
-std::unordered_map<std::string, std::shared_ptr<Plans>>& all_plans() {
-  static auto* plans = new std::unordered_map<std::string, std::shared_ptr<Plans>>();
-  return *plans;
+std::unordered_map<std::string, std::shared_ptr<Records>>& all_records() {
+  static auto* records = new std::unordered_map<std::string, std::shared_ptr<Records>>();
+  return *records;
 }
 
 py::object to_python(const c10::IValue& value) {
@@ -82,20 +82,20 @@ py::object to_python(const c10::IValue& value) {
   return flags;
 }
 
-class Served final : public c10::OperatorKernel {
+class ReplayedOp final : public c10::OperatorKernel {
  public:
-  Served(py::object host, py::object recorded, std::shared_ptr<Plans> plans)
-      : host_(host.release().ptr()), recorded_(recorded.release().ptr()), plans_(std::move(plans)) {}
+  ReplayedOp(py::object host, py::object recorded, std::shared_ptr<Records> records)
+      : host_(host.release().ptr()), recorded_(recorded.release().ptr()), records_(std::move(records)) {}
 
   void operator()(const c10::OperatorHandle& op, c10::DispatchKeySet /*keys*/, torch::jit::Stack* stack) const {
     const size_t count = op.schema().arguments().size();
     const auto arguments = torch::jit::last(*stack, count);
     auto signature = signature_of(arguments);
-    std::shared_ptr<const Plan> plan;
-    const bool is_known = signature.has_value() && plans_->find(signature->key, plan);
+    std::shared_ptr<const LaunchRecord> record;
+    const bool is_known = signature.has_value() && records_->find(signature->key, record);
     std::vector<Tensor> results;
-    if (plan != nullptr && can_launch()) {
-      results = replay(*plan, std::move(signature->tensors));
+    if (record != nullptr && can_launch()) {
+      results = replay(*record, std::move(signature->tensors));
     } else if (is_known || !signature.has_value()) {
       results = ask(host_, arguments, nullptr);
     } else {
@@ -106,11 +106,11 @@ class Served final : public c10::OperatorKernel {
   }
 
  private:
-  // Calls a function in Python. `recorded` returns the result of `host`, the call's plan or None, and whether that
+  // Calls a function in Python. `recorded` returns the result of `host`, the call's record or None, and whether that
   // holds for every call like it.
   std::vector<Tensor> ask(PyObject* function, c10::ArrayRef<c10::IValue> arguments, Signature* signature) const {
     const py::gil_scoped_acquire gil;
-    const size_t age = plans_->age();
+    const size_t age = records_->age();
     py::tuple given(arguments.size());
     for (size_t i = 0; i < arguments.size(); ++i) given[i] = to_python(arguments[i]);
     auto found = py::reinterpret_steal<py::object>(PyObject_CallObject(function, given.ptr()));
@@ -120,29 +120,29 @@ class Served final : public c10::OperatorKernel {
       throw error;
     }
     if (signature != nullptr) {
-      auto [result, plan, holds] = found.cast<std::tuple<py::object, std::shared_ptr<Plan>, bool>>();
-      if (holds) plans_->add(std::move(signature->key), std::move(plan), age);
+      auto [result, record, holds] = found.cast<std::tuple<py::object, std::shared_ptr<LaunchRecord>, bool>>();
+      if (holds) records_->add(std::move(signature->key), std::move(record), age);
       found = std::move(result);
     }
     if (!py::isinstance<py::tuple>(found)) return {found.cast<Tensor>()};
     return found.cast<std::vector<Tensor>>();
   }
 
-  // Never freed, for the same reason as the plans.
+  // Never freed, for the same reason as the records.
   PyObject* host_;
   PyObject* recorded_;
-  std::shared_ptr<Plans> plans_;
+  std::shared_ptr<Records> records_;
 };
 
 // A registration lives as long as its library object.
-void serve(const std::string& op, py::object host, py::object recorded, const std::string& key) {
+void register_replayed(const std::string& op, py::object host, py::object recorded, const std::string& key) {
   static auto* libraries = new std::vector<std::unique_ptr<torch::Library>>();
-  auto& plans = all_plans()[op];
-  if (plans == nullptr) plans = std::make_shared<Plans>();
+  auto& records = all_records()[op];
+  if (records == nullptr) records = std::make_shared<Records>();
   libraries->push_back(std::make_unique<torch::Library>(torch::Library::IMPL, "safe_kernels",
                                                         c10::parseDispatchKey(key), __FILE__, __LINE__));
   libraries->back()->impl(op.c_str(), torch::CppFunction::makeFromBoxedFunctor(
-                                          std::make_unique<Served>(std::move(host), std::move(recorded), plans)));
+                                          std::make_unique<ReplayedOp>(std::move(host), std::move(recorded), records)));
 }
 
 using PyView = std::tuple<int64_t, std::vector<int64_t>, std::vector<int64_t>, int64_t>;
@@ -151,54 +151,54 @@ using PyLaunch =
     std::tuple<uint64_t, std::array<unsigned, 3>, unsigned, unsigned, std::vector<std::pair<int64_t, uint64_t>>>;
 using PyAllocation = std::tuple<std::vector<int64_t>, at::ScalarType, int64_t, int64_t>;
 
-Plan::View to_view(const PyView& view) {
+LaunchRecord::View to_view(const PyView& view) {
   const auto& [tensor, sizes, strides, offset] = view;
   return {tensor, sizes, strides, offset};
 }
 
-Plan::Launch to_launch(const PyLaunch& launch) {
+LaunchRecord::Launch to_launch(const PyLaunch& launch) {
   const auto& [function, programs, threads, shared, arguments] = launch;
-  Plan::Launch found{function, {programs, threads, shared}, {}};
+  LaunchRecord::Launch found{function, {programs, threads, shared}, {}};
   for (const auto& [tensor, value] : arguments) found.arguments.push_back({tensor, value});
   return found;
 }
 
-std::shared_ptr<Plan> make_plan(const std::vector<PyAllocation>& allocations,
-                                const std::vector<std::variant<PyLaunch, PyProduct>>& steps,
-                                std::vector<int64_t> results) {
-  auto plan = std::make_shared<Plan>();
+std::shared_ptr<LaunchRecord> make_record(const std::vector<PyAllocation>& allocations,
+                                          const std::vector<std::variant<PyLaunch, PyProduct>>& steps,
+                                          std::vector<int64_t> results) {
+  auto record = std::make_shared<LaunchRecord>();
   for (const auto& [sizes, dtype, first, last] : allocations)
-    plan->allocations.push_back({sizes, dtype, static_cast<size_t>(first), static_cast<size_t>(last)});
+    record->allocations.push_back({sizes, dtype, static_cast<size_t>(first), static_cast<size_t>(last)});
   for (const auto& step : steps) {
     if (const auto* launch = std::get_if<PyLaunch>(&step)) {
-      plan->steps.emplace_back(to_launch(*launch));
+      record->steps.emplace_back(to_launch(*launch));
     } else {
       const auto& [out, left, right] = std::get<PyProduct>(step);
-      plan->steps.emplace_back(Plan::Product{to_view(out), to_view(left), to_view(right)});
+      record->steps.emplace_back(LaunchRecord::Product{to_view(out), to_view(left), to_view(right)});
     }
   }
-  plan->results = std::move(results);
-  return plan;
+  record->results = std::move(results);
+  return record;
 }
 
-void forget_plans() {
-  for (auto& [op, plans] : all_plans()) plans->forget();
+void forget_records() {
+  for (auto& [op, records] : all_records()) records->forget();
 }
 
-std::unordered_map<std::string, size_t> plan_counts() {
+std::unordered_map<std::string, size_t> record_counts() {
   std::unordered_map<std::string, size_t> counts;
-  for (const auto& [op, plans] : all_plans()) counts[op] = plans->count();
+  for (const auto& [op, records] : all_records()) counts[op] = records->count();
   return counts;
 }
 
 }  // namespace
 
 void bind(py::module_& m) {
-  py::class_<Plan, std::shared_ptr<Plan>>(m, "Plan").def(py::init(&make_plan), py::arg("allocations"), py::arg("steps"),
-                                                         py::arg("results"));
-  m.def("serve", &serve, py::arg("op"), py::arg("host"), py::arg("recorded"), py::arg("key"));
-  m.def("forget_plans", &forget_plans);
-  m.def("plan_counts", &plan_counts);
+  py::class_<LaunchRecord, std::shared_ptr<LaunchRecord>>(m, "LaunchRecord")
+      .def(py::init(&make_record), py::arg("allocations"), py::arg("steps"), py::arg("results"));
+  m.def("register_replayed", &register_replayed, py::arg("op"), py::arg("host"), py::arg("recorded"), py::arg("key"));
+  m.def("forget_records", &forget_records);
+  m.def("record_counts", &record_counts);
 }
 
 }  // namespace safe_kernels::launch_replay

@@ -1,4 +1,4 @@
-#include "launch_replay/plan.h"
+#include "launch_replay/launch_record.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
@@ -10,13 +10,13 @@ namespace safe_kernels::launch_replay {
 
 namespace {
 
-// A CPU has no streams; it runs plans only in tests.
+// A CPU has no streams; it runs records only in tests.
 void* current_stream(c10::Device device) {
   if (device.is_cpu()) return nullptr;
   return c10::impl::VirtualGuardImpl(device.type()).getStream(device).native_handle();
 }
 
-void carry_out(const Plan::Launch& launch, const std::vector<Tensor>& tensors, void* stream) {
+void carry_out(const LaunchRecord::Launch& launch, const std::vector<Tensor>& tensors, void* stream) {
   c10::SmallVector<uint64_t, 32> values;
   for (const auto& argument : launch.arguments) {
     const bool is_number = argument.tensor < 0;
@@ -28,39 +28,39 @@ void carry_out(const Plan::Launch& launch, const std::vector<Tensor>& tensors, v
   launch_replay::launch(reinterpret_cast<void*>(launch.function), launch.grid, stream, parameters.data());
 }
 
-Tensor view(const Plan::View& view, const std::vector<Tensor>& tensors) {
+Tensor view(const LaunchRecord::View& view, const std::vector<Tensor>& tensors) {
   const auto& tensor = tensors.at(view.tensor);
   return tensor.as_strided(view.sizes, view.strides, tensor.storage_offset() + view.offset);
 }
 
-void carry_out(const Plan::Product& product, const std::vector<Tensor>& tensors, void* /*stream*/) {
+void carry_out(const LaunchRecord::Product& product, const std::vector<Tensor>& tensors, void* /*stream*/) {
   view(product.out, tensors).addmm_(view(product.left, tensors), view(product.right, tensors));
 }
 
 }  // namespace
 
-std::vector<Tensor> replay(const Plan& plan, std::vector<Tensor> tensors) {
+std::vector<Tensor> replay(const LaunchRecord& record, std::vector<Tensor> tensors) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;
   const auto device = tensors.front().device();
   const size_t given = tensors.size();
   const c10::DeviceGuard guard(device);
   void* const stream = current_stream(device);
-  tensors.resize(given + plan.allocations.size());
+  tensors.resize(given + record.allocations.size());
   const auto allocate = [&](size_t step) {
-    for (size_t i = 0; i < plan.allocations.size(); ++i)
-      if (plan.allocations[i].first == step)
-        tensors[given + i] =
-            at::empty(plan.allocations[i].sizes, at::TensorOptions().dtype(plan.allocations[i].dtype).device(device));
+    for (size_t i = 0; i < record.allocations.size(); ++i)
+      if (record.allocations[i].first == step)
+        tensors[given + i] = at::empty(record.allocations[i].sizes,
+                                       at::TensorOptions().dtype(record.allocations[i].dtype).device(device));
   };
-  for (size_t i = 0; i < plan.steps.size(); ++i) {
+  for (size_t i = 0; i < record.steps.size(); ++i) {
     allocate(i);
-    std::visit([&](const auto& step) { carry_out(step, tensors, stream); }, plan.steps[i]);
-    for (size_t j = 0; j < plan.allocations.size(); ++j)
-      if (plan.allocations[j].last == i) tensors[given + j].reset();
+    std::visit([&](const auto& step) { carry_out(step, tensors, stream); }, record.steps[i]);
+    for (size_t j = 0; j < record.allocations.size(); ++j)
+      if (record.allocations[j].last == i) tensors[given + j].reset();
   }
-  allocate(plan.steps.size());
+  allocate(record.steps.size());
   std::vector<Tensor> results;
-  for (const int64_t index : plan.results) results.push_back(tensors.at(given + index));
+  for (const int64_t index : record.results) results.push_back(tensors.at(given + index));
   return results;
 }
 

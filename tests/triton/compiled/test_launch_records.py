@@ -1,4 +1,4 @@
-"""A plan launches what the host function launches, to the bit of every argument; only addresses are its own."""
+"""A record launches what the host function launches, to the bit of every argument; only addresses are its own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from plan_cases import (
+from record_cases import (
     CASES,
     D_IN,
     F32,
@@ -36,9 +36,9 @@ from safe_peft.planning.live_bytes import LiveBytes
 
 @pytest.fixture(autouse=True)
 def driver() -> Iterator[Stub]:
-    _C.forget_plans()
+    _C.forget_records()
     yield stub()
-    _C.forget_plans()
+    _C.forget_records()
 
 
 def tensors(arguments: Arguments) -> list[Tensor]:
@@ -55,35 +55,35 @@ def forbid(*args: Any) -> Any:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_plan_does_what_its_host_function_does(name: str, driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_does_what_its_host_function_does(name: str, driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     op, make = CASES[name]
     first, second = make(), make()
-    driver.served(op, *first)
-    counts = {op: count for op, count in _C.plan_counts().items() if count}
+    driver.dispatched(op, *first)
+    counts = {op: count for op, count in _C.record_counts().items() if count}
     assert counts == {op: 1}
     expected, by_host = driver.watched(lambda: driver.hosted(op, *second))
-    monkeypatch.setattr(launch_replay.Recorder, "plan", forbid)
+    monkeypatch.setattr(launch_replay.Recorder, "record", forbid)
     monkeypatch.setattr(launch_replay, "launch", forbid)
-    found, by_plan = driver.watched(lambda: driver.served(op, *second))
-    assert traces(by_plan, tensors(second)) == traces(by_host, tensors(second))
-    assert outputs(found, by_plan) == outputs(expected, by_host)
-    products = [launch for launch in by_plan.launches if launch.function == 0]
+    found, by_record = driver.watched(lambda: driver.dispatched(op, *second))
+    assert traces(by_record, tensors(second)) == traces(by_host, tensors(second))
+    assert outputs(found, by_record) == outputs(expected, by_host)
+    products = [launch for launch in by_record.launches if launch.function == 0]
     assert len(products) == (op.startswith("lora_linear") and "no rows" not in name)
-    assert not any(made.tensor.requires_grad for made in by_plan.made)
+    assert not any(made.tensor.requires_grad for made in by_record.made)
     # Where a launch's tensors are made: not before the host function makes them.
-    assert len(by_plan.made) <= len(by_host.made)
+    assert len(by_record.made) <= len(by_host.made)
     results = found if isinstance(found, tuple) else (found,)
     assert all(
-        any(made.tensor is t or made.tensor.data_ptr() == t.data_ptr() for made in by_plan.made) for t in results
+        any(made.tensor is t or made.tensor.data_ptr() == t.data_ptr() for made in by_record.made) for t in results
     )
 
 
 def test_what_a_call_needs_in_between_goes_as_soon_as_it_is_done(driver: Stub) -> None:
     """No later than the host function lets it go: a tensor's memory is the next one's."""
     op, make = CASES["lora_backward"]
-    driver.served(op, *make())
-    host, plan = (peak_of(lambda call=call: call(op, *make())) for call in (driver.hosted, driver.served))
-    assert plan <= host
+    driver.dispatched(op, *make())
+    host, record = (peak_of(lambda call=call: call(op, *make())) for call in (driver.hosted, driver.dispatched))
+    assert record <= host
 
 
 def peak_of(call: Callable[[], Any]) -> int:
@@ -94,8 +94,8 @@ def peak_of(call: Callable[[], Any]) -> int:
 
 def kinds(driver: Stub, op: str, *calls: Arguments) -> int:
     for arguments in calls:
-        driver.served(op, *arguments)
-    return _C.plan_counts()[op]
+        driver.dispatched(op, *arguments)
+    return _C.record_counts()[op]
 
 
 def test_what_makes_another_kind_of_call(driver: Stub) -> None:
@@ -112,25 +112,25 @@ def test_what_makes_another_kind_of_call(driver: Stub) -> None:
 
 def test_one_tensor_twice_is_another_kind_of_call(driver: Stub) -> None:
     one, other = normal(N, D_IN), normal(N, D_IN)
-    driver.served("gated_activation", one, one, "silu", 0.0, None)
+    driver.dispatched("gated_activation", one, one, "silu", 0.0, None)
     call = "gated_activation", one, other, "silu", 0.0, None
-    _, by_plan = driver.watched(lambda: driver.served(*call))
-    driver.served(*call)
-    _, again = driver.watched(lambda: driver.served(*call))
-    assert {other.data_ptr()} <= set(by_plan.launches[0].values) & set(again.launches[0].values)
-    assert _C.plan_counts()["gated_activation"] == 2
+    _, by_record = driver.watched(lambda: driver.dispatched(*call))
+    driver.dispatched(*call)
+    _, again = driver.watched(lambda: driver.dispatched(*call))
+    assert {other.data_ptr()} <= set(by_record.launches[0].values) & set(again.launches[0].values)
+    assert _C.record_counts()["gated_activation"] == 2
 
 
 def test_tf32_makes_another_kind_of_call(driver: Stub) -> None:
     before = torch.backends.cuda.matmul.fp32_precision
     arguments = lora(F32, F32)
-    driver.served("lora", *arguments)
+    driver.dispatched("lora", *arguments)
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        _, by_plan = driver.watched(lambda: driver.served("lora", *arguments))
+        _, by_record = driver.watched(lambda: driver.dispatched("lora", *arguments))
         _, by_host = driver.watched(lambda: driver.hosted("lora", *arguments))
-        assert traces(by_plan, tensors(arguments)) == traces(by_host, tensors(arguments))
-        assert _C.plan_counts()["lora"] == 2
+        assert traces(by_record, tensors(arguments)) == traces(by_host, tensors(arguments))
+        assert _C.record_counts()["lora"] == 2
     finally:
         torch.backends.cuda.matmul.fp32_precision = before
 
@@ -141,8 +141,8 @@ def test_a_call_that_does_more_than_launch_is_left_to_its_host_function(driver: 
         arguments = [
             value.double() if isinstance(value, Tensor) and value.is_floating_point() else value for value in lora()
         ]
-        torch.testing.assert_close(driver.served("lora", *arguments), reference.lora(*arguments), rtol=0, atol=0)
-    assert _C.plan_counts()["lora"] == 1  # that it has none is known
+        torch.testing.assert_close(driver.dispatched("lora", *arguments), reference.lora(*arguments), rtol=0, atol=0)
+    assert _C.record_counts()["lora"] == 1  # that it has none is known
 
 
 @pytest.mark.parametrize(
@@ -153,9 +153,9 @@ def test_a_call_that_does_more_than_launch_is_left_to_its_host_function(driver: 
         ("dropout", [normal(N, D_IN), 0.1, torch.zeros(4, dtype=torch.int64)[::2]]),
     ],
 )
-def test_a_copy_or_a_sum_by_pytorch_has_no_plan(op: str, arguments: Arguments, driver: Stub) -> None:
+def test_a_copy_or_a_sum_by_pytorch_has_no_record(op: str, arguments: Arguments, driver: Stub) -> None:
     for _ in range(2):
-        _, watch = driver.watched(lambda: driver.served(op, *arguments))
+        _, watch = driver.watched(lambda: driver.dispatched(op, *arguments))
         assert watch.launches
     monkey = launch_replay.recorded(lambda *args: driver.hosted(op, *args))
     assert monkey(*arguments)[1:] == (None, True)
@@ -165,33 +165,33 @@ def test_errors_come_through(driver: Stub) -> None:
     for _ in range(2):
         with pytest.raises(ValueError, match="base must have shape"):
             x, base, *rest = lora()
-            driver.served("lora", x, base[:, 1:], *rest)
-    assert _C.plan_counts()["lora"] == 0
+            driver.dispatched("lora", x, base[:, 1:], *rest)
+    assert _C.record_counts()["lora"] == 0
 
 
 def test_a_launch_that_fails_says_so(driver: Stub) -> None:
     arguments = CASES["dropout"][1]()
-    driver.served("dropout", *arguments)
+    driver.dispatched("dropout", *arguments)
     error = ctypes.c_int.in_dll(driver.library, "stub_error")
     error.value = 700
     try:
         with pytest.raises(RuntimeError, match=r"cannot launch a kernel: CUDA error 700 \(as the test wanted\)"):
-            driver.served("dropout", *arguments)
+            driver.dispatched("dropout", *arguments)
     finally:
         error.value = 0
 
 
 def test_a_thread_without_a_context_asks_python(driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = CASES["dropout"][1]()
-    driver.served("dropout", *arguments)
+    driver.dispatched("dropout", *arguments)
     context, asked = ctypes.c_void_p.in_dll(driver.library, "stub_context"), []
     launch = launch_replay.launch
     monkeypatch.setattr(safe_kernels.triton.runtime.host, "launch", lambda *a, **b: (asked.append(1), launch(*a, **b)))
-    driver.served("dropout", *arguments)
+    driver.dispatched("dropout", *arguments)
     assert asked == []
     context.value = None
     try:
-        driver.served("dropout", *arguments)
+        driver.dispatched("dropout", *arguments)
     finally:
         context.value = 1
     assert asked == [1]
@@ -203,17 +203,17 @@ def test_the_switch(driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch_replay.recorded(lambda *args: driver.hosted("dropout", *args))(*arguments)[1:] == (None, True)
 
 
-def test_tuning_forgets_plans(driver: Stub, tmp_path: Any) -> None:
-    driver.served("dropout", *CASES["dropout"][1]())
-    assert _C.plan_counts()["dropout"] == 1
+def test_tuning_forgets_records(driver: Stub, tmp_path: Any) -> None:
+    driver.dispatched("dropout", *CASES["dropout"][1]())
+    assert _C.record_counts()["dropout"] == 1
     with safe_kernels.autotune(cache=tmp_path):
-        assert _C.plan_counts()["dropout"] == 0
-        driver.served("dropout", *CASES["dropout"][1]())
-        assert _C.plan_counts()["dropout"] == 1
-    assert _C.plan_counts()["dropout"] == 0
+        assert _C.record_counts()["dropout"] == 0
+        driver.dispatched("dropout", *CASES["dropout"][1]())
+        assert _C.record_counts()["dropout"] == 1
+    assert _C.record_counts()["dropout"] == 0
 
 
-def test_a_watched_launch_has_no_plan(driver: Stub) -> None:
+def test_a_watched_launch_has_no_record(driver: Stub) -> None:
     from triton import knobs
 
     def hook(metadata: Any) -> None:
@@ -224,12 +224,12 @@ def test_a_watched_launch_has_no_plan(driver: Stub) -> None:
     knobs.runtime.launch_enter_hook.add(hook)
     try:
         for _ in range(2):
-            driver.served("dropout", *arguments)
+            driver.dispatched("dropout", *arguments)
     finally:
         knobs.runtime.launch_enter_hook.remove(hook)
-    assert len(seen) == 2 and _C.plan_counts()["dropout"] == 0
-    driver.served("dropout", *arguments)
-    assert _C.plan_counts()["dropout"] == 1, "once nobody watches"
+    assert len(seen) == 2 and _C.record_counts()["dropout"] == 0
+    driver.dispatched("dropout", *arguments)
+    assert _C.record_counts()["dropout"] == 1, "once nobody watches"
 
 
 @pytest.mark.parametrize("lost", ["ptx", "metadata", "function"])
@@ -246,7 +246,7 @@ def test_notes_that_cannot_be_taken_fail_no_call(lost: str, driver: Stub, monkey
     monkeypatch.setattr(launch_replay.Recorder, "launched", note)
     arguments = CASES["dropout"][1]()
     for _ in range(2):
-        _, watch = driver.watched(lambda: driver.served("dropout", *arguments))
+        _, watch = driver.watched(lambda: driver.dispatched("dropout", *arguments))
         assert len(watch.launches) == 1
     assert launch_replay.recorded(lambda *args: driver.hosted("dropout", *args))(*arguments)[1:] == (None, True)
 
@@ -256,32 +256,32 @@ def test_a_number_too_large_for_a_kernel_is_infinite(driver: Stub) -> None:
     (place,) = [index for index, value in enumerate(arguments) if isinstance(value, float) and value > 0.5]
     arguments[place] = 1e39
     for _ in range(2):
-        _, by_plan = driver.watched(lambda: driver.served("lora", *arguments))
+        _, by_record = driver.watched(lambda: driver.dispatched("lora", *arguments))
         _, by_host = driver.watched(lambda: driver.hosted("lora", *arguments))
-        assert traces(by_plan, tensors(arguments)) == traces(by_host, tensors(arguments))
+        assert traces(by_record, tensors(arguments)) == traces(by_host, tensors(arguments))
 
 
 def test_what_plans_launch_is_not_unloaded(driver: Stub) -> None:
     arguments = CASES["dropout"][1]()
-    driver.served("dropout", *arguments)
-    _, watch = driver.watched(lambda: driver.served("dropout", *arguments))
+    driver.dispatched("dropout", *arguments)
+    _, watch = driver.watched(lambda: driver.dispatched("dropout", *arguments))
     assert watch.launches and all(launch.function in launch_replay._LOADED for launch in watch.launches)
 
 
 def test_the_first_call_needs_no_more_memory_than_the_host_function(driver: Stub) -> None:
     """Batches of many lengths are many first calls."""
     op, make = CASES["lora_backward"]
-    host, first = (peak_of(lambda call=call: call(op, *make())) for call in (driver.hosted, driver.served))
-    assert _C.plan_counts()[op] == 1 and first <= host
+    host, first = (peak_of(lambda call=call: call(op, *make())) for call in (driver.hosted, driver.dispatched))
+    assert _C.record_counts()[op] == 1 and first <= host
 
 
-def test_tensors_on_several_devices_have_no_plan() -> None:
+def test_tensors_on_several_devices_have_no_record() -> None:
     recorder = launch_replay.Recorder([torch.zeros(1), torch.zeros(1, device="meta")])
     made = torch.zeros(1)
     recorder.allocated(made)
-    assert recorder.plan(made) is None
+    assert recorder.record(made) is None
     recorder.inputs.pop()
-    assert recorder.plan(made) is not None
+    assert recorder.record(made) is not None
 
 
 def test_what_is_gone_owns_nothing(driver: Stub) -> None:
@@ -295,30 +295,30 @@ def test_what_is_gone_owns_nothing(driver: Stub) -> None:
     others = [torch.zeros(1024) for _ in range(8)]
     for other in others:
         assert not recorder.allocations[0].holds(other), "even one at the same address" * (other.data_ptr() == address)
-        with pytest.raises(launch_replay.Unplannable):
+        with pytest.raises(launch_replay.Unrecordable):
             recorder._address(other)
 
 
-def test_what_is_forgotten_while_it_is_noted_leaves_no_plan(driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = launch_replay.Recorder.plan
+def test_what_is_forgotten_while_it_is_noted_leaves_no_record(driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = launch_replay.Recorder.record
     monkeypatch.setattr(
-        launch_replay.Recorder, "plan", lambda self, result: (launch_replay.forget(), plan(self, result))[1]
+        launch_replay.Recorder, "record", lambda self, result: (launch_replay.forget(), record(self, result))[1]
     )
-    driver.served("dropout", *CASES["dropout"][1]())
-    assert _C.plan_counts()["dropout"] == 0
+    driver.dispatched("dropout", *CASES["dropout"][1]())
+    assert _C.record_counts()["dropout"] == 0
 
 
-def test_many_threads_make_and_take_plans(driver: Stub) -> None:
+def test_many_threads_make_and_take_records(driver: Stub) -> None:
     errors: list[Exception] = []
 
     def work(seed: int) -> None:
         try:
             for step in range(40):
                 width = 16 * (1 + (seed + step) % 5)
-                out = driver.served("dropout", torch.zeros(4, width), 0.1, torch.zeros(2, dtype=torch.int64))
+                out = driver.dispatched("dropout", torch.zeros(4, width), 0.1, torch.zeros(2, dtype=torch.int64))
                 assert out.shape == (4, width)
                 if step % 10 == 0:
-                    _C.forget_plans()
+                    _C.forget_records()
         except Exception as error:
             errors.append(error)
 

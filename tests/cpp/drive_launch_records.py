@@ -1,4 +1,4 @@
-"""Drives plans over a driver whose one kernel copies: without Triton, which the sanitizers would only slow down."""
+"""Drives records over a driver whose one kernel copies: without Triton, which the sanitizers would only slow down."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def recorded(x: Tensor, dropout_p: float, rng_state: Tensor) -> tuple[Tensor, An
         nothing = (0, [x.shape[0], 0], [x.shape[1], 1], 0), (0, [0, x.shape[1]], [x.shape[1], 1], 0)
         steps.append((view, *nothing))
     allocations = [(shape, torch.float32, 0, 1 if n else NEVER), (shape, torch.float32, min(1, len(steps)), NEVER)]
-    return out, _C.Plan(allocations, steps, [1]), True
+    return out, _C.LaunchRecord(allocations, steps, [1]), True
 
 
 def call(x: Tensor, dropout_p: float = 0.5) -> Tensor:
@@ -83,14 +83,14 @@ def errors() -> None:
             raise AssertionError("took what its host function refuses")
 
 
-def plans_that_point_nowhere() -> None:
+def records_that_point_nowhere() -> None:
     wrong = [
-        _C.Plan([([2], torch.float32, 0, NEVER)], [copy(7, 2, 2)], [0]),
-        _C.Plan([([2], torch.float32, 0, NEVER)], [((9, [1, 1], [1, 1], 0),) * 3], [0]),
-        _C.Plan([([2], torch.float32, 0, NEVER)], [], [5]),
+        _C.LaunchRecord([([2], torch.float32, 0, NEVER)], [copy(7, 2, 2)], [0]),
+        _C.LaunchRecord([([2], torch.float32, 0, NEVER)], [((9, [1, 1], [1, 1], 0),) * 3], [0]),
+        _C.LaunchRecord([([2], torch.float32, 0, NEVER)], [], [5]),
     ]
-    for number, plan in enumerate(wrong):
-        _C.serve("activation", lambda x, *_: x.clone(), lambda x, *_, p=plan: (x.clone(), p, True), "XPU")
+    for number, record in enumerate(wrong):
+        _C.register_replayed("activation", lambda x, *_: x.clone(), lambda x, *_, p=record: (x.clone(), p, True), "XPU")
         keys = torch._C.DispatchKeySet(torch._C.DispatchKey.XPU)
         arguments = torch.ones(2 + number), "relu", 0.0, None
         torch.ops.safe_kernels.activation.default.redispatch(keys, *arguments)
@@ -118,7 +118,7 @@ def a_driver_that_fails() -> None:
 def more_kinds_of_calls_than_are_kept() -> None:
     for n in range(5000):
         assert call(torch.zeros(n + 1)).shape == (n + 1,)
-    assert _C.plan_counts()["dropout"] <= 4096
+    assert _C.record_counts()["dropout"] <= 4096
 
 
 def threads() -> None:
@@ -126,7 +126,7 @@ def threads() -> None:
         for n in (turn % 5 + 1, 8, 64):
             once(torch.randn(n, n), times=1)
         if turn % 7 == 0:
-            _C.forget_plans()
+            _C.forget_records()
 
     with_one_and_two_threads(work)
 
@@ -134,12 +134,12 @@ def threads() -> None:
 if __name__ == "__main__":
     DRIVER, _ = load()
     DRIVER.watch(kernel)
-    _C.serve("dropout", host, recorded, "XPU")
+    _C.register_replayed("dropout", host, recorded, "XPU")
     run(
         many_shapes,
         other_strides_and_dtypes,
         errors,
-        plans_that_point_nowhere,
+        records_that_point_nowhere,
         a_driver_that_fails,
         more_kinds_of_calls_than_are_kept,
         threads,

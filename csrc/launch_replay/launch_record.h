@@ -1,4 +1,4 @@
-// A launch plan: the allocations and launches of one kind of call, recorded from its host function in Python. Calls
+// A launch record: the allocations and launches of one kind of call, recorded from its host function in Python. Calls
 // with the same shapes, strides, dtypes, alignments and numbers differ only in addresses, so C++ can replay them.
 
 #pragma once
@@ -15,7 +15,7 @@ namespace safe_kernels::launch_replay {
 
 using at::Tensor;
 
-struct Plan {
+struct LaunchRecord {
   struct Allocation {
     std::vector<int64_t> sizes;
     at::ScalarType dtype;
@@ -51,7 +51,7 @@ struct Plan {
   std::vector<int64_t> results;  // indices of allocations
 };
 
-// Replays a plan on the current stream of the tensors' device.
-std::vector<Tensor> replay(const Plan& plan, std::vector<Tensor> tensors);
+// Replays a record on the current stream of the tensors' device.
+std::vector<Tensor> replay(const LaunchRecord& record, std::vector<Tensor> tensors);
 
 }  // namespace safe_kernels::launch_replay
