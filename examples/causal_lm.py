@@ -42,7 +42,7 @@ def main(steps: int = 60, rows: int = 2, length: int = 128, r: int = 16, output:
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=2e-4)
 
     # "bytes": freeze until this share of the saving of freezing all adapters is reached.
-    config = SafeConfig(freeze_by="bytes", target_fraction=0.75)
+    config = SafeConfig(target_fraction=0.75)
     freezer = AdapterFreezer(model, optimizer, config, total_steps=steps)
     for step, batch in zip(range(1, steps + 1), batches(tokenizer, texts, rows, length), strict=False):
         loss = model(**batch).loss

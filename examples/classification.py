@@ -48,7 +48,7 @@ def accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 def main(steps: int = 160, test_rows: int = 500, output: Path = Path("runs/classification")) -> None:
-    """Fine-tune, freeze three quarters of the adapters during training, and print the result."""
+    """Fine-tune, freeze adapters until three quarters of the possible saving in bytes is reached, print the result."""
     torch.manual_seed(0)
     folder = fetch("minilm")
     tokenizer = AutoTokenizer.from_pretrained(folder)

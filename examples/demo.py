@@ -33,7 +33,7 @@ METHODS = {
     "stock": ["--method", "stock"],
     "bind": ["--method", "bind"],
     "safe": [],
-    "bytes": ["--target", "bytes"],
+    "count": ["--freeze-by", "adapters"],
     "random": ["--score", "random"],
 }
 LINEAR_LAYERS = {
@@ -55,7 +55,7 @@ def demo(
     max_length: Annotated[int, Option(help="A text is cut after this many tokens.")] = 64,
     learning_rate: Annotated[float, Option(help="Peak learning rate of AdamW.")] = 2e-3,
     lora_dropout: Annotated[float, Option(help="Dropout before the adapters.")] = 0.1,
-    target_fraction: Annotated[float, Option(help="Share of the adapters, or bytes, to freeze.")] = 0.75,
+    target_fraction: Annotated[float, Option(help="Share of the bytes, or the adapters, to freeze.")] = 0.75,
     seed: Annotated[int, Option(help="First seed.")] = 0,
     seeds: Annotated[int, Option(help="Repeat with this many seeds: mean and standard deviation.", min=1)] = 1,
 ) -> None:

@@ -16,7 +16,7 @@ from safe_peft import ConfigError, FreezeReport
 from safe_peft.report.comparison import verdict
 from safe_peft.report.records import RunRecord
 
-METHODS = "stock,safe,bytes,random"
+METHODS = "stock,safe,count,random"
 
 
 @pytest.fixture
@@ -35,10 +35,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Freeze
 
 
 def test_trainings_differ_in_the_method_alone() -> None:
-    stock, safe, by_bytes, control = (demo.command({"model": "m", "seed": 5}, name) for name in METHODS.split(","))
+    stock, safe, count, control = (demo.command({"model": "m", "seed": 5}, name) for name in METHODS.split(","))
     assert safe[-4:] == ["--model", "m", "--seed", "5"]
     assert stock == [*safe, "--method", "stock"]
-    assert by_bytes == [*safe, "--target", "bytes"]
+    assert count == [*safe, "--freeze-by", "adapters"]
     assert control == [*safe, "--score", "random"]
 
 
@@ -53,16 +53,20 @@ def test_the_report_holds_every_run_and_shows_the_first_safe_one(
         "memory.png",
         "report.html",
     }
-    assert [(name, len(plan.frozen)) for name, plan in report.plans] == [("start", 0), ("end", 10)]
+    assert [(name, len(plan.frozen)) for name, plan in report.plans] == [("start", 0), ("end", report.runs[1].frozen)]
     assert [(run.method, run.seed) for run in report.runs] == [(method, 0) for method in METHODS.split(",")]
-    stock, safe, by_bytes, control = report.runs
-    assert (stock.frozen, safe.frozen, control.frozen) == (0, 10, 10)
-    assert by_bytes.retained[-1][1] < safe.retained[-1][1], "what freezing is to free, it frees"
+    stock, safe, count, control = report.runs
+    assert (stock.frozen, count.frozen) == (0, 10) and safe.frozen > 0 < control.frozen
+    assert safe.retained[-1][1] < count.retained[-1][1], "what freezing is to free, it frees"
+    assert stock.retained_mean == stock.retained[0][1]
+    assert safe.retained[-1][1] < safe.retained_mean < safe.retained[0][1]
+    assert stock.flops_run == stock.flops_start * stock.steps
+    assert safe.flops_end * safe.steps < safe.flops_run < count.flops_run
     assert safe.retained[-1][1] < safe.retained[0][1] < stock.retained[0][1] == stock.retained[-1][1]
     assert report.retained == safe.retained
     assert report.config["score"] == "cka"
-    assert "SAFE ended with 10 of 13 adapters frozen" in verdict(report.runs)
-    assert "SAFE ended with 10 of 13 adapters frozen" in " ".join(capfd.readouterr().out.split())
+    assert "SAFE by count froze 10 of 13 adapters. Compared with stock PEFT, a step" in verdict(report.runs)
+    assert "SAFE by count froze 10 of 13 adapters." in " ".join(capfd.readouterr().out.split())
 
 
 def test_several_seeds_repeat_every_method(run: Callable[..., FreezeReport], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,7 +83,7 @@ def test_several_seeds_repeat_every_method(run: Callable[..., FreezeReport], mon
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"methods": "stock,magic"}, "methods must be some of stock, bind, safe, bytes, random, each once"),
+        ({"methods": "stock,magic"}, "methods must be some of stock, bind, safe, count, random, each once"),
         ({"methods": "stock,stock"}, "each once"),
         ({"methods": ""}, "methods must be some of"),
         ({"lora_dropout": float("nan"), "methods": "safe"}, "the training with method safe failed."),

@@ -25,13 +25,15 @@ from transformers import (
     TrainingArguments,
 )
 
+from safe_kernels.flops import statistics_flop
+
 from ..binding.bind import bind
 from ..callback import SafeCallback
 from ..errors import PlanError, SafeError
 from ..freezing.config import SafeConfig
 from ..loss import BY_NAME, IGNORED, Loss
 from ..loss.check import check
-from ..report.records import AdapterRecord, RunRecord
+from ..report.records import AdapterRecord, RunRecord, total
 from ..report.report import FreezeReport
 from . import measure
 from .config import FinetuneConfig
@@ -96,8 +98,9 @@ def train(config: FinetuneConfig, prepared: Prepared, console: Console) -> Freez
         seconds=costs.seconds,
         peak_rss=costs.peak_rss,
         retained=tuple(costs.retained),
-        flops_start=costs.flops[0],
-        flops_end=costs.flops[-1],
+        flops_start=costs.flops[0][1],
+        flops_end=costs.flops[-1][1],
+        flops_run=total(costs.flops, trainer.state.global_step) + _scoring_flops(safe, probe["input_ids"].numel()),
     )
     return replace(report, retained=run.retained, runs=(run,))
 
@@ -175,10 +178,10 @@ class _Costs(TrainerCallback):
         self._clock = time.process_time if probe["input_ids"].device.type == "cpu" else time.perf_counter
         self.seconds, self.peak_rss, self._start, self._frozen = 0.0, 0, 0.0, 0
         self.retained: list[tuple[int, int]] = []
-        self.flops: list[int] = []
+        self.flops: list[tuple[int, int]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self._measure(model, state.global_step, with_flops=True)
+        self._measure(model, state.global_step)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._start = self._clock()
@@ -192,13 +195,28 @@ class _Costs(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         self.peak_rss = measure.peak_rss()  # before further measurements
-        self._measure(model, state.global_step, with_flops=True)
+        self._measure(model, state.global_step)
 
-    def _measure(self, model: nn.Module, step: int, *, with_flops: bool = False) -> None:
+    def _measure(self, model: nn.Module, step: int) -> None:
         with _suspended(self._safe):
-            if with_flops:
-                self.flops.append(measure.step_flops(model, self._probe, self._loss))
+            self.flops.append((step, measure.step_flops(model, self._probe, self._loss)))
             self.retained.append((step, measure.retained_bytes(model, self._probe, self._loss)))
+
+
+def _scoring_flops(safe: SafeCallback | None, rows: int) -> int:
+    """Return the FLOPs of all scoring steps of a run.
+
+    Args:
+        safe: the callback with the freezer.
+        rows: rows of the flattened batch.
+    """
+    if safe is None or safe.config.score != "cka":
+        return 0
+    per_block = min(safe.config.block_rows, rows)
+    blocks = min(safe.config.score_blocks, math.ceil(rows / per_block))
+    traits = {adapter.name: adapter.traits() for adapter in safe.freezer.adapters}
+    costs = {name: blocks * statistics_flop(per_block, t["shapes"][1][0], t["r"]) for name, t in traits.items()}
+    return sum(costs[name] for scoring in safe.freezer.ledger.scorings for name in scoring.importance)
 
 
 def _suspended(safe: SafeCallback | None) -> AbstractContextManager[Any]:

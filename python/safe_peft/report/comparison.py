@@ -14,6 +14,7 @@ TITLES = {
     "bind": "fast path, no freezing",
     "safe": "SAFE",
     "bytes": "SAFE by bytes",
+    "count": "SAFE by count",
     "random": "random control",
 }
 
@@ -30,9 +31,11 @@ class Measure(NamedTuple):
 COSTS = (
     Measure("retained MiB/step, start", lambda run: mebibytes(run.retained[0][1]), "{:,.1f}"),
     Measure("retained MiB/step, end", lambda run: mebibytes(run.retained[-1][1]), "{:,.1f}"),
+    Measure("retained MiB/step, mean of the run", lambda run: mebibytes(run.retained_mean), "{:,.1f}"),
     Measure("peak RSS, MiB", lambda run: mebibytes(run.peak_rss), "{:,.0f}"),
     Measure("GFLOPs/step, start", lambda run: run.flops_start / 1e9, "{:,.1f}"),
     Measure("GFLOPs/step, end", lambda run: run.flops_end / 1e9, "{:,.1f}"),
+    Measure("TFLOPs of the run, scoring included", lambda run: run.flops_run / 1e12, "{:,.2f}"),
     Measure("processor seconds of training", lambda run: run.seconds, "{:,.1f}"),
     Measure("adapters frozen", lambda run: run.frozen, "{:.0f}", ratio=False),
 )
@@ -82,8 +85,11 @@ def comparison(runs: Sequence[RunRecord]) -> list[list[str]]:
     )
     stock = groups.get("stock", [])
     rows = [["", *(title(method) for method in groups)]]
-    for measure in measures if runs else ():
-        rows.append([measure.title, *(_cell(measure, group, stock) for group in groups.values())])
+    for measure in measures:
+        if not measure.ratio or any(
+            measure.of(run) for run in runs
+        ):  # the reports of earlier versions have no FLOPs of the run
+            rows.append([measure.title, *(_cell(measure, group, stock) for group in groups.values())])
     return rows
 
 
@@ -127,11 +133,14 @@ def _cost_sentence(method: str, group: list[RunRecord], stock: list[RunRecord]) 
         base = statistics.fmean(of(run) for run in stock)
         return statistics.fmean(of(run) for run in group) / base if base else math.nan
 
-    retained, seconds = ratio(lambda run: run.retained[-1][1]), ratio(lambda run: run.seconds)
+    mean, end = ratio(lambda run: run.retained_mean), ratio(lambda run: run.retained[-1][1])
+    flops, seconds = ratio(lambda run: run.flops_run), ratio(lambda run: run.seconds)
+    computed = f"{flops:.2f} times the FLOPs and " if math.isfinite(flops) else ""
     frozen, adapters = statistics.fmean(run.frozen for run in group), group[0].adapters
     return (
-        f"{title(method)} ended with {frozen:.0f} of {adapters} adapters frozen; a step then retained {retained:.2f} "
-        f"times the bytes it does in stock PEFT, and the training took {seconds:.2f} times the processor time."
+        f"{title(method)} froze {frozen:.0f} of {adapters} adapters. Compared with stock PEFT, a step retained "
+        f"{mean:.2f} times the bytes on average and {end:.2f} times at the end; the run took {computed}"
+        f"{seconds:.2f} times the processor time."
     )
 
 

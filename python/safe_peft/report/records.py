@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -40,7 +41,8 @@ class Freezing:
 class RunRecord:
     """The result and the costs of one training run.
 
-    Retained bytes and FLOPs are those of one step on a fixed batch, before the first and after the last training step.
+    Retained bytes and FLOPs of a step are measured on a fixed batch: before the first training step, after each freeze
+    event and after the last training step. `flops_run` is their sum over all steps, scoring included; 0 if unknown.
     Seconds include training, scoring and freezing, but not evaluation and measuring. On a CPU they are the processor
     time of all threads, on a GPU the wall-clock time.
     """
@@ -58,6 +60,12 @@ class RunRecord:
     retained: tuple[tuple[int, int], ...]
     flops_start: int
     flops_end: int
+    flops_run: int = 0
+
+    @property
+    def retained_mean(self) -> float:
+        """Retained bytes per step, the mean of all steps."""
+        return total(self.retained, self.steps) / max(1, self.steps)
 
 
 class AdapterRow(NamedTuple):
@@ -67,6 +75,21 @@ class AdapterRow(NamedTuple):
     label: str
     name: str
     parameters: int
+
+
+def total(costs: Sequence[tuple[int, int]], steps: int) -> int:
+    """Sum a cost over the steps of a run.
+
+    Args:
+        costs: pairs of (optimizer steps done, cost of each step from then on).
+        steps: optimizer steps of the run.
+
+    Example:
+        >>> total([(0, 10), (3, 5)], steps=4)
+        35
+    """
+    ends = [step for step, _ in costs[1:]] + [steps]
+    return sum((end - start) * cost for (start, cost), end in zip(costs, ends, strict=True))
 
 
 def mebibytes(size: float) -> float:

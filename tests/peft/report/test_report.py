@@ -215,7 +215,18 @@ def test_the_comparison_gives_ratios_to_stock_and_spread_over_seeds() -> None:
     assert rows["accuracy"] == ["0.850 ± 0.071", "0.800 ± 0.000"]
     assert rows["retained MiB/step, end"] == ["100.0 ± 0.0", "50.0 ± 14.1  (0.50×)"]
     assert rows["adapters frozen"] == ["0 ± 0 of 36", "18 ± 0 of 36"]
-    assert len(runs_table(runs).splitlines()) == 9
+    assert len(runs_table(runs).splitlines()) == 10
+    assert "TFLOPs of the run, scoring included" not in rows, "unknown in these runs"
+
+
+def test_costs_of_a_run_are_sums_over_its_steps() -> None:
+    stock = replace(make_run("stock"), retained=((0, 100 * MIB),), flops_run=40 * 10**12)
+    safe = replace(make_run("safe", frozen=18), retained=((0, 80 * MIB), (10, 40 * MIB)), flops_run=20 * 10**12)
+    rows = {row[0]: row[1:] for row in comparison([stock, safe])}
+    assert rows["retained MiB/step, mean of the run"] == ["100.0", "60.0  (0.60×)"]
+    assert rows["TFLOPs of the run, scoring included"] == ["40.00", "20.00  (0.50×)"]
+    assert "a step retained 0.60 times the bytes on average and 0.40 times at the end" in verdict([stock, safe])
+    assert "0.50 times the FLOPs and" in verdict([stock, safe])
 
 
 @pytest.mark.parametrize(
@@ -230,7 +241,7 @@ def test_the_verdict_judges_accuracy_by_the_error_of_the_test_set(accuracy: floa
     text = verdict([make_run("stock", 0.8), make_run("safe", accuracy, 27, 30)])
     assert says in text
     assert "27 of 36" in text
-    assert "a step then retained 0.30 times" in text
+    assert "0.30 times at the end; the run took 0.30 times the processor time" in text
     assert f"{math.sqrt(2) * 100 * standard_error(0.8, 2000):.1f} points" in text
 
 
