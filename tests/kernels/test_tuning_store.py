@@ -87,7 +87,7 @@ def test_a_folder_that_cannot_be_written_costs_a_warning_and_nothing_else(tmp_pa
 
 
 def test_a_lock_that_is_never_given_back_costs_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LONGEST_WAIT", 0.0)
+    monkeypatch.setattr(module, "LOCK_TIMEOUT_S", 0.0)
     found = store(tmp_path)
     with module.FileLock(tmp_path / "choices.lock"), pytest.warns(RuntimeWarning, match="cannot be written"):
         found.add("key", "64x64")

@@ -9,11 +9,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .adapters import Adapter, Evidence, register_adapter
+    from .adapters import Adapter, Evidence, ScoreInputs, register_adapter
 
-__all__ = ["Adapter", "Evidence", "register_adapter"]
+__all__ = ["Adapter", "Evidence", "ScoreInputs", "register_adapter"]
 
-_LAZY = {"Adapter": "adapters", "Evidence": "adapters", "register_adapter": "adapters"}
+_LAZY = dict.fromkeys(__all__, "adapters")
 
 
 def __getattr__(name: str) -> Any:

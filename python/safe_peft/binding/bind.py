@@ -18,7 +18,7 @@ from .adapters import Adapter, LayerState, adapter_of, peft_kind
 from .adapters.base import adapter_keys
 from .adapters.observed import mixin_for
 from .blocks import PARTS, bind_blocks, transformer_blocks
-from .class_swap import STATE, is_bound, put_on, take_off
+from .class_swap import STATE, is_bound, restore_class, swap_class
 
 
 @dataclass
@@ -126,7 +126,7 @@ class Binding:
             owner._own += self._own
         else:
             for module in self._own:
-                take_off(module)
+                restore_class(module)
         self._own = []
 
     def _states(self) -> list[LayerState]:
@@ -183,7 +183,7 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
         raise BindingError(_nothing_to_bind(model, [module for _, module in modules]))
     own = [layer for layer in layers.values() if not is_bound(layer)]
     for layer in own:
-        put_on(layer, mixin_for(layer, adapter_of(layer).mixin), LayerState())  # type: ignore[union-attr]
+        swap_class(layer, mixin_for(layer, adapter_of(layer).mixin), LayerState())  # type: ignore[union-attr]
     bound, recompute = bind_blocks(unwrap(model), parts)
     return Binding(layers, recompute, tuple(transformer_blocks(unwrap(model))), own + bound)
 

@@ -15,7 +15,7 @@ STATE = "_safe_state"
 """The only attribute that binding adds to a module."""
 
 
-class Swapped(nn.Module):
+class SwappedModule(nn.Module):
     """Base of the classes that binding puts on instances; `original` is the class that the instance had."""
 
     original: ClassVar[type[nn.Module]]
@@ -37,10 +37,10 @@ _WITHOUT: dict[type, type] = {}
 
 
 def _without(kind: type) -> type:
-    """Return a class without the change of `put_on`, also if `fully_shard` has put its own class on top."""
+    """Return a class without the change of `swap_class`, also if `fully_shard` has put its own class on top."""
     if "original" in kind.__dict__:
         return kind.__dict__["original"]
-    if not issubclass(kind, Swapped):
+    if not issubclass(kind, SwappedModule):
         return kind
     if kind not in _WITHOUT:
         bases, own = tuple(map(_without, kind.__bases__)), dict(kind.__dict__)
@@ -48,10 +48,10 @@ def _without(kind: type) -> type:
     return _WITHOUT[kind]
 
 
-_CLASSES: dict[tuple[type[Swapped], type[nn.Module]], type[Swapped]] = {}
+_CLASSES: dict[tuple[type[SwappedModule], type[nn.Module]], type[SwappedModule]] = {}
 
 
-def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> type[Swapped]:
+def swapped_class(mixin: type[SwappedModule], original: type[nn.Module]) -> type[SwappedModule]:
     """Return the subclass of `original` with the behaviour of `mixin`: one class for all instances."""
     if (mixin, original) not in _CLASSES:
         names = {"original": original, "__module__": original.__module__, "__doc__": original.__doc__}
@@ -64,7 +64,7 @@ def swapped_class(mixin: type[Swapped], original: type[nn.Module]) -> type[Swapp
     return _CLASSES[mixin, original]
 
 
-def put_on(module: nn.Module, mixin: type[Swapped], state: object) -> None:
+def swap_class(module: nn.Module, mixin: type[SwappedModule], state: object) -> None:
     """Give an instance the behaviour of `mixin`, with `state` for it to read.
 
     Args:
@@ -76,21 +76,21 @@ def put_on(module: nn.Module, mixin: type[Swapped], state: object) -> None:
     module.__class__ = swapped_class(mixin, type(module))
 
 
-def take_off(module: nn.Module) -> None:
+def restore_class(module: nn.Module) -> None:
     """Give an instance its own class back. A second call has no effect."""
-    if isinstance(module, Swapped):
+    if isinstance(module, SwappedModule):
         module.__dict__.pop(STATE, None)
         module.__class__ = _without(type(module))
 
 
 def is_bound(module: nn.Module) -> bool:
-    """Whether `put_on` was called for the module, and not undone."""
+    """Whether `swap_class` was called for the module, and not undone."""
     return STATE in module.__dict__
 
 
 def original_type(module: nn.Module) -> type[nn.Module]:
     """Return the class that the module has when it is not bound."""
-    return module.original if isinstance(module, Swapped) else type(module)
+    return module.original if isinstance(module, SwappedModule) else type(module)
 
 
 def own_forward(module: nn.Module, *args: Any, **kwargs: Any) -> Any:

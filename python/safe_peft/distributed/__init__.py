@@ -1,5 +1,5 @@
 """Training on several processes: DDP, FSDP2 and tensor parallel, and how the processes agree."""
 
-from .engine import Engine
+from .context import DistributedContext
 
-__all__ = ["Engine"]
+__all__ = ["DistributedContext"]

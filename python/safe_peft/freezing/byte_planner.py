@@ -233,7 +233,7 @@ class Planner:
         Args:
             importance: of the adapters that may freeze.
             frozen: the names of the frozen adapters.
-            share: the result of `curves.way`.
+            share: the result of `curves.curve_value`.
         """
         table, blocks = self._unfrozen(), self._blocks()
         # Freezing everything is not always the minimum: a norm whose readers are all frozen retains its own input.
@@ -249,7 +249,7 @@ class Planner:
         Args:
             importance: of the adapters that may freeze.
             frozen: the names of the adapters that are frozen or freeze now.
-            share: the result of `curves.way`.
+            share: the result of `curves.curve_value`.
         """
         if not self.acts():
             return Choice((), (), 0, True)

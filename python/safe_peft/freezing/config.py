@@ -21,7 +21,7 @@ RENAMED = 'SafeConfig(target=...) is called freeze_by now, and "bytes" is its de
 FREEZE_BY = ("bytes", "adapters")
 RECOMPUTE = ("off", "frozen", "auto")
 ON_NONFINITE = ("warn", "raise")
-MOST = 2**53
+MAX_INT = 2**53
 """Floats, and so all JSON readers, represent integers exactly up to this one."""
 _UNITS = {"": 1, "B": 1} | {
     f"{prefix}{unit}": base**power
@@ -245,13 +245,13 @@ def check_int(name: str, value: Any, least: int) -> int:
         number = None
     if number is None or number < least:
         raise _wrong(name, f"an integer >= {least}", value)
-    _check(number <= MOST, name, f"an integer between {least} and {MOST}", value)
+    _check(number <= MAX_INT, name, f"an integer between {least} and {MAX_INT}", value)
     return number
 
 
 def _check_point(name: str, value: object) -> None:
     is_share = isinstance(value, float) and 0.0 <= value <= 1.0
-    is_step = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MOST
+    is_step = isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= MAX_INT
     expected = "optimizer steps (an int >= 0) or a share of the training (a float between 0.0 and 1.0)"
     _check(is_share or is_step, name, expected, value)
 

@@ -52,7 +52,7 @@ def curve_names() -> list[str]:
     return sorted(_CURVES)
 
 
-def way(curve: str, step: int, start: int, end: int) -> float:
+def curve_value(curve: str, step: int, start: int, end: int) -> float:
     """Return the threshold as a share of its target, by a registered curve.
 
     Args:
@@ -65,7 +65,7 @@ def way(curve: str, step: int, start: int, end: int) -> float:
         ConfigError: The result is not in [0, 1].
 
     Example:
-        >>> way("cubic", 150, 100, 200)
+        >>> curve_value("cubic", 150, 100, 200)
         0.875
     """
     share = _CURVES[curve](step, start, end)

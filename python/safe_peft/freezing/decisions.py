@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from .byte_planner import Planner
 from .config import SafeConfig
-from .curves import way
+from .curves import curve_value
 from .ledger import Ledger
 from .schedule import Schedule, choose, is_freezing_step, is_stable, rank
 
@@ -75,7 +75,7 @@ class Decisions:
 
     def _share(self, step: int) -> float:
         start = self.ledger.warmup_end
-        return 0.0 if start is None else way(self._config.curve, step, start, self._schedule.freeze_end)
+        return 0.0 if start is None else curve_value(self._config.curve, step, start, self._schedule.freeze_end)
 
     def _choose(self, step: int, importance: Mapping[str, float]) -> tuple[list[str], float | None]:
         """Return the adapters to freeze now by the curve, and the threshold."""

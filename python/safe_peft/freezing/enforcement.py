@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from ..binding.adapters import Adapter
 from ..binding.bind import Binding
-from ..distributed import Engine
+from ..distributed import DistributedContext
 from ..errors import BindingError
 from .compile_support import allow_recompilations
 from .config import SafeConfig
@@ -14,14 +14,14 @@ from .optimizer_state import Optimizers
 from .schedule import rank
 
 
-class Holding:
+class FreezeEnforcer:
     """Freezes and restores adapters. The ledger records which adapters are frozen.
 
     Args:
         adapters: all adapters that may freeze.
         binding: the binding of their model.
         optimizers: the optimizers of the model.
-        engine: the processes that train the model together.
+        processes: the processes that train the model together.
         config: the options.
 
     Raises:
@@ -29,10 +29,15 @@ class Holding:
     """
 
     def __init__(
-        self, adapters: Sequence[Adapter], binding: Binding, optimizers: Optimizers, engine: Engine, config: SafeConfig
+        self,
+        adapters: Sequence[Adapter],
+        binding: Binding,
+        optimizers: Optimizers,
+        processes: DistributedContext,
+        config: SafeConfig,
     ) -> None:
         self._adapters, self._binding = adapters, binding
-        self._optimizers, self._engine = optimizers, engine
+        self._optimizers, self._processes = optimizers, processes
         self._config = config
         _refuse_shared(adapters, config)
 
@@ -55,20 +60,20 @@ class Holding:
         """
         if not names:
             return
-        self._engine.reshard()
+        self._processes.reshard()
         for adapter in self._named(names):
             adapter.freeze(keep_dropout=self._config.keep_dropout)
-        self.hold(names)
-        self._engine.parameters_changed()
+        self.reassert(names)
+        self._processes.parameters_changed()
 
-    def hold(self, names: Iterable[str]) -> None:
+    def reassert(self, names: Iterable[str]) -> None:
         """Keep frozen adapters constant: AdamW would still move them by momentum and by an old gradient.
 
         Args:
             names: the names of the adapters.
         """
         for adapter in self._named(names):
-            adapter.hold()
+            adapter.reassert()
             self._optimizers.forget(adapter.parameters())
 
     def restore(self, names: Iterable[str]) -> None:

@@ -18,7 +18,7 @@ from ..binding.class_swap import STATE
 from ..distributed.wrappers import walk
 from .byte_planner import Planner
 from .decisions import Decisions
-from .enforcement import Holding
+from .enforcement import FreezeEnforcer
 from .scorer import Scorer
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def restore_if_forgotten(
     standing: Standing,
     scorer: Scorer,
     planner: Planner,
-    holding: Holding,
+    enforcer: FreezeEnforcer,
     decisions: Decisions,
     binding: Binding,
     *,
@@ -57,18 +57,20 @@ def restore_if_forgotten(
         standing: the freezer's state.
         scorer: has hooks on the model.
         planner: has hooks on the model.
-        holding: restores the adapters.
+        enforcer: restores the adapters.
         decisions: has the names of the frozen adapters.
         binding: the binding of the model.
         alone: no other process shares the training. Several processes would have to change at the same time.
     """
     binding._freezer = weakref.ref(freezer)
-    weakref.finalize(freezer, _forgotten, standing, holding, decisions, binding, alone).atexit = False
+    weakref.finalize(freezer, _forgotten, standing, enforcer, decisions, binding, alone).atexit = False
     for part in (scorer, planner):  # runs before the rest: finalizers run in reverse order
         weakref.finalize(freezer, part.close).atexit = False
 
 
-def _forgotten(standing: Standing, holding: Holding, decisions: Decisions, binding: Binding, alone: bool) -> None:
+def _forgotten(
+    standing: Standing, enforcer: FreezeEnforcer, decisions: Decisions, binding: Binding, alone: bool
+) -> None:
     names = decisions.ledger.frozen
     if not standing.attached or standing.finished:
         return
@@ -80,7 +82,7 @@ def _forgotten(standing: Standing, holding: Holding, decisions: Decisions, bindi
                 len(names),
             )
         return
-    holding.restore(names)
+    enforcer.restore(names)
     binding.release()
     binding.detach()
     if names:

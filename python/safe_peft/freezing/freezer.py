@@ -16,7 +16,7 @@ from torch.distributed import ProcessGroup
 
 from ..binding.adapters import Adapter
 from ..binding.bind import bind
-from ..distributed import Engine
+from ..distributed import DistributedContext
 from ..distributed.wrappers import trains_besides, unwrap
 from ..errors import BindingError, SafeError, StateError
 from ..files import jsonio
@@ -27,7 +27,7 @@ from .byte_planner import Planner
 from .compile_support import EagerForwards
 from .config import SafeConfig, check_int
 from .decisions import Decisions
-from .enforcement import Holding
+from .enforcement import FreezeEnforcer
 from .forgotten import Standing, restore_if_forgotten
 from .ledger import Ledger
 from .nonfinite import NonFinite
@@ -35,7 +35,7 @@ from .optimizer_state import Optimizers
 from .presence import Presence
 from .schedule import check_fit, is_scoring_step, resolve
 from .scorer import Scorer
-from .state import FILES, Owner, Saved, check_state, state_of
+from .state import FILES, FreezerState, RunIdentity, check_state, state_of
 
 logger = logging.getLogger(__name__)
 
@@ -86,27 +86,27 @@ class AdapterFreezer:
         self._optimizers = Optimizers(optimizer)
         self._step = first_step = check_int("first_step", first_step, least=0)
         self._nonfinite = NonFinite(self.config)
-        self._engine, self._first_forward = Engine(self.model, model, process_group), EagerForwards()
+        self._processes, self._first_forward = DistributedContext(self.model, model, process_group), EagerForwards()
         with ExitStack() as undo:
             try:
                 self._make(model, total_steps, undo)
             except SafeError as error:
-                self._engine.require_same(error)
+                self._processes.require_same(error)
                 raise
             same = {"config": self.config.to_dict(), "adapters": list(self._traits), "schedule": str(self.schedule)}
-            self._engine.require_same({**same, "first_step": first_step})
+            self._processes.require_same({**same, "first_step": first_step})
             self._arm()
             undo.pop_all()
         if self.config.recompute == "frozen":
             self.binding.recompute.update(self.binding.blocks)
         self.standing = Standing()
-        parts = (self._scorer, self.planner, self._holding, self._decisions, self.binding)
-        restore_if_forgotten(self, self.standing, *parts, alone=self._engine.alone)
+        parts = (self._scorer, self.planner, self._enforcer, self._decisions, self.binding)
+        restore_if_forgotten(self, self.standing, *parts, alone=self._processes.alone)
 
     def _make(self, model: nn.Module, total_steps: int | None, undo: ExitStack) -> None:
         """Run all steps that may fail in only one process."""
         for one in self._optimizers.given:
-            self._engine.check(one)
+            self._processes.check(one)
         self.schedule = resolve(self.config, total_steps)
         self.binding = bind(model)
         undo.callback(self.binding.detach)
@@ -119,12 +119,12 @@ class AdapterFreezer:
         own = [p for adapter in self._adapters for p in adapter.parameters()]
         others_train, names = trains_besides(self.model, own), list(self._traits)
         check_fit(self.config, names, others_train)
-        self.planner = Planner(self.model, self.config, others_train, self._adapters, shared=not self._engine.alone)
+        self.planner = Planner(self.model, self.config, others_train, self._adapters, shared=not self._processes.alone)
         undo.callback(self.planner.close)
         self._decisions = Decisions(self.config, self.schedule, self.planner, len(names), others_train)
-        self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config, self._engine)
+        self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config, self._processes)
         undo.callback(self._scorer.close)
-        self._holding = Holding(self._adapters, self.binding, self._optimizers, self._engine, self.config)
+        self._enforcer = FreezeEnforcer(self._adapters, self.binding, self._optimizers, self._processes, self.config)
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -160,13 +160,13 @@ class AdapterFreezer:
                 stays usable.
         """
         self._check_attached()
-        self._engine.check_step()
+        self._processes.check_step()
         self._first_forward.end()
         self._step += 1
         self.standing.finished = self._step >= (self.schedule.total_steps or math.inf)
         error = None
         self.planner.end_step()
-        self._holding.hold(self.ledger.frozen)
+        self._enforcer.reassert(self.ledger.frozen)
         if self._scorer.armed and not self._scorer.ready:
             self._nonfinite.note_postponed(self._step)
         elif self._scorer.armed:
@@ -185,7 +185,7 @@ class AdapterFreezer:
         where = f"{self._step} {self.ledger.frozen}"
         importance, other_batch = self._scorer.measure(same=where, batch=self.planner.mark)
         known = self.planner.knowledge
-        self.planner.agree(self._engine.gather(known) if other_batch else [known])
+        self.planner.agree(self._processes.gather(known) if other_batch else [known])
         return importance
 
     def _check_attached(self) -> None:
@@ -196,8 +196,8 @@ class AdapterFreezer:
     def _freeze_due(self) -> tuple[str, ...]:
         before, (names, recompute) = self.ledger.frozen, self._decisions.due(self._step)
         rerun = tuple(self.binding.recompute)
-        self._holding.freeze(names)
-        self._holding.recompute(recompute)
+        self._enforcer.freeze(names)
+        self._enforcer.recompute(recompute)
         if names:
             self._log(len(names), self.planner.retained(before, rerun), self._retained())
         return names
@@ -226,7 +226,7 @@ class AdapterFreezer:
             >>> with freezer.suspended():  # doctest: +SKIP
             ...     reference = model(**other_batch)
         """
-        with self._scorer.observation.suspended(), self.planner.suspended():
+        with self._scorer.collector.suspended(), self.planner.suspended():
             yield
 
     def metrics(self) -> dict[str, float]:
@@ -284,8 +284,8 @@ class AdapterFreezer:
         self._scorer.close()
         self.planner.close()
         if not keep_frozen:
-            self._holding.restore(self.ledger.frozen)
-            self._engine.parameters_changed()
+            self._enforcer.restore(self.ledger.frozen)
+            self._processes.parameters_changed()
         self.binding.release()
         self.binding.detach()
 
@@ -295,9 +295,9 @@ class AdapterFreezer:
         Example:
             >>> json.dumps(freezer.state_dict())  # doctest: +SKIP
         """
-        evidence = replace(self._scorer.evidence(), process=self._engine.process)
+        evidence = replace(self._scorer.evidence(), process=self._processes.process)
         planned, total = self.planner.state(), self.schedule.total_steps
-        return state_of(self._owner(), Saved(self._step, total, self.ledger, evidence, planned))
+        return state_of(self._owner(), FreezerState(self._step, total, self.ledger, evidence, planned))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a saved state and freeze its adapters again. Load the weights before it, the optimizer's state after it.
@@ -311,15 +311,15 @@ class AdapterFreezer:
         """
         self._check_attached()
         saved = check_state(state, self._owner())
-        self._holding.restore(self.ledger.frozen)
+        self._enforcer.restore(self.ledger.frozen)
         self._step, self._decisions.ledger = saved.step, saved.ledger
-        self._holding.freeze_again(saved.ledger.frozen)
+        self._enforcer.freeze_again(saved.ledger.frozen)
         self.planner.load(saved.planned)
-        self._holding.recompute(saved.planned.recompute)
+        self._enforcer.recompute(saved.planned.recompute)
         self._scorer.disarm()
         self._arm(due=saved.evidence.due)
         self._scorer.load_evidence(saved.evidence)
-        if self._engine.waits:  # a compiled forward would not call DDP's wrapper hooks
+        if self._processes.waits:  # a compiled forward would not call DDP's wrapper hooks
             self._first_forward.begin()
         if saved.total_steps != (total := self.schedule.total_steps):
             what = "the state was saved with %s total steps, now there are %s: the last freeze event is at step %d."
@@ -361,5 +361,5 @@ class AdapterFreezer:
         except StateError as error:
             raise StateError(f"{path}: {error}") from error
 
-    def _owner(self) -> Owner:
-        return Owner(self.config, self._optimizers.kinds, self._traits, self._engine.process)
+    def _owner(self) -> RunIdentity:
+        return RunIdentity(self.config, self._optimizers.kinds, self._traits, self._processes.process)

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from ..binding.adapters import Evidence
+from ..binding.adapters import ScoreInputs
 from ..errors import ScoreError
 from .config import SafeConfig
 
 logger = logging.getLogger(__name__)
 
 
-def broken_parts(evidence: Evidence) -> tuple[str, ...]:
+def broken_parts(evidence: ScoreInputs) -> tuple[str, ...]:
     """Name the parts of an adapter's evidence that hold NaN or Inf.
 
     Args:
@@ -25,7 +25,7 @@ def broken_parts(evidence: Evidence) -> tuple[str, ...]:
         The parts in words. If there are none, the score had no evidence.
 
     Example:
-        >>> broken_parts(Evidence(lora_B=torch.tensor([[float("inf")]])))
+        >>> broken_parts(ScoreInputs(lora_B=torch.tensor([[float("inf")]])))
         ('lora_B',)
     """
     sums = None if evidence.statistics is None else evidence.statistics.sums

@@ -117,7 +117,7 @@ def choose(
         importance: of the live adapters. Adapters without finite importance or in `never_freeze` are never chosen.
         adapters: the number of all adapters; the fraction is a share of it.
         frozen: the number of frozen adapters.
-        share: the result of `way`.
+        share: the result of `curve_value`.
 
     Returns:
         Their names, and the threshold of the curve. With a fraction it is the highest chosen importance, or None.

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from safe_kernels import AdapterStatistics
 
 from ..binding.adapters import Adapter
-from ..distributed import Engine
+from ..distributed import DistributedContext
 from ..errors import ConfigError, ScoreError
+from .collector import StatisticsCollector
 from .compile_support import EagerForwards
 from .config import SafeConfig
 from .nonfinite import broken_parts
-from .observation import Observation
 from .scores import find_score
-from .state import Gathered
+from .state import PendingScoring
 
 
 class Scorer:
@@ -31,7 +31,7 @@ class Scorer:
         optimizers: the optimizers of the model. A score of gradients reads them before the optimizer's step.
         adapters: all adapters that may be scored.
         config: the options.
-        engine: the processes that train together.
+        processes: the processes that train together.
 
     Attributes:
         broken: by adapter name, the parts of its evidence with NaN or Inf in the latest scoring step.
@@ -46,9 +46,9 @@ class Scorer:
         optimizers: Sequence[torch.optim.Optimizer],
         adapters: Sequence[Adapter],
         config: SafeConfig,
-        engine: Engine,
+        processes: DistributedContext,
     ) -> None:
-        self._adapters, self._engine = adapters, engine
+        self._adapters, self._processes = adapters, processes
         self._seed = config.seed
         self._score = find_score(config.score)
         self._live: list[int] = []
@@ -59,8 +59,8 @@ class Scorer:
                 f"score: {config.score!r} reads gradients and needs exactly one optimizer, got {len(optimizers)}; "
                 'choose "cka", "relative_norm" or "random".'
             )
-        self.observation = Observation(
-            model, adapters, config.score_blocks, config.block_rows, begins=engine.forward_begins
+        self.collector = StatisticsCollector(
+            model, adapters, config.score_blocks, config.block_rows, begins=processes.forward_begins
         )
         self._forwards = EagerForwards() if self._score.needs_statistics or config.needs_plan else None
         hooked = self._score.needs_gradients
@@ -82,7 +82,7 @@ class Scorer:
         self._gathered = {}
         self.broken = {}
         if self._score.needs_statistics:
-            self.observation.arm(live, shift)
+            self.collector.arm(live, shift)
         if self._forwards is not None:
             self._forwards.begin()
 
@@ -90,7 +90,7 @@ class Scorer:
         """Drop the gathered evidence."""
         self._live = []
         self._gathered = {}
-        self.observation.disarm()
+        self.collector.disarm()
         if self._forwards is not None:
             self._forwards.end()
 
@@ -120,31 +120,31 @@ class Scorer:
 
     def _measure(self, same: str, batch: str) -> tuple[dict[str, float], bool]:
         if self._score.needs_statistics:
-            sums, _, differs = self._engine.sum(self.observation.finish(), same=same, batch=batch)
+            sums, _, differs = self._processes.sum(self.collector.finish(), same=same, batch=batch)
             return self._judge_all(sums.cpu()), differs
         own = self._gathered if self._score.needs_gradients else self._judge_all(None)
         names = [self._adapters[index].name for index in self._live]
         values = torch.tensor([own.get(name, math.nan) for name in names], dtype=torch.float64)
-        values, count, differs = self._engine.sum(values.to(self.observation.device), same=same, batch=batch)
+        values, count, differs = self._processes.sum(values.to(self.collector.device), same=same, batch=batch)
         return dict(zip(names, (values / count).tolist(), strict=True)), differs
 
     def close(self) -> None:
         """Remove all hooks from the model and the optimizer."""
         self.disarm()
-        self.observation.close()
+        self.collector.close()
         if self._hook is not None:
             self._hook.remove()
 
-    def evidence(self) -> Gathered:
+    def evidence(self) -> PendingScoring:
         """Return the evidence gathered so far in this step."""
-        return Gathered(
-            self.observation.sums(), dict(self._gathered), dict(self.broken) if self.armed else {}, self.armed
+        return PendingScoring(
+            self.collector.sums(), dict(self._gathered), dict(self.broken) if self.armed else {}, self.armed
         )
 
-    def load_evidence(self, evidence: Gathered) -> None:
+    def load_evidence(self, evidence: PendingScoring) -> None:
         """Continue from the output of `evidence`, if armed for the same step."""
         if self.armed:
-            self.observation.load_sums(evidence.sums)
+            self.collector.load_sums(evidence.sums)
             self._gathered, self.broken = dict(evidence.importance), dict(evidence.broken)
 
     def _before_optimizer_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

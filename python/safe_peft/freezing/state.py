@@ -19,7 +19,7 @@ FILES = "files"
 
 
 @dataclass(frozen=True)
-class Gathered:
+class PendingScoring:
     """The evidence of an unfinished scoring step in one process.
 
     Args:
@@ -57,7 +57,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Owner:
+class RunIdentity:
     """The training that a state belongs to.
 
     Args:
@@ -74,17 +74,17 @@ class Owner:
 
 
 @dataclass(frozen=True)
-class Saved:
+class FreezerState:
     """A loaded state."""
 
     step: int
     total_steps: int | None
     ledger: Ledger
-    evidence: Gathered
+    evidence: PendingScoring
     planned: Planned
 
 
-def state_of(owner: Owner, saved: Saved) -> dict[str, Any]:
+def state_of(owner: RunIdentity, saved: FreezerState) -> dict[str, Any]:
     """Return a state as JSON values, for `check_state`.
 
     Args:
@@ -92,15 +92,15 @@ def state_of(owner: Owner, saved: Saved) -> dict[str, Any]:
         saved: the state.
 
     Example:
-        >>> owner = Owner(SafeConfig(), "AdamW", {})
-        >>> check_state(state_of(owner, Saved(3, None, Ledger(), Gathered(), Planned())), owner).step
+        >>> owner = RunIdentity(SafeConfig(), "AdamW", {})
+        >>> check_state(state_of(owner, FreezerState(3, None, Ledger(), PendingScoring(), Planned())), owner).step
         3
     """
     parts = {"config": owner.config.to_dict(), "optimizer": owner.optimizer, "adapters": owner.adapters}
     return {"version": VERSION, **parts, **jsonio.encode(saved)}
 
 
-def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
+def check_state(state: Mapping[str, Any], owner: RunIdentity) -> FreezerState:
     """Read a freezer's saved state. A state of another version is rejected.
 
     Args:
@@ -114,7 +114,7 @@ def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
         StateError: It is damaged, or belongs to other options, another optimizer or other adapters.
 
     Example:
-        >>> check_state({}, Owner(SafeConfig(), "AdamW", {}))
+        >>> check_state({}, RunIdentity(SafeConfig(), "AdamW", {}))
         Traceback (most recent call last):
         safe_peft.errors.StateError: state: ...
     """
@@ -135,8 +135,8 @@ def check_state(state: Mapping[str, Any], owner: Owner) -> Saved:
             f"state was saved with the optimizer {optimizer}, but this training uses {owner.optimizer}; use the same."
         )
     _check_adapters(adapters, owner.adapters)
-    names = {one.name for one in fields(Saved)}
-    saved: Saved = jsonio.decode(Saved, {name: state[name] for name in names & state.keys()}, "state")
+    names = {one.name for one in fields(FreezerState)}
+    saved: FreezerState = jsonio.decode(FreezerState, {name: state[name] for name in names & state.keys()}, "state")
     _check_process(saved.evidence, owner)
     saved.ledger.order(owner.adapters)
     return saved
@@ -172,7 +172,7 @@ def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], besides: Coll
     )[:500]
 
 
-def _check_process(evidence: Gathered, owner: Owner) -> None:
+def _check_process(evidence: PendingScoring, owner: RunIdentity) -> None:
     """If all processes loaded one process's sums, the rows of that process would count several times."""
     if (evidence.sums or evidence.importance) and evidence.process != owner.process:
         raise StateError(

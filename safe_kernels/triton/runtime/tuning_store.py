@@ -10,7 +10,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-LONGEST_WAIT = 10.0
+LOCK_TIMEOUT_S = 10.0
 """Seconds that a process waits for another process to write. After that its choice is not stored."""
 MOST_BYTES = 2**20
 """A larger file is not read: this code never writes one."""
@@ -50,7 +50,7 @@ class Store:
         kept = self.choices.setdefault(key, choice)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with FileLock(self.path.with_suffix(".lock"), timeout=LONGEST_WAIT):
+            with FileLock(self.path.with_suffix(".lock"), timeout=LOCK_TIMEOUT_S):
                 self._write({**self._read(), **self.choices})
         except (OSError, Timeout) as error:
             self._warn(f"cannot be written ({error}), so other processes measure again")

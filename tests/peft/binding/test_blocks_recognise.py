@@ -16,7 +16,7 @@ from safe_peft.binding.blocks import parts_of
 from safe_peft.binding.blocks.activations import activation_kind
 from safe_peft.binding.blocks.mlps import Mlp
 from safe_peft.binding.blocks.norms import Norm
-from safe_peft.binding.class_swap import Swapped
+from safe_peft.binding.class_swap import SwappedModule
 
 
 class Rms(nn.Module):
@@ -182,7 +182,7 @@ def test_a_replaced_forward_is_left_alone() -> None:
     norm = model.base_model.model.model.layers[0].input_layernorm
     norm.forward = lambda x: x * 0.0
     with bind(model):
-        assert not isinstance(norm, Swapped)
+        assert not isinstance(norm, SwappedModule)
         assert explain(model).parts
         model(**batch).loss.backward()
 
@@ -202,7 +202,7 @@ def test_only_the_parts_that_are_asked_for() -> None:
     model = family("t5-gated").model(p=0.1)
     for parts in ((), ("norms",), ("mlps", "dropouts")):
         with bind(model, parts=parts):
-            bound = {part.stem for _, module, part in parts_of(model) if isinstance(module, Swapped)}
+            bound = {part.stem for _, module, part in parts_of(model) if isinstance(module, SwappedModule)}
             assert bound == set(parts)
     with pytest.raises(ConfigError, match=r"parts: expected some of norms, mlps, attention, dropouts, got \('norm',\)"):
         bind(model, parts=("norm",))

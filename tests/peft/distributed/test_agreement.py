@@ -20,7 +20,7 @@ from tiny import adamw, batches, bert, train
 from torch.nn.parallel import DistributedDataParallel
 
 from safe_peft import AdapterFreezer, BindingError, ConfigError, SafeConfig
-from safe_peft.binding.adapters import Evidence
+from safe_peft.binding.adapters import ScoreInputs
 from safe_peft.files import jsonio
 from safe_peft.freezing.ledger import Ledger
 from safe_peft.freezing.scores import register_score
@@ -182,7 +182,7 @@ def train_with_nan(rank: int, score: str) -> dict[str, Any]:
     optimizer = adamw(model)
 
     @register_score("sum")
-    def total(evidence: Evidence) -> float:
+    def total(evidence: ScoreInputs) -> float:
         A, B = evidence.lora_A(), evidence.lora_B()
         assert A is not None and B is not None
         spoilt = rank == 1 and tuple(A.shape) == (4, 64) and evidence.scaling == 4.0
@@ -192,8 +192,8 @@ def train_with_nan(rank: int, score: str) -> dict[str, Any]:
     if score == "sum":
         freezer.adapters[5].layer.scaling["default"] = 4.0
     elif rank == 1:
-        gather = freezer._scorer.observation.finish
-        freezer._scorer.observation.finish = lambda: gather().index_fill(0, torch.tensor(5), math.nan)
+        gather = freezer._scorer.collector.finish
+        freezer._scorer.collector.finish = lambda: gather().index_fill(0, torch.tensor(5), math.nan)
     train(ddp, optimizer, shares(14, rank, 2), freezer)
     return {"events": events(freezer), "unscored": freezer.unscored}
 

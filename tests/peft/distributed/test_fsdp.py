@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import safe_peft
 from safe_peft import AdapterFreezer, BindingError, SafeConfig
-from safe_peft.binding.class_swap import Swapped
+from safe_peft.binding.class_swap import SwappedModule
 from safe_peft.distributed.fsdp import whole
 
 expected = functools.cache(alone)
@@ -187,7 +187,7 @@ def detach_and_go_on(rank: int, bound_before: bool) -> tuple[list[bool], list[fl
     binding.detach()
     now = [type(module).__name__.removeprefix("FSDP") for module in model.modules()]
     facts = [now == kinds, all(isinstance(module, FSDPModule) for module in [model, *blocks]),
-             not any(isinstance(module, Swapped) for module in model.modules())]  # fmt: skip
+             not any(isinstance(module, SwappedModule) for module in model.modules())]  # fmt: skip
     return facts, losses + train(model, adamw(model), shares(2, rank, 2))
 
 

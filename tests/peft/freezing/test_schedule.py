@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny import EARLY, run
 
 from safe_peft import ConfigError, SafeConfig
-from safe_peft.freezing.curves import cubic, register_curve, way
+from safe_peft.freezing.curves import cubic, curve_value, register_curve
 from safe_peft.freezing.schedule import (
     Schedule,
     choose,
@@ -123,4 +123,4 @@ def test_a_curve_that_is_none_is_named() -> None:
         register_curve("cubic")
     register_curve("wild")(lambda step, start, end: 2.0)
     with pytest.raises(ConfigError, match=r"curve 'wild': expected a share between 0 and 1 at step 3, got 2\.0"):
-        way("wild", 3, 1, 9)
+        curve_value("wild", 3, 1, 9)

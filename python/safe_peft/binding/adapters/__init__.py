@@ -8,6 +8,6 @@ from . import lora_embedding as lora_embedding
 from . import lora_parameter as lora_parameter
 from . import quantised as quantised
 from .base import Adapter, LayerState, adapter_of, peft_kind, register_adapter
-from .evidence import Evidence
+from .score_inputs import ScoreInputs
 
-__all__ = ["Adapter", "Evidence", "LayerState", "adapter_of", "peft_kind", "register_adapter"]
+__all__ = ["Adapter", "Evidence", "LayerState", "ScoreInputs", "adapter_of", "peft_kind", "register_adapter"]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from safe_kernels import AdapterStatistics
 
-from ..class_swap import STATE, Swapped, original_type
-from .evidence import Evidence
+from ..class_swap import STATE, SwappedModule, original_type
+from .score_inputs import ScoreInputs
 
 
 class LayerState:
@@ -84,7 +84,7 @@ class Adapter(ABC):
     """PEFT's type, matched exactly, because a subclass may compute something else."""
     layer_names: ClassVar[tuple[str, ...]] = ()
     """Dotted names of further types of PEFT, whose modules import packages that are often not installed."""
-    mixin: ClassVar[type[Swapped]]
+    mixin: ClassVar[type[SwappedModule]]
     """The class that binding puts on an instance of the type."""
 
     def __init__(self, name: str, layer: nn.Module, key: str) -> None:
@@ -105,7 +105,7 @@ class Adapter(ABC):
         return ""
 
     @abstractmethod
-    def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
+    def evidence(self, statistics: AdapterStatistics | None = None) -> ScoreInputs:
         """Return the data from which a score is computed."""
 
     def is_present(self) -> bool:
@@ -143,14 +143,14 @@ class Adapter(ABC):
         if self.state is not None:
             self.state.frozen.add(self.key)
             self.state.undo[self.key] = self
-        self.hold()
+        self.reassert()
         if not keep_dropout:
             for dropout in self.dropouts():
                 off = float("0")  # a separate object: `restore` compares by identity, to keep a value of the user
                 self._dropout_p.append((dropout, dropout.p, off))
                 dropout.p = off
 
-    def hold(self) -> None:
+    def reassert(self) -> None:
         """Keep the adapter frozen: PEFT sets requires_grad again when adapters are switched, loaded or re-enabled."""
         for parameter in self.parameters():
             if parameter.requires_grad:

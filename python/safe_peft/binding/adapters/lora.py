@@ -20,8 +20,8 @@ from safe_kernels import AdapterStatistics
 from ..class_swap import STATE, autocasts, is_hooked, is_transformed, original_type, own_forward
 from ..code import own_method, watched
 from .base import Adapter, LayerState, active_keys, register_adapter
-from .evidence import Evidence
-from .observed import Observed
+from .observed import ObservedLayer
+from .score_inputs import ScoreInputs
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _DROPOUTS = frozenset({nn.Dropout, nn.Identity})
@@ -142,7 +142,7 @@ def _plain(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     return weight, bias
 
 
-class SafeLoraLinear(Observed):
+class SafeLoraLinear(ObservedLayer):
     """PEFT's LoRA layer; `safe_kernels.lora` computes its adapter if `refusal` returns None."""
 
     scaling: dict[str, float]
@@ -196,7 +196,7 @@ class LoraAdapter(Adapter):
     """One LoRA adapter of one layer."""
 
     layer_type: ClassVar[type[nn.Module]] = PeftLinear
-    mixin: ClassVar[type[Observed]] = SafeLoraLinear
+    mixin: ClassVar[type[ObservedLayer]] = SafeLoraLinear
     refusal = staticmethod(refusal)
     layer: Any
 
@@ -209,9 +209,9 @@ class LoraAdapter(Adapter):
         dropout = self.layer.lora_dropout[self.key]
         return [dropout] if isinstance(dropout, nn.Dropout) else []
 
-    def evidence(self, statistics: AdapterStatistics | None = None) -> Evidence:
+    def evidence(self, statistics: AdapterStatistics | None = None) -> ScoreInputs:
         """What is known about the adapter now."""
-        return Evidence(
+        return ScoreInputs(
             statistics=statistics,
             lora_A=lambda: self.matrix_A(self.pair()[0].detach()),
             lora_B=lambda: self.matrix_B(self.pair()[1].detach()),

@@ -9,22 +9,22 @@ from torch import Tensor, nn
 
 from .base import register_adapter
 from .lora import LoraAdapter
-from .observed import Observed, no_kernel
+from .observed import ObservedLayer, no_kernel
 
 
-class SafeConv1d(Observed):
+class SafeConv1d(ObservedLayer):
     """The features are the channels of [..., C, L]."""
 
     features_dim = -2
 
 
-class SafeConv2d(Observed):
+class SafeConv2d(ObservedLayer):
     """The features are the channels of [..., C, H, W]."""
 
     features_dim = -3
 
 
-class SafeConv3d(Observed):
+class SafeConv3d(ObservedLayer):
     """The features are the channels of [..., C, D, H, W]."""
 
     features_dim = -4
@@ -35,7 +35,7 @@ class LoraConv1dAdapter(LoraAdapter):
     """One LoRA adapter of one Conv1d."""
 
     layer_type: ClassVar[type[nn.Module]] = Conv1d
-    mixin: ClassVar[type[Observed]] = SafeConv1d
+    mixin: ClassVar[type[ObservedLayer]] = SafeConv1d
     refusal = staticmethod(no_kernel)
 
     def matrix_A(self, A: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .base import register_adapter
 from .lora import LoraAdapter
-from .observed import Observed, no_kernel
+from .observed import ObservedLayer, no_kernel
 
 
 @register_adapter
@@ -15,7 +15,7 @@ class LoraEmbeddingAdapter(LoraAdapter):
     """One LoRA adapter of one embedding: a lookup in A, and a small product."""
 
     layer_type = PeftEmbedding
-    mixin = Observed
+    mixin = ObservedLayer
     refusal = staticmethod(no_kernel)
 
     def pair(self) -> tuple[Tensor, Tensor]:

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from .base import register_adapter
 from .lora import LoraAdapter
-from .observed import Call, Observed, Sample, aside
+from .observed import Call, ObservedLayer, Sample, aside
 
 
-class SafeParamWrapper(Observed):
+class SafeParamWrapper(ObservedLayer):
     """The base module runs with the changed parameter, so its output without the adapter needs a separate run."""
 
     def _sample_base(

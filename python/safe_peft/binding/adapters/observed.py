@@ -19,13 +19,13 @@ from torch.utils.checkpoint import get_device_states
 from safe_kernels import AdapterStatistics
 from safe_kernels.retention import announce_reader
 
-from ..class_swap import STATE, Swapped, autocasts, is_bound, own_forward
+from ..class_swap import STATE, SwappedModule, autocasts, is_bound, own_forward
 from .base import LayerState, active_keys, adapter_keys, adapter_parameters, peft_kind
 
 Call = Callable[[], Any]
 
 
-class Observed(Swapped):
+class ObservedLayer(SwappedModule):
     """A LoRA layer on PEFT's own path: its frozen adapters stay frozen, and a scoring step scores its adapters."""
 
     features_dim: ClassVar[int] = -1
@@ -83,7 +83,7 @@ class Observed(Swapped):
             hook.remove()
 
 
-class Replaced(Observed):
+class Replaced(ObservedLayer):
     """A layer whose `forward` was replaced before it was bound, for example by device hooks: its `__call__` is used."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -93,16 +93,16 @@ class Replaced(Observed):
         return self._watch(super().__call__, args, kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute PEFT's forward, which the replacement calls; after the replacement is removed, as `Observed` does."""
+        """Compute PEFT's forward, which the replacement calls. Without one, do as `ObservedLayer` does."""
         if "forward" in self.__dict__:
             return own_forward(self, *args, **kwargs)
         return super().forward(*args, **kwargs)
 
 
-_AROUND: dict[type[Swapped], type[Swapped]] = {}
+_AROUND: dict[type[SwappedModule], type[SwappedModule]] = {}
 
 
-def mixin_for(layer: nn.Module, mixin: type[Swapped]) -> type[Swapped]:
+def mixin_for(layer: nn.Module, mixin: type[SwappedModule]) -> type[SwappedModule]:
     """Return the class that binding puts on a layer.
 
     Args:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import safe_kernels
 from safe_kernels import reference
 
-from ..class_swap import STATE, Swapped, is_bound, original_type, own_forward
+from ..class_swap import STATE, SwappedModule, is_bound, original_type, own_forward
 from .base import Part, agrees, is_plain, stand_in
 
 KINDS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -41,7 +41,7 @@ def activation_kind(module: nn.Module | None) -> str | None:
     return next((kind for kind in KINDS if agrees(run, reference.activation(x, kind))), None)
 
 
-class SafeActivation(Swapped):
+class SafeActivation(SwappedModule):
     """An activation computed by `safe_kernels.activation`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

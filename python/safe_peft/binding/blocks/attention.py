@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..class_swap import STATE, Swapped, is_bound, original_type, own_forward
+from ..class_swap import STATE, SwappedModule, is_bound, original_type, own_forward
 from .base import Part, agrees, is_dropout, is_linear, sample, small_linear, stand_in
 
 _SUM = "_mask_and_bias"
 _SIZES = ("num_attention_heads", "attention_head_size")
 
 
-class SafeAttention(Swapped):
+class SafeAttention(SwappedModule):
     """Self-attention computed by `torch.nn.functional.scaled_dot_product_attention`."""
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:

@@ -16,14 +16,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from ..class_swap import Swapped, is_hooked, is_transformed, original_type
+from ..class_swap import SwappedModule, is_hooked, is_transformed, original_type
 from ..code import Code, watched
 
 
 class Part(ABC):
     """The state of one bound part, and the check whether a call can take the fast path."""
 
-    mixin: ClassVar[type[Swapped]]
+    mixin: ClassVar[type[SwappedModule]]
     """The class that binding puts on the module."""
     stem: ClassVar[str]
     """The part's name in `bind(parts=...)`: "norms", "mlps", "attention" or "dropouts"."""

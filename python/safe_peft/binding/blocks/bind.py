@@ -9,7 +9,7 @@ from torch import nn
 
 from ...distributed.wrappers import short_name, walk
 from ..adapters import peft_kind
-from ..class_swap import STATE, is_bound, original_type, put_on
+from ..class_swap import STATE, is_bound, original_type, swap_class
 from .activations import KINDS, Activation
 from .attention import Attention
 from .base import Part
@@ -95,13 +95,13 @@ def bind_blocks(model: nn.Module, parts: Collection[str] = PARTS) -> tuple[list[
         parts: the kinds of parts to bind.
 
     Returns:
-        The modules that were bound, for `take_off`; and the set of names of the blocks to recompute. You may change
-        this set at any time. Several bindings of one model share it.
+        The modules that were bound, for `restore_class`; and the set of names of the blocks to recompute. You may
+        change this set at any time. Several bindings of one model share it.
     """
     own: list[nn.Module] = []
     for _, module, part in list(parts_of(model)):
         if part.stem in parts and not is_bound(module) and part.refusal(module) is None:
-            put_on(module, part.mixin, part)
+            swap_class(module, part.mixin, part)
             own.append(module)
     found = stacks(model)
     states = [block.__dict__.get(STATE) for stack in found for block in stack.values()]
@@ -111,7 +111,7 @@ def bind_blocks(model: nn.Module, parts: Collection[str] = PARTS) -> tuple[list[
         blocks = list(stack.values())
         for name, block in stack.items():
             if not is_bound(block):
-                put_on(block, Block.mixin, Block(name, entry, blocks, names))
+                swap_class(block, Block.mixin, Block(name, entry, blocks, names))
                 own.append(block)
     if shared is None:
         own += _bind_entry(model, entry, [block for stack in found for block in stack.values()])
@@ -126,5 +126,5 @@ def _bind_entry(model: nn.Module, entry: Entry, blocks: list[nn.Module]) -> Iter
     for embeddings, owners in input_embeddings(model).items():
         for module, mixin in [(embeddings, SafeEmbedding), *((owner, SafeOwner) for owner in owners)]:
             if not is_bound(module):
-                put_on(module, mixin, entry)
+                swap_class(module, mixin, entry)
                 yield module

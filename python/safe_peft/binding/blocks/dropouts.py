@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 import safe_kernels
 
-from ..class_swap import STATE, Swapped, is_bound, own_forward
+from ..class_swap import STATE, SwappedModule, is_bound, own_forward
 from .base import Part, is_dropout, is_plain
 
 
-class SafeDropout(Swapped):
+class SafeDropout(SwappedModule):
     """nn.Dropout computed by `safe_kernels.dropout`."""
 
     p: float

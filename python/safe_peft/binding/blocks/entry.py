@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from ...distributed.wrappers import walk
 from ..adapters import peft_kind
-from ..class_swap import STATE, Swapped, is_bound
+from ..class_swap import STATE, SwappedModule, is_bound
 from .trains import may_ask_for_gradient, modules_in, package_of, waits_for_gradient
 
 _LEAF_MAKERS = ("make_inputs_require_grads", "make_inputs_require_grad")
 _PACKAGES = ("transformers", "peft")
 
 
-class SafeEmbedding(Swapped):
+class SafeEmbedding(SwappedModule):
     """Input embeddings that record which of their outputs `enable_input_require_grads` made a leaf."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -42,7 +42,7 @@ class SafeEmbedding(Swapped):
         return output
 
 
-class SafeOwner(Swapped):
+class SafeOwner(SwappedModule):
     """A model that calls its input embeddings. A call of the embeddings outside of the model is the user's."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

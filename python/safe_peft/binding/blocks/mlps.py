@@ -13,12 +13,12 @@ from torch import Tensor, nn
 import safe_kernels
 from safe_kernels import reference
 
-from ..class_swap import STATE, Swapped, autocasts, is_bound, original_type, own_forward
+from ..class_swap import STATE, SwappedModule, autocasts, is_bound, original_type, own_forward
 from .activations import activation_kind
 from .base import Part, agrees, is_dropout, is_linear, is_plain, sample, small_linear, stand_in
 
 
-class SafeMlp(Swapped):
+class SafeMlp(SwappedModule):
     """An MLP whose activation runs in `safe_kernels.gated_activation` or `safe_kernels.activation`."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

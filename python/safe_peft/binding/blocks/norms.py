@@ -15,7 +15,7 @@ import safe_kernels
 from safe_kernels import reference
 from safe_kernels.inversion import invertible, marks
 
-from ..class_swap import STATE, Swapped, autocasts, is_bound, original_type, own_forward
+from ..class_swap import STATE, SwappedModule, autocasts, is_bound, original_type, own_forward
 from .base import Part, agrees, is_plain, sample, stand_in
 
 INVERTS = "_safe_inverts"
@@ -37,7 +37,7 @@ _OTHERWISE: tuple[tuple[type[nn.Module], str], ...] = (
 )
 
 
-class SafeNorm(Swapped):
+class SafeNorm(SwappedModule):
     """A norm computed by `safe_kernels.rms_norm` or `safe_kernels.layer_norm`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

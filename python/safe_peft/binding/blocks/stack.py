@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ...distributed.wrappers import parameters_of, short_name, walk
 from ..adapters import peft_kind
-from ..class_swap import STATE, Swapped, is_bound, is_transformed, original_type
+from ..class_swap import STATE, SwappedModule, is_bound, is_transformed, original_type
 from .arguments import leaves, may_carry
 from .checkpointing import Checkpointing, checkpoints
 from .entry import Entry
@@ -65,7 +65,7 @@ def _is_stack(sequence: nn.Sequential) -> bool:
     return same and len(blocks) > 1 and all(block._modules and peft_kind(block) is None for block in blocks)
 
 
-class SafeBlock(Swapped):
+class SafeBlock(SwappedModule):
     """A transformer block that builds a graph only if a gradient needs it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -18,7 +18,7 @@ from .refusals import REPLICA, refusal
 MARKS = 1 << 20  # a mark's square, summed over thousands of processes, is exact in float64
 
 
-class Engine:
+class DistributedContext:
     """DDP, FSDP2, or neither: each process has a part of the batch, and all must make the same decisions.
 
     Args:

@@ -21,7 +21,7 @@ from ..binding.forward_hooks import Call, Watcher
 Sums = dict[torch.device, Tensor]
 
 
-class Observation:
+class StatisticsCollector:
     """Selects the rows to score, and holds one flat buffer of sums for all adapters.
 
     Only forwards with gradients count: not generation, and not the first of the two passes of reentrant checkpointing.
@@ -189,19 +189,19 @@ class Observation:
 
 @dataclass(frozen=True, eq=False)
 class StatisticsSlot:
-    """An adapter's place in an observation. In a scoring step its layer calls this with each input.
+    """An adapter's place in a collector. In a scoring step its layer calls this with each input.
 
     Args:
-        observation: the object that gathers the sums.
+        collector: the object that gathers the sums.
         index: the adapter's index.
     """
 
-    observation: Observation
+    collector: StatisticsCollector
     index: int
 
     def __call__(self, x: Tensor) -> AdapterStatistics | None:
         """Return the target for the sums of the next call; None if it does not count."""
-        return self.observation.statistics(self.index, x)
+        return self.collector.statistics(self.index, x)
 
 
 def _masks(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:

@@ -16,29 +16,29 @@ if TYPE_CHECKING:
 Source = Tensor | Callable[[], Tensor | None] | None
 
 
-class Evidence:
-    """What is known about one adapter when it is scored; a score calls what it needs, and the rest may be None.
+class ScoreInputs:
+    """The data about one adapter when it is scored. A score calls the methods that it needs; each may return None.
 
-    FSDP2 and tensor parallel spread tensors over processes. A method puts its tensor together, and every process has to
-    call it: a score therefore calls the same methods for every adapter, whatever the values are.
+    FSDP2 and tensor parallelism shard tensors. A method gathers its tensor, and every process must call it. So a score
+    must call the same methods for every adapter, whatever the values are.
 
     Args:
         statistics: sums over this step's rows, gathered during its forwards.
-        lora_A: [r, d_in]; this and the other tensors may be given as functions that make them.
+        lora_A: [r, d_in]. This and the other tensors may also be functions that return the tensor.
         lora_B: [d_out, r].
-        scaling: what the product is multiplied by.
-        base_weight: the frozen weight that the adapter is added to, in either orientation; None where it is quantised.
+        scaling: the factor of the product.
+        base_weight: the frozen weight of the layer, in either orientation; None if it is quantised.
         grad_A: gradient of lora_A before the optimizer's step.
         grad_B: gradient of lora_B before the optimizer's step.
-        generator: seeded for this adapter alone, and independent of every global generator.
-        dequantise: makes the base weight anew where it is quantised, or None where that cannot be done.
+        generator: a generator of this adapter, independent of every global generator.
+        dequantise: the dequantised base weight; None if the package cannot compute it.
 
     Attributes:
-        grad_scale: what a GradScaler has multiplied the gradients by.
+        grad_scale: the factor by which a GradScaler has multiplied the gradients.
 
     Example:
         >>> import torch
-        >>> evidence = Evidence(lora_A=torch.ones(2, 8), lora_B=lambda: torch.zeros(4, 2))
+        >>> evidence = ScoreInputs(lora_A=torch.ones(2, 8), lora_B=lambda: torch.zeros(4, 2))
         >>> evidence.lora_A().shape, evidence.lora_B().shape, evidence.base_weight()
         (torch.Size([2, 8]), torch.Size([4, 2]), None)
     """
@@ -93,3 +93,6 @@ def _made(source: Source) -> Tensor | None:
     """Torch's own functions would take a shard's sum for the whole tensor's."""
     tensor = source if source is None or isinstance(source, Tensor) else source()
     return None if tensor is None else whole(tensor)
+
+
+Evidence = ScoreInputs  # the old name
