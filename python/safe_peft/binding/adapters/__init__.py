@@ -8,6 +8,6 @@ from . import lora_embedding as lora_embedding
 from . import lora_parameter as lora_parameter
 from . import quantised as quantised
 from .base import Adapter, LayerState, adapter_of, peft_kind, register_adapter
-from .score_inputs import ScoreInputs
+from .score_inputs import Evidence, ScoreInputs
 
 __all__ = ["Adapter", "Evidence", "LayerState", "ScoreInputs", "adapter_of", "peft_kind", "register_adapter"]
