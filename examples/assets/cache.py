@@ -46,10 +46,6 @@ def cache_dir() -> Path:
 
     Raises:
         AssetError: The variable is not set and there is no home folder.
-
-    Example:
-        >>> cache_dir().name  # doctest: +SKIP
-        'safe_kernels'
     """
     chosen = os.environ.get("SAFE_KERNELS_CACHE")
     try:
@@ -69,10 +65,6 @@ def cached(name: str) -> Path | None:
 
     Raises:
         AssetError: There is no asset of that name.
-
-    Example:
-        >>> cached("minilm")  # doctest: +SKIP
-        PosixPath('/home/me/.cache/safe_kernels/minilm-0.1.0')
     """
     folder = cache_dir() / _asset(name).folder
     return folder if folder.is_dir() else None
@@ -90,9 +82,6 @@ def fetch(name: str) -> Path:
     Raises:
         AssetError: The name is unknown; or the network, a hash, the disk or a missing package is in the way. The
             message says which one, and how to fix it. Nothing half-made is left.
-
-    Example:
-        >>> AutoModelForSequenceClassification.from_pretrained(fetch("minilm"))  # doctest: +SKIP
     """
     folder = cached(name)
     if folder is not None:

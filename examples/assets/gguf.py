@@ -29,9 +29,6 @@ def to_safetensors(folder: Path) -> None:
 
     Args:
         folder: holds model.gguf; afterwards it can be given to from_pretrained.
-
-    Example:
-        >>> to_safetensors(Path("smollm2"))  # doctest: +SKIP
     """
     # The progress bars of the conversion are for people: elsewhere they would fill a log.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):

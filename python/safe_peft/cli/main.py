@@ -94,11 +94,7 @@ def doctor() -> None:
 
 
 def main() -> None:
-    """Run the command line.
-
-    Example:
-        >>> main()  # doctest: +SKIP
-    """
+    """Run the command line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads are not safe with a forking data loader
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up on SIGTERM as on Ctrl-C
     app()

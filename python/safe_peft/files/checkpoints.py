@@ -54,10 +54,6 @@ def fingerprints(folder: Path, files: Iterable[str | os.PathLike[str]]) -> dict[
 
     Raises:
         StateError: A file does not exist or cannot be read.
-
-    Example:
-        >>> fingerprints(Path("checkpoint-8"), ["checkpoint-8/optimizer.pt"])  # doctest: +SKIP
-        {'optimizer.pt': '9f86d081...'}
     """
     if not isinstance(files, Iterable) or isinstance(files, str | bytes):
         raise StateError(f"files: expected paths, got {files!r}.")
@@ -85,9 +81,6 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
     Raises:
         StateError: `output_dir` is not a path.
-
-    Example:
-        >>> trainer.train(resume_from_checkpoint=safe_peft.last_checkpoint("runs/mine"))  # doctest: +SKIP
     """
     for step, folder in sorted(_folders(jsonio.path_of(output_dir, "output_dir")), reverse=True):
         flaw = _flaw(folder, step)

@@ -105,9 +105,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
     Raises:
         StateError: There is no such file, it cannot be read, or it is not JSON.
-
-    Example:
-        >>> read_json("runs/demo/report.json")  # doctest: +SKIP
     """
     path = path_of(path)
     try:
@@ -149,9 +146,6 @@ def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
 
     Raises:
         StateError: The file cannot be written; an existing file is unchanged.
-
-    Example:
-        >>> replace_file("notes.txt", b"complete")  # doctest: +SKIP
     """
     path = path_of(path)
     partial = path.parent / f".{path.stem}-{uuid4().hex[:12]}{path.suffix}"
@@ -193,9 +187,6 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
     Raises:
         StateError: The file cannot be written; an existing file is unchanged.
-
-    Example:
-        >>> write_json("state.json", {"step": 3})  # doctest: +SKIP
     """
     text = json.dumps(encode(value), indent=1, allow_nan=False)
     replace_file(path, f"{text}\n".encode())

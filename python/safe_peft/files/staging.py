@@ -24,10 +24,6 @@ def staged(output: str | os.PathLike[str]) -> Iterator[Path]:
 
     Raises:
         ConfigError: The folder cannot be made or written to.
-
-    Example:
-        >>> with staged("runs/mine") as stage:  # doctest: +SKIP
-        ...     (stage / "report.json").write_text("{}")
     """
     output = Path(output)
     made = [folder for folder in (output, *output.parents) if not folder.exists()]

@@ -35,9 +35,6 @@ def read_columns(path: str | Path, columns: Sequence[str]) -> dict[str, list[Any
 
     Raises:
         ConfigError: The file is missing, empty, unreadable or lacks a column.
-
-    Example:
-        >>> read_columns("train.csv", ["text", "label"])  # doctest: +SKIP
     """
     path = Path(path)
     if path.suffix not in FORMATS:
@@ -134,9 +131,6 @@ def read_texts(path: str | Path, column: str) -> list[str]:
 
     Raises:
         ConfigError: The column is missing, or a row has no text in it.
-
-    Example:
-        >>> read_texts("train.csv", "text")  # doctest: +SKIP
     """
     return _texts(path, column, read_columns(path, [column])[column])
 
@@ -163,9 +157,6 @@ def read_labelled(path: str | Path, text_column: str, label_column: str) -> tupl
 
     Raises:
         ConfigError: A column is missing, or a row lacks text or label.
-
-    Example:
-        >>> read_labelled("train.csv", "text", "label")  # doctest: +SKIP
     """
     columns = read_columns(path, [text_column, label_column])
     _refuse_missing(path, label_column, columns[label_column], "label")
@@ -247,9 +238,6 @@ def tokenize(
 
     Raises:
         ConfigError: No row is left.
-
-    Example:
-        >>> tokenize(tokenizer, ["a fine film"], [1], max_length=64)  # doctest: +SKIP
     """
     columns = tokenizer(texts, truncation=True, max_length=max_length)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

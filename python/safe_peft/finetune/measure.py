@@ -40,10 +40,6 @@ def retained_bytes(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int
         model: in any mode; measured in training mode.
         batch: with labels.
         loss: the training's loss function.
-
-    Example:
-        >>> retained_bytes(model, batch)  # doctest: +SKIP
-        241172480
     """
     with _unseen(model, batch):
         return retention.measure(lambda: loss(model, batch), exclude=[model, *batch.values()]).bytes
@@ -56,10 +52,6 @@ def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
         model: in any mode; measured in training mode. Its gradients are dropped.
         batch: with labels.
         loss: the training's loss function.
-
-    Example:
-        >>> step_flops(model, batch)  # doctest: +SKIP
-        152471109632
     """
     counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     with _unseen(model, batch):
@@ -77,10 +69,6 @@ def peak_rss() -> int:
 
     On Linux this is the peak of the process's own memory map. getrusage is not suitable: its peak survives exec, so a
     child inherits the peak of its parent.
-
-    Example:
-        >>> peak_rss() > 0  # doctest: +SKIP
-        True
     """
     status = Path("/proc/self/status")
     if status.exists():

@@ -31,9 +31,6 @@ def finetune(config: FinetuneConfig, console: Console | None = None) -> FreezeRe
     Raises:
         ConfigError: An option, a file or the model is not usable.
         SafeError: The loss is not finite.
-
-    Example:
-        >>> finetune(FinetuneConfig("my-folder", "train.csv", "eval.csv", output="runs/mine"))  # doctest: +SKIP
     """
     console = console or Console(stderr=True)
     with staged(config.output) if config.output else nullcontext() as stage:
@@ -87,9 +84,6 @@ def save_report(report: FreezeReport, folder: Path) -> None:
     Args:
         report: the report.
         folder: folder for report.json, report.png, report.html, and memory.png if the report has plans.
-
-    Example:
-        >>> save_report(report, Path("runs/mine"))  # doctest: +SKIP
     """
     report.save_json(folder / "report.json")
     report.save_png(folder / "report.png")
@@ -102,10 +96,6 @@ def result_line(report: FreezeReport) -> str:
 
     Args:
         report: a report with one measured run.
-
-    Example:
-        >>> result_line(finetune(config))  # doctest: +SKIP
-        'accuracy 0.812; 27 of 36 adapters frozen; 96.1 MiB retained per step at the end, 231.0 at the start; 71 s'
     """
     run = report.runs[0]
     start, end = (mebibytes(size) for size in (run.retained[0][1], run.retained[-1][1]))

@@ -68,9 +68,6 @@ def train(config: FinetuneConfig, prepared: Prepared, console: Console) -> Freez
     Raises:
         ConfigError: The model's loss cannot be computed in chunks, and `config.loss` is "chunked".
         SafeError: The loss is not finite.
-
-    Example:
-        >>> train(config, prepared, Console())  # doctest: +SKIP
     """
     safe = SafeCallback(SafeConfig.from_dict(config.safe), detach=False) if config.method == "safe" else None
     with tempfile.TemporaryDirectory() as folder, bind(prepared.model) if config.method == "bind" else nullcontext():

@@ -73,9 +73,6 @@ def draw_plans(plans: Sequence[tuple[str, MemoryPlan]]) -> Figure:
 
     Returns:
         A figure on matplotlib's Agg canvas, known to no global state.
-
-    Example:
-        >>> draw_plans([("", plan)]).savefig("plan.png")  # doctest: +SKIP
     """
     plan = plans[-1][1]
     ratios = [1.2 + 0.8 * len(plans), min(7.0, 0.22 * len(plan.ours.by_block) + 1.2)]

@@ -155,10 +155,6 @@ def target() -> Target:
 
     Returns:
         The properties that decide about configurations.
-
-    Example:
-        >>> target()  # doctest: +SKIP
-        Target(backend='cuda', shared=227, arch='90', multiprocessors=132)
     """
     if triton.knobs.runtime.interpret:
         return Target("interpreter", 0)

@@ -26,10 +26,6 @@ class Store:
     Args:
         path: the file; the first write creates its folder.
         header: the versions and code on which the choices depend.
-
-    Example:
-        >>> store = Store(Path("choices.json"), {"triton": "3.7.1"})  # doctest: +SKIP
-        >>> store.add("lora_apply 8192x4096x16", "64x128 warps 4 stages 3")  # doctest: +SKIP
     """
 
     def __init__(self, path: Path, header: Mapping[str, str]) -> None:
