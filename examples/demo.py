@@ -8,6 +8,7 @@ Each training is a process of its own, `safe-peft finetune`, so that the peak of
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -109,7 +110,9 @@ def command(options: dict[str, object], method: str) -> list[str]:
 
 def train(options: dict[str, object], method: str) -> FreezeReport:
     """Train in a process of its own, and return the report."""
-    code = subprocess.run(command(options, method), stdout=sys.stderr, check=False).returncode
+    # On a busy machine, threads wait for each other; waiting must not count as processor time.
+    env = {"OMP_WAIT_POLICY": "passive", **os.environ}
+    code = subprocess.run(command(options, method), stdout=sys.stderr, env=env, check=False).returncode
     if code:
         why = "was killed: memory may be short, so give a smaller --batch-size" if code == -9 else "failed"
         raise SafeError(f"the training with method {method} {why}.")
