@@ -61,7 +61,7 @@ def test_a_block_runs(block: str, names: dict[str, Any]) -> None:
     exec(compile(block, "block", "exec"), names)
     if "freezer" in names:
         freezer = names["freezer"]
-        assert abs(len(freezer.frozen) - 0.75 * len(freezer.adapters)) <= 0.5
+        assert len(freezer.frozen) >= 0.75 * len(freezer.adapters)
         assert (Path.cwd() / "report.html").stat().st_size > 1000
 
 

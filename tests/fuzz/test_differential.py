@@ -17,6 +17,7 @@ def test_a_bound_model_does_what_stock_peft_does(case: Case) -> None:
 
 FOUND = [
     Case(family="mpnet", trains="one"),
+    Case(family="mpnet", trains="random"),
     Case(recompute=True, trains="embeddings", change="global hook", when="between", calls="disabled"),
     Case(recompute=True, trains="embeddings", change="prune", when="between", calls="disabled"),
     Case(trains="one", change="half and back", when="between", calls="two"),

@@ -60,7 +60,9 @@ def test_a_deleted_adapter_is_named() -> None:
     model, _, freezer = under_way()
     model.add_adapter("second", LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True))
     model.delete_adapter("default")
-    message = r"transformer\.h\.0\.attn\.c_attn and 7 more adapters: the adapter was deleted .* detach\(\) this freezer"
+    message = (
+        r"transformer\.h\.0\.attn\.c_attn and 7 more adapters: the adapter was deleted .* detach\(\) on this freezer"
+    )
     assert_ends(model, freezer, message)
 
 

@@ -81,6 +81,9 @@ def last_checkpoint(output_dir: str | os.PathLike[str]) -> str | None:
 
     Raises:
         StateError: `output_dir` is not a path.
+
+    Example:
+        >>> trainer.train(resume_from_checkpoint=safe_peft.last_checkpoint("runs/mine"))  # doctest: +SKIP
     """
     for step, folder in sorted(_folders(jsonio.path_of(output_dir, "output_dir")), reverse=True):
         flaw = _flaw(folder, step)

@@ -71,6 +71,11 @@ class Measurement:
         return True
 
 
+def is_shadowing() -> bool:
+    """Whether a measurement would take saved tensors from hooks of the user, such as `save_on_cpu`."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def _plain(output: Any) -> Any:
     """Return the contents of an output that pytree treats as a leaf, such as a dataclass."""
     if isinstance(output, Tensor | Mapping | list | tuple) or not hasattr(output, "__dict__"):

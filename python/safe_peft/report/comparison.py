@@ -85,7 +85,7 @@ def comparison(runs: Sequence[RunRecord]) -> list[list[str]]:
     )
     stock = groups.get("stock", [])
     rows = [["", *(title(method) for method in groups)]]
-    for measure in measures:
+    for measure in measures if runs else ():
         if not measure.ratio or any(
             measure.of(run) for run in runs
         ):  # the reports of earlier versions have no FLOPs of the run

@@ -241,7 +241,7 @@ def test_minilm_in_4_bits_learns_while_three_quarters_freeze(weights: Path) -> N
     stock, model = make(), make()
     expected = train(stock, adamw(stock, 1e-3), texts(weights, 3))
     optimizer = adamw(model, 1e-3)
-    freezer = AdapterFreezer(model, optimizer, SafeConfig(target_fraction=0.75), total_steps=24)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(freeze_by="adapters"), total_steps=24)
     losses = train(model, optimizer, texts(weights, 24), freezer)
     assert losses[:3] == pytest.approx(expected, rel=1e-2)
     assert losses[-1] < 0.1 < losses[0]

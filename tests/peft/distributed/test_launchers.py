@@ -158,6 +158,6 @@ def test_the_example_runs_under_torchrun(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     frozen, adapters = map(int, re.findall(r"(\d+) of (\d+) frozen", done.stdout)[-1])
-    assert adapters >= 36 and frozen == round(0.75 * adapters)
+    assert adapters >= 36 and 0.75 * adapters <= frozen < adapters
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
     assert (tmp_path / "run" / "report.html").stat().st_size > 1000

@@ -176,12 +176,12 @@ def test_language_modelling_learns_and_reports_perplexity(config: FinetuneConfig
     assert run.metric == "perplexity"
     assert run.value == pytest.approx(trained, rel=1e-4)
     assert run.value < 0.95 * untrained
-    assert run.frozen == round(0.75 * run.adapters) == len(report.freezings)
+    assert 0 < run.frozen == len(report.freezings) < run.adapters
 
 
 @pytest.mark.skipif(not hasattr(nn, "LinearCrossEntropyOptions"), reason="PyTorch has no such loss before 2.13")
 def test_a_loss_in_chunks_trains_the_same(config: FinetuneConfig, folder: Path) -> None:
-    config = replace(config, model=str(folder / "gpt2"), task="causal-lm")
+    config = replace(config, model=str(folder / "gpt2"), task="causal-lm", safe={"freeze_by": "adapters"})
     own, chunked = (finetune(replace(config, loss=loss), QUIET).runs[0] for loss in ("model", "chunked"))
     assert chunked.value == pytest.approx(own.value, rel=1e-4)
     assert chunked.retained[0][1] < own.retained[0][1] and chunked.frozen == own.frozen
@@ -214,8 +214,8 @@ def test_minilm_learns_film_reviews(tmp_path: Path) -> None:
     )
     report = finetune(config, QUIET)
     run = report.runs[0]
-    assert (run.adapters, run.frozen) == (36, 27)
-    assert run.retained[-1][1] < run.retained[0][1]
+    assert run.adapters == 36 and run.frozen >= 27
+    assert run.retained[-1][1] < 0.3 * run.retained[0][1]
     assert {row.layer for row in report.rows()} == set(range(6))
 
 

@@ -127,6 +127,24 @@ class Changing(nn.Module):
         return self.upper(self.lower(x).relu() * scale).square().mean()
 
 
+def test_saved_tensors_stay_with_the_hooks_of_the_user() -> None:
+    counts = []
+    for unit in ("adapters", "bytes"):
+        model, packed = bert(), []
+        optimizer = adamw(model)
+        freezer = AdapterFreezer(model, optimizer, SafeConfig(**EARLY | {"freeze_by": unit}))
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda x, seen=packed: seen.append(x.shape) or x, lambda x: x)
+        for batch in batches(2):
+            with hooks:
+                model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            freezer.step()
+        counts.append(packed)
+        freezer.detach()
+    assert counts[0] == counts[1] and len(counts[0]) > 20
+
+
 def test_a_larger_batch_that_cannot_be_planned_does_not_end_a_training(caplog: pytest.LogCaptureFixture) -> None:
     model = get_peft_model(Changing(), LoraConfig(r=2, target_modules=["lower", "upper"]))
     optimizer = adamw(model)

@@ -224,5 +224,5 @@ def test_gradient_checkpointing_scores_the_same(tmp_path: Path) -> None:
 
 
 def test_the_freezer_before_training_is_asked_for_in_vain() -> None:
-    with pytest.raises(BindingError, match=r"Trainer\.train\(\) makes it"):
+    with pytest.raises(BindingError, match=r"Trainer\.train\(\), which makes it"):
         _ = SafeCallback().freezer

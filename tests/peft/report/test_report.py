@@ -92,8 +92,8 @@ def remove(key: str) -> Any:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        (set_at("format", value="other"), "no report"),
-        (set_at("version", value=99), "version 99"),
+        (set_at("format", value="other"), "not a report"),
+        (set_at("version", value=99), "expected 1, got 99"),
         (remove("adapters"), "lacks adapters"),
         (set_at("extra", value=1), "extra"),
         (set_at("model", value=3), "report.model"),

@@ -7,6 +7,7 @@ SDPA runs inside `torch.utils.checkpoint`, because it would retain its output to
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,8 +88,10 @@ class Attention(Part):
         layers: Any = [module._modules[name] for name in self.layers]
         shape = (*x.shape[:-1], -1, module.attention_head_size)
         given = (*(layer(x).view(shape).transpose(1, 2) for layer in layers[:3]), self._add(mask, bias))
-        has_graph = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in given)
-        if has_graph and not torch.compiler.is_compiling():
+        graphs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in given[:3]]
+        if any(graphs) and not all(graphs):  # the lowest layer that trains: running again would retain all three
+            out = _written_out(*given)
+        elif any(graphs) and not torch.compiler.is_compiling():
             out = checkpoint(_sdpa, *given, use_reentrant=False, preserve_rng_state=False)
         else:
             out = _sdpa(*given)
@@ -118,6 +121,12 @@ class Attention(Part):
         """Return a remark if the module's own code computes the attention in training."""
         dropout: Any = module._modules[self.dropout]
         return "in training the module's own code runs: attention dropout is on" if dropout.p > 0 else ""
+
+
+def _written_out(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:
+    """Compute the formula of SDPA from single operations; each retains only what its own inputs' gradients need."""
+    scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
+    return (scores if added is None else scores + added).softmax(-1) @ value
 
 
 def _sdpa(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:
