@@ -126,14 +126,11 @@ void attach_norm_output(const Tensor& out, torch::autograd::variable_list saved,
 // checkpointing a second forward's node saves the tensors for the first node's backward.
 inline bool is_from_output(const Tensor& saved, const Tensor& rstd) { return rstd.dim() == saved.dim(); }
 
-// Called before x is saved for a backward. x may be the output of a norm, or a full view of one, which FSDP2 and other
-// module hooks return. Returns whether the norm keeps it too.
+// Called before x is saved for a backward. Returns whether x is the output of a norm, and the norm keeps it too. A view
+// of an output does not count: a write through the view's .data would not be noticed.
 inline bool announce_reader(const Tensor& x) {
-  if (auto* note = find_note<NormOutput>(x)) return note->keep(x);
-  if (!x.is_view() || x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return false;
-  const Tensor base(x._base());
-  auto* note = find_note<NormOutput>(base);
-  return note != nullptr && x.numel() == base.numel() && note->keep(base);
+  auto* note = find_note<NormOutput>(x);
+  return note != nullptr && note->keep(x);
 }
 
 inline void leave_hooks(const Tensor& out, const void* hook) {

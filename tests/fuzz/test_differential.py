@@ -23,6 +23,7 @@ FOUND = [
     Case(trains="one", change="half and back", when="between", calls="two"),
     Case(input_grads=True, targets="head too", hook="backward pre", spot="layer", high=True, calls="disabled"),
     Case(recompute=True, hook="input data", embeds="leaf", calls="disabled"),
+    Case(targets="head too", hook="input data", spot="layer", high=True),
     Case(family="falcon", checkpointing="non-reentrant", hook="input in place", spot="mlp"),
     Case(precision="autocast", compiled=True),
     Case(hook="data", spot="act", embeds="fresh"),
