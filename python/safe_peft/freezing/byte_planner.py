@@ -66,8 +66,7 @@ class Planner:
         self.refused: str | None = None
         self._shared, self._adapters = shared, adapters
         self._whole = weakref.ref(model)
-        if config.needs_plan:
-            check_sharding(model)
+        self._sharding = _sharding(model, config)
         self._model, self._refusal = _copy(model)
         self._checked = self._measures = False
         self._waits = WAITS
@@ -164,6 +163,8 @@ class Planner:
 
     def _check(self) -> None:
         self._checked = True
+        if self._sharding is not None:
+            return self._refuse(str(self._sharding))
         try:
             if not self._measures:
                 self._trace()
@@ -335,6 +336,17 @@ class Planner:
         if inputs is None:
             raise PlanError("the training batch is not known yet; train one step before planning.")
         return self._model, inputs
+
+
+def _sharding(model: nn.Module, config: SafeConfig) -> PlanError | None:
+    """Return why the model is sharded in a way that cannot be planned; raise it if there is a memory budget."""
+    try:
+        check_sharding(model)
+    except PlanError as error:
+        if config.memory_budget is not None:
+            raise
+        return error
+    return None
 
 
 def _copy(model: nn.Module) -> tuple[nn.Module | None, PlanError | None]:

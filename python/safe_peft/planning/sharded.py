@@ -36,7 +36,7 @@ def check_sharding(model: nn.Module) -> None:
     if any(members(group) not in gathered for group in mesh_groups(model)):
         raise PlanError(
             "tensor parallelism: each process computes a part of a layer, and a plan is for whole layers; "
-            'use freeze_by="adapters" and no memory_budget.'
+            'use freeze_by="adapters" and no memory_budget'
         )
 
 

@@ -29,13 +29,17 @@ def test_processes_that_share_layers_decide_the_same_as_one(kind: str, grouped: 
     assert_equal(together(train_on_mesh, (1, 2), kind, {}, grouped), expected())
 
 
-def refuse_bytes(rank: int) -> str:
+def refuse_budget(rank: int) -> str:
     model = bert()
     split_mlps(model, init_device_mesh("cpu", (2,)))
     with pytest.raises(PlanError) as caught:
-        AdapterFreezer(model, adamw(model), SafeConfig(**OPTIONS | {"freeze_by": "bytes"}, target_fraction=0.5))
+        AdapterFreezer(model, adamw(model), SafeConfig(**OPTIONS, memory_budget="1MiB"))
     return str(caught.value)
 
 
-def test_decisions_by_bytes_are_refused_where_layers_are_shared() -> None:
-    assert all("tensor parallel" in message and 'freeze_by="adapters"' in message for message in together(refuse_bytes))
+def test_a_budget_is_refused_where_layers_are_shared() -> None:
+    assert all("tensor parallel" in said and 'freeze_by="adapters"' in said for said in together(refuse_budget))
+
+
+def test_adapters_freeze_by_number_where_layers_are_shared() -> None:
+    assert_equal(together(train_on_mesh, (1, 2), "TP", {"freeze_by": "bytes"}, True), expected())
