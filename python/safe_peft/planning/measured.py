@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Measurement:
         self._recorder = Recorder(self._accounts.note)
         self._watching = ExitStack()
         self._watching.enter_context(self._accounts.watching())
+        self._watching.enter_context(_before_hooks_are_disabled(self._give_way))
         self._accounts.enter(called)
         self._pack = self._recorder.pack
         torch._C._autograd._push_saved_tensors_default_hooks(self._pack, self._recorder.unpack)
@@ -56,6 +57,14 @@ class Measurement:
         known = {key for tensor in existing for key, _ in storages(tensor)}
         return self._accounts.table(self._recorder, roots, known).compact()
 
+    def _give_way(self) -> None:
+        if self._is_on_top():
+            self.abandon()
+
+    def _is_on_top(self) -> bool:
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and top[0] == self._pack
+
     def abandon(self) -> bool:
         """Stop the measurement. After an interrupt, other hooks may be on top of ours.
 
@@ -64,11 +73,29 @@ class Measurement:
         """
         self._watching.close()
         was_open, self._open = self._open, False
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True) if was_open else None
-        if top is None or top[0] != self._pack:
+        if not was_open or not self._is_on_top():
             return False
         torch._C._autograd._pop_saved_tensors_default_hooks()
         return True
+
+
+@contextmanager
+def _before_hooks_are_disabled(call: Callable[[], None]) -> Iterator[None]:
+    """Call a function before the user's forward disables hooks for saved tensors, as `torch.func.grad` does.
+
+    It would raise an error while hooks are set.
+    """
+    own = torch._C._autograd._saved_tensors_hooks_disable
+
+    def disable(*args: Any, **kwargs: Any) -> None:
+        call()
+        own(*args, **kwargs)
+
+    torch._C._autograd._saved_tensors_hooks_disable = disable
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_disable = own
 
 
 def is_shadowing() -> bool:

@@ -145,6 +145,33 @@ def test_saved_tensors_stay_with_the_hooks_of_the_user() -> None:
     assert counts[0] == counts[1] and len(counts[0]) > 20
 
 
+class WithoutHooks(Changing):
+    """Its forward permits no hooks for saved tensors."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.lower(x)
+        slope = torch.func.grad(lambda t: t.square().sum())(x)
+        with torch.autograd.graph.disable_saved_tensors_hooks("no hooks here"):
+            return self.upper(hidden.relu() + slope).square().mean()
+
+
+def test_a_forward_that_permits_no_hooks_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
+    model = get_peft_model(WithoutHooks(), LoraConfig(r=2, target_modules=["lower", "upper"]))
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**EARLY | {"freeze_by": "bytes"}, target_fraction=0.5))
+    disable = torch._C._autograd._saved_tensors_hooks_disable
+    with caplog.at_level(logging.WARNING, logger="safe_peft"):
+        for _ in range(16):
+            model(torch.randn(8, 8)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            freezer.step()
+    (said,) = [one.message for one in caplog.records if one.name.startswith("safe_peft")]
+    assert len(freezer.frozen) == 1 and 'freeze_by="bytes" cannot be used' in said
+    assert torch._C._autograd._saved_tensors_hooks_disable is disable
+    assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
 def test_a_larger_batch_that_cannot_be_planned_does_not_end_a_training(caplog: pytest.LogCaptureFixture) -> None:
     model = get_peft_model(Changing(), LoraConfig(r=2, target_modules=["lower", "upper"]))
     optimizer = adamw(model)
