@@ -1,6 +1,6 @@
 """The rise of the threshold from the end of warm-up to its target. Each curve is a registered function.
 
-The default is the cubic curve of SAFE (arXiv 2412.03587, eq. 5):
+The default is the cubic curve of SAFE (arXiv 2412.03587):
 tau(t) = tau_T * (1 - (1 - (t - t_w) / (t_f - t_w))^3) between the end of warm-up t_w and t_f, then tau_T.
 """
 
