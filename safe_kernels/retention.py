@@ -6,9 +6,11 @@ a hook. Storages that the graph still holds when the measured function returns a
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from types import CellType
 from typing import Any, NamedTuple
 
 import torch
@@ -105,8 +107,9 @@ def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Ten
     that keeps the graph alive. A storage saved by several nodes or through several views counts once, with its full
     size.
 
-    Backward needs weights too. They exist anyway, so pass the model as ``exclude``: then its parameters and buffers and
-    their aliases (``weight.t()``, ``weight.detach()``) do not count.
+    Backward needs weights too, but they exist anyway. Parameters and buffers of modules that ``fn`` names, as ``model``
+    in ``lambda: model(x)``, do not count, nor do parameters that it names, nor aliases of these (``weight.t()``,
+    ``weight.detach()``). Pass modules that ``fn`` reaches in another way as ``exclude``.
 
     Tensors that other hooks inside ``fn`` save (activation checkpointing, ``save_on_cpu``) are not counted. Hooks
     outside of ``fn`` do not see its saved tensors. Hooks belong to a thread, so saves in other threads do not count.
@@ -126,7 +129,7 @@ def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Ten
         >>> import torch
         >>> from safe_kernels import retention
         >>> layer, x = torch.nn.Linear(8, 4), torch.ones(2, 8)
-        >>> retained = retention.measure(lambda: layer(x).relu().sum(), exclude=layer)
+        >>> retained = retention.measure(lambda: layer(x).relu().sum())
         >>> retained.bytes, [tuple(tensor.shape) for tensor in retained.tensors]
         (96, [(2, 8), (2, 4)])
         >>> retained.output.backward()
@@ -135,7 +138,7 @@ def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Ten
         raise TypeError(
             f"measure(): fn must be callable, got {type(fn).__name__}; wrap the call, as in measure(lambda: model(x))"
         )
-    excluded = list(_tensors(exclude))
+    excluded = list(_tensors([exclude, _named_by(fn)]))
     output, saves = record(fn)
     known = {key for tensor in excluded if not is_lazy(tensor) for key, _ in storages(tensor)}
     tensors = _by_storage((save.tensor for save in saves), known)
@@ -280,6 +283,17 @@ def _tensors(exclude: Any) -> Iterator[Tensor]:
         raise TypeError(
             f"measure(): exclude takes tensors, modules or iterables of these, got {type(exclude).__name__}"
         )
+
+
+def _named_by(fn: Callable[[], Any]) -> Iterator[nn.Module | nn.Parameter]:
+    """Modules and parameters that a function names, and the module whose method it is."""
+    function = getattr(fn, "__func__", fn)
+    found = [fn, getattr(fn, "__self__", None)]
+    if inspect.isfunction(function):
+        found += function.__defaults__ or ()
+        found += (cell.cell_contents for cell in function.__closure__ or () if cell != CellType())
+        found += (function.__globals__.get(name) for name in function.__code__.co_names)
+    return (one for one in found if isinstance(one, (nn.Module, nn.Parameter)))
 
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:

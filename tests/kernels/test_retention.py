@@ -56,7 +56,34 @@ def test_excluded_parameters_and_their_aliases_do_not_count() -> None:
         assert measure(lambda: x @ weight.detach(), exclude=exclude).bytes == 0
         assert measure(lambda: x @ weight.detach().t(), exclude=exclude).bytes == 0
         assert measure(lambda: x @ weight.data, exclude=exclude).bytes == 0
-    assert measure(lambda: x @ weight).bytes == BYTES + weight.nbytes, "it counts unless it is excluded"
+    hidden = [weight]
+    assert measure(lambda: x @ hidden[0]).bytes == BYTES + weight.nbytes, "it counts unless it is named or excluded"
+
+
+class Layer(nn.Linear):
+    x: Tensor
+
+    def run(self) -> Tensor:
+        return self(self.x) * self.scale
+
+
+def test_parameters_that_the_function_names_do_not_count() -> None:
+    model = Layer(D, 5)
+    model.register_buffer("scale", torch.ones(5))
+    x = model.x = leaf()
+
+    def forward(layer: Layer = model) -> Tensor:
+        return layer(x) * layer.scale
+
+    weight = model.weight
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    for fn in (lambda: model(x) * model.scale, forward, model.run):
+        assert measure(fn).bytes == 0
+    model.requires_grad_(True)
+    for fn in (lambda: model(x) * model.scale, forward, model.run):
+        assert measure(fn).bytes == BYTES
+    assert measure(lambda: x @ weight.t()).bytes == BYTES
 
 
 def test_a_copy_of_a_parameter_counts() -> None:
@@ -71,9 +98,10 @@ def test_exclude() -> None:
     assert measure(lambda: x * y, exclude=x).bytes == BYTES
     assert measure(lambda: x * y, exclude=[x]).bytes == BYTES
     assert measure(lambda: x * y, exclude=(tensor for tensor in (x, y.t()))).bytes == 0
-    assert measure(lambda: x * module.running_mean).bytes == D * 4
-    assert measure(lambda: x * module.running_mean, exclude=module).bytes == 0
-    assert measure(lambda: x * module.running_mean, exclude=[module, x]).bytes == 0
+    hidden = [module]
+    assert measure(lambda: x * hidden[0].running_mean).bytes == D * 4
+    assert measure(lambda: x * hidden[0].running_mean, exclude=module).bytes == 0
+    assert measure(lambda: x * hidden[0].running_mean, exclude=[module, x]).bytes == 0
 
 
 def test_only_what_is_still_held_counts() -> None:
