@@ -126,11 +126,20 @@ void attach_norm_output(const Tensor& out, torch::autograd::variable_list saved,
 // checkpointing a second forward's node saves the tensors for the first node's backward.
 inline bool is_from_output(const Tensor& saved, const Tensor& rstd) { return rstd.dim() == saved.dim(); }
 
-// Called before x is saved for a backward. Returns whether x is the output of a norm, and the norm keeps it too. A view
-// of an output does not count: a write through the view's .data would not be noticed.
+// FSDP2 passes the inputs of a unit through a node of its own, which makes them views of themselves.
+inline bool is_passed_by_fsdp(const Tensor& x) {
+  if (!x.is_view() || x.unsafeGetTensorImpl()->has_symbolic_sizes_strides()) return false;
+  return x.grad_fn() != nullptr && x.grad_fn()->name() == "RegisterPostBackwardFunctionBackward";
+}
+
+// Called before x is saved for a backward. Returns whether x is the output of a norm, and the norm keeps it too. Other
+// views of an output do not count: a write through the view's .data would not be noticed.
 inline bool announce_reader(const Tensor& x) {
-  auto* note = find_note<NormOutput>(x);
-  return note != nullptr && note->keep(x);
+  if (auto* note = find_note<NormOutput>(x)) return note->keep(x);
+  if (!is_passed_by_fsdp(x)) return false;
+  const Tensor base(x._base());
+  auto* note = find_note<NormOutput>(base);
+  return note != nullptr && x.numel() == base.numel() && note->keep(base);
 }
 
 inline void leave_hooks(const Tensor& out, const void* hook) {
