@@ -62,8 +62,8 @@ def download(label: str, archives: Sequence[Archive], folder: Path, size: int) -
 
     Example:
         >>> wheel = Archive("six", "1.16.0", "8abb2f1d86890a2dfb989f9a77cfcfd3e47c2a354b01111771326f8aa26e0254")
-        >>> download("six", [wheel], Path("/tmp/six"), 11_053)  # doctest: +SKIP
-        [PosixPath('/tmp/six/six-1.16.0-py2.py3-none-any.whl')]
+        >>> download("six", [wheel], Path("six"), 11_053)  # doctest: +SKIP
+        [PosixPath('six/six-1.16.0-py2.py3-none-any.whl')]
     """
     wanted = folder / "requirements.txt"
     wanted.write_text("".join(f"{archive.requirement}\n" for archive in archives))

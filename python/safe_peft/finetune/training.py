@@ -25,6 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
+from safe_kernels import RowBlocks
 from safe_kernels.flops import statistics_flop
 
 from ..binding.bind import bind
@@ -210,7 +211,7 @@ def _scoring_flops(safe: SafeCallback | None, rows: int) -> int:
     if safe is None or safe.config.score != "cka":
         return 0
     per_block = min(safe.config.block_rows, rows)
-    blocks = min(safe.config.score_blocks, math.ceil(rows / per_block))
+    blocks = len(RowBlocks.spread(rows, safe.config.score_blocks, safe.config.block_rows).starts)
     traits = {adapter.name: adapter.traits() for adapter in safe.freezer.adapters}
     costs = {name: blocks * statistics_flop(per_block, t["shapes"][1][0], t["r"]) for name, t in traits.items()}
     return sum(costs[name] for scoring in safe.freezer.ledger.scorings for name in scoring.importance)

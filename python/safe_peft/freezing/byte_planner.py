@@ -165,14 +165,8 @@ class Planner:
         self._checked = True
         if self._sharding is not None:
             return self._refuse(str(self._sharding))
-        try:
-            if not self._measures:
-                self._trace()
-        except PlanError as error:
-            if self.watched.measured is None:
-                return self._refuse(str(error))
-            self._measures = True
-            logger.info("%s Bytes are measured in the training's own forwards instead.", error)
+        if not self._measures and not self._plans(may_measure=True):
+            return None
         measured = self.watched.measured
         if self._measures and measured is not None and self._waits and not measured.table.is_complete():
             self._waits -= 1  # for example LayerDrop: the next forward may run the layers that this one skipped
@@ -201,17 +195,23 @@ class Planner:
         if not self.ready and self.refused is None:
             self._refuse("the training batch is unknown, because no forward of the model received tensors")
         elif self.refused is None:
-            self._check_again()
+            self._plans(may_measure=not self._shared)  # processes have measured different batches
         return self.refused is None
 
-    def _check_again(self) -> None:
-        """See that a plan of the largest batch, which may be other than the first in kind, is possible."""
+    def _plans(self, *, may_measure: bool) -> bool:
+        """Whether a table of the largest batch can be traced, or else was measured; if not, bytes cannot be used.
+
+        Every larger batch is checked again, because it may run code that the first one did not.
+        """
         try:
             self._unfrozen()
         except PlanError as error:
-            if self.watched.measured is None or self._shared:  # processes have measured different batches
-                return self._refuse(str(error))
+            if self.watched.measured is None or not may_measure:
+                self._refuse(str(error))
+                return False
             self._measures = True
+            logger.info("%s Bytes are measured in the training's own forwards instead.", error)
+        return True
 
     def retained(self, frozen: Collection[str], recompute: Collection[str]) -> int | None:
         """Return the bytes that a step retains for backward; None if decisions do not depend on bytes.
@@ -341,7 +341,8 @@ class Planner:
 def _sharding(model: nn.Module, config: SafeConfig) -> PlanError | None:
     """Return why the model is sharded in a way that cannot be planned; raise it if there is a memory budget."""
     try:
-        check_sharding(model)
+        if config.needs_plan:
+            check_sharding(model)
     except PlanError as error:
         if config.memory_budget is not None:
             raise

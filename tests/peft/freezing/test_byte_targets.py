@@ -161,11 +161,7 @@ def test_a_forward_that_permits_no_hooks_is_left_alone(caplog: pytest.LogCapture
     freezer = AdapterFreezer(model, optimizer, SafeConfig(**EARLY | {"freeze_by": "bytes"}, target_fraction=0.5))
     disable = torch._C._autograd._saved_tensors_hooks_disable
     with caplog.at_level(logging.WARNING, logger="safe_peft"):
-        for _ in range(16):
-            model(torch.randn(8, 8)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            freezer.step()
+        advance(model, {"x": torch.randn(8, 8)}, optimizer, freezer, 16)
     (said,) = [one.message for one in caplog.records if one.name.startswith("safe_peft")]
     assert len(freezer.frozen) == 1 and 'freeze_by="bytes" cannot be used' in said
     assert torch._C._autograd._saved_tensors_hooks_disable is disable
@@ -177,11 +173,9 @@ def test_a_larger_batch_that_cannot_be_planned_does_not_end_a_training(caplog: p
     optimizer = adamw(model)
     freezer = AdapterFreezer(model, optimizer, SafeConfig(**EARLY | {"freeze_by": "bytes"}, target_fraction=0.5))
     with caplog.at_level(logging.WARNING, logger="safe_peft"):
-        for rows in (8, *[16] * 15):
-            model(torch.randn(rows, 8)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            freezer.step()
+        advance(model, {"x": torch.randn(8, 8)}, optimizer, freezer, 1)
+        assert not freezer.planner._measures, "the first batch can be planned"
+        advance(model, {"x": torch.randn(16, 8)}, optimizer, freezer, 15)
     assert len(freezer.frozen) == 1 and not [one for one in caplog.records if one.name.startswith("safe_peft")]
     assert freezer.metrics()["safe/retained_bytes"] > 0
 

@@ -1,6 +1,7 @@
 """Attention that is written in Python, with a position bias (MPNet): SDPA computes it, and recomputes it in backward.
 
 The probabilities are not retained. The sum of mask and bias has the same size, and is retained once for all layers.
+Only the lowest layer that trains may retain its probabilities instead of query, key and value: stock PEFT's bytes.
 SDPA runs inside `torch.utils.checkpoint`, because it would retain its output too.
 """
 
