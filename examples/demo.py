@@ -36,6 +36,7 @@ METHODS = {
     "safe": [],
     "count": ["--freeze-by", "adapters"],
     "random": ["--score", "random"],
+    "cached": ["--prefix-cache", "1GiB", "--no-prefix-dropout"],
 }
 LINEAR_LAYERS = {
     "minilm": "query,key,value,attention.output.dense,intermediate.dense,output.dense",

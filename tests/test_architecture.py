@@ -58,7 +58,7 @@ FLOORS = (
     {"errors"},
     {"files", "distributed"},
     {"binding"},
-    {"loss", "planning"},
+    {"loss", "planning", "prefix"},
     {"report"},
     {"freezing"},
     {"callback", "lightning"},

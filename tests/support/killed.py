@@ -65,7 +65,8 @@ def trainer(folder: Path, config: SafeConfig = CONFIG, *callbacks: TrainerCallba
         },
     )
     model = bert(lora_dropout=0.1)
-    return Trainer(model=model, args=args, train_dataset=Rows(), callbacks=[*callbacks, SafeCallback(config)])
+    data = {"train_dataset": Rows(), "eval_dataset": Rows()}
+    return Trainer(model=model, args=args, callbacks=[*callbacks, SafeCallback(config)], **data)
 
 
 def callback_of(run: Trainer) -> SafeCallback:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -10,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..distributed.wrappers import walk
@@ -135,6 +136,35 @@ class Watcher:
         if self._end is not None:
             # PyTorch does not pass the exception to an `always_call` hook, but runs the hook while handling it.
             self._end(call, output, id(sys.exc_info()[1]) != call.error)
+
+
+def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a forward by name.
+
+    Args:
+        module: the called module.
+        args: by position.
+        kwargs: by name.
+
+    Example:
+        >>> named_arguments(nn.Identity(), (3,), {})
+        {'input': 3}
+    """
+    names = inspect.signature(module.forward).parameters if args else ()
+    return dict(zip(names, args, strict=False)) | dict(kwargs)
+
+
+def attention_masks(named: Mapping[str, Any]) -> Iterator[Tensor]:
+    """Yield the attention masks [samples, tokens] among a forward's arguments, also those inside a dict of features.
+
+    Args:
+        named: the arguments by name.
+    """
+    for held in [named, *(value for value in named.values() if isinstance(value, Mapping))]:
+        for name, mask in held.items():
+            named_so = isinstance(name, str) and name.endswith("attention_mask")
+            if named_so and isinstance(mask, Tensor) and mask.dim() == 2:
+                yield mask
 
 
 def watched(model: nn.Module) -> list[nn.Module]:

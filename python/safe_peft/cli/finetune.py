@@ -80,6 +80,11 @@ Interval = Annotated[str, _option(FREEZING, "Between two freeze events.")]
 ScoreInterval = Annotated[str, _option(FREEZING, "Between two scoring steps.")]
 Never = Annotated[list[str] | None, _option(FREEZING, "Shell pattern of adapters that never freeze; may be repeated.")]
 Keep = Annotated[bool, _option(FREEZING, "Leave frozen adapters' dropout on.", "--keep-dropout")]
+Prefix = Annotated[
+    str | None, _option(FREEZING, "Memory for outputs of the frozen blocks at the bottom (2GiB), which then run once.")
+]
+PrefixFile = Annotated[str | None, _option(FREEZING, "Further bytes for them in a temporary file.")]
+PrefixDropout = Annotated[bool, _option(FREEZING, "Leave the model's own dropout on in these blocks.")]
 NonFinite = Annotated[str, _option(FREEZING, "If a score is NaN or Inf: warn and continue, or raise and stop.")]
 Method = Annotated[str, _option(FREEZING, "safe, bind (kernels without freezing) or stock (PEFT without changes).")]
 NoFreeze = Annotated[bool, typer.Option("--no-freeze", hidden=True)]  # the old name of --method bind
@@ -126,6 +131,9 @@ def finetune(
     never_freeze: Never = None,
     keep_dropout: Keep = False,
     on_nonfinite: NonFinite = SafeConfig.on_nonfinite,
+    prefix_cache: Prefix = None,
+    prefix_file: PrefixFile = None,
+    prefix_dropout: PrefixDropout = True,
     no_freeze: NoFreeze = False,
 ) -> None:
     """Fine-tune LoRA adapters on your own text, and freeze the adapters that change least.

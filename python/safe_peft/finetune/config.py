@@ -109,4 +109,6 @@ class FinetuneConfig:
             return self.method
         if self.safe.get("score") == "random":
             return "random"
+        if self.safe.get("prefix_cache") or self.safe.get("prefix_file"):
+            return "cached"
         return "count" if self.safe.get("freeze_by") == "adapters" else "safe"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,22 @@ def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
             if value.requires_grad:
                 value.backward()
     return int(counter.get_total_flops())
+
+
+def block_flops(model: nn.Module, batch: Batch, loss: Loss, blocks: Collection[str]) -> dict[str, int]:
+    """Return the FLOPs of one forward of each transformer block.
+
+    Args:
+        model: in any mode; measured in training mode.
+        batch: with labels.
+        loss: the training's loss function.
+        blocks: the paths of the blocks, without PEFT's prefix.
+    """
+    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+    with _unseen(model, batch), torch.no_grad(), counter:
+        loss(model, batch)
+    found = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    return {block: next((n for name, n in found.items() if name.endswith(f".{block}")), 0) for block in blocks}
 
 
 def peak_rss() -> int:

@@ -81,6 +81,7 @@ def train(config: FinetuneConfig, prepared: Prepared, console: Console) -> Freez
         trainer.add_callback(_Lines(config.label, console, safe))
         trainer.train()
         value = _evaluate(trainer, config.task, safe)
+        skipped = _skipped_flops(safe, prepared.model, probe, trainer.loss)
         report = _report(config, prepared.model, trainer.state.max_steps, safe, console)
         if safe is not None:
             safe.freezer.detach()
@@ -98,7 +99,10 @@ def train(config: FinetuneConfig, prepared: Prepared, console: Console) -> Freez
         retained=tuple(costs.retained),
         flops_start=costs.flops[0][1],
         flops_end=costs.flops[-1][1],
-        flops_run=total(costs.flops, trainer.state.global_step) + _scoring_flops(safe, probe["input_ids"].numel()),
+        flops_run=total(costs.flops, trainer.state.global_step)
+        + _scoring_flops(safe, probe["input_ids"].numel())
+        - skipped,
+        prefix_bytes=costs.prefix_bytes,
     )
     return replace(report, retained=run.retained, runs=(run,))
 
@@ -174,7 +178,7 @@ class _Costs(TrainerCallback):
         self._probe, self._loss, self._safe = probe, loss, safe
         # CPU time, because other work on the machine makes the wall time longer. It does not include a GPU's work.
         self._clock = time.process_time if probe["input_ids"].device.type == "cpu" else time.perf_counter
-        self.seconds, self.peak_rss, self._start, self._frozen = 0.0, 0, 0.0, 0
+        self.seconds, self.peak_rss, self.prefix_bytes, self._start, self._frozen = 0.0, 0, 0, 0.0, 0
         self.retained: list[tuple[int, int]] = []
         self.flops: list[tuple[int, int]] = []
 
@@ -192,6 +196,8 @@ class _Costs(TrainerCallback):
             self._measure(model, state.global_step)
 
     def on_train_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        if self._safe is not None and self._safe.freezer.prefix is not None:
+            self.prefix_bytes = self._safe.freezer.prefix.store.bytes
         self.peak_rss = measure.peak_rss()  # before further measurements
         self._measure(model, state.global_step)
 
@@ -215,6 +221,24 @@ def _scoring_flops(safe: SafeCallback | None, rows: int) -> int:
     traits = {adapter.name: adapter.traits() for adapter in safe.freezer.adapters}
     costs = {name: blocks * statistics_flop(per_block, t["shapes"][1][0], t["r"]) for name, t in traits.items()}
     return sum(costs[name] for scoring in safe.freezer.ledger.scorings for name in scoring.importance)
+
+
+def _skipped_flops(safe: SafeCallback | None, model: nn.Module, probe: measure.Batch, loss: Loss) -> int:
+    """Return the FLOPs of the frozen blocks that were skipped, since their outputs were known.
+
+    Args:
+        safe: the callback with the freezer.
+        model: the model.
+        probe: the batch on which FLOPs are measured.
+        loss: the training's loss function.
+    """
+    prefix = None if safe is None else safe.freezer.prefix
+    if prefix is None:
+        return 0
+    tokens = prefix.usage.skipped
+    with _suspended(safe):
+        flops = measure.block_flops(model, probe, loss, tokens)
+    return round(sum(count * flops[block] for block, count in tokens.items()) / probe["input_ids"].numel())
 
 
 def _suspended(safe: SafeCallback | None) -> AbstractContextManager[Any]:

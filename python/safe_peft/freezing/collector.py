@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from safe_kernels import AdapterStatistics, RowBlocks
 
 from ..binding.adapters import Adapter
-from ..binding.forward_hooks import Call, Watcher
+from ..binding.forward_hooks import Call, Watcher, attention_masks, named_arguments
 
 Sums = dict[torch.device, Tensor]
 
@@ -136,7 +135,7 @@ class StatisticsCollector:
         self._begins(call.module)
         if not self._armed:
             return
-        found = list(_masks(call.module, args, kwargs))
+        found = list(attention_masks(named_arguments(call.module, args, kwargs)))
         if not found and call.outer is not None:
             found = call.outer.notes.get("masks", [])
         call.notes.update(masks=found, sums={}, row_blocks={})
@@ -202,15 +201,3 @@ class StatisticsSlot:
     def __call__(self, x: Tensor) -> AdapterStatistics | None:
         """Return the target for the sums of the next call; None if it does not count."""
         return self.collector.statistics(self.index, x)
-
-
-def _masks(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Yield the attention masks [samples, tokens] in a forward's arguments, also those inside a dict of features."""
-    named = dict(kwargs)
-    if args:
-        named |= zip(inspect.signature(module.forward).parameters, args, strict=False)
-    for held in [named, *(value for value in named.values() if isinstance(value, Mapping))]:
-        for name, mask in held.items():
-            named_so = isinstance(name, str) and name.endswith("attention_mask")
-            if named_so and isinstance(mask, Tensor) and mask.dim() == 2:
-                yield mask

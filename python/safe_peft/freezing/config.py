@@ -64,6 +64,11 @@ class SafeConfig:
         seed: seed of the score "random".
         on_nonfinite: reaction to NaN or Inf in a score. "warn": training goes on, and such adapters stay trainable.
             "raise": a `ScoreError` stops the training after that step.
+        prefix_cache: bytes of memory, such as "2GiB", for the outputs of the frozen blocks at the bottom of the model.
+            They run once per sample and are skipped in later epochs. None runs them in every epoch.
+        prefix_file: further bytes in a temporary file, for outputs that do not fit into `prefix_cache`.
+        prefix_dropout: leave the model's own dropout on in these blocks and before them. The cache needs False if the
+            model has any; this changes the training.
         target: the old name of `freeze_by`; it gives a `FutureWarning`.
 
     Raises:
@@ -94,6 +99,9 @@ class SafeConfig:
     never_freeze: tuple[str, ...] = ()
     seed: int = 0
     on_nonfinite: str = "warn"
+    prefix_cache: int | str | None = None
+    prefix_file: int | str | None = None
+    prefix_dropout: bool = True
     target: InitVar[str | None] = None
 
     def __post_init__(self, target: str | None) -> None:
@@ -102,8 +110,11 @@ class SafeConfig:
             object.__setattr__(self, "freeze_by", target)
         if self.memory_budget is not None:
             object.__setattr__(self, "memory_budget", parse_size(self.memory_budget))
-        elif self.target_fraction is None and self.threshold is None:
+        if self.memory_budget is None and self.target_fraction is None and self.threshold is None:
             object.__setattr__(self, "target_fraction", DEFAULT_FRACTION)
+        for name in ("prefix_cache", "prefix_file"):
+            if (size := getattr(self, name)) is not None:
+                object.__setattr__(self, name, parse_size(size, name))
         patterns: Any = self.never_freeze
         if isinstance(patterns, list):
             object.__setattr__(self, "never_freeze", patterns := tuple(patterns))
@@ -119,7 +130,8 @@ class SafeConfig:
         _check_number("stable_change", self.stable_change)
         choices = f"one of {', '.join(ON_NONFINITE)}"
         _check(self.on_nonfinite in ON_NONFINITE, "on_nonfinite", choices, self.on_nonfinite)
-        _check(isinstance(self.keep_dropout, bool), "keep_dropout", "True or False", self.keep_dropout)
+        for name in ("keep_dropout", "prefix_dropout"):
+            _check(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         is_tuple = isinstance(patterns, tuple) and all(isinstance(pattern, str) for pattern in patterns)
         _check(is_tuple, "never_freeze", 'a tuple of shell patterns, such as ("*.layer.11.*",)', patterns)
 

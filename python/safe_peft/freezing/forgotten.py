@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from ..binding.adapters import LayerState
 from ..binding.bind import Binding
 from ..binding.class_swap import STATE
 from ..distributed.wrappers import walk
+from ..prefix.cache import PrefixCache
 from .byte_planner import Planner
 from .decisions import Decisions
 from .enforcement import FreezeEnforcer
@@ -42,8 +44,7 @@ class Standing:
 def restore_if_forgotten(
     freezer: Any,
     standing: Standing,
-    scorer: Scorer,
-    planner: Planner,
+    hooked: Sequence[Scorer | Planner | PrefixCache],
     enforcer: FreezeEnforcer,
     decisions: Decisions,
     binding: Binding,
@@ -55,8 +56,7 @@ def restore_if_forgotten(
     Args:
         freezer: the freezer.
         standing: the freezer's state.
-        scorer: has hooks on the model.
-        planner: has hooks on the model.
+        hooked: the parts that have hooks on the model.
         enforcer: restores the adapters.
         decisions: has the names of the frozen adapters.
         binding: the binding of the model.
@@ -64,7 +64,7 @@ def restore_if_forgotten(
     """
     binding._freezer = weakref.ref(freezer)
     weakref.finalize(freezer, _forgotten, standing, enforcer, decisions, binding, alone).atexit = False
-    for part in (scorer, planner):  # runs before the rest: finalizers run in reverse order
+    for part in hooked:  # runs before the rest: finalizers run in reverse order
         weakref.finalize(freezer, part.close).atexit = False
 
 

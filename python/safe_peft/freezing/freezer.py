@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +21,8 @@ from ..distributed.wrappers import trains_besides, unwrap
 from ..errors import BindingError, SafeError, StateError
 from ..files import jsonio
 from ..files.checkpoints import fingerprints
+from ..prefix.cache import PrefixCache
+from ..prefix.store import Store
 from ..report.records import AdapterRecord, mebibytes
 from ..report.report import FreezeReport
 from .byte_planner import Planner
@@ -95,13 +97,16 @@ class AdapterFreezer:
                 raise
             same = {"config": self.config.to_dict(), "adapters": list(self._traits), "schedule": str(self.schedule)}
             self._processes.require_same({**same, "first_step": first_step})
+            if self.prefix is not None and not self._processes.alone:
+                self.prefix.store.share(self._processes.gather)
             self._arm()
             undo.pop_all()
         if self.config.recompute == "frozen":
             self.binding.recompute.update(self.binding.blocks)
         self.standing = Standing()
-        parts = (self._scorer, self.planner, self._enforcer, self._decisions, self.binding)
-        restore_if_forgotten(self, self.standing, *parts, alone=self._processes.alone)
+        hooked = (self._scorer, self.planner) if self.prefix is None else (self._scorer, self.planner, self.prefix)
+        parts = (self._enforcer, self._decisions, self.binding)
+        restore_if_forgotten(self, self.standing, hooked, *parts, alone=self._processes.alone)
 
     def _make(self, model: nn.Module, total_steps: int | None, undo: ExitStack) -> None:
         """Run all steps that may fail in only one process."""
@@ -122,6 +127,9 @@ class AdapterFreezer:
         self.planner = Planner(self.model, self.config, others_train, self._adapters, shared=not self._processes.alone)
         undo.callback(self.planner.close)
         self._decisions = Decisions(self.config, self.schedule, self.planner, len(names), others_train)
+        self.prefix = prefix_cache(self.model, self.config)
+        if self.prefix is not None:
+            undo.callback(self.prefix.close)
         self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config, self._processes)
         undo.callback(self._scorer.close)
         self._enforcer = FreezeEnforcer(self._adapters, self.binding, self._optimizers, self._processes, self.config)
@@ -226,7 +234,8 @@ class AdapterFreezer:
             >>> with freezer.suspended():  # doctest: +SKIP
             ...     reference = model(**other_batch)
         """
-        with self._scorer.collector.suspended(), self.planner.suspended():
+        uncached = self.prefix.suspended() if self.prefix is not None else nullcontext()
+        with self._scorer.collector.suspended(), self.planner.suspended(), uncached:
             yield
 
     def metrics(self) -> dict[str, float]:
@@ -237,6 +246,8 @@ class AdapterFreezer:
             27.0
         """
         metrics, retained = self.ledger.metrics(self._step, len(self._adapters)), self._retained()
+        if self.prefix is not None:
+            metrics |= self.prefix.metrics()
         return metrics if retained is None else metrics | {"safe/retained_bytes": float(retained)}
 
     def report(
@@ -283,6 +294,8 @@ class AdapterFreezer:
         self._first_forward.end()
         self._scorer.close()
         self.planner.close()
+        if self.prefix is not None:
+            self.prefix.close()
         if not keep_frozen:
             self._enforcer.restore(self.ledger.frozen)
             self._processes.parameters_changed()
@@ -363,3 +376,14 @@ class AdapterFreezer:
 
     def _owner(self) -> RunIdentity:
         return RunIdentity(self.config, self._optimizers.kinds, self._traits, self._processes.process)
+
+
+def prefix_cache(model: nn.Module, config: SafeConfig) -> PrefixCache | None:
+    """Return the cache that the options ask for; None if they ask for none.
+
+    Args:
+        model: a bound model.
+        config: the options.
+    """
+    memory, file = (size if isinstance(size, int) else 0 for size in (config.prefix_cache, config.prefix_file))
+    return PrefixCache(model, Store(memory, file), dropout=config.prefix_dropout) if memory or file else None

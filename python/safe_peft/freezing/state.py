@@ -105,7 +105,7 @@ def check_state(state: Mapping[str, Any], owner: RunIdentity) -> FreezerState:
 
     Args:
         state: the output of `AdapterFreezer.state_dict`.
-        owner: the training that it must match; `on_nonfinite` may differ too, because it does not affect decisions.
+        owner: the training that it must match; options that affect no decision may differ.
 
     Returns:
         The loaded state.
@@ -129,6 +129,7 @@ def check_state(state: Mapping[str, Any], owner: RunIdentity) -> FreezerState:
     config, optimizer, adapters = (jsonio.decode(kinds[name], state.get(name), f"state.{name}") for name in kinds)
     if "target" in config:  # the old name
         config["freeze_by"] = config.pop("target")
+    config = {"prefix_dropout": True} | config  # newer than some saved states
     _check_config(config, owner.config.to_dict())
     if optimizer != owner.optimizer:
         raise StateError(
@@ -143,7 +144,8 @@ def check_state(state: Mapping[str, Any], owner: RunIdentity) -> FreezerState:
 
 
 def _check_config(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    free = {"total_steps", "on_nonfinite"} | ({"freeze_by"} if own["target_fraction"] is None else set())
+    free = {"total_steps", "on_nonfinite", "prefix_cache", "prefix_file"}
+    free |= {"freeze_by"} if own["target_fraction"] is None else set()
     other = _differences(saved, own, besides=free)
     if other:
         raise StateError(f"state was saved with other options: {other}; use the same SafeConfig.")

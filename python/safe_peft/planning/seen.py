@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ..binding.forward_hooks import Call, Watcher
+from ..binding.forward_hooks import Call, Watcher, named_arguments
 from ..distributed.wrappers import walk
 from .inputs import Inputs, largest
 from .measured import Measurement, joined
@@ -74,8 +73,7 @@ class Seen:
         trains = call.task == -1 and torch.is_grad_enabled() and call.module.training
         if inside or self._watcher.is_suspended or not trains:
             return
-        names = list(inspect.signature(call.module.forward).parameters)
-        batch = dict(zip(names, args, strict=False)) | dict(kwargs)
+        batch = named_arguments(call.module, args, kwargs)
         if largest(batch) == 0:
             return
         call.notes["noted"] = call.notes["outermost"] = True

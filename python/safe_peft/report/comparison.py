@@ -15,6 +15,7 @@ TITLES = {
     "safe": "SAFE",
     "bytes": "SAFE by bytes",
     "count": "SAFE by count",
+    "cached": "SAFE, prefix cached",
     "random": "random control",
 }
 
@@ -33,6 +34,7 @@ COSTS = (
     Measure("retained MiB/step, end", lambda run: mebibytes(run.retained[-1][1]), "{:,.1f}"),
     Measure("retained MiB/step, mean of the run", lambda run: mebibytes(run.retained_mean), "{:,.1f}"),
     Measure("peak RSS, MiB", lambda run: mebibytes(run.peak_rss), "{:,.0f}"),
+    Measure("kept outputs of the prefix, MiB", lambda run: mebibytes(run.prefix_bytes), "{:,.1f}"),
     Measure("GFLOPs/step, start", lambda run: run.flops_start / 1e9, "{:,.1f}"),
     Measure("GFLOPs/step, end", lambda run: run.flops_end / 1e9, "{:,.1f}"),
     Measure("TFLOPs of the run, scoring included", lambda run: run.flops_run / 1e12, "{:,.2f}"),

@@ -42,7 +42,8 @@ class RunRecord:
     """The result and the costs of one training run.
 
     Retained bytes and FLOPs of a step are measured on a fixed batch: before the first training step, after each freeze
-    event and after the last training step. `flops_run` is their sum over all steps, scoring included; 0 if unknown.
+    event and after the last training step. `flops_run` is their sum over all steps, scoring included and skipped blocks
+    excluded; 0 if unknown. `prefix_bytes` are the bytes of the outputs that were kept in order to skip blocks.
     Seconds include training, scoring and freezing, but not evaluation and measuring. On a CPU they are the processor
     time of all threads, on a GPU the wall-clock time.
     """
@@ -61,6 +62,7 @@ class RunRecord:
     flops_start: int
     flops_end: int
     flops_run: int = 0
+    prefix_bytes: int = 0
 
     @property
     def retained_mean(self) -> float:

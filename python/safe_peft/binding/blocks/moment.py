@@ -54,6 +54,13 @@ class Moment:
         """Whether a buffer was replaced or written in place since then."""
         return self._buffer_versions() != self._buffers
 
+    def holds(self) -> bool:
+        """Whether modules, parameters and buffers are as they were then."""
+        if self.buffers_changed() or not all(map(_is_as, self._modules, self._then)):
+            return False
+        now = {id(p): _values(p) for module in self._modules for p in module._parameters.values() if p is not None}
+        return now == self._parameters
+
     def check_parameters(self, name: str) -> None:
         """Check that no parameter was written in place since then, or removed, as parametrizing and pruning do.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -90,6 +91,7 @@ class Block:
 
     Attributes:
         not_again: why the last call could not be recomputed exactly and retains its tensors; "" if it could.
+        prefix: calls the blocks of the stack only for samples whose output is not known; None means always.
     """
 
     mixin = SafeBlock
@@ -98,12 +100,17 @@ class Block:
     stack: list[nn.Module] = field(repr=False)
     recompute: set[str] = field(repr=False)
     not_again: str = ""
+    prefix: Any = field(default=None, repr=False)
     _checkpointing: Checkpointing = field(default_factory=Checkpointing, repr=False)
 
     def run(self, block: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call the block with a graph, without one, or with a graph whose tensors are recomputed in backward."""
         if block is self.stack[0]:
-            args, kwargs = _replace_hidden(args, kwargs, self._enter)
+            args, kwargs = replace_hidden(args, kwargs, self._enter)
+        run = partial(self._run, block, call)
+        return run(args, kwargs) if self.prefix is None else self.prefix.run(self, block, run, args, kwargs)
+
+    def _run(self, block: nn.Module, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         given = list(leaves((args, kwargs)))
         passes = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in given)
         may_pass = passes or any(map(may_carry, given))  # shared keys and values of a trained block, in a cache
@@ -132,10 +139,16 @@ class Block:
         return waits_for_gradient(self.entry.after) or may_ask_for_gradient(self.entry.after)
 
 
-def _replace_hidden(
+def replace_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Change the block's hidden states, which are its first argument under any name."""
+    """Change the block's hidden states, which are its first argument under any name.
+
+    Args:
+        args: of the block's call.
+        kwargs: of the block's call.
+        change: returns the new hidden states.
+    """
     if args:
         first = change(args[0]) if _is_float(args[0]) else args[0]
         return (first, *args[1:]), kwargs
