@@ -94,6 +94,7 @@ class SafeConfig:
     never_freeze: tuple[str, ...] = ()
     seed: int = 0
     on_nonfinite: str = "warn"
+    policy: str = "greedy"
     target: InitVar[str | None] = None
 
     def __post_init__(self, target: str | None) -> None:
