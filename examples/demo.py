@@ -35,7 +35,7 @@ METHODS = {
     "bind": ["--method", "bind"],
     "safe": [],
     "count": ["--freeze-by", "adapters"],
-    "random": ["--score", "random"],
+    "random": ["--policy", "random_sets"],
 }
 LINEAR_LAYERS = {
     "minilm": "query,key,value,attention.output.dense,intermediate.dense,output.dense",

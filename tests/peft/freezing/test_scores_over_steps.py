@@ -356,5 +356,5 @@ def test_memory_of_anything_but_numbers_is_refused(registered: Callable[..., Non
         return 0.0
 
     registered(own)
-    with pytest.raises(ScoreError, match=r"must be a number, and so must the values of its memory \['A'\]; fix"):
+    with pytest.raises(ScoreError, match=r"must be a number, .*, and so must the values of its memory \['A'\]; fix"):
         run(steps=2, score="own")
