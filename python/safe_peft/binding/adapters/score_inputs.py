@@ -73,6 +73,7 @@ class ScoreInputs:
     Attributes:
         grad_scale: the factor by which a GradScaler has multiplied the gradients.
         memory: the score may write numbers here, and reads them in the next scoring step. They are in the saved state.
+        past: the source of `history`.
 
     Example:
         >>> import torch
