@@ -178,7 +178,7 @@ def progress(evidence: ScoreInputs) -> float:
     The sum of max(0, m^2 - k v) / (sqrt(v) + 1e-8), m and v Adam's `exp_avg` and `exp_avg_sq`. A step of Adam is
     proportional to m / sqrt(v), and it removes loss in proportion to its product with m. If gradients are only noise,
     the mean of m^2 is k v, k = (1 - .9) / (1 + .9) = .053 with Adam's first beta. The moments are used as they are
-    stored, without the correction for their bias, which is the same for all adapters.
+    stored, not corrected for their start at zero: early in training v is too small, and less noise is taken off.
 
     nan if the optimizer has no such state: SGD, Adafactor, Lion, and 8-bit, 4-bit and fp8 variants of Adam, which
     store codes instead of numbers.

@@ -145,7 +145,7 @@ class _Search:
         for block in self.table.blocks:
             below = self._open(self.table.adapters[: block.holds.bit_length()])
             found = [name for name in below if self.at_start[self.places[name]]]
-            if len(found) < self.at_start[:-1].sum() or not self.keep_one:
+            if found and (len(found) < self.at_start[:-1].sum() or not self.keep_one):
                 yield found
 
     def run(self, limit: int, below: Sequence[str] = (), most: float = math.inf) -> list[str]:
