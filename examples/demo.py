@@ -35,7 +35,7 @@ METHODS = {
     "bind": ["--method", "bind"],
     "safe": [],
     "count": ["--freeze-by", "adapters"],
-    "random": ["--score", "random"],
+    "random": ["--policy", "random_sets"],
     "cached": ["--prefix-cache", "1GiB", "--no-prefix-dropout"],
 }
 LINEAR_LAYERS = {

@@ -39,7 +39,7 @@ def test_trainings_differ_in_the_method_alone() -> None:
     assert safe[-4:] == ["--model", "m", "--seed", "5"]
     assert stock == [*safe, "--method", "stock"]
     assert count == [*safe, "--freeze-by", "adapters"]
-    assert control == [*safe, "--score", "random"]
+    assert control == [*safe, "--policy", "random_sets"]
 
 
 @pytest.mark.slow

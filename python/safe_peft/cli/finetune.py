@@ -60,7 +60,9 @@ MaxLength = Annotated[int, _option(TRAINING, "Texts are truncated to this many t
 Seed = Annotated[int, _option(TRAINING, "Seed for initial values, the order of batches and dropout.")]
 Device = Annotated[str, _option(TRAINING, "auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several GPUs.")]
 
-Score = Annotated[str, _option(FREEZING, "cka, relative_norm, gradient_sensitivity or random.")]
+SCORES = "cka, drift, gradient_sensitivity, progress, random, realised, relative_norm, sensitivity or velocity."
+Score = Annotated[str, _option(FREEZING, SCORES)]
+Policy = Annotated[str, _option(FREEZING, "greedy, or a control at equal bytes: random_sets, prefix or autofreeze.")]
 Fraction = Annotated[
     float | None, _option(FREEZING, "Share to freeze; 0.75 unless --threshold or --memory-budget is given.")
 ]
@@ -117,6 +119,7 @@ def finetune(
     device: Device = FinetuneConfig.device,
     method: Method = FinetuneConfig.method,
     score: Score = SafeConfig.score,
+    policy: Policy = SafeConfig.policy,
     target_fraction: Fraction = None,
     threshold: Threshold = None,
     freeze_by: FreezeBy = SafeConfig.freeze_by,

@@ -104,10 +104,10 @@ class FinetuneConfig:
 
     @property
     def label(self) -> str:
-        """The method's name in reports; the random score is a control, not the method."""
+        """The method's name in reports; freezing at random is a control, not the method."""
         if self.method != "safe":
             return self.method
-        if self.safe.get("score") == "random":
+        if self.safe.get("score") == "random" or self.safe.get("policy") == "random_sets":
             return "random"
         if self.safe.get("prefix_cache") or self.safe.get("prefix_file"):
             return "cached"

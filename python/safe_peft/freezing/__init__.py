@@ -10,11 +10,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .curves import register_curve
+    from .policies import PolicyInputs, register_policy
     from .scores import register_score
 
-__all__ = ["register_curve", "register_score"]
+__all__ = ["PolicyInputs", "register_curve", "register_policy", "register_score"]
 
-_LAZY = {"register_curve": "curves", "register_score": "scores"}
+_LAZY = {
+    "PolicyInputs": "policies",
+    "register_curve": "curves",
+    "register_policy": "policies",
+    "register_score": "scores",
+}
 
 
 def __getattr__(name: str) -> Any:

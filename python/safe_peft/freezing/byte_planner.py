@@ -24,6 +24,7 @@ from ..planning.seen import Seen, order
 from ..planning.sharded import check_sharding
 from ..planning.tracing import Trace, trace
 from .config import SafeConfig
+from .policies import PolicyInputs, choose_by
 from .schedule import rank
 from .state import Planned
 
@@ -186,6 +187,8 @@ class Planner:
 
     def _refuse(self, why: str) -> None:
         self.refused = why
+        if self.config.policy != "greedy":
+            raise PlanError(f'policy: {self.config.policy!r} cannot be used: {why.rstrip(".")}; choose "greedy".')
         if self.config.memory_budget is None:
             what = 'freeze_by="bytes" cannot be used: %s. Adapters freeze by number instead.'
             logger.warning(what, why.rstrip("."))
@@ -225,8 +228,10 @@ class Planner:
 
     # ---------------------------------------------------------------- decisions
 
-    def by_bytes(self, importance: Mapping[str, float], frozen: Collection[str], share: float) -> list[str]:
-        """Choose the adapters to freeze now for a target of bytes: those with the least importance per byte.
+    def by_bytes(
+        self, importance: Mapping[str, float], frozen: Sequence[str], share: float, earlier: Mapping[str, float]
+    ) -> list[str]:
+        """Choose the adapters to freeze now for a target of bytes, by the policy from the options.
 
         Freezing the least important first often frees nothing for a long time: one live adapter in the lowest layer
         keeps the whole graph.
@@ -235,14 +240,25 @@ class Planner:
             importance: of the adapters that may freeze.
             frozen: the names of the frozen adapters.
             share: the result of `curves.curve_value`.
+            earlier: importance in the scoring step before the latest one.
         """
         table, blocks = self._unfrozen(), self._blocks()
         # Freezing everything is not always the minimum: a norm whose readers are all frozen retains its own input.
         least = self._fit(table, importance, 0, frozen).bytes
         saves = table.bytes() - min(least, table.bytes([*frozen, *importance], blocks))
         limit = table.bytes() - int((self.config.target_fraction or 0.0) * share * saves)
-        keep_one, again = not self.others_train, "frozen" if blocks else "off"
-        return list(fit(table, importance, limit, frozen=frozen, recompute=again, keep_one=keep_one).freeze)
+        inputs = PolicyInputs(
+            importance=importance,
+            table=table,
+            limit=limit,
+            share=share,
+            frozen=frozen,
+            earlier=earlier,
+            seed=self.config.seed,
+            recompute=blocks,
+            keep_one=not self.others_train,
+        )
+        return choose_by(self.config.policy, inputs)
 
     def fit(self, importance: Mapping[str, float], frozen: Collection[str], share: float) -> Choice:
         """Choose adapters and blocks so that the next steps stay within the falling limit; a trace checks the choice.

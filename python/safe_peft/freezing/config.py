@@ -39,7 +39,7 @@ class SafeConfig:
     defaults are shares, so they fit short and long runs.
 
     Args:
-        score: the measure of importance: "cka" (the method's own), "relative_norm", "gradient_sensitivity" or "random".
+        score: the measure of importance: "cka" (the method's own), or another registered score, see docs/method.md.
         target_fraction: share to freeze by `freeze_end`; 0.75 unless `threshold` or `memory_budget` is given.
         freeze_by: the unit of `target_fraction`. "bytes": a share of the bytes that freezing all adapters would save
             per step; sets of adapters with the least importance per byte freeze first. "adapters": a share of their
@@ -61,9 +61,11 @@ class SafeConfig:
         keep_dropout: leave a frozen adapter's dropout on.
         curve: how the threshold rises from the end of warm-up to `freeze_end`: "cubic", or a registered curve.
         never_freeze: shell patterns; adapters with a matching name stay trainable.
-        seed: seed of the score "random".
+        seed: seed of the score "random" and of the policy "random_sets".
         on_nonfinite: reaction to NaN or Inf in a score. "warn": training goes on, and such adapters stay trainable.
             "raise": a `ScoreError` stops the training after that step.
+        policy: which adapters freeze for a share of bytes: "greedy" (the method's own), or one of the controls
+            "random_sets", "prefix" and "autofreeze". Every other target needs "greedy".
         prefix_cache: bytes of memory, such as "2GiB", for the outputs of the frozen blocks at the bottom of the model.
             They run once per sample and are skipped in later epochs. None runs them in every epoch.
         prefix_file: further bytes in a temporary file, for outputs that do not fit into `prefix_cache`.
@@ -99,6 +101,7 @@ class SafeConfig:
     never_freeze: tuple[str, ...] = ()
     seed: int = 0
     on_nonfinite: str = "warn"
+    policy: str = "greedy"
     prefix_cache: int | str | None = None
     prefix_file: int | str | None = None
     prefix_dropout: bool = True
@@ -136,10 +139,12 @@ class SafeConfig:
         _check(is_tuple, "never_freeze", 'a tuple of shell patterns, such as ("*.layer.11.*",)', patterns)
 
     def _check_names(self) -> None:
-        from .scores import score_names  # this imports torch, and reading a report needs no torch
+        from .policies import policy_names  # these import numpy and torch, and reading a report needs neither
+        from .scores import score_names
 
         _check(self.curve in curve_names(), "curve", f"one of {', '.join(curve_names())}", self.curve)
         _check(self.score in score_names(), "score", f"one of {', '.join(score_names())}", self.score)
+        _check(self.policy in policy_names(), "policy", f"one of {', '.join(policy_names())}", self.policy)
 
     def _check_target(self) -> None:
         if self.target_fraction is not None and self.threshold is not None:
@@ -153,6 +158,11 @@ class SafeConfig:
             _check_number("threshold", self.threshold)
         _check(self.freeze_by in FREEZE_BY, "freeze_by", f"one of {', '.join(FREEZE_BY)}", self.freeze_by)
         _check(self.recompute in RECOMPUTE, "recompute", f"one of {', '.join(RECOMPUTE)}", self.recompute)
+        if self.policy != "greedy" and (not self.by_bytes or self.memory_budget is not None):
+            raise ConfigError(
+                f'policy: {self.policy!r} needs freeze_by="bytes" and a target_fraction, without threshold and '
+                'memory_budget; change the target, or choose "greedy".'
+            )
         if self.recompute == "auto" and self.memory_budget is None:
             raise ConfigError('recompute: "auto" needs a memory_budget; pass one, or choose "frozen".')
 

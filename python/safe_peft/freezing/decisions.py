@@ -85,7 +85,8 @@ class Decisions:
         live = {name: importance[name] for name in importance if name not in frozen}
         if self._config.by_bytes and self._planner.acts():
             may = {name: live[name] for name in rank(self._config, live)}
-            names = self._planner.by_bytes(may, frozen, share)
+            earlier = self.ledger.scorings[-2].importance if len(self.ledger.scorings) > 1 else {}
+            names = self._planner.by_bytes(may, frozen, share, earlier)
             threshold = max((live[name] for name in names), default=None)
         else:
             names, threshold = choose(self._config, live, adapters=self._adapters, frozen=len(frozen), share=share)

@@ -179,7 +179,8 @@ class AdapterFreezer:
             self._nonfinite.note_postponed(self._step)
         elif self._scorer.armed:
             importance = self._measure()
-            error = self._nonfinite.note(self._step, importance, self._scorer.broken)
+            known = {name: value for name, value in importance.items() if name not in self._scorer.starting}
+            error = self._nonfinite.note(self._step, known, self._scorer.broken)
             self._decisions.record(self._step, importance)
         self._decisions.end_warmup(self._step)
         names = self._freeze_due()
@@ -224,7 +225,7 @@ class AdapterFreezer:
         frozen = set(self.ledger.frozen)
         live = [index for index, adapter in enumerate(self._adapters) if adapter.name not in frozen]
         if due or self._scorer.armed or is_scoring_step(self.schedule, self._step + 1):
-            self._scorer.arm(live, shift=len(self.ledger.scorings))
+            self._scorer.arm(live, self._step + 1, self.ledger.scorings)
 
     @contextmanager
     def suspended(self) -> Iterator[None]:
@@ -309,8 +310,8 @@ class AdapterFreezer:
             >>> json.dumps(freezer.state_dict())  # doctest: +SKIP
         """
         evidence = replace(self._scorer.evidence(), process=self._processes.process)
-        planned, total = self.planner.state(), self.schedule.total_steps
-        return state_of(self._owner(), FreezerState(self._step, total, self.ledger, evidence, planned))
+        planned, total, memory = self.planner.state(), self.schedule.total_steps, self._scorer.memory
+        return state_of(self._owner(), FreezerState(self._step, total, self.ledger, evidence, planned, memory))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a saved state and freeze its adapters again. Load the weights before it, the optimizer's state after it.
@@ -330,6 +331,7 @@ class AdapterFreezer:
         self.planner.load(saved.planned)
         self._enforcer.recompute(saved.planned.recompute)
         self._scorer.disarm()
+        self._scorer.memory = saved.memory
         self._arm(due=saved.evidence.due)
         self._scorer.load_evidence(saved.evidence)
         if self._processes.waits:  # a compiled forward would not call DDP's wrapper hooks

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from safe_kernels import AdapterStatistics
 
-from ..binding.adapters import Adapter
+from ..binding.adapters import Adapter, ScoreInputs
 from ..distributed import DistributedContext
 from ..errors import ConfigError, ScoreError
+from ..report.records import Scoring
 from .collector import StatisticsCollector
 from .compile_support import EagerForwards
 from .config import SafeConfig
@@ -28,16 +29,18 @@ class Scorer:
 
     Args:
         model: the model whose forwards are observed.
-        optimizers: the optimizers of the model. A score of gradients reads them before the optimizer's step.
+        optimizers: the optimizers of the model. A score of gradients or updates is computed around their step.
         adapters: all adapters that may be scored.
         config: the options.
         processes: the processes that train together.
 
     Attributes:
         broken: by adapter name, the parts of its evidence with NaN or Inf in the latest scoring step.
+        starting: names of adapters whose score is not known yet, because it compares scoring steps.
+        memory: the score's own numbers by adapter name, kept between scoring steps.
 
     Raises:
-        ConfigError: The score reads gradients, and there are several optimizers.
+        ConfigError: The score reads gradients or updates, and there are several optimizers.
     """
 
     def __init__(
@@ -48,48 +51,58 @@ class Scorer:
         config: SafeConfig,
         processes: DistributedContext,
     ) -> None:
-        self._adapters, self._processes = adapters, processes
+        self._adapters, self._processes, self._optimizers = adapters, processes, optimizers
         self._seed = config.seed
         self._score = find_score(config.score)
         self._live: list[int] = []
+        self._step, self._scorings = 0, list[Scoring]()
         self._gathered: dict[str, float] = {}
+        self._before: dict[Tensor, tuple[Tensor, Tensor | None]] = {}
+        self._grad_scale = 1.0
         self.broken: dict[str, tuple[str, ...]] = {}
-        if self._score.needs_gradients and len(optimizers) > 1:
+        self.starting: set[str] = set()
+        self.memory: dict[str, dict[str, float]] = {}
+        if self._score.by_optimizer and len(optimizers) > 1:
+            reads = "gradients" if self._score.needs_gradients else "the optimizer's updates"
             raise ConfigError(
-                f"score: {config.score!r} reads gradients and needs exactly one optimizer, got {len(optimizers)}; "
-                'choose "cka", "relative_norm" or "random".'
+                f"score: {config.score!r} reads {reads} and needs exactly one optimizer, got {len(optimizers)}; "
+                'choose "cka", "velocity", "relative_norm", "progress" or "random".'
             )
         self.collector = StatisticsCollector(
             model, adapters, config.score_blocks, config.block_rows, begins=processes.forward_begins
         )
         self._forwards = EagerForwards() if self._score.needs_statistics or config.needs_plan else None
-        hooked = self._score.needs_gradients
-        self._hook = optimizers[0].register_step_pre_hook(self._before_optimizer_step) if hooked else None
+        self._hooks: list[Any] = []
+        if self._score.by_optimizer:
+            self._hooks.append(optimizers[0].register_step_pre_hook(self._before_optimizer_step))
+        if self._score.needs_update:
+            self._hooks.append(optimizers[0].register_step_post_hook(self._after_optimizer_step))
 
     @property
     def armed(self) -> bool:
         """Whether the current or next step is a scoring step."""
         return bool(self._live)
 
-    def arm(self, live: Sequence[int], shift: int) -> None:
+    def arm(self, live: Sequence[int], step: int, scorings: Sequence[Scoring]) -> None:
         """Gather evidence in the next step.
 
         Args:
             live: indices of the adapters to score.
-            shift: moves the row blocks, so that successive scoring steps read other rows.
+            step: the number of that step.
+            scorings: the scoring steps so far. Their number moves the row blocks, so that each step reads other rows.
         """
-        self._live = list(live)
-        self._gathered = {}
-        self.broken = {}
+        self._live, self._step, self._scorings = list(live), step, list(scorings)
+        self._gathered, self._before = {}, {}
+        self.broken, self.starting = {}, set()
         if self._score.needs_statistics:
-            self.collector.arm(live, shift)
+            self.collector.arm(live, shift=len(scorings))
         if self._forwards is not None:
             self._forwards.begin()
 
     def disarm(self) -> None:
         """Drop the gathered evidence."""
         self._live = []
-        self._gathered = {}
+        self._gathered, self._before = {}, {}
         self.collector.disarm()
         if self._forwards is not None:
             self._forwards.end()
@@ -97,7 +110,7 @@ class Scorer:
     @property
     def ready(self) -> bool:
         """Whether there is evidence. A score of gradients has none if GradScaler skipped the optimizer's step."""
-        return bool(self._gathered) or not self._score.needs_gradients
+        return bool(self._gathered) or not self._score.by_optimizer
 
     def measure(self, *, same: str, batch: str) -> tuple[dict[str, float], bool]:
         """Compute the score from the evidence of all processes, with one all_reduce.
@@ -122,7 +135,7 @@ class Scorer:
         if self._score.needs_statistics:
             sums, _, differs = self._processes.sum(self.collector.finish(), same=same, batch=batch)
             return self._judge_all(sums.cpu()), differs
-        own = self._gathered if self._score.needs_gradients else self._judge_all(None)
+        own = self._gathered if self._score.by_optimizer else self._judge_all(None)
         names = [self._adapters[index].name for index in self._live]
         values = torch.tensor([own.get(name, math.nan) for name in names], dtype=torch.float64)
         values, count, differs = self._processes.sum(values.to(self.collector.device), same=same, batch=batch)
@@ -132,8 +145,8 @@ class Scorer:
         """Remove all hooks from the model and the optimizer."""
         self.disarm()
         self.collector.close()
-        if self._hook is not None:
-            self._hook.remove()
+        for hook in self._hooks:
+            hook.remove()
 
     def evidence(self) -> PendingScoring:
         """Return the evidence gathered so far in this step."""
@@ -151,6 +164,7 @@ class Scorer:
         """Gradients exist only now. If a closure computes them, they exist after its call."""
         if not self.armed:
             return None
+        self._before = {}  # an earlier call of this step may have failed
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
             self._gather(optimizer)
@@ -158,7 +172,7 @@ class Scorer:
 
         def observed() -> Any:
             loss = closure()
-            if not self._gathered:
+            if not self._gathered and not self._before:
                 self._gather(optimizer)
             return loss
 
@@ -167,26 +181,58 @@ class Scorer:
     def _gather(self, optimizer: Any) -> None:
         """Score by gradients. A fused optimizer itself divides them by GradScaler's scale, and skips steps."""
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
-        if found_inf is None or not float(found_inf):
-            self._gathered = self._judge_all(None, 1.0 if scale is None else float(scale))
+        if found_inf is not None and float(found_inf):
+            return
+        self._grad_scale = 1.0 if scale is None else float(scale)
+        if self._score.needs_update:
+            parameters = [p for index in self._live for p in self._adapters[index].parameters()]
+            self._before = {p: (_copy(p), None if p.grad is None else _copy(p.grad)) for p in parameters}
+        else:
+            self._gathered = self._judge_all(None)
+
+    def _after_optimizer_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Score by what the step has changed, and drop the copies."""
+        if self._before:
+            self._gathered = self._judge_all(None)
+            self._before = {}
 
     @torch.no_grad()
-    def _judge_all(self, sums: Tensor | None, grad_scale: float = 1.0) -> dict[str, float]:
+    def _judge_all(self, sums: Tensor | None) -> dict[str, float]:
         rows = [None] * len(self._live) if sums is None else sums[self._live].unbind()
         named = zip(self._live, rows, strict=True)
-        return {self._adapters[index].name: self._judge(index, row, grad_scale) for index, row in named}
+        return {self._adapters[index].name: self._judge(index, row) for index, row in named}
 
-    def _judge(self, index: int, sums: Tensor | None, grad_scale: float) -> float:
-        evidence = self._adapters[index].evidence(None if sums is None else AdapterStatistics(sums))
-        evidence.generator, evidence.grad_scale = random.Random(f"{self._seed}/{index}"), grad_scale
+    def _judge(self, index: int, sums: Tensor | None) -> float:
+        name = self._adapters[index].name
+        evidence, is_first = self._evidence(index, sums), name not in self.memory
         made = self._score.function(evidence)
         try:
             value = float(made)
+            memory = {key: float(number) for key, number in evidence.memory.items()}
         except (TypeError, ValueError, OverflowError):
-            name = self._adapters[index].name
-            raise ScoreError(f"the score of {name!r} must be a number, got {made!r}; fix the score function.") from None
+            also = f", and so must the values of its memory {list(evidence.memory)}" if evidence.memory else ""
+            what = f"the score of {name!r} must be a number, got {made!r}{also}; fix the score function."
+            raise ScoreError(what) from None
+        if memory:
+            self.memory[name] = memory
         if math.isfinite(value):
             return value
-        if parts := broken_parts(evidence):
-            self.broken[self._adapters[index].name] = parts
+        if is_first and memory:  # nothing to compare with yet, and nothing wrong
+            self.starting.add(name)
+        elif parts := broken_parts(evidence):
+            self.broken[name] = parts
         return math.nan
+
+    def _evidence(self, index: int, sums: Tensor | None) -> ScoreInputs:
+        adapter = self._adapters[index]
+        evidence = adapter.evidence(None if sums is None else AdapterStatistics(sums))
+        evidence.generator, evidence.grad_scale = random.Random(f"{self._seed}/{index}"), self._grad_scale
+        evidence.optimizer.optimizers, evidence.optimizer.before = self._optimizers, self._before
+        evidence.step, evidence.memory = self._step, dict(self.memory.get(adapter.name, {}))
+        name, scorings = adapter.name, self._scorings
+        evidence.past = lambda: [(one.step, one.importance[name]) for one in scorings if name in one.importance]
+        return evidence
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()

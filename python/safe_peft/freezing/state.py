@@ -75,13 +75,23 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class FreezerState:
-    """A loaded state."""
+    """A loaded state.
+
+    Args:
+        step: optimizer steps done.
+        total_steps: optimizer steps of the whole training, if known.
+        ledger: the record of scoring steps and freeze events.
+        evidence: of an unfinished scoring step.
+        planned: what decisions by bytes need.
+        memory: the score's own numbers, by adapter; a state from an earlier safe_peft has none.
+    """
 
     step: int
     total_steps: int | None
     ledger: Ledger
     evidence: PendingScoring
     planned: Planned
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
 def state_of(owner: RunIdentity, saved: FreezerState) -> dict[str, Any]:
@@ -129,7 +139,7 @@ def check_state(state: Mapping[str, Any], owner: RunIdentity) -> FreezerState:
     config, optimizer, adapters = (jsonio.decode(kinds[name], state.get(name), f"state.{name}") for name in kinds)
     if "target" in config:  # the old name
         config["freeze_by"] = config.pop("target")
-    config = {"prefix_dropout": True} | config  # newer than some saved states
+    config = {"prefix_dropout": True, "policy": "greedy"} | config  # newer than some saved states
     _check_config(config, owner.config.to_dict())
     if optimizer != owner.optimizer:
         raise StateError(

@@ -43,7 +43,8 @@ def fit(
     The search is greedy. It freezes sets of adapters that free memory: adapters that read the same tensors, a block, or
     all blocks up to a certain block, because the graph below the lowest live adapter is not built. With "auto", blocks
     are recomputed before more adapters freeze, because that costs only time. Only as many blocks are recomputed as the
-    limit requires.
+    limit requires. Without recomputation the search runs again from every cut, with all blocks below the cut frozen. Of
+    the choices within the limit, the one wins whose frozen adapters have the least importance in sum.
 
     Args:
         table: what a step retains, with nothing or a part frozen.
@@ -64,9 +65,19 @@ def fit(
     """
     every = [] if recompute == "off" else [block.name for block in table.blocks]
     spans = [every, []] if recompute == "auto" else [every]
-    searches = [_Search(table, importance, set(frozen), blocks, keep_one).run(limit) for blocks in spans]
-    found = [_choice(table, freeze, frozen, every, recompute, limit) for freeze in searches]
-    return min(found, key=lambda choice: (not choice.fits, _cost(importance, choice), len(choice.recompute)))
+    searches = [_Search(table, importance, set(frozen), blocks, keep_one) for blocks in spans]
+
+    def best_of(*found: Sequence[str] | Choice) -> Choice:
+        choices = [c if isinstance(c, Choice) else _choice(table, c, frozen, every, recompute, limit) for c in found]
+        return min(choices, key=lambda choice: (not choice.fits, _cost(importance, choice), len(choice.recompute)))
+
+    best = best_of(*(search.run(limit) for search in searches))
+    if not best.fits:
+        return best  # no cut can free more: all that may freeze and frees memory is frozen
+    for search in [one for one in searches if not one.blocks]:  # with recomputation nearly no cut pays for its search
+        for below in search.cuts():
+            best = best_of(best, search.run(limit, below, most=_cost(importance, best)))
+    return best
 
 
 def _choice(
@@ -101,6 +112,16 @@ def _as_few(table: RetainedTable, frozen: Collection[str], blocks: Sequence[str]
     return [name for name in blocks if name in kept]
 
 
+def _least_cost(options: Sequence[tuple[float, int, list[str]]], excess: int) -> float:
+    """Return an estimate of the lowest cost of freeing `excess` bytes, as if options could be taken in part."""
+    spent = 0.0
+    for cost, gain, _ in sorted(options, key=lambda option: option[0] / option[1]):
+        if gain >= excess:
+            return spent + cost * excess / gain
+        spent, excess = spent + cost, excess - gain
+    return math.inf
+
+
 class _Search:
     """The greedy choice of adapters to freeze."""
 
@@ -115,36 +136,58 @@ class _Search:
         self.table, self.blocks, self.keep_one = table, blocks, keep_one
         self.costs = {name: max(0.0, value) for name, value in importance.items() if math.isfinite(value)}
         self.places = {name: index for index, name in enumerate(table.adapters)}
-        self.live = table.live(frozen)
-        self.sets = list(dict.fromkeys(self._sets()))
+        self.live = self.at_start = table.live(frozen)
+        groups, prefixes = [self._open(group) for group in self._groups()], list(self._prefixes())
+        self.above, self.sets = list(dict.fromkeys(groups)), list(dict.fromkeys([*groups, *prefixes]))
 
-    def run(self, limit: int) -> list[str]:
-        """Return the names to freeze, in the order of the choice."""
-        taken: list[str] = []
-        spent, best = 0.0, (math.inf, list[str]())
+    def cuts(self) -> Iterator[list[str]]:
+        """Yield, for each cut above a block, the adapters below it that may freeze; the lowest cut first."""
+        for block in self.table.blocks:
+            below = self._open(self.table.adapters[: block.holds.bit_length()])
+            found = [name for name in below if self.at_start[self.places[name]]]
+            if found and (len(found) < self.at_start[:-1].sum() or not self.keep_one):
+                yield found
+
+    def run(self, limit: int, below: Sequence[str] = (), most: float = math.inf) -> list[str]:
+        """Choose until a step fits into the limit, or the choice costs as much as one that is known.
+
+        Args:
+            limit: bytes.
+            below: adapters that the choice begins with.
+            most: the cost of the known choice.
+
+        Returns:
+            The names to freeze, in the order of the choice.
+        """
+        self.live, taken = self.at_start.copy(), list(below)
+        self.live[[self.places[name] for name in below]] = False
+        spent, best = sum(self.costs[name] for name in below), (math.inf, list[str]())
         excess = self._bytes(self.live) - limit
-        while excess > 0:
-            options = self._options()
+        sets = self.above if below else self.sets
+        while excess > 0 and spent < most:
+            options = self._options(sets)
             if not options:
                 break
             enough = [(cost, names) for cost, gain, names in options if gain >= excess]
             if enough and spent + min(enough)[0] < best[0]:
                 cost, names = min(enough)
                 best = (spent + cost, [*taken, *names])
+            if most < math.inf and spent + _least_cost(options, excess) >= most:
+                break  # it will hardly become cheaper than the known choice
             cost, gain, names = min(options, key=lambda option: (option[0] / option[1], option[0], option[2]))
             taken += names
             spent += cost
             excess -= gain
             self.live[[self.places[name] for name in names]] = False
-        return best[1] if excess <= 0 and best[0] <= spent else taken
+        return best[1] if best[1] and (excess > 0 or best[0] <= spent) else taken
 
     def _bytes(self, live: Any) -> int:
         return int(self.table.bytes_of(live[None], self.blocks)[0])
 
-    def _options(self) -> list[tuple[float, int, list[str]]]:
+    def _options(self, sets: Sequence[Sequence[str]]) -> list[tuple[float, int, list[str]]]:
         """Return cost, gain and names of every set that still frees memory."""
         lives, names = [], []
-        for members in self.sets:
+        for members in sets:
             open_members = [name for name in members if self.live[self.places[name]]]
             live = self.live.copy()
             live[[self.places[name] for name in open_members]] = False
@@ -157,12 +200,15 @@ class _Search:
         costs = [sum(self.costs[name] for name in members) for members in names]
         return [(cost, int(gain), n) for cost, gain, n in zip(costs, gains, names, strict=True) if gain > 0]
 
-    def _sets(self) -> Iterator[tuple[str, ...]]:
-        """Yield groups, blocks, and all adapters up to a certain one, each without adapters that may not freeze."""
-        names = self.table.adapters
-        yield from (self._open(group) for group in self.table.groups())
+    def _groups(self) -> Iterator[Sequence[str]]:
+        """Yield groups and blocks."""
+        yield from self.table.groups()
         for block in self.table.blocks:
-            yield self._open([name for index, name in enumerate(names) if block.holds >> index & 1])
+            yield [name for index, name in enumerate(self.table.adapters) if block.holds >> index & 1]
+
+    def _prefixes(self) -> Iterator[tuple[str, ...]]:
+        """Yield all adapters up to a certain one."""
+        names = self.table.adapters
         yield from (self._open(names[: count + 1]) for count in range(len(names)))
 
     def _open(self, names: Sequence[str]) -> tuple[str, ...]:

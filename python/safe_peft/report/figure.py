@@ -25,6 +25,11 @@ SCORES = {
     "cka": "importance, 1 − CKA",
     "relative_norm": "importance, |sBA| / |W|",
     "gradient_sensitivity": "importance, gradient sensitivity",
+    "velocity": "importance, change of √(1 − CKA) per step",
+    "drift": "importance, |change of sBA| / |W|",
+    "sensitivity": "importance, smoothed sensitivity",
+    "progress": "importance, progress by Adam's moments",
+    "realised": "importance, loss removed",
     "random": "random rank (control)",
 }
 LABELLED_ROWS = 60  # more adapters than this are labelled by layer

@@ -65,6 +65,8 @@ def test_finetune_trains_and_says_what_it_gave(files: Path, tmp_path: Path) -> N
         ({"warmup": "soon"}, "warmup must be optimizer steps (100) or a share of the training (0.2), got 'soon'"),
         ({"lora_dropout": "nan"}, "lora_dropout must lie in [0, 1], got nan"),
         ({"score": "luck"}, "score: expected one of"),
+        ({"policy": "luck"}, "policy: expected one of"),
+        ({"policy": "prefix", "freeze_by": "adapters"}, "policy: 'prefix' needs freeze_by"),
         ({"threshold": 0.1, "target_fraction": 0.5}, "target_fraction and threshold: expected only one of them"),
         ({"target_modules": "nothing,there"}, "LoRA options: "),
         ({"output": "{files}/short.csv"}, "cannot be written to"),

@@ -58,6 +58,11 @@ def test_losses_and_freezings_equal_one_process(score: str) -> None:
     assert_equal(together(train_sharded, {}, {"score": score}, False), expected(score=score))
 
 
+@pytest.mark.parametrize("score", ["velocity", "drift", "progress", "realised"])
+def test_scores_over_steps_equal_one_process(score: str) -> None:
+    assert_equal(together(train_sharded, {}, {"score": score}, False), expected(score=score))
+
+
 @pytest.mark.parametrize("reshard", [True, False])
 def test_a_model_bound_before_it_is_sharded_equals_one_process(reshard: bool) -> None:
     assert_equal(together(train_sharded, {"reshard_after_forward": reshard}, {}, True), expected())

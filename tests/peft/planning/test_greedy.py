@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from collections.abc import Iterable
 from itertools import chain, combinations
 
 import pytest
@@ -11,6 +13,7 @@ from hypothesis import strategies as st
 
 from safe_peft import ConfigError
 from safe_peft.freezing.config import parse_size
+from safe_peft.planning import greedy
 from safe_peft.planning.greedy import bytes_limit, fit
 from safe_peft.planning.retained import BlockFacts, RetainedTable, Saver, Storage
 
@@ -39,6 +42,11 @@ def stack(blocks: int = 3, adapters: int = 3, x: int = 100, inner: int = 300, hi
 TABLE = stack()
 NAMES = TABLE.adapters
 EVEN = dict.fromkeys(NAMES, 1.0)
+BLOCKS = {"off": (), "frozen": tuple(block.name for block in TABLE.blocks)}
+
+
+def price(costs: dict[str, float], names: Iterable[str]) -> float:
+    return math.fsum(costs[name] for name in names)
 
 
 def test_what_the_table_says() -> None:
@@ -114,6 +122,25 @@ def test_one_stays_live_where_nothing_else_trains() -> None:
     assert set(fit(TABLE, EVEN, 1).freeze) == set(NAMES)
     choice = fit(TABLE, EVEN, 1, keep_one=True)
     assert len(choice.freeze) < len(NAMES) and not choice.fits
+
+
+def test_a_cut_is_taken_where_the_greedy_way_is_dearer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs at random: never dearer than the search without cuts, mostly equal to the best of all sets."""
+    every = list(chain.from_iterable(combinations(NAMES, n) for n in range(len(NAMES) + 1)))
+    sizes = {recompute: [TABLE.bytes(names, blocks) for names in every] for recompute, blocks in BLOCKS.items()}
+    cheaper = best = 0
+    for seed in range(60):
+        draw = random.Random(seed)
+        costs = {name: draw.lognormvariate(0, 1) for name in NAMES}
+        limit, recompute = int(TABLE.bytes() * draw.choice((0.2, 0.4, 0.6, 0.8))), draw.choice(list(BLOCKS))
+        found = price(costs, fit(TABLE, costs, limit, recompute=recompute).freeze)
+        with monkeypatch.context() as without:
+            without.setattr(greedy._Search, "cuts", lambda self: iter(()))
+            plain = price(costs, fit(TABLE, costs, limit, recompute=recompute).freeze)
+        least = min(price(costs, names) for names, size in zip(every, sizes[recompute], strict=True) if size <= limit)
+        assert least <= found + 1e-9 and found <= plain + 1e-9
+        cheaper, best = cheaper + (found < plain - 1e-9), best + (found < least + 1e-9)
+    assert cheaper and best > 50
 
 
 @st.composite

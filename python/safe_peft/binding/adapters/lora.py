@@ -21,7 +21,7 @@ from ..class_swap import STATE, autocasts, is_hooked, is_transformed, original_t
 from ..code import own_method, watched
 from .base import Adapter, LayerState, active_keys, register_adapter
 from .observed import ObservedLayer
-from .score_inputs import ScoreInputs
+from .score_inputs import OptimizerStep, ScoreInputs
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 _DROPOUTS = frozenset({nn.Dropout, nn.Identity})
@@ -211,15 +211,21 @@ class LoraAdapter(Adapter):
 
     def evidence(self, statistics: AdapterStatistics | None = None) -> ScoreInputs:
         """What is known about the adapter now."""
+        step = OptimizerStep()
         return ScoreInputs(
             statistics=statistics,
             lora_A=lambda: self.matrix_A(self.pair()[0].detach()),
             lora_B=lambda: self.matrix_B(self.pair()[1].detach()),
             scaling=float(self.layer.scaling[self.key]),
             base_weight=self.base_weight,
-            grad_A=lambda: _changed(self.pair()[0].grad, self.matrix_A),
-            grad_B=lambda: _changed(self.pair()[1].grad, self.matrix_B),
+            grad_A=lambda: _changed(step.grad(self.pair()[0]), self.matrix_A),
+            grad_B=lambda: _changed(step.grad(self.pair()[1]), self.matrix_B),
             dequantise=self.dequantise,
+            update_A=lambda: _changed(step.update(self.pair()[0]), self.matrix_A),
+            update_B=lambda: _changed(step.update(self.pair()[1]), self.matrix_B),
+            optimizer_state_A=lambda: step.state(self.pair()[0]),
+            optimizer_state_B=lambda: step.state(self.pair()[1]),
+            optimizer=step,
         )
 
     def is_present(self) -> bool:

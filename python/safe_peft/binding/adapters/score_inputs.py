@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -14,6 +15,34 @@ if TYPE_CHECKING:
     from safe_kernels import AdapterStatistics
 
 Source = Tensor | Callable[[], Tensor | None] | None
+StateSource = Mapping[str, Any] | Callable[[], Mapping[str, Any]] | None
+History = Iterable[tuple[int, float]]
+
+
+@dataclass
+class OptimizerStep:
+    """What the optimizer did to the parameters in one scoring step, for `ScoreInputs`.
+
+    Args:
+        optimizers: the optimizers that train the parameters.
+        before: by parameter, its value and its gradient before the optimizer's step, if the score needs the update.
+    """
+
+    optimizers: Sequence[Any] = ()
+    before: Mapping[Tensor, tuple[Tensor, Tensor | None]] = field(default_factory=dict)
+
+    def grad(self, parameter: Tensor) -> Tensor | None:
+        """Return a parameter's gradient before the step: an optimizer may change `parameter.grad` in place."""
+        return self.before[parameter][1] if parameter in self.before else parameter.grad
+
+    def update(self, parameter: Tensor) -> Tensor | None:
+        """Return what the step added to a parameter; None if no copy from before the step exists."""
+        return parameter.detach() - self.before[parameter][0] if parameter in self.before else None
+
+    def state(self, parameter: Tensor) -> Mapping[str, Any]:
+        """Return the optimizer's state of a parameter; {} if there is none."""
+        states = (getattr(optimizer, "state", {}) for optimizer in self.optimizers)
+        return next((state[parameter] for state in states if parameter in state), {})
 
 
 class ScoreInputs:
@@ -32,9 +61,19 @@ class ScoreInputs:
         grad_B: gradient of lora_B before the optimizer's step.
         generator: a generator of this adapter, independent of every global generator.
         dequantise: the dequantised base weight; None if the package cannot compute it.
+        update_A: what the optimizer's step added to lora_A.
+        update_B: what the optimizer's step added to lora_B.
+        optimizer_state_A: the optimizer's state of lora_A, or a function that returns it.
+        optimizer_state_B: the optimizer's state of lora_B, or a function that returns it.
+        optimizer: filled by the scorer; the sources of gradients, updates and states may read it.
+        step: the optimizer step that is scored; the first one is 1.
+        memory: the score's own numbers for this adapter.
+        history: the adapter's earlier scoring steps, or a function that returns them.
 
     Attributes:
         grad_scale: the factor by which a GradScaler has multiplied the gradients.
+        memory: the score may write numbers here, and reads them in the next scoring step. They are in the saved state.
+        past: the source of `history`.
 
     Example:
         >>> import torch
@@ -54,12 +93,30 @@ class ScoreInputs:
         grad_B: Source = None,
         generator: random.Random | None = None,
         dequantise: Source = None,
+        update_A: Source = None,
+        update_B: Source = None,
+        optimizer_state_A: StateSource = None,
+        optimizer_state_B: StateSource = None,
+        optimizer: OptimizerStep | None = None,
+        step: int = 0,
+        memory: dict[str, float] | None = None,
+        history: History | Callable[[], History] = (),
     ) -> None:
         self.statistics, self.scaling, self.generator = statistics, scaling, generator
         self.grad_scale = 1.0
         self._lora_A, self._lora_B = lora_A, lora_B
         self._grad_A, self._grad_B = grad_A, grad_B
         self._base_weight, self._dequantise = base_weight, dequantise
+        self._update_A, self._update_B = update_A, update_B
+        self._state_A, self._state_B = optimizer_state_A, optimizer_state_B
+        self.optimizer = OptimizerStep() if optimizer is None else optimizer
+        self.step, self.memory = step, {} if memory is None else memory
+        self.past = history
+
+    @property
+    def history(self) -> tuple[tuple[int, float], ...]:
+        """The adapter's earlier scoring steps: pairs of (optimizer step, importance)."""
+        return tuple(self.past() if callable(self.past) else self.past)
 
     def lora_A(self) -> Tensor | None:
         """Return lora_A, whole."""
@@ -85,6 +142,22 @@ class ScoreInputs:
         """Return the weight that a quantised base layer stands for; every call makes it anew, which is costly."""
         return _made(self._dequantise)
 
+    def update_A(self) -> Tensor | None:
+        """Return what the optimizer's step added to lora_A, whole; a score with `needs_update` may call it."""
+        return _made(self._update_A)
+
+    def update_B(self) -> Tensor | None:
+        """Return what the optimizer's step added to lora_B, whole; a score with `needs_update` may call it."""
+        return _made(self._update_B)
+
+    def optimizer_state_A(self) -> dict[str, Any]:
+        """Return the optimizer's state of lora_A, its tensors whole; {} if there is none."""
+        return _made_state(self._state_A)
+
+    def optimizer_state_B(self) -> dict[str, Any]:
+        """Return the optimizer's state of lora_B, its tensors whole; {} if there is none."""
+        return _made_state(self._state_B)
+
     def _unscaled(self, grad: Tensor | None) -> Tensor | None:
         return grad if grad is None or self.grad_scale == 1.0 else grad.float() / self.grad_scale
 
@@ -93,6 +166,11 @@ def _made(source: Source) -> Tensor | None:
     """Torch's own functions would take a shard's sum for the whole tensor's."""
     tensor = source if source is None or isinstance(source, Tensor) else source()
     return None if tensor is None else whole(tensor)
+
+
+def _made_state(source: StateSource) -> dict[str, Any]:
+    state = source() if callable(source) else source or {}
+    return {name: whole(value) if isinstance(value, Tensor) else value for name, value in state.items()}
 
 
 Evidence = ScoreInputs  # the old name
