@@ -1,7 +1,7 @@
 # Every target does the set-up it needs; a second run finds it done. `make` alone lists the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup tools demo test test-gpu fuzz processes kernels matrix clients lint format sanitize bench bench-table wheel clean
+.PHONY: help setup tools demo test test-gpu fuzz processes kernels matrix clients lint format sanitize bench bench-table evidence wheel clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -68,6 +68,9 @@ bench: tools ## measure memory, training steps and ops, compared with stock PEFT
 bench-table: tools ## write the tables of docs/benchmarks.md and the README's picture from the newest results
 	@$(BIN)/python bench/table.py $(patsubst %,bench/results/cpu-%.json,memory training kernels) --write docs/benchmarks.md
 	@$(BIN)/python bench/picture.py bench/results/cpu-memory.json docs/retained.svg
+
+evidence: setup ## the experiments of docs/evidence.md that have not run yet (PART=oracle, table or summary; ARGS="--seeds 0,1")
+	@PYTHONPATH=examples:bench:bench/training $(BIN)/python -m evidence $(or $(PART),summary) $(ARGS)
 
 wheel: tools ## a wheel for the torch that is installed: dist/
 	@$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .

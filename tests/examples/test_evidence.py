@@ -1,0 +1,69 @@
+"""The experiments of docs/evidence.md, with a few steps: they continue from one state, and go on where they stopped."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from evidence import oracle, table
+from evidence.training import Data, Task, Training, forked
+
+TASK = Task(steps=6, fork=3, batch_size=4, max_length=16, test_rows=12)
+
+
+@pytest.fixture(scope="module")
+def data() -> Data:
+    return Data(TASK)
+
+
+def test_a_training_from_the_fork_is_the_training_without_it(data: Data, tmp_path: Path) -> None:
+    whole = Training(TASK, data, seed=1)
+    whole.run(TASK.steps)
+    forked(TASK, data, 1, tmp_path)
+    parted = forked(TASK, data, 1, tmp_path)
+    parted.run(TASK.steps)
+    for name, parameter in whole.named.items():
+        assert torch.equal(parameter, parted.named[name]), name
+    assert parted.test() == whole.test()
+
+
+@pytest.mark.slow
+def test_the_oracle_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    chosen = ["0.mlp", "3.attention", "5.mlp"]
+    steps = oracle.run(TASK, [0], tmp_path, tmp_path / "forks", chosen)
+    assert next(steps).startswith("oracle-0-nothing.json")
+    steps.close()
+    before = (tmp_path / "oracle-0-nothing.json").stat().st_mtime_ns
+    done = list(oracle.run(TASK, [0], tmp_path, tmp_path / "forks", chosen))
+    assert len([line for line in done if line.startswith("oracle")]) == 3
+    assert (tmp_path / "oracle-0-nothing.json").stat().st_mtime_ns == before
+    assert list(oracle.run(TASK, [0], tmp_path, tmp_path / "forks", chosen)) == []
+    assert set(oracle.prices(tmp_path)) == set(chosen)
+    scores = json.loads((tmp_path / "scores-0-cka.json").read_text())["importance"]
+    assert len(scores) == 36 and all(value > 0 for value in scores.values())
+    lines = oracle.summary(tmp_path)
+    assert any(line.startswith("| block 0, mlp | ") for line in lines) and any("| cka | " in line for line in lines)
+
+
+def test_a_frozen_unit_does_not_change(data: Data, tmp_path: Path) -> None:
+    training = forked(TASK, data, 0, tmp_path)
+    members = oracle.units(training)
+    assert len(members) == 12 and sum(map(len, members.values())) == 36
+    training.freeze(members["2.mlp"])
+    before = {name: parameter.clone() for name, parameter in training.named.items()}
+    training.run(TASK.steps)
+    same = {name for name, parameter in training.named.items() if torch.equal(parameter, before[name])}
+    assert len(same) == 4 and all("layer.2.intermediate" in name or "layer.2.output" in name for name in same)
+
+
+def test_rank_correlation() -> None:
+    assert oracle.spearman([1.0, 2.0, 3.0, 4.0], [10.0, 20.0, 30.0, 40.0]) == 1.0
+    assert oracle.spearman([1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]) == -1.0
+    assert oracle.spearman([1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 1.0, 4.0, 3.0, 5.0]) == pytest.approx(0.8)
+
+
+def test_the_table_of_a_small_model() -> None:
+    lines = table.lines(layers=2)
+    assert len(lines) == 7 and "full fine-tuning" in lines[2] and "lowest 75% frozen" in lines[-1]
