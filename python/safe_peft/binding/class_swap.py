@@ -105,6 +105,11 @@ def is_transformed() -> bool:
     return torch._C._functorch.maybe_current_level() is not None or torch._C._get_tracing_state() is not None
 
 
+def saves_by_hooks() -> bool:
+    """Whether hooks of the user get what autograd saves, as with `save_on_cpu` or a checkpoint around the model."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast is on for a tensor's device; some devices, such as "meta", have no autocast."""
     kind = x.device.type

@@ -12,11 +12,12 @@ from typing import Any
 from torch import nn
 
 from ..binding.adapters import Adapter
+from ..binding.class_swap import saves_by_hooks
 from ..errors import PlanError
 from ..planning.fake_model import FakeModel
 from ..planning.greedy import Choice, bytes_limit, fit
 from ..planning.inputs import Inputs
-from ..planning.measured import Measurement, is_shadowing
+from ..planning.measured import Measurement
 from ..planning.memory import plan_of
 from ..planning.plan import MemoryPlan
 from ..planning.retained import Measured, RetainedTable
@@ -125,7 +126,7 @@ class Planner:
         wanted = self._measures or not self._checked
         if model is None or not self.config.needs_plan or not wanted or not self._adapters:
             return None
-        if not all(adapter.trainable for adapter in self._adapters) or is_shadowing():
+        if not all(adapter.trainable for adapter in self._adapters) or saves_by_hooks():
             return None
         return Measurement(model, self._adapters, called, arguments)
 

@@ -98,11 +98,6 @@ def _before_hooks_are_disabled(call: Callable[[], None]) -> Iterator[None]:
         torch._C._autograd._saved_tensors_hooks_disable = own
 
 
-def is_shadowing() -> bool:
-    """Whether a measurement would take saved tensors from hooks of the user, such as `save_on_cpu`."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-
-
 def _plain(output: Any) -> Any:
     """Return the contents of an output that pytree treats as a leaf, such as a dataclass."""
     if isinstance(output, Tensor | Mapping | list | tuple) or not hasattr(output, "__dict__"):

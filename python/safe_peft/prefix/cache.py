@@ -23,7 +23,7 @@ from ..binding.blocks.stack import Block, stacks
 from ..binding.blocks.trains import trains
 from ..binding.class_swap import STATE
 from ..binding.forward_hooks import Call, Watcher, attention_masks, named_arguments
-from .forward import OFF, Plan, generators
+from .forward import Plan, generators
 from .stack import Prefix
 from .store import Store
 
@@ -166,9 +166,11 @@ class PrefixCache:
     def _end(self, call: Call, output: Any, died: bool) -> None:
         if call.notes.get("outermost"):
             self._restore()
-        for plan in call.notes.values():
-            if isinstance(plan, Plan) and plan.waiting and not died:
-                raise RuntimeError(f"prefix_cache: {plan.name} was not called, after blocks were skipped; {OFF}.")
+        plans = [] if died else [plan for plan in call.notes.values() if isinstance(plan, Plan)]
+        for plan in plans:
+            if plan.waiting:
+                plan.reason = f"the blocks below {plan.name} were not all called"
+            plan.require_exact()
 
     def _quiet_before(self) -> None:
         """Switch off dropout before the first block, if the first stack has a frozen prefix."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 OFF = "set prefix_cache=None"
+KEEPS = "the model keeps what its blocks return"
 
 
 @dataclass(eq=False)
@@ -37,7 +38,6 @@ class Plan:
     random: Sequence[Tensor] = ()
     probes: bool = False
     checked: int | None = None
-    next: int = 0
     reason: str = ""
     outputs: list[weakref.ref[Tensor]] = field(default_factory=list)
 

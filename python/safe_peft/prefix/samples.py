@@ -84,13 +84,19 @@ class Samples:
         given = list(leaves(self._given))
         plain = repr([leaf for leaf in given if not isinstance(leaf, Tensor)])
         common = hashlib.blake2b(f"{plain} {_autocast(self._hidden.device.type)}".encode())
-        tensors = [(leaf.detach().cpu(), self._has_samples(leaf)) for leaf in given if isinstance(leaf, Tensor)]
-        return [self._key(common, tensors, row, places) for row, places in enumerate(kept)]
+        hidden = self._hidden.detach().cpu()
+        others = [leaf for leaf in given if isinstance(leaf, Tensor) and leaf is not self._hidden]
+        tensors = [(leaf.detach().cpu(), self._has_samples(leaf)) for leaf in others]
+        return [self._key(common, hidden[row], tensors, row, places) for row, places in enumerate(kept)]
 
-    def _key(self, common: Any, tensors: Sequence[tuple[Tensor, bool]], row: int, places: Tensor | None) -> str:
+    def _key(
+        self, common: Any, hidden: Tensor, others: Sequence[tuple[Tensor, bool]], row: int, places: Tensor | None
+    ) -> str:
         digest = common.copy()
-        for tensor, has_samples in tensors:
-            part = _without_padding(tensor[row] if has_samples else tensor, self._tokens, places)
+        parts = [hidden if places is None else hidden[places]]
+        for tensor, has_samples in others:
+            parts.append(_without_padding(tensor[row] if has_samples else tensor, self._tokens, places))
+        for part in parts:
             digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
             digest.update(part.contiguous().view(-1).view(torch.uint8).numpy())
         return str(digest.hexdigest()[:32])

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from ..binding.blocks.moment import Moment
 from ..binding.blocks.stack import Block, replace_hidden
 from ..binding.blocks.trains import modules_in, trains
-from ..binding.class_swap import is_hooked
+from ..binding.class_swap import is_hooked, saves_by_hooks
 from ..binding.code import watched
 from ..binding.forward_hooks import Call
-from .forward import OFF, Plan, generators
+from .forward import KEEPS, OFF, Plan, generators
 from .samples import Samples
 
 if TYPE_CHECKING:
@@ -72,21 +72,20 @@ class Prefix:
         if not plan.keys:
             with self._quiet(block) if index < plan.cut else nullcontext():
                 return call(args, kwargs)
-        if index != plan.next:
-            plan.reason = "the blocks do not run one after the other"
-        plan.next = index + 1
-        args, kwargs = replace_hidden(args, kwargs, lambda hidden: plan.enter(index, hidden))
+        hidden = hidden_of(args, kwargs)
+        if len(plan.outputs) != index or (plan.outputs and plan.outputs[-1]() is not hidden):
+            plan.reason = "the blocks do not run one after the other, each on the output of the one before"
         if index == plan.cut:
             args, kwargs = replace_hidden(args, kwargs, lambda hidden: self._arrive(plan, hidden))
             return call(args, kwargs)
-        hidden = hidden_of(args, kwargs)
-        with self._quiet(block):
-            output = self._run(plan, index, call, args, kwargs)
-        first = output[0] if isinstance(output, tuple) and output else output
-        if isinstance(first, Tensor):
-            plan.outputs.append(weakref.ref(first))
         usage, skipped = self._cache.usage, len(plan.keys) - len(plan.active)
         usage.skipped[state.name] = usage.skipped.get(state.name, 0) + skipped * hidden.shape[1]
+        with self._quiet(block):
+            output = self._run(plan, index, call, args, kwargs)
+        first = _first(output)
+        if isinstance(first, Tensor) and (full := plan.enter(index + 1, first)) is not first:
+            first, output = full, self._like(index, full)
+        plan.outputs.append(weakref.ref(first))
         return output
 
     def _run(
@@ -105,13 +104,13 @@ class Prefix:
         output = call(*samples.some(rows))
         self._note_form(plan, index, output, torch.Size((len(rows), *hidden.shape[1:])))
         plan.require_exact()
-        part = output if isinstance(output, Tensor) else output[0]
+        part = _first(output)
         full = part.new_zeros(hidden.shape)
         full[rows] = part
         return self._like(index, full)
 
     def _note_form(self, plan: Plan, index: int, output: Any, shape: torch.Size) -> None:
-        first = output[0] if isinstance(output, tuple) and output else output
+        first = _first(output)
         rest = output[1:] if isinstance(output, tuple) else ()
         if not isinstance(first, Tensor) or first.shape != shape or any(one is not None for one in rest):
             plan.reason = "a block returns more than hidden states of the same shape"
@@ -141,13 +140,17 @@ class Prefix:
         keys = [f"{self._number}.{key}" for key in samples.keys(kept)]
         self._cache.store.refresh()
         found = {row: self._cache.store.get(key) for row, key in enumerate(keys)}
+        if not all(index in self._tuples for index in range(cut)):
+            found = {}  # what a block returns is known once it has run here
         known = {row: (one.depth, one.value) for row, one in found.items() if one is not None and one.depth <= cut}
         self._cache.count(len(keys), len(known))
         at_cut = (row for row, (depth, _) in known.items() if depth == cut)
         checked = next(at_cut, None) if self._cache.checks else None
         if checked is not None:
             del known[checked]
-        probes = padding is not None and (self._cache.padding_matters is None or self._cache.checks)
+        probes = (
+            padding is not None and not saves_by_hooks() and (self._cache.padding_matters is None or self._cache.checks)
+        )
         random = generators() if self._number else notes["random"]
         return replace(
             plan, keys=keys, kept=kept, padding=padding, known=known, random=random, probes=probes, checked=checked
@@ -206,7 +209,7 @@ class Prefix:
         if hidden.requires_grad:
             return "something below the cut trains"
         if any(one() is not None and one() is not hidden for one in plan.outputs[:-1]):
-            return "the model keeps what its blocks return"
+            return KEEPS
         if any(moment.buffers_changed() for moment in self._moments[: plan.cut]):
             return "a block below the cut changes its own buffers, as a batch norm does"
         if any(not torch.equal(*pair) for pair in zip(plan.random, generators(), strict=False)):
@@ -262,6 +265,10 @@ class Prefix:
         finally:
             for module in loud:
                 module.training = True
+
+
+def _first(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) and output else output
 
 
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from families import FAMILIES, Family
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import VOCABULARY, adamw, bert, gpt2, randomise_adapters
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import BertConfig, BertForSequenceClassification
 
 from safe_kernels import retention
@@ -399,7 +401,7 @@ def test_a_kv_cache() -> None:
 
 
 class Collecting(nn.Module):
-    """A model that keeps what its blocks return, if it is told to."""
+    """A model that keeps what its blocks return: all, one or none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -415,21 +417,19 @@ class Collecting(nn.Module):
                 attention_probs_dropout_prob=0.0,
             )
         )
-        self.collects = True
+        self.collects: bool | int = True
 
     def forward(self, input_ids: Tensor) -> Tensor:
         hidden = self.bert.bert.embeddings(input_ids)
         kept = []
-        for layer in self.bert.bert.encoder.layer:
+        for number, layer in enumerate(self.bert.bert.encoder.layer):
             hidden = layer(hidden)
-            if self.collects:
+            if self.collects is True or (self.collects is not False and self.collects == number):
                 kept.append(hidden)
-        return torch.stack(kept).mean(0) if kept else hidden
+        return torch.stack([hidden, *kept]).mean(0)
 
 
 def test_a_model_that_keeps_what_its_blocks_return() -> None:
-    from peft import LoraConfig, get_peft_model
-
     model = get_peft_model(Collecting(), LoraConfig(target_modules=["query", "intermediate.dense"]))
     pair = Pair(model)
     batch = {"input_ids": torch.randint(3, VOCABULARY, (5, 9))}
@@ -442,6 +442,22 @@ def test_a_model_that_keeps_what_its_blocks_return() -> None:
     pair.cached.base_model.model.collects = True
     with pytest.raises(RuntimeError, match="the model keeps what its blocks return"):
         pair.cached(**batch)
+
+
+def test_a_model_that_keeps_what_the_last_block_below_the_cut_returns() -> None:
+    model = get_peft_model(Collecting(), LoraConfig(target_modules=["query", "intermediate.dense"]))
+    model.base_model.model.collects = 1
+    pair = Pair(model)
+    pair.train([{"input_ids": torch.randint(3, VOCABULARY, (5, 9))}] * 3, loss=lambda output: output.square().mean())
+    assert pair.reason == "" and pair.cache.usage.known == 10
+
+
+def test_a_checkpoint_around_the_model() -> None:
+    pair = Pair(bert(4))
+    for model in pair.models:
+        encoder = model.base_model.model.bert.encoder
+        encoder.forward = partial(checkpoint, encoder.forward, use_reentrant=False)
+    pair.train(epochs(3))
 
 
 def test_as_many_samples_as_tokens() -> None:
