@@ -67,7 +67,7 @@ def test_bytes_are_planned_behind_the_module(
 
 
 def fit(module: Module, folder: Path, epochs: int, **options: Any) -> SafeLightningCallback:
-    callback = SafeLightningCallback({"target_fraction": 0.75})
+    callback = SafeLightningCallback({"target_fraction": 0.75, "freeze_by": "adapters"})
     every_epoch = ModelCheckpoint(folder, "{epoch}", save_top_k=-1)
     checkpoint = options.pop("ckpt_path", None)
     trainer = pl.Trainer(**OPTIONS, max_epochs=epochs, callbacks=[callback, every_epoch], **options)

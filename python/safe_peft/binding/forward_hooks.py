@@ -150,8 +150,15 @@ def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
         >>> named_arguments(nn.Identity(), (3,), {})
         {'input': 3}
     """
-    names = inspect.signature(module.forward).parameters if args else ()
-    return dict(zip(names, args, strict=False)) | dict(kwargs)
+    return dict(zip(_names(module) if args else (), args, strict=False)) | dict(kwargs)
+
+
+def _names(module: nn.Module) -> list[str]:
+    """Return the names of a forward's arguments. PEFT's wrappers have only *args, and call the model in them."""
+    parameters = inspect.signature(module.forward).parameters
+    wrapped = module._modules.get("base_model", module._modules.get("model"))
+    is_wrapper = next(iter(parameters), "") == "args" and wrapped is not None
+    return _names(wrapped) if is_wrapper else list(parameters)  # type: ignore[arg-type]
 
 
 def attention_masks(named: Mapping[str, Any]) -> Iterator[Tensor]:

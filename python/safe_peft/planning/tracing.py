@@ -162,7 +162,7 @@ class _Step:
                 known = {key for t in [*existing, *batch] for key, _ in storages(t)}
                 loss, table = self._forward(partial(_loss, loss_of, called, arguments), known)
                 if loss is not None:
-                    loss.backward()
+                    torch.autograd.backward(loss)  # Tensor.backward may be patched by a program that watches losses
                 peak = live.peak
         trained = sum(p.numel() * p.element_size() for p in parameters_of(module) if p.requires_grad)
         return Trace(table, peak, _size(existing), _size(batch), trained)
