@@ -131,6 +131,8 @@ class SafeConfig:
         for name, least in integers.items():
             object.__setattr__(self, name, check_int(name, getattr(self, name), least))
         _check_number("stable_change", self.stable_change)
+        if not self.prefix_dropout and self.prefix_cache is None and self.prefix_file is None:
+            raise ConfigError("prefix_dropout: False needs a prefix_cache or a prefix_file; pass one of them.")
         choices = f"one of {', '.join(ON_NONFINITE)}"
         _check(self.on_nonfinite in ON_NONFINITE, "on_nonfinite", choices, self.on_nonfinite)
         for name in ("keep_dropout", "prefix_dropout"):
@@ -165,6 +167,19 @@ class SafeConfig:
             )
         if self.recompute == "auto" and self.memory_budget is None:
             raise ConfigError('recompute: "auto" needs a memory_budget; pass one, or choose "frozen".')
+
+    @classmethod
+    def paper(cls, **options: Any) -> SafeConfig:
+        """Return the options of the paper's own method: 1 - CKA, a cubic curve, the least important adapters first.
+
+        Args:
+            options: further options, or others instead.
+
+        Example:
+            >>> SafeConfig.paper(target_fraction=0.5).freeze_by
+            'adapters'
+        """
+        return cls(**{"score": "cka", "curve": "cubic", "freeze_by": "adapters", **options})
 
     @classmethod
     def of(cls, config: SafeConfig | Mapping[str, Any] | None) -> SafeConfig:

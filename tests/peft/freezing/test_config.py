@@ -84,3 +84,14 @@ def test_a_share_is_of_bytes_by_default(options: dict[str, Any], by_bytes: bool)
 def test_an_unknown_option_is_named_beside_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="no option warm_up; the options are score"):
         SafeConfig.from_dict({"warm_up": 3})
+
+
+def test_the_papers_own_method_is_one_call() -> None:
+    paper = SafeConfig.paper(seed=3)
+    assert (paper.score, paper.curve, paper.freeze_by, paper.policy, paper.seed) == (
+        "cka",
+        "cubic",
+        "adapters",
+        "greedy",
+        3,
+    )

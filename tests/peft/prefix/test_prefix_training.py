@@ -13,6 +13,7 @@ from killed import callback_of, trainer
 from ranks import together
 from tiny import adamw, batches, bert, train
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback
 
@@ -68,7 +69,10 @@ def test_a_forgotten_freezer_leaves_no_cache() -> None:
     assert model(**next(batches(1))).loss.requires_grad
 
 
-@pytest.mark.parametrize(("name", "value"), [("prefix_cache", "much"), ("prefix_file", 0), ("prefix_dropout", "off")])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("prefix_cache", "much"), ("prefix_file", 0), ("prefix_dropout", "off"), ("prefix_dropout", False)],
+)
 def test_a_wrong_option_is_named(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         SafeConfig(**{name: value})
@@ -135,3 +139,20 @@ def test_samples_that_move_from_process_to_process() -> None:
     for (losses, _, _), (others, known, samples) in zip(plain, cached, strict=True):
         assert others == pytest.approx(losses, rel=1e-4)
         assert known > 0.2 * samples, (known, samples)
+
+
+def train_sharded(rank: int) -> tuple[int, str]:
+    model = bert(4)
+    for block in model.base_model.model.bert.encoder.layer:
+        fully_shard(block)
+    fully_shard(model)
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**CACHED), total_steps=16)
+    train(model, optimizer, iter([*batches(4)] * 4), freezer)
+    assert freezer.prefix is not None
+    return freezer.prefix.usage.known, freezer.prefix.usage.reason
+
+
+def test_fsdp2_runs_all_blocks() -> None:
+    for known, reason in together(train_sharded):
+        assert known == 0 and "there are hooks on a" in reason
