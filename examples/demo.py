@@ -50,7 +50,7 @@ def demo(
     output: Annotated[str, Option(help="Folder for the report.")] = "runs/demo",
     model: Annotated[str, Option(help="minilm, mpnet, a folder or a hub id.")] = "minilm",
     methods: Annotated[str, Option(help=f"Some of {', '.join(METHODS)}, separated by commas.")] = "stock,safe,random",
-    rows: Annotated[int, Option(help="Training sentences.", min=1, max=8566)] = 1600,
+    rows: Annotated[int, Option(help="Training sentences.", min=1, max=8566)] = 1440,
     test_rows: Annotated[int, Option(help="Test sentences.", min=1, max=2000)] = 2000,
     epochs: Annotated[int, Option(help="Passes over the training sentences.")] = 1,
     batch_size: Annotated[int, Option(help="Rows per batch.")] = 32,
