@@ -74,8 +74,6 @@ class PrefixCache:
     def __init__(self, model: nn.Module, store: Store, *, dropout: bool = True) -> None:
         self.store, self.usage = store, Usage()
         self.dropout = dropout
-        self.padding_matters: bool | None = None
-        """Whether the loss depends on the hidden states of padding; None until a backward has shown it."""
         self._told: set[str] = set()
         self._quieted: list[nn.Module] = []
         self._states: list[Block] = []
@@ -91,7 +89,7 @@ class PrefixCache:
                     self._states.append(state)
         every = [block for stack in found for block in stack.values()]
         self._first = every[:1]
-        self._before = [] if dropout else before_blocks(model, every)
+        self.before = before_blocks(model, every)
         self._watcher = Watcher(model, self._begin, self._end)
 
     def close(self) -> None:
@@ -160,7 +158,7 @@ class PrefixCache:
         notes |= {"masks": masks, "asked": asked, "outermost": True, "random": generators()}
         if notes["usable"]:
             self.forwards += 1
-        if notes["trains"]:
+        if call.module.training and call.task == -1:
             self._quiet_before()
 
     def _end(self, call: Call, output: Any, died: bool) -> None:
@@ -174,10 +172,14 @@ class PrefixCache:
 
     def _quiet_before(self) -> None:
         """Switch off dropout before the first block, if the first stack has a frozen prefix."""
-        if self._before and not any(map(trains, self._first)):
-            self._quieted = [module for module in self._before if module.training]
+        if not self.dropout and not self.before_trains() and not any(map(trains, self._first)):
+            self._quieted = [module for module in self.before if module.training]
             for module in self._quieted:
                 module.training = False
+
+    def before_trains(self) -> bool:
+        """Whether something before the first block trains, such as embeddings."""
+        return any(p.requires_grad for module in self.before for p in module._parameters.values() if p is not None)
 
     def _restore(self) -> None:
         for module in self._quieted:

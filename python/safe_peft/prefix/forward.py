@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,9 +27,13 @@ class Plan:
         kept: per sample, the indices of its tokens; None means all.
         padding: [samples, tokens], True where there is padding that has no effect; None without padding.
         known: by sample, the block whose input is known, and this input.
-        random: the state of the generators before the first block.
+        drawn: the state of the generators before the first block.
         probes: whether backward shows if padding has an effect.
-        checked: a sample that is computed although it is known.
+        checked: samples that are computed although they are known, by what is kept of them.
+        given: the arguments of the first block.
+        reason: why this forward is not what it would be without the cache, or cannot be kept.
+        outputs: what the blocks have returned.
+        version: of the last of these, which a write in place changes.
     """
 
     cut: int
@@ -35,11 +42,13 @@ class Plan:
     kept: Sequence[Tensor | None] = ()
     padding: Tensor | None = None
     known: Mapping[int, tuple[int, Tensor]] = field(default_factory=dict)
-    random: Sequence[Tensor] = ()
+    drawn: Sequence[bytes] = ()
     probes: bool = False
-    checked: int | None = None
+    checked: Mapping[int, tuple[int, Tensor]] = field(default_factory=dict)
     reason: str = ""
     outputs: list[weakref.ref[Tensor]] = field(default_factory=list)
+    version: int = -1
+    given: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         self.waiting = dict(self.known)
@@ -49,6 +58,17 @@ class Plan:
     def filled(self) -> bool:
         """Whether the padding of a sample was filled with zeros."""
         return any(self.kept[row] is not None for row in self.known)
+
+    @property
+    def last(self) -> Tensor | None:
+        """What the last block has returned, if nothing was written to it."""
+        last = self.outputs[-1]() if self.outputs else None
+        return last if last is not None and last._version == self.version else None
+
+    def returned(self, output: Tensor) -> None:
+        """Note what a block returns."""
+        self.outputs.append(weakref.ref(output))
+        self.version = output._version
 
     def require_exact(self) -> None:
         """Raise if the samples that were skipped are not what they would be without the cache.
@@ -65,18 +85,27 @@ class Plan:
         if not arrived:
             return hidden
         dtype = next(iter(arrived.values())).dtype
-        full = torch.zeros_like(hidden, dtype=dtype)
+        full = unknown(hidden, dtype)
         if self.active:
             rows = torch.tensor(self.active, device=hidden.device)
             full[rows] = hidden[rows].to(dtype)
         for row, value in arrived.items():
             places = self.kept[row]
+            if places is not None:
+                full[row] = value[0].to(hidden.device)  # padding; zeros could become NaN in a division by their norm
             full[row, slice(None) if places is None else places.to(hidden.device)] = value.to(hidden.device)
             del self.waiting[row]
         self.active = sorted([*self.active, *arrived])
         return full
 
 
-def generators() -> list[Tensor]:
+def unknown(hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return hidden states that are not known: NaN, so that a model that reads them does not go on without notice."""
+    return torch.full_like(hidden, torch.nan, dtype=dtype)
+
+
+def generators() -> tuple[bytes, ...]:
     """Return the states of the generators of random numbers, which show whether a forward drew some."""
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+    states = [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+    others = repr((random.getstate(), np.random.get_state(legacy=False)["state"]))
+    return (*(state.numpy().tobytes() for state in states), others.encode())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 
 from ..binding.blocks.arguments import leaves, may_carry
 
@@ -81,36 +81,40 @@ class Samples:
         Args:
             kept: per sample, the indices of its tokens that are not padding; None means all tokens.
         """
-        given = list(leaves(self._given))
-        plain = repr([leaf for leaf in given if not isinstance(leaf, Tensor)])
+        given = [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(self._given)[0]]
+        plain = repr([(name, leaf) for name, leaf in given if not isinstance(leaf, Tensor)])
         common = hashlib.blake2b(f"{plain} {_autocast(self._hidden.device.type)}".encode())
         hidden = self._hidden.detach().cpu()
-        others = [leaf for leaf in given if isinstance(leaf, Tensor) and leaf is not self._hidden]
-        tensors = [(leaf.detach().cpu(), self._has_samples(leaf)) for leaf in others]
+        others = [(name, leaf) for name, leaf in given if isinstance(leaf, Tensor) and leaf is not self._hidden]
+        tensors = [(name, leaf.detach().cpu(), self._has_samples(leaf)) for name, leaf in others]
         return [self._key(common, hidden[row], tensors, row, places) for row, places in enumerate(kept)]
 
     def _key(
-        self, common: Any, hidden: Tensor, others: Sequence[tuple[Tensor, bool]], row: int, places: Tensor | None
+        self, common: Any, hidden: Tensor, others: Sequence[tuple[str, Tensor, bool]], row: int, places: Tensor | None
     ) -> str:
         digest = common.copy()
-        parts = [hidden if places is None else hidden[places]]
-        for tensor, has_samples in others:
-            parts.append(_without_padding(tensor[row] if has_samples else tensor, self._tokens, places))
-        for part in parts:
-            digest.update(f"{part.dtype} {tuple(part.shape)}".encode())
+        parts = [("", hidden if places is None else hidden[places])]
+        for name, tensor, has_samples in others:
+            parts.append((name, _without_padding(name, tensor[row] if has_samples else tensor, self._tokens, places)))
+        if places is not None and bool((places.diff() != 1).any()):
+            parts.append(("holes", places - places[0]))
+        for name, part in parts:
+            digest.update(f"{name} {part.dtype} {tuple(part.shape)}".encode())
             digest.update(part.contiguous().view(-1).view(torch.uint8).numpy())
         return str(digest.hexdigest()[:32])
 
 
-def _without_padding(part: Tensor, tokens: int, places: Tensor | None) -> Tensor:
-    """Select the tokens of a sample: in the first dimension that counts tokens, and in both of an attention mask."""
-    dims = [dim for dim, length in enumerate(part.shape) if length == tokens]
-    if places is None or not dims:
+def _without_padding(name: str, part: Tensor, tokens: int, places: Tensor | None) -> Tensor:
+    """Select the tokens of a sample in a mask or in positions; another argument may have tokens of something else."""
+    if places is None:
         return part
-    is_mask = part.dim() >= 2 and part.shape[-2:] == (tokens, tokens)
-    for dim in (-2, -1) if is_mask else dims[:1]:
-        part = part.index_select(dim, places)
-    return part
+    if part.dim() >= 2 and part.shape[-2:] == (tokens, tokens):
+        return part.index_select(-2, places).index_select(-1, places)
+    if part.dim() >= 2 and part.shape[-2:] == (1, tokens):
+        return part.index_select(-1, places)
+    dims = [dim for dim, length in enumerate(part.shape) if length == tokens]
+    named_so = "position" in name or "mask" in name
+    return part.index_select(dims[0], places) if dims and named_so else part
 
 
 def _autocast(device: str) -> str:

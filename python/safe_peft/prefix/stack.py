@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from ..binding.blocks.arguments import leaves
 from ..binding.blocks.moment import Moment
 from ..binding.blocks.stack import Block, replace_hidden
 from ..binding.blocks.trains import modules_in, trains
 from ..binding.class_swap import is_hooked, saves_by_hooks
 from ..binding.code import watched
 from ..binding.forward_hooks import Call
-from .forward import KEEPS, OFF, Plan, generators
+from .forward import OFF, Plan, generators, unknown
 from .samples import Samples
 
 if TYPE_CHECKING:
@@ -26,7 +26,14 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DROPOUT = "dropout is on below the cut{where}; set prefix_dropout=False to switch it off there"
+ORDER = "the blocks do not run one after the other, each on the output of the one before"
+TRAINS = "something below the cut trains"
+FORM = "a block returns more than hidden states of the same shape"
+ARGUMENTS = "a block below the cut gets other tensors than the first block"
+BUFFERS = "a block below the cut changes its own buffers, as a batch norm does"
+KEEPS = "the model keeps what its blocks return"
+DEPENDS = "a sample's output depends on the other samples of its batch, or on something that PyTorch does not count"
+DROPOUT = "random numbers are drawn below the cut{where}"
 
 
 class Prefix:
@@ -44,6 +51,11 @@ class Prefix:
         self._places = {id(block): index for index, block in enumerate(self._blocks)}
         self._moments: list[Moment] = []
         self._tuples: dict[int, int] = {}  # by block, the length of the tuple that it returns; 0 means a tensor
+        self._never = ""  # why this stack's blocks always run
+        self._padding_matters: bool | None = None  # None until a backward has shown it
+        self._batches: set[tuple[str, ...]] = set()  # the keys of the batches that were kept
+        self._independent = False  # samples were computed in two batches, with the same result
+        self._unchecked = 0  # the highest cut at which a sample was compared
 
     def run(
         self,
@@ -68,25 +80,35 @@ class Prefix:
             running.notes[str(id(self))] = self._plan(running, args, kwargs)
         plan = running.notes.get(str(id(self))) if running is not None else None
         if plan is None or index > plan.cut:
-            return call(args, kwargs)
-        if not plan.keys:
-            with self._quiet(block) if index < plan.cut else nullcontext():
+            with self.quiet(block):
                 return call(args, kwargs)
         hidden = hidden_of(args, kwargs)
-        if len(plan.outputs) != index or (plan.outputs and plan.outputs[-1]() is not hidden):
-            plan.reason = "the blocks do not run one after the other, each on the output of the one before"
+        plan.reason = plan.reason or self._unlike(plan, index, hidden, args, kwargs)
         if index == plan.cut:
             args, kwargs = replace_hidden(args, kwargs, lambda hidden: self._arrive(plan, hidden))
             return call(args, kwargs)
+        plan.require_exact()
         usage, skipped = self._cache.usage, len(plan.keys) - len(plan.active)
         usage.skipped[state.name] = usage.skipped.get(state.name, 0) + skipped * hidden.shape[1]
-        with self._quiet(block):
+        with self.quiet(block):
             output = self._run(plan, index, call, args, kwargs)
         first = _first(output)
-        if isinstance(first, Tensor) and (full := plan.enter(index + 1, first)) is not first:
-            first, output = full, self._like(index, full)
-        plan.outputs.append(weakref.ref(first))
+        if isinstance(first, Tensor):
+            if (full := plan.enter(index + 1, first)) is not first:
+                first, output = full, self._like(index, full)
+            plan.returned(first)
         return output
+
+    def _unlike(self, plan: Plan, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+        """Return why a block's call does not fit to what was noted; "" if it does."""
+        if index == 0:
+            plan.given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf is not hidden]
+            return ""
+        if len(plan.outputs) != index or plan.last is not hidden:
+            return ORDER
+        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf is not hidden]
+        same = all(any(leaf is one for one in plan.given) and not leaf.requires_grad for leaf in given)
+        return "" if same or index == plan.cut else ARGUMENTS
 
     def _run(
         self, plan: Plan, index: int, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -94,7 +116,7 @@ class Prefix:
         """Run a block below the cut for the samples that need it."""
         hidden = hidden_of(args, kwargs)
         if not plan.active:
-            return self._like(index, hidden.detach())
+            return self._like(index, unknown(hidden))
         samples = Samples(args, kwargs, hidden)
         if len(plan.active) == len(plan.keys) or samples.reason:
             output = call(args, kwargs)
@@ -105,18 +127,19 @@ class Prefix:
         self._note_form(plan, index, output, torch.Size((len(rows), *hidden.shape[1:])))
         plan.require_exact()
         part = _first(output)
-        full = part.new_zeros(hidden.shape)
+        full = unknown(hidden, part.dtype)
         full[rows] = part
         return self._like(index, full)
 
     def _note_form(self, plan: Plan, index: int, output: Any, shape: torch.Size) -> None:
         first = _first(output)
         rest = output[1:] if isinstance(output, tuple) else ()
-        if not isinstance(first, Tensor) or first.shape != shape or any(one is not None for one in rest):
-            plan.reason = "a block returns more than hidden states of the same shape"
+        length = len(output) if isinstance(output, tuple) else 0
+        fits = isinstance(first, Tensor) and first.shape == shape and all(one is None for one in rest)
+        if not fits or self._tuples.setdefault(index, length) != length:
+            plan.reason = FORM
         elif first.requires_grad:
-            plan.reason = "something below the cut trains"
-        self._tuples[index] = len(output) if isinstance(output, tuple) else 0
+            plan.reason = TRAINS
 
     def _like(self, index: int, hidden: Tensor) -> Any:
         length = self._tuples[index]
@@ -127,34 +150,42 @@ class Prefix:
     def _plan(self, running: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | None:
         cut = next((index for index, block in enumerate(self._blocks[:-1]) if trains(block)), len(self._blocks) - 1)
         hidden, notes = hidden_of(args, kwargs), running.notes
-        if cut == 0 or hidden is None or hidden.requires_grad:
+        if cut == 0 or hidden is None or hidden.requires_grad or not notes["usable"]:
             return None
-        plan = Plan(cut, self._names[cut])
-        if not notes["usable"]:
-            return plan
         samples = Samples(args, kwargs, hidden)
-        if reason := next(iter(notes["asked"]), "") or samples.reason or self._compare(cut):
+        if reason := next(iter(notes["asked"]), "") or self._never or samples.reason or self._compare(cut):
             self._cache.refuse(reason)
-            return plan
+            return None
+        plan = Plan(cut, self._names[cut], drawn=generators() if self._number else notes["random"])
         kept, padding = self._without_padding(notes["masks"], hidden)
         keys = [f"{self._number}.{key}" for key in samples.keys(kept)]
-        self._cache.store.refresh()
-        found = {row: self._cache.store.get(key) for row, key in enumerate(keys)}
-        if not all(index in self._tuples for index in range(cut)):
-            found = {}  # what a block returns is known once it has run here
-        known = {row: (one.depth, one.value) for row, one in found.items() if one is not None and one.depth <= cut}
+        known = self._known(keys, cut)
+        checked = self._to_check(keys, known, cut)
+        known = {row: one for row, one in known.items() if row not in checked}
         self._cache.count(len(keys), len(known))
-        at_cut = (row for row, (depth, _) in known.items() if depth == cut)
-        checked = next(at_cut, None) if self._cache.checks else None
-        if checked is not None:
-            del known[checked]
-        probes = (
-            padding is not None and not saves_by_hooks() and (self._cache.padding_matters is None or self._cache.checks)
-        )
-        random = generators() if self._number else notes["random"]
-        return replace(
-            plan, keys=keys, kept=kept, padding=padding, known=known, random=random, probes=probes, checked=checked
-        )
+        plan = replace(plan, keys=keys, kept=kept, padding=padding, known=known, checked=checked)
+        # Padding that was filled is always checked: then backward finds a loss that depends on it.
+        return replace(plan, probes=padding is not None and (self._padding_matters is None or plan.filled))
+
+    def _known(self, keys: Sequence[str], cut: int) -> dict[int, tuple[int, Tensor]]:
+        store = self._cache.store
+        store.refresh()
+        found = {row: store.get(key) for row, key in enumerate(keys)}
+        if not all(index in self._tuples for index in range(cut)):
+            return {}  # what a block returns is known once it has run here
+        return {row: (one.depth, one.value) for row, one in found.items() if one is not None and one.depth <= cut}
+
+    def _to_check(
+        self, keys: Sequence[str], known: Mapping[int, tuple[int, Tensor]], cut: int
+    ) -> dict[int, tuple[int, Tensor]]:
+        """Return known samples to compute all the same: all, until samples of a batch are known to be independent."""
+        if not self._independent:
+            return {} if tuple(keys) in self._batches else dict(known)  # the same samples in the same order
+        at_cut = [(row, one) for row, one in known.items() if one[0] == cut]
+        if not at_cut or not (self._cache.checks or self._unchecked < cut):
+            return {}
+        self._unchecked = cut
+        return dict(at_cut[:1])
 
     def _compare(self, cut: int) -> str:
         """Forget what a changed block has computed; return why the blocks below the cut cannot be skipped."""
@@ -162,6 +193,8 @@ class Prefix:
             if not moment.holds():
                 del self._moments[index:]
                 self._cache.store.drop(above=index)
+                self._independent, self._unchecked = False, 0
+                self._batches.clear()
                 break
         if watched():
             return "there are hooks on all modules"
@@ -171,75 +204,81 @@ class Prefix:
             if hooked is not None:
                 return f"there are hooks on a {type(hooked).__name__} below the cut"
             self._moments.append(Moment(modules))
+            self._batches.clear()
         return ""
 
     def _without_padding(self, masks: Sequence[Tensor], hidden: Tensor) -> tuple[list[Tensor | None], Tensor | None]:
         """Return the tokens of each sample without padding that has no effect, and where padding is."""
         every: list[Tensor | None] = [None] * len(hidden)
-        fitting = [mask for mask in masks if mask.shape == hidden.shape[:2]]
-        if not fitting:
-            return every, None
-        real = torch.stack([mask != 0 for mask in fitting]).all(0).cpu()
+        if len(masks) != 1 or masks[0].shape != hidden.shape[:2]:
+            return every, None  # with two masks, such as an encoder's and a decoder's, one may belong to another stack
+        real = (masks[0] != 0).cpu()
         if real.all():
             return every, None
-        if self._cache.padding_matters is not False:
+        if self._padding_matters is not False:
             return every, ~real
-        return [None if row.all() else row.nonzero().flatten() for row in real], ~real
+        return [None if row.all() or not row.any() else row.nonzero().flatten() for row in real], ~real
 
     def _arrive(self, plan: Plan, hidden: Tensor) -> Tensor:
         """Keep what was computed, and return the input of the cut."""
-        computed = [row for row in range(len(plan.keys)) if row not in plan.known or plan.known[row][0] < plan.cut]
         plan.reason = plan.reason or self._inexact(plan, hidden)
-        plan.require_exact()
+        drew = "" if plan.drawn == generators() else self._random()
+        self._check(plan, hidden)
         if plan.reason:
-            self._cache.refuse(plan.reason)
+            self._never = plan.reason
+            self._cache.store.drop()
+        plan.require_exact()
+        if plan.reason or drew:
+            self._cache.refuse(plan.reason or drew)
             return hidden
         values = hidden.detach()
-        for row in computed:
-            places = plan.kept[row]
-            value = values[row] if places is None else values[row, places.to(values.device)]
-            if row == plan.checked and not self._agrees(plan.keys[row], value):
-                logger.warning("prefix_cache: something below the cut has changed; what was kept is dropped.")
-                self._cache.store.drop()
-            self._cache.store.put(plan.keys[row], plan.cut, value)
-        return self._probe(plan, hidden) if plan.probes else hidden
+        for row in range(len(plan.keys)):
+            if row not in plan.known or plan.known[row][0] < plan.cut:
+                self._cache.store.put(plan.keys[row], plan.cut, _value(plan, values, row))
+        self._batches.add(tuple(plan.keys))
+        return self._probe(plan, hidden) if plan.probes and not saves_by_hooks() else hidden
 
     def _inexact(self, plan: Plan, hidden: Tensor) -> str:
         """Return why what was computed may be different in the next epoch, or is needed now; "" if neither."""
         if hidden.requires_grad:
-            return "something below the cut trains"
+            return TRAINS
         if any(one() is not None and one() is not hidden for one in plan.outputs[:-1]):
             return KEEPS
         if any(moment.buffers_changed() for moment in self._moments[: plan.cut]):
-            return "a block below the cut changes its own buffers, as a batch norm does"
-        if any(not torch.equal(*pair) for pair in zip(plan.random, generators(), strict=False)):
-            return self._random()
+            return BUFFERS
         return ""
 
-    def _agrees(self, key: str, value: Tensor) -> bool:
-        one = self._cache.store.get(key)
-        if one is None or one.value.shape != value.shape:
-            return True
-        error = 3 * torch.finfo(value.dtype).eps ** 0.5 * float(value.abs().max())
-        return bool(torch.allclose(one.value, value.cpu(), rtol=0.0, atol=error))
+    def _check(self, plan: Plan, hidden: Tensor) -> None:
+        """Compare the samples that were computed although they are known."""
+        compared = False
+        for row, (depth, kept) in plan.checked.items():
+            value = _value(plan, hidden.detach(), row).cpu()
+            if depth != plan.cut or value.shape != kept.shape or value.dtype != kept.dtype:
+                continue
+            compared = True
+            eps = torch.finfo(value.dtype).eps
+            error = min(3 * eps**0.5, 512 * eps) * float(value.abs().max())
+            if not torch.allclose(kept, value, rtol=0.0, atol=error):
+                plan.reason = DEPENDS
+                return
+        if compared:
+            self._independent, self._unchecked = True, plan.cut
 
     def _probe(self, plan: Plan, hidden: Tensor) -> Tensor:
         """Let backward show whether the loss depends on the hidden states of padding."""
-        padding, filled, cache = plan.padding, plan.filled, self._cache
+        padding, filled = plan.padding, plan.filled
 
         def judge(gradient: Tensor) -> None:
             assert padding is not None
-            at_padding = gradient[padding.to(gradient.device)]
             if not bool(gradient.isfinite().all()):
                 return
-            cache.padding_matters = matters = bool((at_padding != 0).any())
-            if matters:
-                cache.store.drop()
+            matters = bool((gradient[padding.to(gradient.device)] != 0).any())
             if matters and filled:
                 raise RuntimeError(
                     "prefix_cache: the loss depends on padding now, and did not before; give padding the label -100 "
                     f"and the attention mask 0, or {OFF}."
                 )
+            self._padding_matters = matters or bool(self._padding_matters)
 
         leaf = hidden.detach().requires_grad_()
         leaf.register_hook(judge)
@@ -247,7 +286,8 @@ class Prefix:
 
     def _random(self) -> str:
         names = [
-            f" ({type(module).__name__}, p={module.p:g}, and perhaps others)"
+            f" (by a {type(module).__name__}, p={module.p:g}, and perhaps others); set prefix_dropout=False to switch "
+            "dropout off there"
             for block in self._blocks
             for module in modules_in(block)
             if isinstance(module, nn.Dropout) and module.p > 0 and module.training
@@ -255,9 +295,15 @@ class Prefix:
         return DROPOUT.format(where=names[0] if names else "")
 
     @contextmanager
-    def _quiet(self, block: nn.Module) -> Iterator[None]:
-        """Switch off dropout in a block below the cut, if the options say so."""
-        loud = [] if self._cache.dropout else [module for module in modules_in(block) if module.training]
+    def quiet(self, block: nn.Module) -> Iterator[None]:
+        """Switch off dropout in a block below the cut, if the options say so.
+
+        Args:
+            block: a block of the stack.
+        """
+        below = self._blocks[: self._places[id(block)] + 1]
+        off = not self._cache.dropout and not self._cache.before_trains() and not any(map(trains, below))
+        loud = [module for module in modules_in(block) if module.training] if off else []
         for module in loud:
             module.training = False
         try:
@@ -265,6 +311,12 @@ class Prefix:
         finally:
             for module in loud:
                 module.training = True
+
+
+def _value(plan: Plan, values: Tensor, row: int) -> Tensor:
+    """Return a sample's hidden states, without padding that has no effect."""
+    places = plan.kept[row]
+    return values[row] if places is None else values[row, places.to(values.device)]
 
 
 def _first(output: Any) -> Any:

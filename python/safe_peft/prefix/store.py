@@ -22,7 +22,7 @@ EPOCHS = 2
 
 
 class Area:
-    """An array of bytes from which pieces are lent. Pages without a write use no memory and no disk.
+    """An array of bytes from which pieces are lent. Memory is used from its first write on, a file from the beginning.
 
     Args:
         size: bytes.
@@ -31,7 +31,7 @@ class Area:
 
     def __init__(self, size: int, file: IO[bytes] | None = None) -> None:
         if file is not None:
-            os.truncate(file.fileno(), size)
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and later a crash
         self.size = size
         self._map = mmap.mmap(-1 if file is None else file.fileno(), size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)

@@ -127,6 +127,10 @@ class Pair:
         return self.cache.usage.reason
 
 
+def matters(pair: Pair) -> bool | None:
+    return pair.cache._states[0].prefix._padding_matters
+
+
 # ---------------------------------------------------------------- exact
 
 
@@ -139,11 +143,12 @@ def test_epochs_in_other_orders_with_other_padding(make: Callable[[], PeftModel]
     tokens = sum(map(len, sentences()))
     assert pair.cache.usage.samples == 4 * 24
     # BERT classifies the first token, here padding; GPT-2 predicts the first token from the padding before it.
-    assert pair.cache.padding_matters is left
+    assert matters(pair) is left
     if left:
         return
-    assert pair.cache.usage.known >= 24 * 3 - 7 - 2  # the first batch has shown that padding has no effect
-    assert pair.skipped[0] > 2 * tokens
+    # The first batch has shown that padding has no effect, and one of the second epoch that samples are independent.
+    assert pair.cache.usage.known >= 24 * 3 - 3 * 7
+    assert pair.skipped[0] > 1.5 * tokens
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
@@ -254,7 +259,7 @@ def test_dropout_below_the_cut_is_named_and_nothing_is_kept(caplog: pytest.LogCa
     pair = Pair(with_dropout())
     pair.train(epochs(2))
     assert pair.cache.usage.known == 0 and len(pair.cache.store) == 0
-    assert "dropout is on below the cut (Dropout, p=0.2" in pair.reason
+    assert "random numbers are drawn below the cut (by a Dropout, p=0.2" in pair.reason
     assert caplog.text.count("prefix_dropout=False") == 1
 
 
@@ -339,16 +344,17 @@ def test_a_change_that_autograd_cannot_see_is_noticed_after_some_forwards(caplog
     pair.train(epochs(2))
     for model in pair.models:
         model.base_model.model.bert.encoder.layer[0].intermediate.dense.base_layer.weight.data.mul_(1.5)
-    for batch in epochs(1 + CHECK_EVERY // 4):
-        pair.cached(**batch)
-    assert "something below the cut has changed" in caplog.text
+    with pytest.raises(RuntimeError, match="on something that PyTorch does not count"):
+        for batch in epochs(1 + CHECK_EVERY // 4):
+            pair.cached(**batch)
     pair.train(epochs(2))
+    assert "on something that PyTorch does not count" in caplog.text
 
 
 def test_padding_that_has_an_effect_belongs_to_the_sample() -> None:
     pair = Pair(decoder(), cut=1)
     pair.train(epochs(4, causal=True, ignored=0))  # the loss counts padding too
-    assert pair.cache.padding_matters is True and pair.cache.usage.known < 48
+    assert matters(pair) is True and pair.cache.usage.known < 48
 
 
 def test_padding_that_comes_to_have_an_effect_is_an_error() -> None:
@@ -434,9 +440,14 @@ def test_a_model_that_keeps_what_its_blocks_return() -> None:
     pair = Pair(model)
     batch = {"input_ids": torch.randint(3, VOCABULARY, (5, 9))}
     pair.train([batch] * 3, loss=lambda output: output.square().mean())
-    assert pair.reason == "the model keeps what its blocks return"
-    for one in pair.models:
-        one.base_model.model.collects = False
+    assert pair.reason == "the model keeps what its blocks return" and pair.cache.usage.known == 0
+
+
+def test_a_model_that_comes_to_keep_what_its_blocks_return() -> None:
+    model = get_peft_model(Collecting(), LoraConfig(target_modules=["query", "intermediate.dense"]))
+    model.base_model.model.collects = False
+    pair = Pair(model)
+    batch = {"input_ids": torch.randint(3, VOCABULARY, (5, 9))}
     pair.train([batch] * 3, loss=lambda output: output.square().mean())
     assert pair.reason == "" and pair.cache.usage.known == 10
     pair.cached.base_model.model.collects = True
@@ -491,7 +502,7 @@ def test_a_store_that_is_too_small_keeps_what_fits() -> None:
 def test_a_file_takes_what_memory_does_not() -> None:
     pair = Pair(bert(4), store=Store(memory=4 * 1024, file=1 << 20))
     pair.train(epochs(4))
-    assert len(pair.cache.store) >= 24 and pair.cache.usage.known >= 24 * 3 - 9
+    assert len(pair.cache.store) >= 24 and pair.cache.usage.known >= 24 * 3 - 3 * 7
 
 
 def test_the_cache_gives_up_if_samples_never_come_again(caplog: pytest.LogCaptureFixture) -> None:

@@ -43,6 +43,8 @@ class Moment:
         self._on_all = [hooks.copy() for hooks in _HOOKS_ON_ALL]
         self._names = [tuple(module._parameters) for module in modules]
         self._buffers = self._buffer_versions()
+        # An id is used again if its object is gone, so the objects are kept.
+        self._tensors = [t for m in modules for kind in (m._parameters, m._buffers) for t in kind.values()]
         self._parameters = {
             id(p): _values(p) for module in modules for p in module._parameters.values() if p is not None
         }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -74,8 +75,11 @@ class SafeBlock(SwappedModule):
         if not is_bound(self):
             return type(self).__call__(self, *args, **kwargs)
         state: Block = self.__dict__[STATE]
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled() or is_transformed():
+        if torch.compiler.is_compiling() or is_transformed():
             return super().__call__(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            with nullcontext() if state.prefix is None else state.prefix.quiet(self):
+                return super().__call__(*args, **kwargs)
         return state.run(self, super().__call__, args, kwargs)
 
 
