@@ -83,7 +83,7 @@ def test_several_seeds_repeat_every_method(run: Callable[..., FreezeReport], mon
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"methods": "stock,magic"}, "methods must be some of stock, bind, safe, count, random, each once"),
+        ({"methods": "stock,magic"}, "methods must be some of stock, bind, safe, count, random, cached, each once"),
         ({"methods": "stock,stock"}, "each once"),
         ({"methods": ""}, "methods must be some of"),
         ({"lora_dropout": float("nan"), "methods": "safe"}, "the training with method safe failed."),

@@ -55,6 +55,8 @@ class Prefix:
         self._padding_matters: bool | None = None  # None until a backward has shown it
         self._batches: set[tuple[str, ...]] = set()  # the keys of the batches that were kept
         self._independent = False  # samples were computed in two batches, with the same result
+        self._any_length = False  # and with more or less padding
+        self._lengths: dict[str, int] = {}  # by key, the tokens of the batch in which a sample was kept, with padding
         self._unchecked = 0  # the highest cut at which a sample was compared
 
     def run(
@@ -160,7 +162,7 @@ class Prefix:
         kept, padding = self._without_padding(notes["masks"], hidden)
         keys = [f"{self._number}.{key}" for key in samples.keys(kept)]
         known = self._known(keys, cut)
-        checked = self._to_check(keys, known, cut)
+        checked = self._to_check(keys, known, cut, hidden.shape[1])
         known = {row: one for row, one in known.items() if row not in checked}
         self._cache.count(len(keys), len(known))
         plan = replace(plan, keys=keys, kept=kept, padding=padding, known=known, checked=checked)
@@ -176,11 +178,13 @@ class Prefix:
         return {row: (one.depth, one.value) for row, one in found.items() if one is not None and one.depth <= cut}
 
     def _to_check(
-        self, keys: Sequence[str], known: Mapping[int, tuple[int, Tensor]], cut: int
+        self, keys: Sequence[str], known: Mapping[int, tuple[int, Tensor]], cut: int, tokens: int
     ) -> dict[int, tuple[int, Tensor]]:
         """Return known samples to compute all the same: all, until samples of a batch are known to be independent."""
-        if not self._independent:
-            return {} if tuple(keys) in self._batches else dict(known)  # the same samples in the same order
+        if not self._independent and tuple(keys) not in self._batches:  # not the same samples in the same order
+            return dict(known)
+        if not self._any_length:
+            return {row: one for row, one in known.items() if self._lengths.get(keys[row]) != tokens}
         at_cut = [(row, one) for row, one in known.items() if one[0] == cut]
         if not at_cut or not (self._cache.checks or self._unchecked < cut):
             return {}
@@ -193,7 +197,7 @@ class Prefix:
             if not moment.holds():
                 del self._moments[index:]
                 self._cache.store.drop(above=index)
-                self._independent, self._unchecked = False, 0
+                self._independent, self._any_length, self._unchecked = False, False, 0
                 self._batches.clear()
                 break
         if watched():
@@ -235,6 +239,7 @@ class Prefix:
         for row in range(len(plan.keys)):
             if row not in plan.known or plan.known[row][0] < plan.cut:
                 self._cache.store.put(plan.keys[row], plan.cut, _value(plan, values, row))
+                self._lengths[plan.keys[row]] = hidden.shape[1]
         self._batches.add(tuple(plan.keys))
         return self._probe(plan, hidden) if plan.probes and not saves_by_hooks() else hidden
 
@@ -256,10 +261,11 @@ class Prefix:
             if depth != plan.cut or value.shape != kept.shape or value.dtype != kept.dtype:
                 continue
             compared = True
+            self._any_length |= self._lengths.get(plan.keys[row]) != hidden.shape[1]
             eps = torch.finfo(value.dtype).eps
             error = min(3 * eps**0.5, 512 * eps) * float(value.abs().max())
             if not torch.allclose(kept, value, rtol=0.0, atol=error):
-                plan.reason = DEPENDS
+                plan.reason, self._any_length = DEPENDS, False
                 return
         if compared:
             self._independent, self._unchecked = True, plan.cut

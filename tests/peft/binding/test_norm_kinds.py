@@ -64,6 +64,11 @@ def gradient(model: nn.Module, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.cat([p.grad.flatten().float() for p in model.parameters() if p.grad is not None])
 
 
+def assert_same(one: Tensor, other: Tensor) -> None:
+    """To the rounding: the sums of the adapters' kernels have another order on some CPUs."""
+    assert float((one - other).abs().max()) <= 2e-5 * float(other.abs().max())
+
+
 NORMS: dict[str, Callable[[], nn.Module]] = {
     "RMSNorm": lambda: nn.RMSNorm(D, eps=1e-6),
     "RMSNorm, eps None": lambda: nn.RMSNorm(D),
@@ -140,7 +145,7 @@ def test_a_patched_class_is_noticed(name: str, monkeypatch: pytest.MonkeyPatch) 
     with bind(model):
         gradient(model)
         monkeypatch.setattr(getattr(nn, name), "forward", double)
-        assert torch.equal(gradient(model), gradient(stock))
+        assert_same(gradient(model), gradient(stock))
         part = part_of(model)
         assert "replaced" in part.reason
 
@@ -149,7 +154,7 @@ def test_a_class_that_was_patched_before_is_not_taken_for_a_norm(monkeypatch: py
     monkeypatch.setattr(nn.LayerNorm, "forward", double)
     model, stock = make(NORMS["LayerNorm"]), make(NORMS["LayerNorm"])
     with bind(model):
-        assert torch.equal(gradient(model), gradient(stock))
+        assert_same(gradient(model), gradient(stock))
 
 
 def test_an_attribute_that_its_code_reads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -168,7 +173,7 @@ def test_an_attribute_that_its_code_reads(monkeypatch: pytest.MonkeyPatch) -> No
         gradient(model)
         for other in (model, stock):
             other.base_model.model.norm.scale = 3.0
-        assert torch.equal(gradient(model), gradient(stock))
+        assert_same(gradient(model), gradient(stock))
         for other in (model, stock):
             other.base_model.model.norm.scale = 1.0
             other.base_model.model.norm.eps = 0.5  # this one is read in every call

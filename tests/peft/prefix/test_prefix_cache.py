@@ -3,133 +3,21 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator
-from copy import deepcopy
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from cached_pair import Pair, batch_of, decoder, epochs, freeze, matters, sentences, with_dropout
 from families import FAMILIES, Family
-from peft import LoraConfig, PeftModel, get_peft_model
-from tiny import VOCABULARY, adamw, bert, gpt2, randomise_adapters
+from peft import PeftModel
+from tiny import adamw, bert
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForSequenceClassification
 
 from safe_kernels import retention
-from safe_peft import bind
 from safe_peft.binding.blocks import transformer_blocks
-from safe_peft.prefix.cache import CHECK_EVERY, PrefixCache
+from safe_peft.prefix.cache import CHECK_EVERY
 from safe_peft.prefix.store import Store
-
-Batch = dict[str, Tensor]
-TOLERANCE = 2e-5
-
-
-def sentences(count: int = 24, seed: int = 1) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 12, (count,), generator=generator)
-    return [torch.randint(3, VOCABULARY, (int(n),), generator=generator) for n in lengths]
-
-
-def epochs(count: int, rows: int = 7, **options: Any) -> Iterator[Batch]:
-    """Shuffled epochs, padded to the longest sentence of each batch."""
-    data, generator = sentences(), torch.Generator().manual_seed(5)
-    for _ in range(count):
-        order = torch.randperm(len(data), generator=generator).tolist()
-        for begin in range(0, len(data), rows):
-            yield batch_of([data[index] for index in order[begin : begin + rows]], **options)
-
-
-def batch_of(rows: list[Tensor], causal: bool = False, left: bool = False, ignored: int = -100) -> Batch:
-    side = "left" if left else "right"
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_side=side)
-    mask = (ids != 0).long()
-    labels = ids.masked_fill(mask == 0, ignored) if causal else (ids == 3).any(1).long()
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def freeze(model: nn.Module, blocks: int) -> None:
-    """Train nothing in the lowest blocks."""
-    for number, block in enumerate(transformer_blocks(model).values()):
-        for name, parameter in block.named_parameters():
-            if "lora_" in name:
-                parameter.requires_grad_(number >= blocks)
-
-
-def with_dropout(p: float = 0.2) -> PeftModel:
-    model = bert(4)
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = p
-    return model
-
-
-def decoder(**lora: Any) -> PeftModel:
-    model = gpt2(**lora)
-    model.config.use_cache = False
-    return model
-
-
-class Pair:
-    """The same bound model twice: without a cache, and with one. `plain` may also have one that keeps nothing."""
-
-    def __init__(self, model: nn.Module, cut: int = 2, store: Store | None = None, dropout: bool = True) -> None:
-        randomise_adapters(model)
-        freeze(model, cut)
-        self.plain, self.cached = model, deepcopy(model)
-        self.bindings = bind(self.plain), bind(self.cached)
-        if not dropout:
-            PrefixCache(self.plain, Store(0), dropout=False)
-        self.cache = PrefixCache(self.cached, Store(1 << 20) if store is None else store, dropout=dropout)
-        self.optimizers = adamw(self.plain), adamw(self.cached)
-
-    @property
-    def models(self) -> tuple[nn.Module, nn.Module]:
-        return self.plain, self.cached
-
-    def backward(self, batch: Batch, loss: Callable[[Any], Tensor] = lambda output: output.loss) -> None:
-        losses = []
-        state = torch.get_rng_state()
-        for model in self.models:
-            torch.set_rng_state(state)
-            value = loss(model(**batch))
-            value.backward()
-            losses.append(value.item())
-        assert losses[1] == pytest.approx(losses[0], rel=TOLERANCE)
-
-    def compare(self) -> None:
-        named = zip(self.plain.named_parameters(), self.cached.named_parameters(), strict=True)
-        for (name, one), (_, other) in named:
-            assert (one.grad is None) == (other.grad is None), name
-            if one.grad is not None and other.grad is not None:
-                largest = max(float(one.grad.abs().max()), 1e-4)
-                assert float((one.grad - other.grad).abs().max()) <= TOLERANCE * largest, name
-
-    def train(self, batches: Iterable[Batch], accumulate: int = 1, **options: Any) -> None:
-        for number, batch in enumerate(batches, 1):
-            self.backward(batch, **options)
-            if number % accumulate == 0:
-                self.compare()
-                for model, optimizer in zip(self.models, self.optimizers, strict=True):
-                    optimizer.step()
-                    optimizer.zero_grad()
-                    model.eval()
-                    model.train()
-
-    @property
-    def skipped(self) -> list[int]:
-        return list(self.cache.usage.skipped.values())
-
-    @property
-    def reason(self) -> str:
-        return self.cache.usage.reason
-
-
-def matters(pair: Pair) -> bool | None:
-    return pair.cache._states[0].prefix._padding_matters
-
 
 # ---------------------------------------------------------------- exact
 
@@ -370,124 +258,6 @@ def test_a_model_without_a_mask() -> None:
     batches = [{name: value for name, value in batch.items() if name != "attention_mask"} for batch in epochs(1)]
     pair.train(batches * 3)
     assert pair.cache.usage.known == 48
-
-
-# ---------------------------------------------------------------- what cannot be skipped
-
-
-def test_hooks_below_the_cut_are_called() -> None:
-    pair = Pair(bert(4))
-    pair.train(epochs(2))
-    calls: list[int] = []
-    for model in pair.models:
-        layer = model.base_model.model.bert.encoder.layer[1].attention.self.query
-        layer.register_forward_hook(lambda *_: calls.append(1))
-    pair.train(epochs(2))
-    assert len(calls) == 2 * 2 * 4 and "hooks on a Linear below the cut" in pair.reason
-
-
-@pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
-def test_asked_for_what_blocks_return(name: str) -> None:
-    pair = Pair(bert(4))
-    pair.train(epochs(2))
-    batch = next(epochs(1))
-    one, other = (model(**batch, **{name: True}) for model in pair.models)
-    for mine, theirs in zip(*(list(output.values())[-1] for output in (one, other)), strict=True):
-        torch.testing.assert_close(mine, theirs)
-    assert pair.reason == f"{name} is on"
-
-
-def test_a_kv_cache() -> None:
-    model = gpt2()
-    pair = Pair(model, cut=1)
-    pair.train(epochs(2, causal=True))
-    assert "set use_cache=False" in pair.reason
-    output = pair.cached(**next(epochs(1, causal=True)))
-    assert output.past_key_values.get_seq_length() == output.logits.shape[1]
-
-
-class Collecting(nn.Module):
-    """A model that keeps what its blocks return: all, one or none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.bert = BertForSequenceClassification(
-            BertConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                num_hidden_layers=4,
-                num_attention_heads=2,
-                intermediate_size=64,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-            )
-        )
-        self.collects: bool | int = True
-
-    def forward(self, input_ids: Tensor) -> Tensor:
-        hidden = self.bert.bert.embeddings(input_ids)
-        kept = []
-        for number, layer in enumerate(self.bert.bert.encoder.layer):
-            hidden = layer(hidden)
-            if self.collects is True or (self.collects is not False and self.collects == number):
-                kept.append(hidden)
-        return torch.stack([hidden, *kept]).mean(0)
-
-
-def test_a_model_that_keeps_what_its_blocks_return() -> None:
-    model = get_peft_model(Collecting(), LoraConfig(target_modules=["query", "intermediate.dense"]))
-    pair = Pair(model)
-    batch = {"input_ids": torch.randint(3, VOCABULARY, (5, 9))}
-    pair.train([batch] * 3, loss=lambda output: output.square().mean())
-    assert pair.reason == "the model keeps what its blocks return" and pair.cache.usage.known == 0
-
-
-def test_a_model_that_comes_to_keep_what_its_blocks_return() -> None:
-    model = get_peft_model(Collecting(), LoraConfig(target_modules=["query", "intermediate.dense"]))
-    model.base_model.model.collects = False
-    pair = Pair(model)
-    batch = {"input_ids": torch.randint(3, VOCABULARY, (5, 9))}
-    pair.train([batch] * 3, loss=lambda output: output.square().mean())
-    assert pair.reason == "" and pair.cache.usage.known == 10
-    pair.cached.base_model.model.collects = True
-    with pytest.raises(RuntimeError, match="the model keeps what its blocks return"):
-        pair.cached(**batch)
-
-
-def test_a_model_that_keeps_what_the_last_block_below_the_cut_returns() -> None:
-    model = get_peft_model(Collecting(), LoraConfig(target_modules=["query", "intermediate.dense"]))
-    model.base_model.model.collects = 1
-    pair = Pair(model)
-    pair.train([{"input_ids": torch.randint(3, VOCABULARY, (5, 9))}] * 3, loss=lambda output: output.square().mean())
-    assert pair.reason == "" and pair.cache.usage.known == 10
-
-
-def test_a_checkpoint_around_the_model() -> None:
-    pair = Pair(bert(4))
-    for model in pair.models:
-        encoder = model.base_model.model.bert.encoder
-        encoder.forward = partial(checkpoint, encoder.forward, use_reentrant=False)
-    pair.train(epochs(3))
-
-
-def test_as_many_samples_as_tokens() -> None:
-    pair = Pair(bert(4))
-    batch = {"input_ids": torch.randint(3, VOCABULARY, (6, 6)), "labels": torch.zeros(6, dtype=torch.long)}
-    pair.train([batch] * 3)
-    assert "as many samples as tokens" in pair.reason
-
-
-def test_inputs_of_the_user_that_require_grad() -> None:
-    pair = Pair(bert(4))
-    batch = next(epochs(1))
-    grads = []
-    for model in pair.models:
-        embeddings = model.get_input_embeddings()(batch["input_ids"]).detach().requires_grad_()
-        model(inputs_embeds=embeddings, attention_mask=batch["attention_mask"], labels=batch["labels"]).loss.backward()
-        grads.append(embeddings.grad)
-    torch.testing.assert_close(*grads)
-    pair.compare()
 
 
 # ---------------------------------------------------------------- the store
