@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -222,8 +223,8 @@ def test_a_write_between_blocks() -> None:
 
 def test_a_model_that_reads_what_was_skipped_gets_nan() -> None:
     pair = Pair(blocks(pools=True))
-    with pytest.raises(AssertionError, match="nan"):
-        pair.train(orders(4), loss=square)
+    losses = [float(square(pair.cached(**batch))) for batch in orders(4)]
+    assert pair.cache.usage.known > 0 and any(map(math.isnan, losses))
 
 
 @pytest.mark.parametrize("dropout", [True, False])
