@@ -30,7 +30,7 @@ from .store import Store
 logger = logging.getLogger(__name__)
 
 CHECK_EVERY = 16
-"""Forwards between two checks that a kept value is still what the blocks compute, and that padding has no effect."""
+"""Forwards between two checks that a kept value is still what the blocks compute."""
 LEAST_HITS = 0.05
 """With less than this share of known samples, the cache gives up once it is full."""
 _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
@@ -119,7 +119,7 @@ class PrefixCache:
 
     @property
     def checks(self) -> bool:
-        """Whether this forward checks what is otherwise assumed."""
+        """Whether this forward computes a known sample again, and compares it."""
         return self.forwards % CHECK_EVERY == 1
 
     def refuse(self, reason: str) -> None:
@@ -155,7 +155,8 @@ class PrefixCache:
         self._restore()  # an interrupt may have ended the last forward without `_end`
         notes["trains"] = torch.is_grad_enabled() and call.module.training and call.task == -1
         notes["usable"] = notes["trains"] and not self._watcher.is_suspended and not self._gave_up
-        notes |= {"masks": masks, "asked": asked, "outermost": True, "random": generators()}
+        notes |= {"masks": masks, "asked": asked, "outermost": True}
+        notes["random"] = generators() if notes["usable"] else ()  # evaluation does not pay for it
         if notes["usable"]:
             self.forwards += 1
         if call.module.training and call.task == -1:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 OFF = "set prefix_cache=None"
-KEEPS = "the model keeps what its blocks return"
 
 
 @dataclass(eq=False)
@@ -56,7 +55,7 @@ class Plan:
 
     @property
     def filled(self) -> bool:
-        """Whether the padding of a sample was filled with zeros."""
+        """Whether the padding of a known sample is filled, and not what the blocks compute for it."""
         return any(self.kept[row] is not None for row in self.known)
 
     @property
