@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from evidence import oracle, table
+from evidence import arms, oracle, table
 from evidence.training import Data, Task, Training, forked
 
 TASK = Task(steps=6, fork=3, batch_size=4, max_length=16, test_rows=12)
@@ -56,6 +57,20 @@ def test_a_frozen_unit_does_not_change(data: Data, tmp_path: Path) -> None:
     training.run(TASK.steps)
     same = {name for name, parameter in training.named.items() if torch.equal(parameter, before[name])}
     assert len(same) == 4 and all("layer.2.intermediate" in name or "layer.2.output" in name for name in same)
+
+
+@pytest.mark.parametrize(("part", "arm"), [("screening", "random_sets recomputed"), ("windows", "0.1 to 0.3")])
+def test_an_arm_frees_bytes_and_flops(part: str, arm: str, tmp_path: Path) -> None:
+    task = replace(TASK, steps=20)
+    oracle.write(tmp_path / "oracle-0-nothing.json", {"seed": 0, "cross_entropy": 0.5, "accuracy": 0.75})
+    assert len(list(arms.run(part, task, [0], tmp_path, tmp_path / "forks", [arm]))) == 1
+    assert list(arms.run(part, task, [0], tmp_path, tmp_path / "forks", [arm])) == []
+    (path,) = tmp_path.glob(f"{part}-*.json")
+    found = json.loads(path.read_text())
+    assert len(found["curve"]) == 20 and found["curve"][:3] == [1.0] * 3
+    assert 0 < found["bytes_end"] < found["bytes"] < 1 and found["frozen"]
+    assert found["flops"] > 0
+    assert arms.summary(part, tmp_path)[-1].startswith(f"| {arm} | {found['bytes_end']:.2f} | ")
 
 
 def test_rank_correlation() -> None:

@@ -1,0 +1,122 @@
+"""Trainings that freeze by different scores, policies and windows: what each frees, and what it costs in quality.
+
+All trainings of a seed use the same batches and the same dropout, so their differences are paired. The training in
+which nothing is frozen is the oracle's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from evidence.oracle import NOTHING, write
+from evidence.training import Data, Task, Training, forked
+from safe_peft import AdapterFreezer, SafeConfig
+from safe_peft.finetune.measure import retained_bytes, step_flops
+
+SCORES = ("cka", "velocity", "drift", "sensitivity", "progress", "realised", "random")
+EARLY = {"warmup": 0.15, "max_warmup": 0.15, "freeze_end": 0.3, "freeze_interval": 0.025, "score_interval": 0.025}
+SCREENING: dict[str, dict[str, Any]] = {
+    **{score: {"score": score} for score in SCORES},
+    "prefix": {"policy": "prefix"},
+    "random_sets": {"policy": "random_sets"},
+    "autofreeze": {"policy": "autofreeze", "score": "gradient_sensitivity"},
+    "paper": {"freeze_by": "adapters"},
+    **{f"{score} recomputed": {"score": score, "recompute": "frozen"} for score in ("cka", "progress", "realised")},
+    "random_sets recomputed": {"policy": "random_sets", "recompute": "frozen"},
+}
+"""After the fork, to an eighth of what freezing everything leaves; "recomputed": frozen blocks recompute in backward."""
+WINDOWS: dict[str, dict[str, Any]] = {
+    f"{begin:g} to {end:g}": {"warmup": begin, "max_warmup": min(1.5 * begin, end), "freeze_end": end}
+    for begin, end in ((0.2, 0.7), (0.15, 0.5), (0.1, 0.4), (0.1, 0.3), (0.1, 0.2))
+}
+"""The default options with other windows."""
+
+
+def options(part: str, arm: str, seed: int) -> SafeConfig:
+    """Return the options of an arm of "screening" or "windows"."""
+    given = {"target_fraction": 0.875, **EARLY, **SCREENING[arm]} if part == "screening" else WINDOWS[arm]
+    return SafeConfig(seed=seed, **given)
+
+
+def run(part: str, task: Task, seeds: Sequence[int], folder: Path, forks: Path, chosen: Sequence[str]) -> Iterator[str]:
+    """Run what is missing of a part, and yield a line per finished run.
+
+    Args:
+        part: "screening" or "windows".
+        task: the sizes.
+        seeds: the seeds.
+        folder: for the JSON files.
+        forks: for the states at the forks.
+        chosen: the arms; all if there are none.
+    """
+    data, arms = Data(task), SCREENING if part == "screening" else WINDOWS
+    for seed in seeds:
+        for arm in chosen or arms:
+            path = folder / f"{part}-{seed}-{arm.replace(' ', '-')}.json"
+            if path.exists():
+                continue
+            training = forked(task, data, seed, forks) if part == "screening" else Training(task, data, seed)
+            write(path, {"seed": seed, "arm": arm, **freeze(training, options(part, arm, seed)), **training.test()})
+            yield f"{path.name} {path.read_text()}"
+
+
+def freeze(training: Training, config: SafeConfig) -> dict[str, Any]:
+    """Train to the end with freezing. Costs are shares of those of the same training without freezing."""
+    task, probe = training.task, training.data.batch(training.data.train[: training.task.batch_size])
+    training.binding.detach()
+    start = training.done
+    freezer = AdapterFreezer(training.model, training.optimizer, config, total_steps=task.steps, first_step=start)
+
+    def cost() -> tuple[int, int]:
+        with freezer.suspended():
+            return retained_bytes(training.model, probe), step_flops(training.model, probe)
+
+    whole = now = cost()
+    costs = [whole] * start  # of every optimizer step
+
+    def after() -> None:
+        nonlocal now
+        costs.append(now)
+        if freezer.step():
+            now = cost()
+
+    seconds = training.run(task.steps, after)
+    frozen = list(freezer.frozen)
+    freezer.detach(keep_frozen=True)
+    return {
+        "seconds": seconds,
+        "frozen": frozen,
+        "bytes_end": now[0] / whole[0],
+        "bytes": fmean(one / whole[0] for one, _ in costs),
+        "flops": fmean(one / whole[1] for _, one in costs),
+        "curve": [round(one / whole[0], 4) for one, _ in costs],
+    }
+
+
+def summary(part: str, folder: Path) -> list[str]:
+    """Return the table of a part: costs, and the rise of the test cross entropy compared with nothing frozen."""
+    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for path in sorted(folder.glob(f"{part}-*.json")):
+        one = json.loads(path.read_text(encoding="utf-8"))
+        base = folder / f"oracle-{one['seed']}-{NOTHING}.json"
+        if base.exists():
+            found[one["arm"]].append(one | {"base": json.loads(base.read_text(encoding="utf-8"))})
+    lines = ["| arm | bytes, end | bytes, mean | FLOPs | rise of the test cross entropy, nats | accuracy | seeds |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for arm, runs in found.items():
+        cells = [f"{fmean(one[name] for one in runs):.2f}" for name in ("bytes_end", "bytes", "flops")]
+        cells.append(_mean([one["cross_entropy"] - one["base"]["cross_entropy"] for one in runs], "+.4f"))
+        cells.append(_mean([100 * (one["accuracy"] - one["base"]["accuracy"]) for one in runs], "+.2f") + " points")
+        lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs)} |")
+    return lines
+
+
+def _mean(values: Sequence[float], form: str) -> str:
+    """Return a mean, and its standard error if there are several values."""
+    error = f" ± {stdev(values) / len(values) ** 0.5:{form[1:]}}" if len(values) > 1 else ""
+    return f"{fmean(values):{form}}{error}"
