@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Builds the extension, checks the kernels on a GPU by the tests in tests/gpu, times them and whole training steps. One
-# GPU, no network, at most BUDGET seconds: the most valuable parts come first, each gets what is left, and one JSON holds
-# after every case what is known so far. A part that fails stops no other. A short table comes last; the exit status is 1
-# if any part failed.
-# On a machine without a GPU, --dry-run goes through it on the CPU, at sizes that say nothing.
+# Builds the extension, runs the tests in tests/gpu on a GPU, and times the kernels and whole training steps. It needs
+# one GPU, no network, and at most BUDGET seconds. The most important parts run first. Each part may use the time that is
+# left. The results are written to one JSON after every case. If a part fails, the others still run. At the end, the
+# script prints a short table; the exit status is 1 if any part failed.
+# On a machine without a GPU, --dry-run runs all parts on the CPU, at sizes whose times mean nothing.
 #   bench/gpu.sh [--dry-run] [--out FILE]
-# Environment: BUDGET (default 580), PYTHON (default: .venv's, else python3), MAX_JOBS, SKIP_BUILD=1 (it is built),
-# ONLY="memcheck racecheck" (these parts alone, into the file of an earlier run).
+# Environment: BUDGET (default 580), PYTHON (default: .venv's, else python3), MAX_JOBS, SKIP_BUILD=1 (the extension
+# is built already), ONLY="memcheck racecheck" (only these parts; their results are added to an earlier file).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -26,7 +26,7 @@ export PYTHONPATH="$PWD:$PWD/python:$PWD/tests/support${PYTHONPATH:+:$PYTHONPATH
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 if [[ -z $dry ]]; then
   "$python" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' ||
-    { echo "bench/gpu.sh: torch finds no GPU; --dry-run goes through the motions without one" >&2 && exit 1; }
+    { echo "bench/gpu.sh: torch finds no GPU; pass --dry-run to run all parts on the CPU" >&2 && exit 1; }
 fi
 
 scratch=$(mktemp -d) child="" failed=0
@@ -51,7 +51,7 @@ finish() {
 trap finish EXIT
 trap 'exit 143' TERM INT HUP
 
-# part NAME SECONDS COMMAND...: in at most so many seconds of those that are left
+# part NAME SECONDS COMMAND...: run a command for at most so many of the seconds that are left
 part() {
   local name=$1 limit=$2 start=$SECONDS left=$((budget - SECONDS - 10)) code=0 status=ok
   shift 2
@@ -60,12 +60,12 @@ part() {
   ((limit < 15)) && note "$name" "status=${GOES_ON:-not run}: no time left" && return
   say "$name, at most $limit s"
   note "$name" status=running
-  # In the background, since bash hears a signal while it waits, and not while a command runs.
+  # In the background: bash handles signals while it waits, but not while a command runs in the foreground.
   DEADLINE=$(($(date +%s) + limit - 5)) timeout -k 5 "$limit" "$@" &
   child=$!
   wait "$child" || code=$?
   child=""
-  if ((code == 75)); then # a fault has cost it the GPU; a new process goes on after it
+  if ((code == 75)); then # after a fault the process has lost the GPU; a new process continues
     GOES_ON="stopped by a fault" part "$name" $((limit - (SECONDS - start))) "$@"
     return
   fi

@@ -21,7 +21,7 @@ COLOURS = {"stock PEFT": "#9a9a9a", "safe_kernels": "#2b6cb0"}
 
 
 def sizes(results: dict[str, Any], p: float) -> dict[str, list[float]]:
-    """MiB by who retains them, one for each state, for the Llama shape in fp32."""
+    """Return the retained MiB by library, one number per state, for the Llama shape in fp32."""
     found = {}
     for row in results["benchmarks"]:
         params, facts = row["params"], row["extra_info"]
@@ -32,7 +32,7 @@ def sizes(results: dict[str, Any], p: float) -> dict[str, list[float]]:
 
 
 def draw(results: dict[str, Any], target: Path) -> None:
-    """One panel for each dropout, a pair of bars for each state."""
+    """Draw one panel per dropout, with a pair of bars per state."""
     plt.rcParams |= {"svg.hashsalt": "safe_kernels", "font.family": "sans-serif", "font.size": 9}
     figure, panels = plt.subplots(1, 2, figsize=(7.2, 2.6), sharey=True, layout="constrained")
     for panel, p in zip(panels, (0.0, 0.1), strict=True):
@@ -51,7 +51,7 @@ def draw(results: dict[str, Any], target: Path) -> None:
 
 
 def main() -> None:
-    """Read the arguments, draw."""
+    """Read the arguments, and draw."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     parser.add_argument("target", type=Path)

@@ -29,7 +29,7 @@ SCREENING: dict[str, dict[str, Any]] = {
     **{f"{score} recomputed": {"score": score, "recompute": "frozen"} for score in ("cka", "progress", "realised")},
     "random_sets recomputed": {"policy": "random_sets", "recompute": "frozen"},
 }
-"""After the fork, to an eighth of what freezing everything leaves; "recomputed": frozen blocks recompute in backward."""
+"""The arms of the screening. In those that are "recomputed", frozen blocks run again in backward."""
 WINDOWS: dict[str, dict[str, Any]] = {
     f"{begin:g} to {end:g}": {"warmup": begin, "max_warmup": min(1.5 * begin, end), "freeze_end": end}
     for begin, end in ((0.2, 0.7), (0.15, 0.5), (0.1, 0.4), (0.1, 0.3), (0.1, 0.2))

@@ -1,4 +1,4 @@
-"""A plugin of pytest: each outcome of the tests in tests/gpu is in the JSON of bench/gpu.sh as soon as it is known.
+"""A plugin of pytest: writes each outcome of the tests in tests/gpu into the JSON of bench/gpu.sh at once.
 
 python -m pytest -p bench.gpu.checks tests/gpu --out FILE --part PART [--dry-run] [--autotune]
 """
@@ -26,7 +26,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Recorder:
-    """Counts the tests that have run, keeps why some failed, and ends when the time is up or the GPU is lost."""
+    """Counts the tests, keeps the reasons of failures, and stops when the time is over or the GPU is lost."""
 
     def __init__(self, options: Any) -> None:
         self.options = options
@@ -36,12 +36,12 @@ class Recorder:
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """An earlier process of this part has done the first ones."""
+        """Leave out the tests that an earlier process of this part has run."""
         del items[: self.found["checked"] + self.found["skipped"]]
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        """True: the test does not run."""
+        """Return True to skip a test, because the time is over."""
         if not self.time_is_up and seconds_left() < 3:
             self.time_is_up = True
             update(self.options.out, self.options.part, {"left_out": f"from {item.nodeid} on"})

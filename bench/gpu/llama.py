@@ -1,4 +1,4 @@
-"""Llama shapes with random weights, and everything that trains one: PEFT, ours, Liger's, torch.compile's."""
+"""Llama shapes with random weights, and training steps with PEFT, ours, Liger and torch.compile."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ SHAPES: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": True,
     },
 }
-"""Llama 3.2 1B and Llama 3.1 8B, of their public configurations; and one for a dry run."""
+"""Llama 3.2 1B and Llama 3.1 8B, from their public configurations, and a tiny one for a dry run."""
 TOKENS = {"1B": (4, 2048), "8B": (2, 2048), "tiny": (2, 16)}
-"""Rows and length of a batch."""
+"""Samples per batch, and tokens per sample."""
 LORA: dict[str, Any] = {
     "r": 16,
     "lora_alpha": 32,
@@ -56,7 +56,7 @@ LAYOUTS: dict[str, Callable[[int, int], bool]] = {
     "lower three quarters": lambda layer, layers: layer < 3 * layers // 4,
     "three of four": lambda layer, layers: layer % 4 != 3,
 }
-"""Which blocks' adapters are frozen."""
+"""The blocks whose adapters are frozen."""
 CHUNK = 1024
 LOSS = {
     "liger, and Liger's loss": "Liger's linear layer and cross entropy in one, without whole logits",

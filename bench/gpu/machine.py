@@ -1,4 +1,4 @@
-"""What a figure was measured on, and how: device, versions, clocks, ceilings; medians of timed runs."""
+"""The machine of a measurement: device, versions, clocks and peak rates; and medians of timed runs."""
 
 from __future__ import annotations
 
@@ -23,23 +23,28 @@ Run = Callable[[], Any]
 
 
 def arguments(description: str) -> argparse.Namespace:
-    """What a script here takes."""
+    """Read the arguments of a script in this folder."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--shard", type=int, nargs=2, help="warming: which share of the cases, and of how many")
+    parser.add_argument(
+        "--shard",
+        type=int,
+        nargs=2,
+        help="for warming: this share of the cases, of how many",
+    )
     add_options(parser.add_argument)
     return parser.parse_args()
 
 
 def add_options(add: Callable[..., Any]) -> None:
-    """What every part takes."""
-    add("--dry-run", action="store_true", help="on the CPU, at tiny sizes: times mean nothing")
-    add("--autotune", action="store_true", help="tiles by measurement; of the ops, our own alone")
-    add("--out", type=Path, required=True, help="JSON to add to")
-    add("--part", choices=PARTS, required=True, help="under which name")
+    """Add the arguments of every part."""
+    add("--dry-run", action="store_true", help="run on the CPU, at tiny sizes whose times mean nothing")
+    add("--autotune", action="store_true", help="choose tiles by measuring; times only our own ops")
+    add("--out", type=Path, required=True, help="the JSON file to write to")
+    add("--part", choices=PARTS, required=True, help="the name of the part in the file")
 
 
 def device_of(options: argparse.Namespace) -> torch.device:
-    """Where to measure; the file says once what that is."""
+    """Return the device; its description is written to the file once."""
     device = torch.device("cpu" if options.dry_run else "cuda")
     if not read(options.out)["machine"]:
         update(options.out, "machine", describe(device))

@@ -1,4 +1,4 @@
-"""The ops by themselves, bf16, compared with PEFT's operations, torch.compile of those, Liger, and cuBLAS."""
+"""Single ops in bf16, compared with PEFT's operations, with torch.compile of these, with Liger and with cuBLAS."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ Providers = dict[str, Run]
 
 @dataclass
 class Case:
-    """What is timed.
+    """One case that is timed.
 
     Attributes:
         name: of the case.
         size: of the problem.
         runs: by provider.
-        leaves: tensors whose gradients are forgotten before each run.
-        least: the least that has to be moved or computed.
-        before: what else comes before a provider's every run, untimed.
+        leaves: tensors whose gradients are dropped before each run.
+        least: the fewest bytes and FLOPs that the case needs.
+        before: by provider, a function that is called before every run, untimed.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Case:
 
 
 def peft(x: Tensor, base: Tensor, A: Tensor, B: Tensor, p: float) -> Tensor:
-    """As PEFT writes it; its adapters are of float32 unless one asks for another dtype."""
+    """Compute as PEFT does; its adapters are in float32 by default."""
     return (base + F.linear(F.linear(F.dropout(x.to(A.dtype), p), A), B) * SCALING).to(base.dtype)
 
 

@@ -1,4 +1,4 @@
-"""Times the ops by themselves; a provider that cannot run says why."""
+"""Times single ops. If a provider cannot run, the reason is in the results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def key(name: str, size: dict[str, Any]) -> tuple[Any, ...]:
 def measure(
     device: torch.device, dry: bool, wants: Wants, rows: dict[Any, dict[str, Any]], limits: dict[str, float], note: Note
 ) -> None:
-    """Goes over the cases with those providers that are wanted; a row has all providers of a case."""
+    """Time the cases with the wanted providers; one row has all providers of a case."""
     for case in all_cases(dry, device):
         found = rows.get(key(case.name, case.size), row_of(case, limits))
         for provider in filter(wants, case.runs):

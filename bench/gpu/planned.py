@@ -1,8 +1,8 @@
-"""Peak memory of the training steps, planned without a GPU, compared with what one measured of the same step.
+"""Peak memory of the training steps, planned without a GPU, compared with the measurements of the same steps.
 
 python -m bench.gpu.planned [--sizes 1B 8B] [--measured bench/results/gpu.json]
 
-What a plan cannot know are workspaces of CUDA's libraries: cuBLAS's alone is 64 MiB on an H200.
+A plan does not include the workspaces of CUDA's libraries; cuBLAS alone has 64 MiB on an H200.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from .llama import LAYOUTS, SHAPES, TOKENS, chunked_loss, freeze, make_model
 from .results import read
 
 PROVIDERS = ("peft", "safe", "peft, chunked loss", "safe, chunked loss", "peft, float32", "safe, float32")
-"""Who can be planned: what Liger and Inductor keep depends on kernels that run on a GPU alone."""
+"""What can be planned. The bytes that Liger and Inductor retain depend on kernels that need a GPU."""
 MEASURED = Path(__file__).parents[1] / "results/gpu.json"
 OPTIMIZER_STATES = 2
 
 
 class Row(NamedTuple):
-    """Bytes of one step; `measured` is 0 where it was not measured."""
+    """The bytes of one step; `measured` is 0 if there is no measurement."""
 
     size: str
     provider: str
@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 
 def plan(size: str, provider: str, frozen: str) -> int:
-    """The peak of a step as `steps` takes it, in bytes: parameters, optimizer state, and all that the step makes."""
+    """Return the peak of a step of `steps`, in bytes: parameters, optimizer state, and all tensors of the step."""
     who, _, further = provider.partition(", ")
     model = make_model(SHAPES[size], torch.device("meta"), single=further == "float32")
     freeze(model, frozen)
@@ -48,7 +48,7 @@ def plan(size: str, provider: str, frozen: str) -> int:
 
 
 def rows(sizes: Iterable[str], measured: dict[str, Any]) -> Iterator[Row]:
-    """Each step, nothing frozen first."""
+    """Yield each step, first those with nothing frozen."""
     peaks = {
         (row["size"], row["provider"], row["frozen"]): row["peak_bytes"]
         for row in measured["parts"].get("steps", {}).get("rows", ())

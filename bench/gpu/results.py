@@ -1,6 +1,6 @@
-"""The one JSON that all parts write, on disk after every case: whatever ends a part early, what it measured stays.
+"""The JSON file of all parts. It is written after every case, so results stay if a part ends early.
 
-python -m bench.gpu.results FILE PART KEY=VALUE ...   (PART `run`: about the whole)
+python -m bench.gpu.results FILE PART KEY=VALUE ...   (PART `run` is for facts about the whole run)
 """
 
 from __future__ import annotations
@@ -38,26 +38,26 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def write(path: Path, content: dict[str, Any], indent: int | None = None) -> None:
-    """Replaces the file atomically, so that readers never see a part of it."""
+    """Replace the file atomically, so that readers never see an unfinished file."""
     unfinished = path.with_suffix(".tmp")
     unfinished.write_text(json.dumps(content, indent=indent) + "\n")
     os.replace(unfinished, path)
 
 
 def update(path: Path, part: str, facts: dict[str, Any]) -> None:
-    """Adds to what is known of a part."""
+    """Add facts about a part."""
     content = read(path)
     (content["parts"] if part in PARTS else content).setdefault(part, {}).update(facts)
     write(path, content)
 
 
 def seconds_left() -> float:
-    """Until the part has to end; bench/gpu.sh says when."""
+    """Return the seconds until the part has to end, as given by bench/gpu.sh."""
     return float(os.environ.get("DEADLINE", "inf")) - time.time()
 
 
 def reason(error: BaseException) -> str:
-    """An error's kind and first line."""
+    """Return an error's type and first line."""
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"[:300]
 

@@ -1,4 +1,4 @@
-"""Norms, gates and dropout, compared with their stock operations, torch.compile of those, and Liger."""
+"""Norms, gates and dropout, compared with the stock operations, with torch.compile of these, and with Liger."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def rowwise_cases(s: Shapes, size: dict[str, Any]) -> Iterator[Case]:
 
 
 def stock_norm(x: Tensor, row: Tensor) -> Tensor:
-    """As transformers writes it."""
+    """Compute as transformers does."""
     hidden = x.float()
     return row * (hidden * torch.rsqrt(hidden.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
 
@@ -52,7 +52,7 @@ def stock_gate(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def add_liger(name: str, forwards: Providers, tensors: list[Tensor], row: Tensor) -> Providers:
-    """Liger's backward writes into what it was given: it gets copies, which are made anew before each run."""
+    """Add Liger. Its backward writes into its inputs, so it gets copies, which are made again before each run."""
     if name == "dropout":
         return {}
     copies = [tensor.detach().clone().requires_grad_() for tensor in tensors]

@@ -30,7 +30,7 @@ FURTHER = (
 
 
 class Case(NamedTuple):
-    """Who takes a step, of which size, with which adapters frozen."""
+    """A step: the size, the provider, and the frozen adapters."""
 
     size: str
     provider: str
@@ -38,7 +38,7 @@ class Case(NamedTuple):
 
 
 def cases(sizes: tuple[str, ...]) -> Iterator[Case]:
-    """What the goals speak of comes first; compiling a whole model takes minutes, and comes last."""
+    """Yield the cases of the targets first. Compiling a whole model takes minutes, so it is last."""
     first = sizes[0]
     for size in sizes:
         yield from (Case(size, provider, "nothing") for provider in ("peft", "safe", "safe, scored"))

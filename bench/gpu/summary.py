@@ -1,4 +1,4 @@
-"""Prints the short table that a reader of the log needs, from whatever the parts have left, and indents the JSON."""
+"""Prints a short table of the results, and indents the JSON."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from .results import PARTS, read, write
 
 
 def cell(found: dict[str, Any]) -> str:
-    """A median; in brackets that of the same work as a CUDA graph, without a host."""
+    """Return a median; in brackets the median of the same work in a CUDA graph, without processor time."""
     if "p50" not in found:
         return found["error"][:40]
     return f"{found['p50']:.3f}" + (f" ({found['device_p50']:.3f})" if "device_p50" in found else "")
 
 
 def op_lines(part: dict[str, Any]) -> list[str]:
-    """Each case's median, compared with its floor."""
+    """Return the median of each case, compared with its floor."""
     lines = []
     for row in part.get("rows", []):
         size = f"d {row['d']} r {row['r']} p {row['p']}"
@@ -27,7 +27,7 @@ def op_lines(part: dict[str, Any]) -> list[str]:
 
 
 def step_lines(part: dict[str, Any]) -> list[str]:
-    """Each step compared with PEFT's with the same adapters frozen, and its memory with PEFT's with nothing frozen."""
+    """Return each step compared with PEFT: time with the same adapters frozen, memory with nothing frozen."""
     rows = [row for row in part.get("rows", []) if "ms" in row]
     time = {(row["size"], row["frozen"]): row["ms"]["p50"] for row in rows if row["provider"] == "peft"}
     unscored = {(row["size"], row["frozen"]): row["ms"]["p50"] for row in rows if row["provider"] == "safe"}

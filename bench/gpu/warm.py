@@ -1,4 +1,4 @@
-"""Compiles what the checks and the ops need, on all cores at once: each process runs its share of the calls."""
+"""Compiles the kernels of the checks and the ops on all cores: each process makes its share of the calls."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PROCESSES = 12
 
 
 def calls(dry: bool, device: torch.device) -> Iterator[Callable[[], Any]]:
-    """Every call of ours once; the compiler's are left to their own processes."""
+    """Yield every call of our ops once. The calls of torch.compile are left out."""
     yield from (partial(run, case, device) for case in small_cases())
     for timed in all_cases(dry, device):
         yield from (timed.runs[provider] for provider in OWN if provider in timed.runs)
@@ -30,7 +30,7 @@ def calls(dry: bool, device: torch.device) -> Iterator[Callable[[], Any]]:
 
 
 def warm(dry: bool, device: torch.device, shard: int, shards: int) -> None:
-    """What fails here fails again where it is looked at."""
+    """Make one share of the calls. Errors are ignored here, because they occur again in the checks."""
     for index, call in enumerate(calls(dry, device)):
         if index % shards == shard and seconds_left() > 0:
             with suppress(Exception):

@@ -24,7 +24,7 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": partial(F.gelu, appr
 
 
 class Case:
-    """One op in the middle of a network; without a kind it is only dropout."""
+    """One op in the middle of a network; with kind None it is only dropout."""
 
     def __init__(self, shape: str, kind: str | None, gated: bool, p: float) -> None:
         torch.manual_seed(0)
@@ -33,7 +33,7 @@ class Case:
         self.grad = torch.randn(SHAPES[shape])
 
     def peft(self) -> Tensor:
-        """As transformers writes it: nn.Dropout behind, where there is one."""
+        """Compute as transformers does, with nn.Dropout after it if there is dropout."""
         out = self.inputs[0] if self.kind is None else ACTIVATIONS[self.kind](self.inputs[0])
         for up in self.inputs[1:]:
             out = out * up
@@ -46,7 +46,7 @@ class Case:
         return op(*self.inputs, self.kind, dropout_p=self.p)
 
     def step(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
-        """Forward and backward."""
+        """Return a function that runs forward and backward."""
 
         def run() -> None:
             forward().backward(self.grad)
@@ -56,7 +56,7 @@ class Case:
         return run
 
     def reference_step(self) -> None:
-        """The reference's forward and backward, which have no graph."""
+        """Run the reference's forward and backward, which build no graph."""
         tensors = [tensor.detach() for tensor in self.inputs]
         state = safe_kernels.functional.draw_rng_state(self.grad.device)
         if self.kind is None:

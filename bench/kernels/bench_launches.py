@@ -1,6 +1,6 @@
-"""Processor time of a call of the GPU's ops: replayed from C++, compared with the same launches made by Python.
+"""Processor time per call of the GPU ops: launches replayed from C++, compared with the same launches from Python.
 
-No GPU is needed: Triton's own launcher, and ours, call a driver that runs nothing (tests/triton/libcuda.c).
+No GPU is needed: Triton's launcher and ours call a driver that runs nothing (tests/triton/libcuda.c).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The op alone, forward and backward, compared with the same adapter in PEFT's terms and in the reference's."""
+"""The op alone, forward and backward, compared with PEFT's operations and with the reference."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCALING = 2.0
 
 
 class Case:
-    """One adapter in the middle of a network: gradient passes through its input and its base."""
+    """One adapter in the middle of a network: its input and its base have gradients."""
 
     def __init__(self, shape: str, frozen: bool, p: float) -> None:
         torch.manual_seed(0)
@@ -42,11 +42,11 @@ class Case:
         return self.base + F.linear(F.linear(F.dropout(self.x, self.p), self.A), self.B) * SCALING
 
     def safe(self) -> Tensor:
-        """The op; a frozen adapter's dropout is off."""
+        """Compute with the op; the dropout of a frozen adapter is off."""
         return safe_kernels.lora(self.x, self.base, self.A, self.B, SCALING, dropout_p=0.0 if self.frozen else self.p)
 
     def step(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
-        """Forward and backward."""
+        """Return a function that runs forward and backward."""
 
         def run() -> None:
             forward().backward(self.grad)
@@ -55,7 +55,7 @@ class Case:
         return run
 
     def reference_step(self) -> None:
-        """The reference's forward and backward, which have no graph."""
+        """Run the reference's forward and backward, which build no graph."""
         p = 0.0 if self.frozen else self.p
         tensors = [t.detach() for t in (self.x, self.base, self.A, self.B)]
         rng_state = safe_kernels.functional.draw_rng_state(self.x.device) if p else None

@@ -1,4 +1,4 @@
-"""The norms, forward and backward, compared with what stock models run and the reference."""
+"""The norms, forward and backward, compared with those of stock models and with the reference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EPS = 1e-6
 
 
 class Case:
-    """One norm in the middle of a network: gradient passes through it, and a layer that trains reads its output."""
+    """One norm in the middle of a network: its input has a gradient, and a layer that trains reads its output."""
 
     def __init__(self, kind: str, shape: str, frozen: bool, dtype: torch.dtype) -> None:
         torch.manual_seed(0)
@@ -31,7 +31,7 @@ class Case:
         self.grad = torch.randn(rows, d).to(dtype)
 
     def peft(self) -> Tensor:
-        """PyTorch's own LayerNorm; RMSNorm as transformers' LlamaRMSNorm writes it."""
+        """Compute PyTorch's own LayerNorm, or RMSNorm as LlamaRMSNorm of transformers does."""
         if self.kind == "layer_norm":
             return F.layer_norm(self.x, self.x.shape[-1:], self.weight, self.bias, EPS)
         hidden = self.x.to(torch.float32)
@@ -39,13 +39,13 @@ class Case:
         return self.weight * hidden.to(self.x.dtype)
 
     def safe(self) -> Tensor:
-        """The op."""
+        """Compute with the op."""
         if self.kind == "layer_norm":
             return safe_kernels.layer_norm(self.x, self.weight, self.bias, EPS)
         return safe_kernels.rms_norm(self.x, self.weight, EPS)
 
     def step(self, forward: Callable[[], Tensor]) -> Callable[[], None]:
-        """Forward and backward."""
+        """Return a function that runs forward and backward."""
 
         def run() -> None:
             forward().backward(self.grad)
@@ -54,7 +54,7 @@ class Case:
         return run
 
     def reference_step(self) -> None:
-        """The reference's forward and backward, which have no graph."""
+        """Run the reference's forward and backward, which build no graph."""
         x, weight, bias = (t.detach() for t in (self.x, self.weight, self.bias))
         trains = not self.frozen
         if self.kind == "layer_norm":
@@ -67,7 +67,7 @@ class Case:
             reference.rms_norm_backward(self.grad, retained, weight, rstd, 0.0, self.frozen, [True, trains])
 
     def retained_bytes(self, forward: Callable[[], Tensor]) -> int:
-        """With a reader that retains the output."""
+        """Return the retained bytes, with a layer after it that retains the output."""
         reader = torch.nn.Parameter(torch.randn(4, self.x.shape[-1]).to(self.x.dtype))
         return retention.measure(lambda: F.linear(forward(), reader), exclude=(reader, self.weight, self.bias)).bytes
 

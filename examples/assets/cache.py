@@ -1,7 +1,7 @@
 """Fetches assets into the cache. A folder there is complete or absent.
 
-Everything is made in a hidden folder next to its place and renamed at the end, under a lock, so that processes may race
-and any of them may be killed; what a killed one left is swept by the next fetch of that asset.
+An asset is made in a hidden folder, which is renamed at the end, under a lock. So several processes may fetch the same
+asset, and each of them may be killed. The next fetch of the asset removes what a killed process has left.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NOTE = "asset.json"
 
 
 def available() -> tuple[str, ...]:
-    """The names `fetch` knows.
+    """Return the names for `fetch`.
 
     Returns:
         Names, models first.
@@ -55,7 +55,7 @@ def cache_dir() -> Path:
 
 
 def cached(name: str) -> Path | None:
-    """Where an asset is, if it was fetched before.
+    """Return the folder of an asset that was fetched before.
 
     Args:
         name: one of `available()`.
@@ -64,24 +64,24 @@ def cached(name: str) -> Path | None:
         Its folder, or None.
 
     Raises:
-        AssetError: There is no asset of that name.
+        AssetError: The name is unknown.
     """
     folder = cache_dir() / _asset(name).folder
     return folder if folder.is_dir() else None
 
 
 def fetch(name: str) -> Path:
-    """The folder of a model or data set, downloaded with pip when it is not in the cache yet.
+    """Return the folder of a model or a data set; it is downloaded with pip if it is not in the cache.
 
     Args:
         name: one of `available()`.
 
     Returns:
-        A folder; a model's can be given to `from_pretrained`.
+        A folder; the folder of a model can be given to `from_pretrained`.
 
     Raises:
-        AssetError: The name is unknown; or the network, a hash, the disk or a missing package is in the way. The
-            message says which one, and how to fix it. Nothing half-made is left.
+        AssetError: The name is unknown, there is no network, a hash is wrong, the disk is full, or a package is
+            missing. The message says how to fix it. No unfinished folder is left.
     """
     folder = cached(name)
     if folder is not None:
@@ -98,7 +98,7 @@ def fetch(name: str) -> Path:
 
 def _asset(name: str) -> Asset:
     if name not in ASSETS:
-        raise AssetError(f"there is no asset {name!r}; there are {', '.join(ASSETS)}.")
+        raise AssetError(f"there is no asset {name!r}; expected one of {', '.join(ASSETS)}.")
     return ASSETS[name]
 
 
@@ -139,7 +139,7 @@ def _check_space(asset: Asset, folder: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < asset.space:
         raise AssetError(
-            f"{asset.name}: {asset.space / 1e6:.0f} MB are needed on the way and {folder} has {free / 1e6:.0f} MB; "
+            f"{asset.name}: {asset.space / 1e6:.0f} MB are needed to make it, and {folder} has {free / 1e6:.0f} MB; "
             f"{MORE_SPACE}"
         )
 
@@ -149,8 +149,8 @@ def _check_hash(name: str, path: Path, expected: str) -> None:
         got = hashlib.file_digest(file, "sha256").hexdigest()
     if got != expected:
         raise AssetError(
-            f"{name}: {path.name} has sha256 {got}, expected {expected}, so it was thrown away; try again, and if it "
-            "stays so, do not use this registry or proxy."
+            f"{name}: {path.name} has sha256 {got}, expected {expected}, so it was deleted; try again, and if this "
+            "happens again, do not use this registry or proxy."
         )
 
 

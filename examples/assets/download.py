@@ -40,7 +40,7 @@ class Archive:
 
     @property
     def requirement(self) -> str:
-        """The line of a requirements file that names this archive and no other."""
+        """The line of a requirements file for exactly this archive."""
         return f"{self.package}=={self.version} --hash=sha256:{self.sha256}"
 
 
@@ -48,17 +48,17 @@ def download(label: str, archives: Sequence[Archive], folder: Path, size: int) -
     """Download archives with pip, which compares their hashes before anything in them is read or run.
 
     Args:
-        label: what to call this in progress and errors.
-        archives: what to fetch; wheels only, or source distributions only. For a source distribution pip runs its
-            setup.py to read the metadata and knows no way around it: the hash makes sure that it is the known one.
+        label: the name in progress and errors.
+        archives: the archives; only wheels, or only source distributions. For a source distribution, pip always runs
+            its setup.py to read the metadata; the hash ensures that it is the expected one.
         folder: an existing, empty folder for the archives and pip's own temporary files.
-        size: bytes expected altogether, for the progress bar.
+        size: bytes of all archives, for the progress bar.
 
     Returns:
         The paths of the archives, in order.
 
     Raises:
-        AssetError: No network, no such archive, a wrong hash, a full disk, or no pip.
+        AssetError: There is no network, no such archive or no pip, a hash is wrong, or the disk is full.
 
     Example:
         >>> wheel = Archive("six", "1.16.0", "8abb2f1d86890a2dfb989f9a77cfcfd3e47c2a354b01111771326f8aa26e0254")
@@ -132,15 +132,15 @@ def _reason(archives: Sequence[Archive], output: str) -> str:
         return f"the disk is full; {MORE_SPACE}"
     if _HASHES.search(output):
         return (
-            f"what was downloaded as {names} has another sha256 than the one pinned here, so it was thrown away; "
-            "try again, and if it stays so, do not use this registry or proxy."
+            f"what was downloaded as {names} has another sha256 than expected, so it was deleted; "
+            "try again, and if this happens again, do not use this registry or proxy."
         )
     if _NETWORK.search(output):
         return (
             f"the package registry cannot be reached for {names}; check the network and pip's settings, or set "
             "PIP_FIND_LINKS to a folder that holds the archives."
         )
-    if _ABSENT.search(output):  # without retries pip says no more than this when there is no network, too
-        return f"the registry does not give {names}; check pip's settings (pip config list) and the network."
-    errors = [line for line in output.splitlines() if "error" in line.lower()] or ["it said nothing"]
+    if _ABSENT.search(output):  # without retries, pip says the same if there is no network
+        return f"the registry does not have {names}; check pip's settings (pip config list) and the network."
+    errors = [line for line in output.splitlines() if "error" in line.lower()] or ["pip printed no error"]
     return f"pip could not download {names}: {errors[-1].strip()}"

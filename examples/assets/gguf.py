@@ -15,7 +15,7 @@ FILE = "model.gguf"
 
 
 def require() -> None:
-    """Refuse early when the package that reads GGUF files is missing.
+    """Raise before the download if the package that reads GGUF files is missing.
 
     Raises:
         AssetError: The package gguf is not installed.
@@ -25,19 +25,19 @@ def require() -> None:
 
 
 def to_safetensors(folder: Path) -> None:
-    """Replace `model.gguf` in a folder by config, tokenizer and bf16 weights.
+    """Replace `model.gguf` in a folder with a config, a tokenizer and weights in bf16.
 
     Args:
-        folder: holds model.gguf; afterwards it can be given to from_pretrained.
+        folder: contains model.gguf; afterwards it can be given to `from_pretrained`.
     """
-    # The progress bars of the conversion are for people: elsewhere they would fill a log.
+    # Progress bars would fill a log, so they are shown only on a terminal.
     with contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO()):
         _convert(folder)
     (folder / FILE).unlink()
 
 
 def _convert(folder: Path) -> None:
-    """A model from a GGUF file stays marked as quantised, so its weights move to a new model without that mark."""
+    """Convert the file. The loaded model is marked as quantised, so its weights are copied into a new model."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 

