@@ -38,18 +38,7 @@ EXPECTED = (SafeError, OSError, ImportError)
 
 
 def require(package: str, extra: str) -> None:
-    """See that an optional package is there.
-
-    Args:
-        package: the package to import.
-        extra: the extra of safe-kernels that installs it.
-
-    Raises:
-        MissingPackageError: It is not installed; the message has the command that installs it.
-
-    Example:
-        >>> require("json", "report")
-    """
+    """Raise `MissingPackageError` if an optional package is not installed; `extra` of safe-kernels installs it."""
     try:
         import_module(package)
     except ModuleNotFoundError as error:
@@ -63,9 +52,6 @@ def require(package: str, extra: str) -> None:
 def first_line(error: BaseException) -> str:
     """Return the first line of an error of another library, which may print pages.
 
-    Args:
-        error: the error.
-
     Example:
         >>> first_line(ValueError("no such file")), first_line(KeyError())
         ('no such file', 'KeyError')
@@ -74,10 +60,7 @@ def first_line(error: BaseException) -> str:
 
 
 def sentence(error: Exception) -> str:
-    """Put an expected error into one sentence.
-
-    Args:
-        error: one of `EXPECTED`.
+    """Put an error that is one of `EXPECTED` into one sentence.
 
     Example:
         >>> sentence(OSError(28, "No space left on device", "report.png"))

@@ -30,31 +30,15 @@ ARCHIVES = (".bin", ".pt", ".pth")
 def checkpoint_files(folder: Path) -> list[Path]:
     """List the files that make a checkpoint complete: all except our own, texts for readers, and hidden files.
 
-    Args:
-        folder: the checkpoint.
+    A file system, a desktop or a killed save may have left a hidden file.
     """
     parts = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.suffix != ".md"]
-    return [path for path in parts if path != folder / STATE_FILE and not _is_hidden(path.relative_to(folder))]
-
-
-def _is_hidden(path: Path) -> bool:
-    """Whether a file system, a desktop or a killed save may have left this file."""
-    return any(name.startswith(".") and name != INDEX for name in path.parts)
+    hidden = {p for p in parts if any(n.startswith(".") and n != INDEX for n in p.relative_to(folder).parts)}
+    return [path for path in parts if path != folder / STATE_FILE and path not in hidden]
 
 
 def fingerprints(folder: Path, files: Iterable[str | os.PathLike[str]]) -> dict[str, str]:
-    """Flush files to the disk and return their checksums.
-
-    Args:
-        folder: names in the result are relative to it.
-        files: paths in the folder.
-
-    Returns:
-        SHA-256 by name, in hexadecimal digits.
-
-    Raises:
-        StateError: A file does not exist or cannot be read.
-    """
+    """Flush files in a folder to the disk, and return their SHA-256 by their names relative to the folder."""
     if not isinstance(files, Iterable) or isinstance(files, str | bytes):
         raise StateError(f"files: expected paths, got {files!r}.")
     try:

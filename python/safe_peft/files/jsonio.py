@@ -21,12 +21,6 @@ _FIX = "the file is damaged or of another version; write it again, or use an old
 def encode(value: Any) -> Any:
     """Turn dataclasses, tuples and floats into JSON values; a float that is not finite becomes null.
 
-    Args:
-        value: a dataclass instance, or a container of JSON values and dataclass instances.
-
-    Returns:
-        The same as dicts, lists, strings, numbers, booleans and None.
-
     Example:
         >>> encode((1.0, float("nan")))
         [1.0, None]
@@ -41,19 +35,10 @@ def encode(value: Any) -> Any:
 
 
 def decode(kind: Any, value: Any, where: str) -> Any:
-    """Read a JSON value as the annotated type `kind`.
+    """Read a JSON value as the annotated type `kind`; `where` is its place, for errors.
 
-    Args:
-        kind: a dataclass, `int`, `float`, `str`, `bool`, `Any`, `dict[str, X]`, `list[X]`, `tuple[X, ...]`,
-            `tuple[X, Y]`, or one of them or None. A null for a `float` is read as NaN.
-        value: a result of `json.loads`.
-        where: the value's place, for errors.
-
-    Returns:
-        An instance of `kind`.
-
-    Raises:
-        StateError: The value is not of that kind.
+    A kind is a dataclass, `int`, `float`, `str`, `bool`, `Any`, `dict[str, X]`, `list[X]`, `tuple[X, ...]`,
+    `tuple[X, Y]`, or one of them or None. A null for a `float` is read as NaN.
 
     Example:
         >>> decode(tuple[int, ...], [1, 2], "steps")
@@ -77,7 +62,8 @@ def decode(kind: Any, value: Any, where: str) -> Any:
             return origin(decode(one, item, f"{where}[{index}]") for index, (one, item) in pairs)
     if type(value) is kind:
         return value
-    raise StateError(f"{where}: expected {_name(kind)}, got {value!r:.60}; {_FIX}")
+    name = kind.__name__ if isinstance(kind, type) else str(kind)
+    raise StateError(f"{where}: expected {name}, got {value!r:.60}; {_FIX}")
 
 
 def _decode_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
@@ -90,22 +76,8 @@ def _decode_fields(kind: Any, value: dict[str, Any], where: str) -> Any:
     return kind(**{name: decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})
 
 
-def _name(kind: Any) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind)
-
-
 def read_json(path: str | os.PathLike[str]) -> Any:
-    """Read a JSON file.
-
-    Args:
-        path: the file.
-
-    Returns:
-        Its content.
-
-    Raises:
-        StateError: There is no such file, it cannot be read, or it is not JSON.
-    """
+    """Return the content of a JSON file."""
     path = path_of(path)
     try:
         return json.loads(path.read_bytes())
@@ -118,19 +90,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def path_of(path: str | os.PathLike[str], argument: str = "path") -> Path:
-    """Return a user's argument as a path.
-
-    Args:
-        path: the argument.
-        argument: its name, for errors.
-
-    Raises:
-        StateError: The argument is not a path.
-
-    Example:
-        >>> path_of("runs/demo").name
-        'demo'
-    """
+    """Return a user's argument as a path; `argument` is its name, for errors."""
     try:
         return Path(path)
     except TypeError:
@@ -138,15 +98,7 @@ def path_of(path: str | os.PathLike[str], argument: str = "path") -> Path:
 
 
 def replace_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file next to its final place, and move it there only when it is complete and on the disk.
-
-    Args:
-        path: the final place; its folder is made if it is missing.
-        data: the content.
-
-    Raises:
-        StateError: The file cannot be written; an existing file is unchanged.
-    """
+    """Write a file next to its final place, and move it there only when it is complete and on the disk."""
     path = path_of(path)
     partial = path.parent / f".{path.stem}-{uuid4().hex[:12]}{path.suffix}"
     try:
@@ -179,14 +131,6 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write a JSON file atomically.
-
-    Args:
-        path: the file.
-        value: anything `encode` takes.
-
-    Raises:
-        StateError: The file cannot be written; an existing file is unchanged.
-    """
+    """Write anything that `encode` takes into a JSON file, atomically."""
     text = json.dumps(encode(value), indent=1, allow_nan=False)
     replace_file(path, f"{text}\n".encode())

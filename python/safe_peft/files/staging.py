@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ..errors import ConfigError
@@ -16,14 +16,7 @@ from ..errors import ConfigError
 def staged(output: str | os.PathLike[str]) -> Iterator[Path]:
     """Collect new files in a hidden folder inside `output`, and move them to their places if the block succeeds.
 
-    Args:
-        output: the folder, made if it is missing. Files that the block does not write do not change.
-
-    Yields:
-        The folder to write to. If the block fails, it is removed, and so is `output` if it was made here.
-
-    Raises:
-        ConfigError: The folder cannot be made or written to.
+    If the block fails, nothing in `output` changes, and `output` is removed if it was made here.
     """
     output = Path(output)
     made = [folder for folder in (output, *output.parents) if not folder.exists()]
@@ -39,12 +32,6 @@ def staged(output: str | os.PathLike[str]) -> Iterator[Path]:
             target.mkdir(exist_ok=True) if path.is_dir() else path.replace(target)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
-        _remove_empty(made)
-
-
-def _remove_empty(folders: list[Path]) -> None:
-    for folder in folders:
-        try:
-            folder.rmdir()
-        except OSError:  # it is no longer empty
-            return
+        with suppress(OSError):  # a folder is no longer empty
+            for folder in made:
+                folder.rmdir()
