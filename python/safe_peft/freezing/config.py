@@ -18,16 +18,10 @@ Point = int | float
 
 DEFAULT_FRACTION = 0.75
 RENAMED = 'SafeConfig(target=...) is called freeze_by now, and "bytes" is its default; target will be removed.'
-FREEZE_BY = ("bytes", "adapters")
-RECOMPUTE = ("off", "frozen", "auto")
-ON_NONFINITE = ("warn", "raise")
 MAX_INT = 2**53
 """Floats, and so all JSON readers, represent integers exactly up to this one."""
-_UNITS = {"": 1, "B": 1} | {
-    f"{prefix}{unit}": base**power
-    for power, prefix in enumerate("KMGT", 1)
-    for unit, base in (("B", 1000), ("iB", 1024))
-}
+_UNITS = {"": 1, "b": 1} | {f"{p}b": 1000**n for n, p in enumerate("kmgt", 1)}
+_UNITS |= {f"{p}ib": 1024**n for n, p in enumerate("kmgt", 1)}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 
 
@@ -111,42 +105,37 @@ class SafeConfig:
         if target is not None:
             warnings.warn(RENAMED, FutureWarning, stacklevel=3)
             object.__setattr__(self, "freeze_by", target)
-        if self.memory_budget is not None:
-            object.__setattr__(self, "memory_budget", parse_size(self.memory_budget))
-        if self.memory_budget is None and self.target_fraction is None and self.threshold is None:
-            object.__setattr__(self, "target_fraction", DEFAULT_FRACTION)
-        for name in ("prefix_cache", "prefix_file"):
+        for name in ("memory_budget", "prefix_cache", "prefix_file"):
             if (size := getattr(self, name)) is not None:
                 object.__setattr__(self, name, parse_size(size, name))
+        if self.memory_budget is None and self.target_fraction is None and self.threshold is None:
+            object.__setattr__(self, "target_fraction", DEFAULT_FRACTION)
         patterns: Any = self.never_freeze
         if isinstance(patterns, list):
             object.__setattr__(self, "never_freeze", patterns := tuple(patterns))
-        self._check_names()
+        self._check_choices()
         self._check_target()
         for name in ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval"):
             _check_point(name, getattr(self, name))
-        integers = {"score_blocks": 1, "block_rows": 1, "seed": 0}
-        if self.total_steps is not None:
-            integers["total_steps"] = 1
-        for name, least in integers.items():
-            object.__setattr__(self, name, check_int(name, getattr(self, name), least))
+        for name, least in {"score_blocks": 1, "block_rows": 1, "seed": 0, "total_steps": 1}.items():
+            if name != "total_steps" or self.total_steps is not None:
+                object.__setattr__(self, name, check_int(name, getattr(self, name), least))
         _check_number("stable_change", self.stable_change)
         if not self.prefix_dropout and self.prefix_cache is None and self.prefix_file is None:
             raise ConfigError("prefix_dropout: False needs a prefix_cache or a prefix_file; pass one of them.")
-        choices = f"one of {', '.join(ON_NONFINITE)}"
-        _check(self.on_nonfinite in ON_NONFINITE, "on_nonfinite", choices, self.on_nonfinite)
         for name in ("keep_dropout", "prefix_dropout"):
             _check(isinstance(getattr(self, name), bool), name, "True or False", getattr(self, name))
         is_tuple = isinstance(patterns, tuple) and all(isinstance(pattern, str) for pattern in patterns)
         _check(is_tuple, "never_freeze", 'a tuple of shell patterns, such as ("*.layer.11.*",)', patterns)
 
-    def _check_names(self) -> None:
+    def _check_choices(self) -> None:
         from .policies import policy_names  # these import numpy and torch, and reading a report needs neither
         from .scores import score_names
 
-        _check(self.curve in curve_names(), "curve", f"one of {', '.join(curve_names())}", self.curve)
-        _check(self.score in score_names(), "score", f"one of {', '.join(score_names())}", self.score)
-        _check(self.policy in policy_names(), "policy", f"one of {', '.join(policy_names())}", self.policy)
+        choices = {"curve": curve_names(), "score": score_names(), "policy": policy_names()}
+        choices |= {"freeze_by": ["bytes", "adapters"], "recompute": ["off", "frozen", "auto"]}
+        for name, known in (choices | {"on_nonfinite": ["warn", "raise"]}).items():
+            _check(getattr(self, name) in known, name, f"one of {', '.join(known)}", getattr(self, name))
 
     def _check_target(self) -> None:
         if self.target_fraction is not None and self.threshold is not None:
@@ -158,8 +147,6 @@ class SafeConfig:
             _check_number("target_fraction", self.target_fraction, most=1.0)
         if self.threshold is not None:
             _check_number("threshold", self.threshold)
-        _check(self.freeze_by in FREEZE_BY, "freeze_by", f"one of {', '.join(FREEZE_BY)}", self.freeze_by)
-        _check(self.recompute in RECOMPUTE, "recompute", f"one of {', '.join(RECOMPUTE)}", self.recompute)
         if self.policy != "greedy" and (not self.by_bytes or self.memory_budget is not None):
             raise ConfigError(
                 f'policy: {self.policy!r} needs freeze_by="bytes" and a target_fraction, without threshold and '
@@ -240,16 +227,13 @@ class SafeConfig:
 
 
 def _check(holds: bool, name: str, expected: str, got: object) -> None:
-    if not holds:
-        raise _wrong(name, expected, got)
-
-
-def _wrong(name: str, expected: str, got: object) -> ConfigError:
+    if holds:
+        return
     try:
         shown = repr(got)
     except ValueError:  # Python does not print integers of thousands of digits
         shown = "an integer too long to print"
-    return ConfigError(f"{name}: expected {expected}, got {shown[:200]}.")
+    raise ConfigError(f"{name}: expected {expected}, got {shown[:200]}.")
 
 
 def _check_number(name: str, value: object, most: float = sys.float_info.max) -> None:
@@ -259,29 +243,12 @@ def _check_number(name: str, value: object, most: float = sys.float_info.max) ->
 
 
 def check_int(name: str, value: Any, least: int) -> int:
-    """Check that an option or an argument is an integer that tensors and files can hold.
-
-    Args:
-        name: its name.
-        value: its value.
-        least: the smallest valid value.
-
-    Returns:
-        The value as a Python int, also if it was a numpy integer.
-
-    Raises:
-        ConfigError: It is not an integer, too small or too large.
-
-    Example:
-        >>> check_int("total_steps", 16, least=1)
-        16
-    """
+    """Return an option or an argument as a Python int, also if it is a numpy integer; tensors and files can hold it."""
     try:
-        number = None if isinstance(value, bool) else operator.index(value)
+        number = least - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError:
-        number = None
-    if number is None or number < least:
-        raise _wrong(name, f"an integer >= {least}", value)
+        number = least - 1
+    _check(number >= least, name, f"an integer >= {least}", value)
     _check(number <= MAX_INT, name, f"an integer between {least} and {MAX_INT}", value)
     return number
 
@@ -294,14 +261,7 @@ def _check_point(name: str, value: object) -> None:
 
 
 def parse_size(text: Any, option: str = "memory_budget") -> int:
-    """Read a number of bytes.
-
-    Args:
-        text: an int, or a number with a unit: B, KB, MB, GB, TB (powers of 1000) or KiB, MiB, GiB, TiB (of 1024).
-        option: the name of the option in errors.
-
-    Raises:
-        ConfigError: It is not a number of bytes above zero.
+    """Read a number of bytes: an int, or a text with a unit such as KB (1000), KiB (1024) or B.
 
     Example:
         >>> parse_size("6GiB"), parse_size("800 MB")
@@ -311,8 +271,8 @@ def parse_size(text: Any, option: str = "memory_budget") -> int:
         size = text
     else:
         match = _SIZE.fullmatch(text) if isinstance(text, str) else None
-        unit = next((u for u in _UNITS if match and u.lower() == match[2].lower()), None)
-        size = int(float(match[1]) * _UNITS[unit]) if match and unit is not None else 0
+        unit = _UNITS.get(match[2].lower()) if match else None
+        size = int(float(match[1]) * unit) if match and unit else 0
     if size < 1:
         raise ConfigError(f'{option}: expected bytes above zero, such as "6GiB", "800MB" or an int, got {text!r}.')
     return size

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from ..errors import ConfigError
+from .registry import Registry
 
 Curve = Callable[[int, int, int], float]
 """From (optimizer steps done, step at which warm-up ended, step of the target) to a share of the target, 0 to 1."""
-_CURVES: dict[str, Curve] = {}
+_CURVES = Registry[Curve]("curve")
 
 
 def register_curve(name: str) -> Callable[[Curve], Curve]:
@@ -32,42 +33,16 @@ def register_curve(name: str) -> Callable[[Curve], Curve]:
         ... def linear(step: int, start: int, end: int) -> float:
         ...     return 1.0 if step >= end else max(0.0, (step - start) / (end - start))
     """
-    if name in _CURVES:
-        raise ConfigError(f"curve {name!r} is already registered; choose another name.")
-
-    def register(function: Curve) -> Curve:
-        _CURVES[name] = function
-        return function
-
-    return register
+    return _CURVES.adding(name, lambda function: function)
 
 
 def curve_names() -> list[str]:
-    """Return the names of the registered curves.
-
-    Example:
-        >>> "cubic" in curve_names()
-        True
-    """
+    """Return the names of the registered curves."""
     return sorted(_CURVES)
 
 
 def curve_value(curve: str, step: int, start: int, end: int) -> float:
-    """Return the threshold as a share of its target, by a registered curve.
-
-    Args:
-        curve: the curve's name.
-        step: optimizer steps done.
-        start: the step at which warm-up ended.
-        end: the step at which the target is reached.
-
-    Raises:
-        ConfigError: The result is not in [0, 1].
-
-    Example:
-        >>> curve_value("cubic", 150, 100, 200)
-        0.875
-    """
+    """Return a registered curve's share of the target at a step, between the end of warm-up and the target's step."""
     share = _CURVES[curve](step, start, end)
     if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
         raise ConfigError(f"curve {curve!r}: expected a share between 0 and 1 at step {step}, got {share!r}; fix it.")
@@ -76,15 +51,7 @@ def curve_value(curve: str, step: int, start: int, end: int) -> float:
 
 @register_curve("cubic")
 def cubic(step: int, start: int, end: int) -> float:
-    """Return the threshold as a share of its target.
-
-    Args:
-        step: optimizer steps done.
-        start: the step at which warm-up ended.
-        end: the step at which the target is reached.
-
-    Returns:
-        A share in [0, 1]; exactly 1.0 from `end` on.
+    """Return the paper's share of the target, in [0, 1]; exactly 1.0 from `end` on.
 
     Example:
         >>> cubic(150, 100, 200)

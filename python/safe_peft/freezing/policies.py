@@ -12,6 +12,7 @@ from statistics import median
 from ..errors import ConfigError
 from ..planning.greedy import fit
 from ..planning.retained import RetainedTable
+from .registry import Registry
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class PolicyInputs:
 
 
 Policy = Callable[[PolicyInputs], Sequence[str]]
-_POLICIES: dict[str, Policy] = {}
+_POLICIES = Registry[Policy]("policy")
 
 
 def register_policy(name: str) -> Callable[[Policy], Policy]:
@@ -91,40 +92,16 @@ def register_policy(name: str) -> Callable[[Policy], Policy]:
         ... def suffix(inputs: PolicyInputs) -> list[str]:
         ...     return inputs.until_met(reversed(inputs.table.adapters))
     """
-    if name in _POLICIES:
-        raise ConfigError(f"policy {name!r} is already registered; choose another name.")
-
-    def register(function: Policy) -> Policy:
-        _POLICIES[name] = function
-        return function
-
-    return register
+    return _POLICIES.adding(name, lambda function: function)
 
 
 def policy_names() -> list[str]:
-    """Return the names of the registered policies.
-
-    Example:
-        >>> "greedy" in policy_names()
-        True
-    """
+    """Return the names of the registered policies."""
     return sorted(_POLICIES)
 
 
 def choose_by(policy: str, inputs: PolicyInputs) -> list[str]:
-    """Return the adapters that freeze now, by a registered policy.
-
-    Args:
-        policy: the policy's name.
-        inputs: what it chooses from.
-
-    Raises:
-        ConfigError: The policy chose an adapter that may not freeze now.
-
-    Example:
-        >>> choose_by("prefix", PolicyInputs({}, RetainedTable((), (), ()), limit=0))
-        []
-    """
+    """Return the adapters that freeze now, by a registered policy."""
     chosen = list(dict.fromkeys(_POLICIES[policy](inputs)))
     if wrong := [name for name in chosen if name not in inputs.importance]:
         raise ConfigError(f"policy {policy!r}: expected names out of its inputs' importance, got {wrong[:3]}; fix it.")
@@ -134,11 +111,8 @@ def choose_by(policy: str, inputs: PolicyInputs) -> list[str]:
 @register_policy("greedy")
 def greedy(inputs: PolicyInputs) -> list[str]:
     """Freeze the adapters with the least importance per byte: see `planning.greedy.fit`."""
-    again, keep_one = "frozen" if inputs.recompute else "off", inputs.keep_one
-    choice = fit(
-        inputs.table, inputs.importance, inputs.limit, frozen=inputs.frozen, recompute=again, keep_one=keep_one
-    )
-    return list(choice.freeze)
+    frozen, again, one = inputs.frozen, "frozen" if inputs.recompute else "off", inputs.keep_one
+    return list(fit(inputs.table, inputs.importance, inputs.limit, frozen=frozen, recompute=again, keep_one=one).freeze)
 
 
 @register_policy("random_sets")

@@ -11,12 +11,15 @@ from torch import Tensor
 
 from ..binding.adapters.score_inputs import ScoreInputs
 from ..errors import ConfigError
+from .registry import Registry
+
+Function = Callable[[ScoreInputs], float]
 
 
 class Score(NamedTuple):
     """A registered score, and the evidence that it needs."""
 
-    function: Callable[[ScoreInputs], float]
+    function: Function
     needs_statistics: bool
     needs_gradients: bool
     needs_update: bool = False
@@ -27,12 +30,12 @@ class Score(NamedTuple):
         return self.needs_gradients or self.needs_update
 
 
-_SCORES: dict[str, Score] = {}
+_SCORES = Registry[Score]("score")
 
 
 def register_score(
     name: str, *, needs_statistics: bool = False, needs_gradients: bool = False, needs_update: bool = False
-) -> Callable[[Callable[[ScoreInputs], float]], Callable[[ScoreInputs], float]]:
+) -> Callable[[Function], Function]:
     """Register a score under a name for `SafeConfig.score`.
 
     Args:
@@ -53,40 +56,18 @@ def register_score(
         ... def rank(evidence: ScoreInputs) -> float:
         ...     return float(evidence.lora_A().shape[0])
     """
-    if name in _SCORES:
-        raise ConfigError(f"score {name!r} is already registered; choose another name.")
     if needs_statistics and needs_update:
         raise ConfigError(f"score {name!r}: choose needs_statistics or needs_update, a score cannot have both.")
-
-    def register(function: Callable[[ScoreInputs], float]) -> Callable[[ScoreInputs], float]:
-        _SCORES[name] = Score(function, needs_statistics, needs_gradients, needs_update)
-        return function
-
-    return register
+    return _SCORES.adding(name, lambda function: Score(function, needs_statistics, needs_gradients, needs_update))
 
 
 def score_names() -> list[str]:
-    """Return the names of the registered scores.
-
-    Example:
-        >>> "cka" in score_names()
-        True
-    """
+    """Return the names of the registered scores."""
     return sorted(_SCORES)
 
 
 def find_score(name: str) -> Score:
-    """Return the score registered under a name.
-
-    Raises:
-        ConfigError: No score has this name.
-
-    Example:
-        >>> find_score("cka").needs_statistics
-        True
-    """
-    if name not in _SCORES:
-        raise ConfigError(f"score: expected one of {', '.join(score_names())}, got {name!r}.")
+    """Return the score registered under a name."""
     return _SCORES[name]
 
 
@@ -213,11 +194,8 @@ def random_score(evidence: ScoreInputs) -> float:
 def _base_norm(evidence: ScoreInputs) -> float | None:
     """Return the norm of the base weight; None if the weight is unknown."""
     W = evidence.base_weight()
-    if W is None:
-        W = evidence.dequantise()
-    if W is None:
-        return None
-    return float(torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32)))
+    W = evidence.dequantise() if W is None else W
+    return None if W is None else float(torch.linalg.vector_norm(W, dtype=torch.promote_types(W.dtype, torch.float32)))
 
 
 def _product_norm(left: Tensor, right: Tensor) -> float:

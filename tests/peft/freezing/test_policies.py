@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import cache
 from typing import Any
 
@@ -40,7 +41,7 @@ def inputs_of(share: float = 0.5, **changes: Any) -> PolicyInputs:
 @pytest.fixture
 def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[[Policy], None]:
     """Register a policy for one test."""
-    monkeypatch.setattr(policies, "_POLICIES", dict(policies._POLICIES))
+    monkeypatch.setattr(policies, "_POLICIES", copy(policies._POLICIES))
     return lambda function: register_policy("own")(function) and None
 
 

@@ -138,7 +138,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Register a score for one test."""
     from safe_peft.freezing import scores
 
-    monkeypatch.setattr(scores, "_SCORES", dict(scores._SCORES))
+    monkeypatch.setattr(scores, "_SCORES", copy.copy(scores._SCORES))
     return lambda function, **needs: register_score("own", **needs)(function) and None
 
 
