@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,14 +23,8 @@ class StatisticsCollector:
     """Selects the rows to score, and holds one flat buffer of sums for all adapters.
 
     Only forwards with gradients count: not generation, and not the first of the two passes of reentrant checkpointing.
-    The sums of a forward count when it has ended; a forward that fails, for example out of memory, adds nothing.
-
-    Args:
-        model: the model whose forwards are observed; its attention masks mark padding rows.
-        adapters: the adapters to score.
-        blocks: row blocks per batch.
-        block_rows: rows per block.
-        begins: called with the module at the start of each forward.
+    The sums of a forward count when it has ended; a forward that fails, for example out of memory, adds nothing. The
+    model's attention masks mark padding rows. `begins` is called with the module at the start of each forward.
     """
 
     def __init__(
@@ -40,7 +33,7 @@ class StatisticsCollector:
         adapters: Sequence[Adapter],
         blocks: int,
         block_rows: int,
-        begins: Callable[[nn.Module], None] = lambda module: None,
+        begins: Callable[[nn.Module], None],
     ) -> None:
         self._adapters = adapters
         self._spread = partial(RowBlocks.spread, blocks=blocks, block_rows=block_rows)
@@ -55,32 +48,23 @@ class StatisticsCollector:
         self._watcher = Watcher(model, self._begin_forward, self._end_forward)
 
     def arm(self, live: Sequence[int], shift: int) -> None:
-        """Observe the next forwards.
-
-        Args:
-            live: indices of the adapters to score.
-            shift: moves the row blocks, so that successive scoring steps read other rows.
-        """
+        """Observe the adapters with these indices in the next forwards; each `shift` selects other rows."""
         self._armed, self._shift = list(live), shift
         self._forget()
         for index in live:
             adapter = self._adapters[index]
             if adapter.state is not None:
-                adapter.state.observe[adapter.key] = StatisticsSlot(self, index)
+                adapter.state.observe[adapter.key] = partial(self._statistics, index)
 
     def finish(self) -> Tensor:
-        """Stop observing.
-
-        Returns:
-            float64 [adapters, 4] on the adapters' device: the sums, over all micro-batches of this process.
-        """
-        device = next(iter(self._sums), None) or self.device
-        total = self._buffer(self._sums, device).clone()
-        for other, sums in self._sums.items():
-            if other != device:
-                total += sums.to(device)
+        """Stop observing, and return float64 [adapters, 4]: the sums over all micro-batches of this process."""
+        total = self._total(next(iter(self._sums), self.device))
         self.disarm()
         return total
+
+    def _total(self, device: torch.device) -> Tensor:
+        none = torch.zeros(len(self._adapters), 4, dtype=torch.float64, device=device)
+        return sum((sums.to(device) for sums in self._sums.values()), start=none)
 
     @property
     def device(self) -> torch.device:
@@ -107,10 +91,7 @@ class StatisticsCollector:
 
     def sums(self) -> tuple[tuple[float, ...], ...]:
         """Return this step's sums so far, for a state dict; empty if there are none."""
-        if not self._sums:
-            return ()
-        total = torch.stack([sums.cpu() for sums in self._sums.values()]).sum(0)
-        return tuple(tuple(row) for row in total.tolist())
+        return tuple(map(tuple, self._total(torch.device("cpu")).tolist())) if self._sums else ()
 
     def load_sums(self, sums: Sequence[Sequence[float]]) -> None:
         """Continue from the output of `sums`."""
@@ -155,13 +136,8 @@ class StatisticsCollector:
             for device, gathered in found.items():
                 self._buffer(sums, device).add_(gathered)
 
-    def statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
-        """Return the target for the sums of an adapter's next call; None if that call does not count.
-
-        Args:
-            index: the adapter's index.
-            x: the call's input or features; the last dimension holds the features.
-        """
+    def _statistics(self, index: int, x: Tensor) -> AdapterStatistics | None:
+        """Return where to add the sums of an adapter's next call, with x [..., features]; None if it does not count."""
         if self._watcher.is_suspended or x.numel() == 0 or not torch.is_grad_enabled():
             return None
         call, task = self._watcher.current, torch._C._current_graph_task_id()
@@ -178,26 +154,7 @@ class StatisticsCollector:
         fit = [m for m in masks if m.numel() == rows and x.shape[:-1] in (m.shape, (rows,))]
         key = (rows, x.device, tuple(map(id, fit)))
         if key not in known:
-            weight: Tensor | None = None
-            for mask in fit:
-                real = mask.reshape(-1).to(x.device) != 0
-                weight = real if weight is None else weight & real
+            real = [mask.reshape(-1).to(x.device) != 0 for mask in fit]
+            weight = torch.stack(real).all(0) if real else None
             known[key] = self._spread(rows, row_weight=weight, shift=self._shift, device=x.device)
         return known[key]
-
-
-@dataclass(frozen=True, eq=False)
-class StatisticsSlot:
-    """An adapter's place in a collector. In a scoring step its layer calls this with each input.
-
-    Args:
-        collector: the object that gathers the sums.
-        index: the adapter's index.
-    """
-
-    collector: StatisticsCollector
-    index: int
-
-    def __call__(self, x: Tensor) -> AdapterStatistics | None:
-        """Return the target for the sums of the next call; None if it does not count."""
-        return self.collector.statistics(self.index, x)

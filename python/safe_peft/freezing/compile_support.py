@@ -45,12 +45,7 @@ def allow_recompilations(frozen: Collection[str], blocks: Collection[str]) -> No
     At the limit torch stops compiling. A model that is compiled as a whole compiles again once in training and once in
     evaluation. If blocks are compiled separately, each block with a new frozen adapter compiles again, and the block
     above it if gradients no longer reach that one. All blocks share one limit.
-
-    Args:
-        frozen: names of the adapters that froze.
-        blocks: names of the transformer blocks.
     """
-    touched = [block for block in blocks if any(name.startswith(f"{block}.") for name in frozen)]
-    room = 2 * (1 + 2 * len(touched))
+    room = 2 + 4 * sum(any(name.startswith(f"{block}.") for name in frozen) for block in blocks)
     torch._dynamo.config.recompile_limit += room
     torch._dynamo.config.accumulated_recompile_limit += room

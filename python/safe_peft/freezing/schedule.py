@@ -27,17 +27,7 @@ class Schedule:
 
 
 def resolve(config: SafeConfig, total_steps: int | None = None) -> Schedule:
-    """Turn shares of the training into steps.
-
-    Args:
-        config: the options.
-        total_steps: optimizer steps of the training; None means `config.total_steps`.
-
-    Returns:
-        The schedule in steps; intervals are at least one step.
-
-    Raises:
-        ConfigError: A share is used without a number of steps, or the points are not in order.
+    """Turn shares of the training into steps; without `total_steps`, those of `config.total_steps`.
 
     Example:
         >>> resolve(SafeConfig(), total_steps=1000).freeze_end
@@ -55,8 +45,7 @@ def resolve(config: SafeConfig, total_steps: int | None = None) -> Schedule:
                 f"{later}: expected at least {earlier} ({getattr(config, earlier)!r}: step {points[earlier]}), got "
                 f"{getattr(config, later)!r} (step {points[later]}); raise {later} or lower {earlier}."
             )
-    for name in ("freeze_interval", "score_interval"):
-        points[name] = max(1, points[name])
+    points |= {name: max(1, points[name]) for name in ("freeze_interval", "score_interval")}
     return Schedule(**points, total_steps=total)
 
 
@@ -72,22 +61,12 @@ def _steps(name: str, point: Point, total: int | None) -> int:
 
 
 def is_scoring_step(schedule: Schedule, step: int) -> bool:
-    """Whether importance is measured in this step: at every `score_interval` and at `freeze_end`.
-
-    Example:
-        >>> [step for step in range(1, 10) if is_scoring_step(Schedule(1, 2, 7, 2, 3), step)]
-        [3, 6, 7]
-    """
+    """Whether importance is measured in this step: at every `score_interval` and at `freeze_end`."""
     return step <= schedule.freeze_end and (step % schedule.score_interval == 0 or step == schedule.freeze_end)
 
 
 def is_freezing_step(schedule: Schedule, warmup_end: int | None, step: int) -> bool:
-    """Whether adapters may freeze after this step: at every `freeze_interval` after warm-up and at `freeze_end`.
-
-    Example:
-        >>> [step for step in range(1, 10) if is_freezing_step(Schedule(1, 2, 7, 2, 3), 2, step)]
-        [2, 4, 6, 7]
-    """
+    """Whether adapters may freeze after this step: at every `freeze_interval` after warm-up and at `freeze_end`."""
     if warmup_end is None or not warmup_end <= step <= schedule.freeze_end:
         return False
     return (step - warmup_end) % schedule.freeze_interval == 0 or step == schedule.freeze_end
@@ -97,10 +76,6 @@ def is_stable(before: Mapping[str, float], now: Mapping[str, float], change: flo
     """Whether no importance changed by more than the share `change` of itself between two scoring steps.
 
     Values that are not finite are ignored. Without finite values, importance is not stable.
-
-    Example:
-        >>> is_stable({"a": 1.0}, {"a": 1.04}, 0.05), is_stable({"a": 1.0}, {"a": 1.1}, 0.05)
-        (True, False)
     """
     both = [(before[name], now[name]) for name in now if name in before]
     known = [(old, new) for old, new in both if math.isfinite(old) and math.isfinite(new)]
@@ -110,17 +85,9 @@ def is_stable(before: Mapping[str, float], now: Mapping[str, float], change: flo
 def choose(
     config: SafeConfig, importance: Mapping[str, float], *, adapters: int, frozen: int, share: float
 ) -> tuple[list[str], float | None]:
-    """Choose the adapters to freeze now by the curve, least important first.
+    """Choose the adapters to freeze now by the curve, least important first, and return its threshold too.
 
-    Args:
-        config: gives the target (a threshold or a fraction) and `never_freeze`.
-        importance: of the live adapters. Adapters without finite importance or in `never_freeze` are never chosen.
-        adapters: the number of all adapters; the fraction is a share of it.
-        frozen: the number of frozen adapters.
-        share: the result of `curve_value`.
-
-    Returns:
-        Their names, and the threshold of the curve. With a fraction it is the highest chosen importance, or None.
+    With a fraction, which is of the number of all `adapters`, the threshold is the highest chosen importance, or None.
 
     Example:
         >>> importance = {"a": 0.3, "b": 0.1, "c": 0.2}
@@ -133,8 +100,7 @@ def choose(
     if config.threshold is not None:
         threshold = config.threshold * share
         return [name for name in ranked if importance[name] <= threshold], threshold
-    fraction = config.target_fraction or 0.0
-    goal = math.floor(target_count(fraction, adapters) * share)
+    goal = math.floor(target_count(config.target_fraction or 0.0, adapters) * share)
     chosen = ranked[: max(0, goal - frozen)]
     return chosen, importance[chosen[-1]] if chosen else None
 
@@ -146,34 +112,18 @@ def rank(config: SafeConfig, importance: Mapping[str, float]) -> list[str]:
         >>> rank(SafeConfig(never_freeze=("a",)), {"a": 0.1, "b": 0.3, "c": 0.2, "d": math.nan})
         ['c', 'b']
     """
-    known = [name for name, value in importance.items() if math.isfinite(value) and not _is_spared(config, name)]
-    return sorted(known, key=importance.__getitem__)
+    known = [name for name, value in importance.items() if math.isfinite(value)]
+    may = [name for name in known if not any(fnmatchcase(name, pattern) for pattern in config.never_freeze)]
+    return sorted(may, key=importance.__getitem__)
 
 
 def target_count(fraction: float, adapters: int) -> int:
-    """Return the number of adapters in a fraction, rounded to the nearest integer, halves up.
-
-    Example:
-        >>> target_count(0.75, 6)
-        5
-    """
+    """Return the number of adapters in a fraction, rounded to the nearest integer, halves up."""
     return math.floor(fraction * adapters + 0.5)
 
 
 def check_fit(config: SafeConfig, names: Sequence[str], others_train: bool) -> None:
-    """Reject options that do not fit a model's adapters.
-
-    Args:
-        config: the options.
-        names: the names of the adapters.
-        others_train: whether the model trains other parameters too.
-
-    Raises:
-        ConfigError: A pattern matches no adapter, or nothing would remain to train.
-
-    Example:
-        >>> check_fit(SafeConfig(never_freeze=("*.query",)), ["layer.0.query"], others_train=True)
-    """
+    """Reject options that do not fit a model's adapters: a pattern without a match, or nothing left to train."""
     for pattern in config.never_freeze:
         if not any(fnmatchcase(name, pattern) for name in names):
             raise ConfigError(f"never_freeze: {pattern!r} matches no adapter; use names such as {names[0]!r}.")
@@ -183,7 +133,3 @@ def check_fit(config: SafeConfig, names: Sequence[str], others_train: bool) -> N
             f"target_fraction: {config.target_fraction} would freeze all {len(names)} adapters, and nothing else of "
             "this model trains; choose a smaller fraction."
         )
-
-
-def _is_spared(config: SafeConfig, name: str) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in config.never_freeze)
