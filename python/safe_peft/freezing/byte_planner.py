@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 4
 WAITS = 7
 """Maximum number of steps to wait for a forward that runs every adapter."""
+Made = TypeVar("Made")
 Knowledge = tuple[Inputs | None, Measured | None, str | None]
 
 
@@ -43,42 +44,26 @@ class Planner:
     A copy of the model without values computes the bytes that a step retains. If the model does not run
     without values, a forward of the training is measured. If both fail, the first batch reports this.
 
-    Args:
-        model: the training model; it is copied without values before any adapter freezes.
-        config: the options.
-        others_train: parameters outside the adapters train too.
-        adapters: the trainable adapters of the model.
-        shared: other processes have other batches, and decisions use the batch they agreed on, see `agree`.
-
-    Attributes:
-        refused: the reason why bytes cannot decide; None if they can.
+    If the training is `shared`, other processes have other batches, and decisions use the batch they agreed on, see
+    `agree`. `refused` is the reason why bytes cannot decide; None if they can.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        config: SafeConfig,
-        others_train: bool,
-        adapters: Sequence[Adapter] = (),
-        *,
-        shared: bool = False,
+        self, model: nn.Module, config: SafeConfig, others_train: bool, adapters: Sequence[Adapter], *, shared: bool
     ) -> None:
         self.config, self.others_train = config, others_train
         self.planned = Planned()
         self.refused: str | None = None
         self._shared, self._adapters = shared, adapters
         self._whole = weakref.ref(model)
-        self._sharding = _sharding(model, config)
-        self._model, self._refusal = _copy(model)
+        self._sharding = _attempt(lambda: check_sharding(model)) if config.needs_plan else None
+        if self._sharding is not None and config.memory_budget is not None:
+            raise self._sharding
+        self._copy = _attempt(lambda: FakeModel(model).module)
         self._checked = self._measures = False
         self._waits = WAITS
         self._traces: dict[tuple[frozenset[str], frozenset[str]], Trace] = {}
         self.watched = Seen(model, exact=config.needs_plan, larger=self._larger, measure=self._measure)
-
-    @property
-    def ready(self) -> bool:
-        """Whether a batch is known, and the processes agree on it."""
-        return self.planned.inputs is not None
 
     @property
     def seen(self) -> Inputs | None:
@@ -94,11 +79,7 @@ class Planner:
         return self.watched.suspended()
 
     def end_step(self) -> None:
-        """Finish an optimizer step. The first one checks whether bytes can decide.
-
-        Raises:
-            PlanError: Bytes cannot decide, and there is a memory budget.
-        """
+        """Finish an optimizer step. The first one checks whether bytes can decide; a memory budget needs that."""
         self.watched.end_step()
         if self.config.needs_plan and not self._checked and self.seen is not None:
             self.refused = None  # a compiled model shows its first batch late: in the first (eager) scoring step
@@ -124,9 +105,9 @@ class Planner:
         """Measure a forward before any adapter freezes, unless a trace is known to work."""
         model = self._whole()
         wanted = self._measures or not self._checked
-        if model is None or not self.config.needs_plan or not wanted or not self._adapters:
+        if model is None or not self.config.needs_plan or not wanted or saves_by_hooks():
             return None
-        if not all(adapter.trainable for adapter in self._adapters) or saves_by_hooks():
+        if not all(adapter.trainable for adapter in self._adapters):
             return None
         return Measurement(model, self._adapters, called, arguments)
 
@@ -145,11 +126,7 @@ class Planner:
         return self.seen, self.watched.measured if self._measures else None, self.refused
 
     def agree(self, known: Sequence[Knowledge]) -> None:
-        """Plan for the largest batch of all processes from now on, so all make the same decisions.
-
-        Args:
-            known: the `knowledge` of each process.
-        """
+        """Plan for the largest batch of all processes from now on, so all make the same decisions."""
         self.watched.inputs = max((seen for seen, _, _ in known if seen is not None), key=order, default=None)
         measured = [one for _, one, _ in known if one is not None]
         if measured:
@@ -196,7 +173,7 @@ class Planner:
 
     def acts(self) -> bool:
         """Whether bytes decide; warns once if they do not."""
-        if not self.ready and self.refused is None:
+        if self.planned.inputs is None and self.refused is None:
             self._refuse("the training batch is unknown, because no forward of the model received tensors")
         elif self.refused is None:
             self._plans(may_measure=not self._shared)  # processes have measured different batches
@@ -218,13 +195,8 @@ class Planner:
         return True
 
     def retained(self, frozen: Collection[str], recompute: Collection[str]) -> int | None:
-        """Return the bytes that a step retains for backward; None if decisions do not depend on bytes.
-
-        Args:
-            frozen: the frozen adapters.
-            recompute: blocks that run again in backward once they are frozen.
-        """
-        planned = self.config.needs_plan and self._checked and self.ready and self.acts()
+        """Return the bytes that a step retains for backward; None if decisions do not depend on bytes."""
+        planned = self.config.needs_plan and self._checked and self.planned.inputs is not None and self.acts()
         return self._unfrozen().bytes(frozen, recompute) if planned else None
 
     # ---------------------------------------------------------------- decisions
@@ -236,39 +208,19 @@ class Planner:
 
         Freezing the least important first often frees nothing for a long time: one live adapter in the lowest layer
         keeps the whole graph.
-
-        Args:
-            importance: of the adapters that may freeze.
-            frozen: the names of the frozen adapters.
-            share: the result of `curves.curve_value`.
-            earlier: importance in the scoring step before the latest one.
         """
-        table, blocks = self._unfrozen(), self._blocks()
+        table = self._unfrozen()
+        blocks = [block.name for block in table.blocks if self.config.recompute != "off"]
         # Freezing everything is not always the minimum: a norm whose readers are all frozen retains its own input.
         least = self._fit(table, importance, 0, frozen).bytes
         saves = table.bytes() - min(least, table.bytes([*frozen, *importance], blocks))
         limit = table.bytes() - int((self.config.target_fraction or 0.0) * share * saves)
-        inputs = PolicyInputs(
-            importance=importance,
-            table=table,
-            limit=limit,
-            share=share,
-            frozen=frozen,
-            earlier=earlier,
-            seed=self.config.seed,
-            recompute=blocks,
-            keep_one=not self.others_train,
-        )
+        seed, keep_one = self.config.seed, not self.others_train
+        inputs = PolicyInputs(importance, table, limit, share, frozen, earlier, seed, blocks, keep_one)
         return choose_by(self.config.policy, inputs)
 
     def fit(self, importance: Mapping[str, float], frozen: Collection[str], share: float) -> Choice:
-        """Choose adapters and blocks so that the next steps stay within the falling limit; a trace checks the choice.
-
-        Args:
-            importance: of the adapters that may freeze.
-            frozen: the names of the adapters that are frozen or freeze now.
-            share: the result of `curves.curve_value`.
-        """
+        """Choose adapters and blocks that keep the next steps within the falling limit; a trace checks the choice."""
         if not self.acts():
             return Choice((), (), 0, True)
         budget = self.config.memory_budget
@@ -304,18 +256,11 @@ class Planner:
 
     def _warn(self, choice: Choice, budget: int) -> None:
         logger.warning(
-            "memory_budget cannot be met: with all permitted adapters frozen a step retains %s bytes, %s more than the "
-            "%s allowed; make the batch smaller, allow recompute, or list fewer adapters in never_freeze.",
-            f"{choice.bytes:,}",
-            f"{choice.bytes - budget:,}",
-            f"{budget:,}",
+            "memory_budget cannot be met: with all permitted adapters frozen a step retains %s allowed; make the batch "
+            "smaller, allow recompute, or list fewer adapters in never_freeze.",
+            f"{choice.bytes:,} bytes, {choice.bytes - budget:,} more than the {budget:,}",
         )
         self.planned = replace(self.planned, warned=True)
-
-    def _blocks(self) -> list[str]:
-        if self.config.recompute == "off":
-            return []
-        return [block.name for block in self._unfrozen().blocks]
 
     def _unfrozen(self) -> RetainedTable:
         measured, inputs = self.watched.measured, self.planned.inputs or self.seen
@@ -326,49 +271,27 @@ class Planner:
     def _trace(self, frozen: Collection[str] = (), recompute: Collection[str] = ()) -> Trace:
         key = frozenset(frozen), frozenset(recompute)
         if key not in self._traces:
-            model, inputs = self._known()
             keep = self.config.keep_dropout
-            self._traces[key] = trace(model, inputs, frozen=frozen, recompute=recompute, keep_dropout=keep)
+            self._traces[key] = trace(*self._known(), frozen=frozen, recompute=recompute, keep_dropout=keep)
         return self._traces[key]
 
     def start_and_end(self, frozen: Sequence[str], recompute: Collection[str]) -> tuple[tuple[str, MemoryPlan], ...]:
-        """Return the plan of a step without frozen adapters, and of a step in the current state.
-
-        Args:
-            frozen: the names of the frozen adapters.
-            recompute: blocks that run again in backward once they are frozen.
-
-        Raises:
-            PlanError: No batch is known, or the model does not run without values.
-        """
+        """Return the plan of a step without frozen adapters, and of a step in the current state."""
         model, inputs = self._known()
         keep, again = self.config.keep_dropout, sorted(recompute)
         start = plan_of(model, inputs, keep_dropout=keep)
         return ("start", start), ("end", plan_of(model, inputs, frozen=frozen, recompute=again, keep_dropout=keep))
 
     def _known(self) -> tuple[nn.Module, Inputs]:
-        if self._model is None:
-            raise self._refusal or PlanError("this model does not run without values, so it cannot be planned.")
-        inputs = self.planned.inputs or self.seen
-        if inputs is None:
+        if isinstance(self._copy, PlanError):
+            raise self._copy
+        if (inputs := self.planned.inputs or self.seen) is None:
             raise PlanError("the training batch is not known yet; train one step before planning.")
-        return self._model, inputs
+        return self._copy, inputs
 
 
-def _sharding(model: nn.Module, config: SafeConfig) -> PlanError | None:
-    """Return why the model is sharded in a way that cannot be planned; raise it if there is a memory budget."""
+def _attempt(make: Callable[[], Made]) -> Made | PlanError:
     try:
-        if config.needs_plan:
-            check_sharding(model)
+        return make()
     except PlanError as error:
-        if config.memory_budget is not None:
-            raise
         return error
-    return None
-
-
-def _copy(model: nn.Module) -> tuple[nn.Module | None, PlanError | None]:
-    try:
-        return FakeModel(model).module, None
-    except PlanError as error:
-        return None, error

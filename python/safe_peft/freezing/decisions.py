@@ -5,40 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from .byte_planner import Planner
-from .config import SafeConfig
 from .curves import curve_value
 from .ledger import Ledger
 from .schedule import Schedule, choose, is_freezing_step, is_stable, rank
 
 
 class Decisions:
-    """Decides from measurements, and records the decisions. It changes neither the model nor the optimizer.
+    """Decides from measurements, and records the decisions. It changes neither the model nor the optimizer."""
 
-    Args:
-        config: the options.
-        schedule: the schedule of the options, in steps.
-        planner: decides by bytes, if options need it.
-        adapters: the number of adapters.
-        others_train: whether other parameters train too.
-    """
-
-    def __init__(
-        self, config: SafeConfig, schedule: Schedule, planner: Planner, adapters: int, others_train: bool
-    ) -> None:
+    def __init__(self, schedule: Schedule, planner: Planner, adapters: int) -> None:
         self.ledger = Ledger()
-        self._config = config
-        self._schedule = schedule
-        self._planner = planner
-        self._adapters = adapters
-        self._others_train = others_train
+        self._config, self._schedule, self._planner, self._adapters = planner.config, schedule, planner, adapters
 
     def record(self, step: int, importance: Mapping[str, float]) -> None:
-        """Record a scoring step.
-
-        Args:
-            step: optimizer steps done.
-            importance: by adapter name; nan where it is unknown.
-        """
+        """Record a scoring step; importance is nan where it is unknown."""
         if self._is_warm(step) and is_stable(self.ledger.importance, importance, self._config.stable_change):
             self.ledger.warmup_end = step
         self.end_warmup(step)
@@ -53,14 +33,7 @@ class Decisions:
             self.ledger.warmup_end = step
 
     def due(self, step: int) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
-        """Decide which adapters freeze after this step, and record it.
-
-        Args:
-            step: optimizer steps done.
-
-        Returns:
-            Their names, and the blocks to recompute in backward from now on; None changes nothing.
-        """
+        """Decide which adapters freeze after this step, and which blocks are recomputed: None changes nothing."""
         if not is_freezing_step(self._schedule, self.ledger.warmup_end, step):
             return (), None
         names, threshold = self._choose(step, self.ledger.importance)
@@ -90,7 +63,7 @@ class Decisions:
             threshold = max((live[name] for name in names), default=None)
         else:
             names, threshold = choose(self._config, live, adapters=self._adapters, frozen=len(frozen), share=share)
-        if not self._others_train and len(frozen) + len(names) == self._adapters:
+        if not self._planner.others_train and len(frozen) + len(names) == self._adapters:
             names = names[:-1]  # backward fails if no parameter trains
         return names, threshold
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,102 +17,73 @@ from ..binding.adapters import LayerState
 from ..binding.bind import Binding
 from ..binding.class_swap import STATE
 from ..distributed.wrappers import walk
-from ..prefix.cache import PrefixCache
-from .byte_planner import Planner
 from .decisions import Decisions
 from .enforcement import FreezeEnforcer
-from .scorer import Scorer
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
 class Standing:
-    """The state of a freezer in its training.
+    """The state of a freezer in its training; it outlives the freezer.
 
     Args:
+        hooks: removes the freezer's hooks from the model.
+        undo: does the same, and unbinds the model.
+        alone: no other process shares the training. Several processes would have to change at the same time.
         attached: the freezer has hooks on the model.
         finished: the training has ended, and frozen adapters shall stay frozen.
         by_trainer: a Trainer's callback made the freezer.
     """
 
+    hooks: ExitStack
+    undo: ExitStack
+    enforcer: FreezeEnforcer
+    decisions: Decisions
+    alone: bool
     attached: bool = True
     finished: bool = False
     by_trainer: bool = False
 
+    def follow(self, freezer: Any, binding: Binding) -> None:
+        """Restore the model when the freezer is garbage-collected."""
+        binding._freezer = weakref.ref(freezer)
+        weakref.finalize(freezer, self._forgotten).atexit = False
 
-def restore_if_forgotten(
-    freezer: Any,
-    standing: Standing,
-    hooked: Sequence[Scorer | Planner | PrefixCache],
-    enforcer: FreezeEnforcer,
-    decisions: Decisions,
-    binding: Binding,
-    *,
-    alone: bool,
-) -> None:
-    """Remove the hooks from a model and make all adapters trainable when a freezer is garbage-collected.
-
-    Args:
-        freezer: the freezer.
-        standing: the freezer's state.
-        hooked: the parts that have hooks on the model.
-        enforcer: restores the adapters.
-        decisions: has the names of the frozen adapters.
-        binding: the binding of the model.
-        alone: no other process shares the training. Several processes would have to change at the same time.
-    """
-    binding._freezer = weakref.ref(freezer)
-    weakref.finalize(freezer, _forgotten, standing, enforcer, decisions, binding, alone).atexit = False
-    for part in hooked:  # runs before the rest: finalizers run in reverse order
-        weakref.finalize(freezer, part.close).atexit = False
-
-
-def _forgotten(
-    standing: Standing, enforcer: FreezeEnforcer, decisions: Decisions, binding: Binding, alone: bool
-) -> None:
-    names = decisions.ledger.frozen
-    if not standing.attached or standing.finished:
-        return
-    if not alone:
-        if names:
-            logger.warning(
-                "a freezer was deleted before its training ended: %d adapters stay frozen. To let them train again, "
-                "call safe_peft.bind(model).release(keep_frozen=False) in every process before DDP wraps the model.",
-                len(names),
-            )
-        return
-    enforcer.restore(names)
-    binding.release()
-    binding.detach()
-    if names:
-        logger.warning(
-            "a freezer was deleted before its training ended, at step %d: its %d frozen adapters train again, with "
-            "dropout. To keep adapters frozen, call freezer.detach(keep_frozen=True) first.",
-            decisions.ledger.last_step,
-            len(names),
+    def _forgotten(self) -> None:
+        self.hooks.close()
+        ledger = self.decisions.ledger
+        count = len(ledger.frozen)
+        if not self.attached or self.finished:
+            return
+        what = (
+            f"{count} adapters stay frozen. To let them train again, call safe_peft.bind(model).release("
+            "keep_frozen=False) in every process before DDP wraps the model."
         )
+        if self.alone:
+            self.enforcer.restore(ledger.frozen)
+            self.undo.close()
+            what = (
+                f"its {count} frozen adapters train again, with dropout. To keep adapters frozen, call "
+                "freezer.detach(keep_frozen=True) first."
+            )
+        if count:
+            why = "a freezer was deleted before its training ended, at step %d: %s"
+            logger.warning(why, ledger.last_step, what)
 
 
 def take_over(model: nn.Module) -> bool:
-    """Detach the freezer of an interrupted Trainer training, because a new training begins.
-
-    Args:
-        model: the model without wrappers.
-
-    Returns:
-        Whether such a freezer had frozen adapters; these train again now.
-    """
+    """Detach the freezer of an interrupted Trainer training; return whether adapters that it had frozen train again."""
     states = (module.__dict__.get(STATE) for _, module in walk(model))
     owners = (state.owner() for state in states if isinstance(state, LayerState) and state.owner is not None)
     freezer = next((freezer for owner in owners if owner is not None and (freezer := owner.freezer())), None)
     if freezer is None or not freezer.standing.by_trainer or freezer.standing.finished:
         return False
-    frozen = freezer.frozen
+    count = len(freezer.frozen)
     freezer.detach()
     logger.warning(
         "an earlier training of this model was interrupted; its freezer is detached, and its %d frozen adapters train "
         "again, with dropout.",
-        len(frozen),
+        count,
     )
-    return bool(frozen)
+    return count > 0

@@ -6,7 +6,7 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -30,11 +30,10 @@ from .compile_support import EagerForwards
 from .config import SafeConfig, check_int
 from .decisions import Decisions
 from .enforcement import FreezeEnforcer
-from .forgotten import Standing, restore_if_forgotten
+from .forgotten import Standing
 from .ledger import Ledger
 from .nonfinite import NonFinite
 from .optimizer_state import Optimizers
-from .presence import Presence
 from .schedule import check_fit, is_scoring_step, resolve
 from .scorer import Scorer
 from .state import FILES, FreezerState, RunIdentity, check_state, state_of
@@ -87,11 +86,11 @@ class AdapterFreezer:
         self.model = unwrap(model)
         self._optimizers = Optimizers(optimizer)
         self._step = first_step = check_int("first_step", first_step, least=0)
-        self._nonfinite = NonFinite(self.config)
+        self._nonfinite = NonFinite(raises=self.config.on_nonfinite == "raise")
         self._processes, self._first_forward = DistributedContext(self.model, model, process_group), EagerForwards()
         with ExitStack() as undo:
             try:
-                self._make(model, total_steps, undo)
+                hooks = self._make(model, total_steps, undo)
             except SafeError as error:
                 self._processes.require_same(error)
                 raise
@@ -100,16 +99,14 @@ class AdapterFreezer:
             if self.prefix is not None and not self._processes.alone:
                 self.prefix.store.share(self._processes.gather)
             self._arm()
-            undo.pop_all()
+            parts = (self._enforcer, self._decisions, self._processes.alone)
+            self.standing = Standing(hooks, undo.pop_all(), *parts)
         if self.config.recompute == "frozen":
             self.binding.recompute.update(self.binding.blocks)
-        self.standing = Standing()
-        hooked = (self._scorer, self.planner) if self.prefix is None else (self._scorer, self.planner, self.prefix)
-        parts = (self._enforcer, self._decisions, self.binding)
-        restore_if_forgotten(self, self.standing, hooked, *parts, alone=self._processes.alone)
+        self.standing.follow(self, self.binding)
 
-    def _make(self, model: nn.Module, total_steps: int | None, undo: ExitStack) -> None:
-        """Run all steps that may fail in only one process."""
+    def _make(self, model: nn.Module, total_steps: int | None, undo: ExitStack) -> ExitStack:
+        """Run all steps that may fail in only one process; return what removes the hooks."""
         for one in self._optimizers.given:
             self._processes.check(one)
         self.schedule = resolve(self.config, total_steps)
@@ -117,22 +114,25 @@ class AdapterFreezer:
         undo.callback(self.binding.detach)
         self._adapters = self.binding.claim()
         undo.callback(self.binding.release)
-        self._presence = Presence(self.model, self._adapters)
+        hooks = undo.enter_context(ExitStack())
+        hooks.callback(self._first_forward.end)
         self._records = tuple(AdapterRecord(a.name, sum(p.numel() for p in a.parameters())) for a in self._adapters)
         self._traits = {adapter.name: adapter.traits() for adapter in self._adapters}
         self._optimizers.check(self._adapters)
         own = [p for adapter in self._adapters for p in adapter.parameters()]
         others_train, names = trains_besides(self.model, own), list(self._traits)
         check_fit(self.config, names, others_train)
-        self.planner = Planner(self.model, self.config, others_train, self._adapters, shared=not self._processes.alone)
-        undo.callback(self.planner.close)
-        self._decisions = Decisions(self.config, self.schedule, self.planner, len(names), others_train)
+        parts = (self.model, self.config, others_train, self._adapters)
+        self.planner = hooks.enter_context(closing(Planner(*parts, shared=not self._processes.alone)))
+        self._decisions = Decisions(self.schedule, self.planner, len(names))
         self.prefix = prefix_cache(self.model, self.config)
         if self.prefix is not None:
-            undo.callback(self.prefix.close)
-        self._scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config, self._processes)
-        undo.callback(self._scorer.close)
-        self._enforcer = FreezeEnforcer(self._adapters, self.binding, self._optimizers, self._processes, self.config)
+            hooks.callback(self.prefix.close)
+        scorer = Scorer(self.model, self._optimizers.inner, self._adapters, self.config, self._processes)
+        self._scorer = hooks.enter_context(closing(scorer))
+        engine = (self._optimizers, self._processes)
+        self._enforcer = FreezeEnforcer(self.model, self._adapters, self.binding, *engine, self.config)
+        return hooks
 
     @property
     def adapters(self) -> tuple[Adapter, ...]:
@@ -200,7 +200,7 @@ class AdapterFreezer:
     def _check_attached(self) -> None:
         if not self.standing.attached:
             raise BindingError("this freezer is detached; make a new AdapterFreezer to continue.")
-        self._presence.check()
+        self._enforcer.check_present()
 
     def _freeze_due(self) -> tuple[str, ...]:
         before, (names, recompute) = self.ledger.frozen, self._decisions.due(self._step)
@@ -208,17 +208,15 @@ class AdapterFreezer:
         self._enforcer.freeze(names)
         self._enforcer.recompute(recompute)
         if names:
-            self._log(len(names), self.planner.retained(before, rerun), self._retained())
+            told = f"froze {len(names)} adapters, {len(self.frozen)} of {len(self._adapters)} in all"
+            was, now = self.planner.retained(before, rerun), self._retained()
+            if was is not None and now is not None:
+                told += f"; a step retains {mebibytes(now):,.1f} MiB for backward, {mebibytes(was - now):,.1f} MiB less"
+            logger.info("step %d: %s", self._step, told)
         return names
 
     def _retained(self) -> int | None:
         return self.planner.retained(self.ledger.frozen, tuple(self.binding.recompute))
-
-    def _log(self, count: int, before: int | None, now: int | None) -> None:
-        text = f"step {self._step}: froze {count} adapters, {len(self.ledger.frozen)} of {len(self._adapters)} in all"
-        if before is not None and now is not None:
-            text += f"; a step retains {mebibytes(now):,.1f} MiB for backward, {mebibytes(before - now):,.1f} MiB less"
-        logger.info(text)
 
     def _arm(self, due: bool = False) -> None:
         """Prepare the next step. If `due`, it is a scoring step, because the last one had no evidence."""
@@ -269,7 +267,7 @@ class AdapterFreezer:
             >>> freezer.report().save_json("report.json")  # doctest: +SKIP
         """
         if memory:
-            self._presence.check()
+            self._enforcer.check_present()
         own = getattr(getattr(self.model, "config", None), "_name_or_path", "") or type(self.model).__name__
         return FreezeReport(
             model=model or own,
@@ -292,16 +290,11 @@ class AdapterFreezer:
         if not self.standing.attached:
             return
         self.standing.attached = False
-        self._first_forward.end()
-        self._scorer.close()
-        self.planner.close()
-        if self.prefix is not None:
-            self.prefix.close()
+        self.standing.hooks.close()
         if not keep_frozen:
             self._enforcer.restore(self.ledger.frozen)
             self._processes.parameters_changed()
-        self.binding.release()
-        self.binding.detach()
+        self.standing.undo.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state that is needed after a restart, as JSON values.
@@ -311,7 +304,7 @@ class AdapterFreezer:
         """
         evidence = replace(self._scorer.evidence(), process=self._processes.process)
         planned, total, memory = self.planner.state(), self.schedule.total_steps, self._scorer.memory
-        return state_of(self._owner(), FreezerState(self._step, total, self.ledger, evidence, planned, memory))
+        return state_of(self._identity(), FreezerState(self._step, total, self.ledger, evidence, planned, memory))
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Load a saved state and freeze its adapters again. Load the weights before it, the optimizer's state after it.
@@ -324,7 +317,7 @@ class AdapterFreezer:
             BindingError: The freezer is detached, or PEFT has deleted an adapter or unloaded the model.
         """
         self._check_attached()
-        saved = check_state(state, self._owner())
+        saved = check_state(state, self._identity(), self._processes.process)
         self._enforcer.restore(self.ledger.frozen)
         self._step, self._decisions.ledger = saved.step, saved.ledger
         self._enforcer.freeze_again(saved.ledger.frozen)
@@ -376,16 +369,11 @@ class AdapterFreezer:
         except StateError as error:
             raise StateError(f"{path}: {error}") from error
 
-    def _owner(self) -> RunIdentity:
-        return RunIdentity(self.config, self._optimizers.kinds, self._traits, self._processes.process)
+    def _identity(self) -> RunIdentity:
+        return RunIdentity(self.config.to_dict(), self._optimizers.kinds, self._traits)
 
 
 def prefix_cache(model: nn.Module, config: SafeConfig) -> PrefixCache | None:
-    """Return the cache that the options ask for; None if they ask for none.
-
-    Args:
-        model: a bound model.
-        config: the options.
-    """
+    """Return the cache of a bound model that the options ask for; None if they ask for none."""
     memory, file = (size if isinstance(size, int) else 0 for size in (config.prefix_cache, config.prefix_file))
     return PrefixCache(model, Store(memory, file), dropout=config.prefix_dropout) if memory or file else None

@@ -14,11 +14,6 @@ from ..report.records import Freezing, Scoring
 class Ledger:
     """The ordered record of scoring steps and freeze events. An adapter freezes once, permanently.
 
-    Args:
-        warmup_end: the step at which warm-up ended, or None before that.
-        scorings: scoring steps, in order.
-        freezings: one record per frozen adapter, in order.
-
     Example:
         >>> ledger = Ledger()
         >>> ledger.record_scoring(5, {"a": 0.1, "b": 0.2})
@@ -32,23 +27,11 @@ class Ledger:
     freezings: list[Freezing] = field(default_factory=list)
 
     def record_scoring(self, step: int, importance: Mapping[str, float], threshold: float | None = None) -> None:
-        """Add a scoring step.
-
-        Args:
-            step: optimizer steps done.
-            importance: by adapter name; nan where it is unknown.
-            threshold: the threshold at this step, if any.
-        """
+        """Add a scoring step; importance is nan where it is unknown."""
         self.scorings.append(Scoring(step, threshold, dict(importance)))
 
     def record_freezing(self, step: int, name: str, threshold: float | None = None) -> None:
-        """Record that an adapter froze, with its importance in the latest scoring step.
-
-        Args:
-            step: optimizer steps done.
-            name: the adapter.
-            threshold: the threshold that its importance did not exceed, if any.
-        """
+        """Record that an adapter froze, with its importance in the latest scoring step."""
         self.freezings.append(Freezing(step, name, self.importance.get(name, math.nan), threshold))
 
     @property
@@ -75,23 +58,14 @@ class Ledger:
         return max([self.warmup_end or 0, *(event.step for event in events)])
 
     def order(self, names: Iterable[str]) -> None:
-        """Sort importance in the model's order, which decides between equal scores: a Trainer sorts names in its JSON.
-
-        Args:
-            names: all adapters, in the model's order.
-        """
-        place = {name: index for index, name in enumerate(names)}
-        self.scorings = [
-            replace(scoring, importance=dict(sorted(scoring.importance.items(), key=lambda item: place[item[0]])))
-            for scoring in self.scorings
-        ]
+        """Sort importance in the model's order, which decides between equals: a Trainer sorts the names in its JSON."""
+        place = list(names).index
+        for index, scoring in enumerate(self.scorings):
+            importance = {name: scoring.importance[name] for name in sorted(scoring.importance, key=place)}
+            self.scorings[index] = replace(scoring, importance=importance)
 
     def metrics(self, step: int, adapters: int) -> dict[str, float]:
         """Return the current state as finite numbers named `safe/*`.
-
-        Args:
-            step: optimizer steps done.
-            adapters: the number of adapters.
 
         Example:
             >>> Ledger().metrics(3, 12)
@@ -101,11 +75,6 @@ class Ledger:
         metrics = {"step": step, "frozen": frozen, "frozen_fraction": frozen / adapters}
         if self.threshold is not None:
             metrics["threshold"] = self.threshold
-        values = [value for value in self.importance.values() if math.isfinite(value)]
-        if values:
-            metrics |= {
-                "importance_min": min(values),
-                "importance_median": median(values),
-                "importance_max": max(values),
-            }
+        if values := [value for value in self.importance.values() if math.isfinite(value)]:
+            metrics |= {f"importance_{kind.__name__}": kind(values) for kind in (min, median, max)}
         return {f"safe/{name}": float(value) for name, value in metrics.items()}

@@ -10,19 +10,12 @@ import torch
 
 from ..binding.adapters import ScoreInputs
 from ..errors import ScoreError
-from .config import SafeConfig
 
 logger = logging.getLogger(__name__)
 
 
 def broken_parts(evidence: ScoreInputs) -> tuple[str, ...]:
-    """Name the parts of an adapter's evidence that hold NaN or Inf.
-
-    Args:
-        evidence: the evidence of a score that is not finite.
-
-    Returns:
-        The parts in words. If there are none, the score had no evidence.
+    """Name the parts of an adapter's evidence that hold NaN or Inf; if there are none, the score had no evidence.
 
     Example:
         >>> broken_parts(ScoreInputs(lora_B=torch.tensor([[float("inf")]])))
@@ -42,38 +35,26 @@ def broken_parts(evidence: ScoreInputs) -> tuple[str, ...]:
 
 
 class NonFinite:
-    """Warns once about each adapter without a finite score, or stops the training at NaN and Inf.
+    """Warns once about each adapter without a finite score, or stops the training at NaN and Inf."""
 
-    Args:
-        config: `on_nonfinite` selects between the two.
-    """
-
-    def __init__(self, config: SafeConfig) -> None:
-        self._raises = config.on_nonfinite == "raise"
+    def __init__(self, *, raises: bool) -> None:
+        self._raises = raises
         self._postponed = False
         self._told: set[tuple[str, bool]] = set()
 
     def note(
         self, step: int, importance: Mapping[str, float], broken: Mapping[str, tuple[str, ...]]
     ) -> ScoreError | None:
-        """Process the result of a scoring step.
-
-        Args:
-            step: optimizer steps done.
-            importance: by adapter name.
-            broken: by adapter name, the parts of its evidence with NaN or Inf.
-
-        Returns:
-            The error to raise at the end of this step, if any.
-        """
+        """Return the error to raise at the end of a scoring step, if any; `broken` names parts with NaN or Inf."""
         unknown = [name for name, value in importance.items() if not math.isfinite(value) and name not in broken]
         if new := self._new(unknown, False):
             why = "%d adapters have no finite importance at step %d and stay trainable: %s; explain(model) shows why."
             logger.warning(why, len(new), step, _some(new))
         if not broken:
             return None
-        parts = sorted({part for found in broken.values() for part in found})
-        what = f"{len(broken)} adapters have a score that is not finite at step {step}: NaN or Inf in {_list(parts)}"
+        *most, last = sorted({part for found in broken.values() for part in found})
+        parts = f"{', '.join(most)} and {last}" if most else last
+        what = f"{len(broken)} adapters have a score that is not finite at step {step}: NaN or Inf in {parts}"
         fix = "lower the learning rate, clip gradients, or look for broken rows"
         if self._raises:
             return ScoreError(
@@ -86,11 +67,7 @@ class NonFinite:
         return None
 
     def note_postponed(self, step: int) -> None:
-        """Log once that a scoring step had no gradients.
-
-        Args:
-            step: optimizer steps done.
-        """
+        """Log once that a scoring step had no gradients."""
         if not self._postponed:
             self._postponed = True
             why = "step %d: the optimizer skipped its step (GradScaler does so if gradients are infinite), so there "
@@ -104,7 +81,3 @@ class NonFinite:
 
 def _some(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _list(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"

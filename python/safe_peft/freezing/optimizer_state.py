@@ -17,11 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 class Optimizers:
-    """The optimizers of a training, usually one, with their wrappers.
-
-    Args:
-        given: one optimizer, or several if parameters have their own (for example, to step inside backward).
-    """
+    """The optimizers of a training: one, or several if parameters have their own, to step inside backward."""
 
     def __init__(self, given: torch.optim.Optimizer | Sequence[torch.optim.Optimizer]) -> None:
         several = isinstance(given, Iterable) and not isinstance(given, str | bytes)
@@ -36,19 +32,10 @@ class Optimizers:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters that they train."""
-        for optimizer in self.inner:
-            for group in optimizer.param_groups:
-                yield from group["params"]
+        return (p for optimizer in self.inner for group in optimizer.param_groups for p in group["params"])
 
     def check(self, adapters: Sequence[Adapter]) -> None:
-        """Check that they train the adapters.
-
-        Args:
-            adapters: the adapters to score and freeze. If some of them are not trained, a warning says so.
-
-        Raises:
-            BindingError: They train none of the adapters.
-        """
+        """Raise if they train none of the adapters to score and freeze, and warn if they do not train some of them."""
         trained = {id(p) for p in self.parameters()}
         still = [adapter.name for adapter in adapters if trained.isdisjoint(map(id, adapter.parameters()))]
         if still and len(still) < len(adapters):
@@ -61,11 +48,7 @@ class Optimizers:
             )
 
     def admit(self, adapters: Sequence[Adapter]) -> None:
-        """Add trainable parameters that were frozen when the optimizer was made, with the options of the others.
-
-        Args:
-            adapters: all adapters.
-        """
+        """Add trainable parameters that were frozen when the optimizer was made, with the options of the others."""
         own = {id(p): p for adapter in adapters for p in adapter.parameters() if p.requires_grad}
         trained = {id(p) for p in self.parameters()}
         missing = [p for key, p in own.items() if key not in trained]
@@ -80,12 +63,16 @@ class Optimizers:
         parameters = list(parameters)
         for optimizer in self._layers():
             state = getattr(optimizer, "state", None)
-            if _wants_every_gradient(optimizer):
+            # PEFT's LoRA-FA reads the gradient of every lora_B in its groups, and fails if it is None.
+            if any(kind.__name__ == "LoraFAOptimizer" for kind in type(optimizer).__mro__):
                 self._leave_out(optimizer, parameters)
             if not isinstance(state, MutableMapping) or isinstance(optimizer, torch.optim.LBFGS):
                 continue
-            dropped = [state.pop(parameter, None) for parameter in parameters]
-            _release_pages(optimizer, [known for known in dropped if known])
+            dropped = [state.pop(parameter, None) or {} for parameter in parameters]
+            # bitsandbytes has a second list of the memory of its paged optimizers.
+            if pages := getattr(getattr(optimizer, "page_mng", None), "paged_tensors", None):
+                gone = {id(value) for known in dropped for value in known.values()}
+                pages[:] = [page for page in pages if id(page) not in gone]
 
     def _leave_out(self, optimizer: Any, parameters: Iterable[nn.Parameter]) -> None:
         """Remove parameters from an optimizer's groups, together with their options."""
@@ -124,16 +111,3 @@ class Optimizers:
                 yield optimizer
                 optimizer = optimizer.optimizer
             yield inner
-
-
-def _wants_every_gradient(optimizer: Any) -> bool:
-    """PEFT's LoRA-FA reads the gradient of every lora_B in its groups, and fails if it is None."""
-    return any(kind.__name__ == "LoraFAOptimizer" for kind in type(optimizer).__mro__)
-
-
-def _release_pages(optimizer: Any, dropped: list[dict[str, Any]]) -> None:
-    """Bitsandbytes keeps a second list of the memory of its paged optimizers."""
-    pages = getattr(getattr(optimizer, "page_mng", None), "paged_tensors", None)
-    if pages:
-        gone = {id(value) for known in dropped for value in known.values()}
-        pages[:] = [page for page in pages if id(page) not in gone]

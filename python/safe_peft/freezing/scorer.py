@@ -27,20 +27,12 @@ from .state import PendingScoring
 class Scorer:
     """Gathers the evidence for a score in a scoring step, and computes the score.
 
-    Args:
-        model: the model whose forwards are observed.
-        optimizers: the optimizers of the model. A score of gradients or updates is computed around their step.
-        adapters: all adapters that may be scored.
-        config: the options.
-        processes: the processes that train together.
+    A score of gradients or updates is computed around the optimizer's step, and needs exactly one optimizer.
 
     Attributes:
         broken: by adapter name, the parts of its evidence with NaN or Inf in the latest scoring step.
         starting: names of adapters whose score is not known yet, because it compares scoring steps.
         memory: the score's own numbers by adapter name, kept between scoring steps.
-
-    Raises:
-        ConfigError: The score reads gradients or updates, and there are several optimizers.
     """
 
     def __init__(
@@ -71,7 +63,7 @@ class Scorer:
         self.collector = StatisticsCollector(
             model, adapters, config.score_blocks, config.block_rows, begins=processes.forward_begins
         )
-        self._forwards = EagerForwards() if self._score.needs_statistics or config.needs_plan else None
+        self._forwards, self._runs_eagerly = EagerForwards(), self._score.needs_statistics or config.needs_plan
         self._hooks: list[Any] = []
         if self._score.by_optimizer:
             self._hooks.append(optimizers[0].register_step_pre_hook(self._before_optimizer_step))
@@ -84,19 +76,13 @@ class Scorer:
         return bool(self._live)
 
     def arm(self, live: Sequence[int], step: int, scorings: Sequence[Scoring]) -> None:
-        """Gather evidence in the next step.
-
-        Args:
-            live: indices of the adapters to score.
-            step: the number of that step.
-            scorings: the scoring steps so far. Their number moves the row blocks, so that each step reads other rows.
-        """
+        """Gather evidence about the adapters with these indices in the next step, after the scoring steps so far."""
         self._live, self._step, self._scorings = list(live), step, list(scorings)
         self._gathered, self._before = {}, {}
         self.broken, self.starting = {}, set()
         if self._score.needs_statistics:
-            self.collector.arm(live, shift=len(scorings))
-        if self._forwards is not None:
+            self.collector.arm(live, shift=len(scorings))  # so that each scoring step reads other rows
+        if self._runs_eagerly:
             self._forwards.begin()
 
     def disarm(self) -> None:
@@ -104,8 +90,7 @@ class Scorer:
         self._live = []
         self._gathered, self._before = {}, {}
         self.collector.disarm()
-        if self._forwards is not None:
-            self._forwards.end()
+        self._forwards.end()
 
     @property
     def ready(self) -> bool:
@@ -113,33 +98,21 @@ class Scorer:
         return bool(self._gathered) or not self._score.by_optimizer
 
     def measure(self, *, same: str, batch: str) -> tuple[dict[str, float], bool]:
-        """Compute the score from the evidence of all processes, with one all_reduce.
+        """Compute importance by name from the evidence of all processes, with one all_reduce; nan means unknown.
 
-        Args:
-            same: a text that must be equal in all processes.
-            batch: a text that may differ between processes.
-
-        Returns:
-            Importance by adapter name, the same in every process, nan where it is unknown; and whether `batch` differs.
-
-        Raises:
-            BindingError: `same` differs.
-            ScoreError: The score is not a number.
+        The text `same` must be equal in all processes. The second result is whether the text `batch` differs.
         """
         try:
-            return self._measure(same, batch)
+            if self._score.needs_statistics:
+                sums, _, differs = self._processes.sum(self.collector.finish(), same=same, batch=batch)
+                return self._judge_all(sums.cpu()), differs
+            own = self._gathered if self._score.by_optimizer else self._judge_all(None)
+            names = [self._adapters[index].name for index in self._live]
+            values = torch.tensor([own.get(name, math.nan) for name in names], dtype=torch.float64)
+            values, count, differs = self._processes.sum(values.to(self.collector.device), same=same, batch=batch)
+            return dict(zip(names, (values / count).tolist(), strict=True)), differs
         finally:
             self.disarm()
-
-    def _measure(self, same: str, batch: str) -> tuple[dict[str, float], bool]:
-        if self._score.needs_statistics:
-            sums, _, differs = self._processes.sum(self.collector.finish(), same=same, batch=batch)
-            return self._judge_all(sums.cpu()), differs
-        own = self._gathered if self._score.by_optimizer else self._judge_all(None)
-        names = [self._adapters[index].name for index in self._live]
-        values = torch.tensor([own.get(name, math.nan) for name in names], dtype=torch.float64)
-        values, count, differs = self._processes.sum(values.to(self.collector.device), same=same, batch=batch)
-        return dict(zip(names, (values / count).tolist(), strict=True)), differs
 
     def close(self) -> None:
         """Remove all hooks from the model and the optimizer."""
@@ -186,7 +159,8 @@ class Scorer:
         self._grad_scale = 1.0 if scale is None else float(scale)
         if self._score.needs_update:
             parameters = [p for index in self._live for p in self._adapters[index].parameters()]
-            self._before = {p: (_copy(p), None if p.grad is None else _copy(p.grad)) for p in parameters}
+            copy = lambda tensor: None if tensor is None else tensor.detach().clone()  # noqa: E731
+            self._before = {p: (copy(p), copy(p.grad)) for p in parameters}
         else:
             self._gathered = self._judge_all(None)
 
@@ -224,15 +198,10 @@ class Scorer:
         return math.nan
 
     def _evidence(self, index: int, sums: Tensor | None) -> ScoreInputs:
-        adapter = self._adapters[index]
-        evidence = adapter.evidence(None if sums is None else AdapterStatistics(sums))
+        adapter, scorings = self._adapters[index], self._scorings
+        evidence, name = adapter.evidence(None if sums is None else AdapterStatistics(sums)), adapter.name
         evidence.generator, evidence.grad_scale = random.Random(f"{self._seed}/{index}"), self._grad_scale
         evidence.optimizer.optimizers, evidence.optimizer.before = self._optimizers, self._before
-        evidence.step, evidence.memory = self._step, dict(self.memory.get(adapter.name, {}))
-        name, scorings = adapter.name, self._scorings
+        evidence.step, evidence.memory = self._step, dict(self.memory.get(name, {}))
         evidence.past = lambda: [(one.step, one.importance[name]) for one in scorings if name in one.importance]
         return evidence
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone()

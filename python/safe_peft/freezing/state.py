@@ -10,7 +10,6 @@ from ..errors import StateError
 from ..files import jsonio
 from ..planning.inputs import Inputs
 from ..planning.retained import Measured
-from .config import SafeConfig
 from .ledger import Ledger
 
 VERSION = 4
@@ -58,33 +57,16 @@ class Planned:
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """The training that a state belongs to.
+    """The training that a state belongs to: options, the optimizer's type, and adapters in the model's order."""
 
-    Args:
-        config: the options; `total_steps` may differ, because a training may become longer.
-        optimizer: the name of the optimizer's type.
-        adapters: the properties of each adapter by name, as JSON values, in the model's order.
-        process: the number of this process.
-    """
-
-    config: SafeConfig
+    config: dict[str, Any]
     optimizer: str
     adapters: dict[str, dict[str, Any]]
-    process: int = 0
 
 
 @dataclass(frozen=True)
 class FreezerState:
-    """A loaded state.
-
-    Args:
-        step: optimizer steps done.
-        total_steps: optimizer steps of the whole training, if known.
-        ledger: the record of scoring steps and freeze events.
-        evidence: of an unfinished scoring step.
-        planned: what decisions by bytes need.
-        memory: the score's own numbers, by adapter; a state from an earlier safe_peft has none.
-    """
+    """What changes in a training; a state from an earlier safe_peft has no `memory`, the score's own numbers."""
 
     step: int
     total_steps: int | None
@@ -95,39 +77,12 @@ class FreezerState:
 
 
 def state_of(owner: RunIdentity, saved: FreezerState) -> dict[str, Any]:
-    """Return a state as JSON values, for `check_state`.
-
-    Args:
-        owner: the training of this state.
-        saved: the state.
-
-    Example:
-        >>> owner = RunIdentity(SafeConfig(), "AdamW", {})
-        >>> check_state(state_of(owner, FreezerState(3, None, Ledger(), PendingScoring(), Planned())), owner).step
-        3
-    """
-    parts = {"config": owner.config.to_dict(), "optimizer": owner.optimizer, "adapters": owner.adapters}
-    return {"version": VERSION, **parts, **jsonio.encode(saved)}
+    """Return a state as JSON values, for `check_state`."""
+    return {"version": VERSION, **jsonio.encode(owner), **jsonio.encode(saved)}
 
 
-def check_state(state: Mapping[str, Any], owner: RunIdentity) -> FreezerState:
-    """Read a freezer's saved state. A state of another version is rejected.
-
-    Args:
-        state: the output of `AdapterFreezer.state_dict`.
-        owner: the training that it must match; options that affect no decision may differ.
-
-    Returns:
-        The loaded state.
-
-    Raises:
-        StateError: It is damaged, or belongs to other options, another optimizer or other adapters.
-
-    Example:
-        >>> check_state({}, RunIdentity(SafeConfig(), "AdamW", {}))
-        Traceback (most recent call last):
-        safe_peft.errors.StateError: state: ...
-    """
+def check_state(state: Mapping[str, Any], owner: RunIdentity, process: int) -> FreezerState:
+    """Read a freezer's saved state, which must be of this version, and of the same training and process."""
     if not isinstance(state, Mapping) or "version" not in state:
         raise StateError("state: this is not a freezer's state; pass the output of state_dict, or a file from save.")
     if state["version"] != VERSION:
@@ -135,29 +90,33 @@ def check_state(state: Mapping[str, Any], owner: RunIdentity) -> FreezerState:
             f"state: its version is {state['version']!r:.20}, and this safe_peft reads only version {VERSION}; use the "
             "safe_peft that wrote it, or start the training again."
         )
-    kinds = {"config": dict[str, Any], "optimizer": str, "adapters": dict[str, dict[str, Any]]}
-    config, optimizer, adapters = (jsonio.decode(kinds[name], state.get(name), f"state.{name}") for name in kinds)
-    if "target" in config:  # the old name
-        config["freeze_by"] = config.pop("target")
-    config = {"prefix_dropout": True, "policy": "greedy"} | config  # newer than some saved states
-    _check_config(config, owner.config.to_dict())
-    if optimizer != owner.optimizer:
+    was: RunIdentity = _part(RunIdentity, state)
+    if "target" in was.config:  # the old name
+        was.config["freeze_by"] = was.config.pop("target")
+    _check_config({"prefix_dropout": True, "policy": "greedy"} | was.config, owner.config)  # newer than some states
+    if was.optimizer != owner.optimizer:
+        what = f"the optimizer {was.optimizer}, but this training uses {owner.optimizer}; use the same."
+        raise StateError(f"state was saved with {what}")
+    _check_adapters(was.adapters, owner.adapters)
+    saved: FreezerState = _part(FreezerState, state)
+    # If all processes loaded one process's sums, the rows of that process would count several times.
+    if (saved.evidence.sums or saved.evidence.importance) and saved.evidence.process != process:
         raise StateError(
-            f"state was saved with the optimizer {optimizer}, but this training uses {owner.optimizer}; use the same."
+            f"state was saved by process {saved.evidence.process} within a scoring step, but this is process "
+            f"{process}; save one state per process, or save between freezer.step() and the next forward."
         )
-    _check_adapters(adapters, owner.adapters)
-    names = {one.name for one in fields(FreezerState)}
-    saved: FreezerState = jsonio.decode(FreezerState, {name: state[name] for name in names & state.keys()}, "state")
-    _check_process(saved.evidence, owner)
     saved.ledger.order(owner.adapters)
     return saved
 
 
+def _part(kind: Any, state: Mapping[str, Any]) -> Any:
+    return jsonio.decode(kind, {one.name: state[one.name] for one in fields(kind) if one.name in state}, "state")
+
+
 def _check_config(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    free = {"total_steps", "on_nonfinite", "prefix_cache", "prefix_file"}
+    free = {"total_steps", "on_nonfinite", "prefix_cache", "prefix_file"}  # they affect no decision
     free |= {"freeze_by"} if own["target_fraction"] is None else set()
-    other = _differences(saved, own, besides=free)
-    if other:
+    if other := _differences(saved, own, besides=free):
         raise StateError(f"state was saved with other options: {other}; use the same SafeConfig.")
 
 
@@ -168,26 +127,13 @@ def _check_adapters(saved: Mapping[str, dict[str, Any]], own: Mapping[str, dict[
             f"state was saved for {len(saved)} adapters, but this model has {len(own)}: the state lacks "
             f"{lacking[:3]} and has {unknown[:3]} in addition; use the same model and the same LoRA options."
         )
-    other = [(name, _differences(saved[name], own[name])) for name in own if saved[name] != own[name]]
-    if other:
-        name, difference = other[0]
+    if other := [name for name in own if saved[name] != own[name]]:
         raise StateError(
-            f"state was saved for other adapters: {name} had {difference}, and {len(other) - 1} more differ; use the "
-            "same model and the same LoRA options."
+            f"state was saved for other adapters: {other[0]} had {_differences(saved[other[0]], own[other[0]])}, and "
+            f"{len(other) - 1} more differ; use the same model and the same LoRA options."
         )
 
 
 def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], besides: Collection[str] = ()) -> str:
-    names = sorted((set(saved) | set(own)) - set(besides))
-    return ", ".join(
-        f"{name}={saved.get(name)!r} (here {own.get(name)!r})" for name in names if saved.get(name) != own.get(name)
-    )[:500]
-
-
-def _check_process(evidence: PendingScoring, owner: RunIdentity) -> None:
-    """If all processes loaded one process's sums, the rows of that process would count several times."""
-    if (evidence.sums or evidence.importance) and evidence.process != owner.process:
-        raise StateError(
-            f"state was saved by process {evidence.process} within a scoring step, but this is process "
-            f"{owner.process}; save one state per process, or save between freezer.step() and the next forward."
-        )
+    names = [name for name in sorted({*saved, *own} - set(besides)) if saved.get(name) != own.get(name)]
+    return ", ".join(f"{name}={saved.get(name)!r} (here {own.get(name)!r})" for name in names)[:500]
