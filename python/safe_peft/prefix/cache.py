@@ -54,26 +54,13 @@ class Usage:
 
 
 class PrefixCache:
-    """The cache of one model, for all its stacks.
+    """The cache of one bound model, for all its stacks.
 
-    Args:
-        model: a bound model.
-        store: keeps the values.
-        dropout: leave the model's own dropout on below the cut. Then nothing is kept if there is any.
-
-    Example:
-        >>> import torch
-        >>> from peft import LoraConfig, get_peft_model
-        >>> from safe_peft import bind
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
-        >>> with bind(model):
-        ...     cache = PrefixCache(model, Store(1 << 20))
-        ...     cache.close()
+    With `dropout`, the model's own dropout stays on below the cut. Then nothing is kept if there is any.
     """
 
     def __init__(self, model: nn.Module, store: Store, *, dropout: bool = True) -> None:
-        self.store, self.usage = store, Usage()
-        self.dropout = dropout
+        self.store, self.usage, self.dropout = store, Usage(), dropout
         self._told: set[str] = set()
         self._quieted: list[nn.Module] = []
         self._states: list[Block] = []
@@ -147,10 +134,12 @@ class PrefixCache:
     def _begin(self, call: Call, args: tuple[Any, ...], kwargs: Any) -> None:
         given, notes = named_arguments(call.module, args, kwargs), call.notes
         masks = list(attention_masks(given))
-        asked = [f"{name} is on" for name in _OUTPUTS if _is_on(call.module, given, name)]
-        if call.outer is not None and "trains" in call.outer.notes:
-            notes |= {name: call.outer.notes[name] for name in ("trains", "usable", "masks", "random", "asked")}
-            notes |= {"masks": masks or notes["masks"], "asked": asked or notes["asked"]}
+        own = getattr(call.module, "config", None)
+        on = {name: getattr(own, name, False) if given.get(name) is None else given[name] for name in _OUTPUTS}
+        asked = [f"{name} is on" for name in _OUTPUTS if on[name]]
+        if call.outer is not None and "trains" in (outer := call.outer.notes):
+            notes |= {name: outer[name] for name in ("trains", "usable", "random")}
+            notes |= {"masks": masks or outer["masks"], "asked": asked or outer["asked"]}
             return
         self._restore()  # an interrupt may have ended the last forward without `_end`
         notes["trains"] = torch.is_grad_enabled() and call.module.training and call.task == -1
@@ -165,8 +154,7 @@ class PrefixCache:
     def _end(self, call: Call, output: Any, died: bool) -> None:
         if call.notes.get("outermost"):
             self._restore()
-        plans = [] if died else [plan for plan in call.notes.values() if isinstance(plan, Plan)]
-        for plan in plans:
+        for plan in (plan for plan in call.notes.values() if isinstance(plan, Plan) and not died):
             if plan.waiting:
                 plan.reason = f"the blocks below {plan.name} were not all called"
             plan.require_exact()
@@ -186,8 +174,3 @@ class PrefixCache:
         for module in self._quieted:
             module.training = True
         self._quieted = []
-
-
-def _is_on(module: nn.Module, given: dict[str, Any], name: str) -> bool:
-    asked = given.get(name)
-    return bool(getattr(getattr(module, "config", None), name, False) if asked is None else asked)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import random
 import weakref
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .store import Known
 
 OFF = "set prefix_cache=None"
 
@@ -22,13 +23,15 @@ class Plan:
     Args:
         cut: the index of the first block that always runs.
         name: the name of that block.
-        keys: of the samples; none if this forward does not use the cache.
+        keys: of the samples.
         kept: per sample, the indices of its tokens; None means all.
         padding: [samples, tokens], True where there is padding that has no effect; None without padding.
         known: by sample, the block whose input is known, and this input.
-        drawn: the state of the generators before the first block.
-        probes: whether backward shows if padding has an effect.
         checked: samples that are computed although they are known, by what is kept of them.
+        drawn: the state of the generators before the first block.
+
+    Attributes:
+        probes: whether backward shows if padding has an effect.
         given: the arguments of the first block.
         reason: why this forward is not what it would be without the cache, or cannot be kept.
         outputs: what the blocks have returned.
@@ -37,19 +40,18 @@ class Plan:
 
     cut: int
     name: str
-    keys: Sequence[str] = ()
-    kept: Sequence[Tensor | None] = ()
-    padding: Tensor | None = None
-    known: Mapping[int, tuple[int, Tensor]] = field(default_factory=dict)
-    drawn: Sequence[bytes] = ()
-    probes: bool = False
-    checked: Mapping[int, tuple[int, Tensor]] = field(default_factory=dict)
-    reason: str = ""
-    outputs: list[weakref.ref[Tensor]] = field(default_factory=list)
-    version: int = -1
-    given: Sequence[Any] = ()
+    keys: Sequence[str]
+    kept: Sequence[Tensor | None]
+    padding: Tensor | None
+    known: Mapping[int, Known]
+    checked: Mapping[int, Known]
+    drawn: Sequence[bytes]
 
     def __post_init__(self) -> None:
+        self.probes, self.reason = False, ""
+        self.given: Sequence[Tensor] = ()
+        self.outputs: list[weakref.ref[Tensor]] = []
+        self.version = -1
         self.waiting = dict(self.known)
         self.active = [row for row in range(len(self.keys)) if row not in self.known]
 
@@ -70,11 +72,7 @@ class Plan:
         self.version = output._version
 
     def require_exact(self) -> None:
-        """Raise if the samples that were skipped are not what they would be without the cache.
-
-        Raises:
-            RuntimeError: They are not.
-        """
+        """Raise if the samples that were skipped are not what they would be without the cache."""
         if self.reason and self.known:
             raise RuntimeError(f"prefix_cache: {self.reason}, after blocks were skipped; {OFF}.")
 

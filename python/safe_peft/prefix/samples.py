@@ -17,15 +17,9 @@ PACKED = ("cu_seq", "seq_idx")
 
 
 class Samples:
-    """The arguments of a block, seen as a batch of samples.
+    """The arguments of a block, seen as a batch of samples; `hidden` [samples, tokens, features] is one of them.
 
-    Args:
-        args: of the block's call.
-        kwargs: of the block's call.
-        hidden: [samples, tokens, features], the hidden states among the arguments.
-
-    Attributes:
-        reason: why the arguments of one sample cannot be told from those of another; "" if they can.
+    `reason` is why the arguments of one sample cannot be told from those of another; "" if they can.
 
     Example:
         >>> hidden = torch.randn(3, 5, 2)
@@ -66,11 +60,7 @@ class Samples:
         return leaf.dim() > 0 and leaf.shape[0] == self._count
 
     def some(self, rows: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return the arguments of some samples.
-
-        Args:
-            rows: their indices.
-        """
+        """Return the arguments of the samples with these indices."""
         take = lambda leaf: leaf.index_select(0, rows) if self._has_samples(leaf) else leaf  # noqa: E731
         args, kwargs = tree_map_only(Tensor, take, self._given)
         return args, kwargs
@@ -78,8 +68,7 @@ class Samples:
     def keys(self, kept: Sequence[Tensor | None]) -> list[str]:
         """Return a key per sample: equal keys mean equal arguments, but for padding and for the place in the batch.
 
-        Args:
-            kept: per sample, the indices of its tokens that are not padding; None means all tokens.
+        Per sample, `kept` has the indices of its tokens that are not padding; None means all tokens.
         """
         given = [(keystr(path), leaf) for path, leaf in tree_flatten_with_path(self._given)[0]]
         plain = repr([(name, leaf) for name, leaf in given if not isinstance(leaf, Tensor)])

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,11 +18,10 @@ from ..binding.code import watched
 from ..binding.forward_hooks import Call
 from .forward import OFF, Plan, generators, unknown
 from .samples import Samples
+from .store import Known
 
 if TYPE_CHECKING:
     from .cache import PrefixCache
-
-logger = logging.getLogger(__name__)
 
 ORDER = "the blocks do not run one after the other, each on the output of the one before"
 TRAINS = "something below the cut trains"
@@ -33,17 +30,11 @@ ARGUMENTS = "a block below the cut gets other tensors than the first block"
 BUFFERS = "a block below the cut changes its own buffers, as a batch norm does"
 KEEPS = "the model keeps what its blocks return"
 DEPENDS = "a sample's output depends on the other samples of its batch, or on something that PyTorch does not count"
-DROPOUT = "random numbers are drawn below the cut{where}"
+DRAWN = "random numbers are drawn below the cut"
 
 
 class Prefix:
-    """The cache of one stack.
-
-    Args:
-        cache: the model's cache.
-        number: the number of the stack.
-        stack: the blocks by their paths, lowest first.
-    """
+    """The cache of one stack: its blocks by their paths, lowest first."""
 
     def __init__(self, cache: PrefixCache, number: int, stack: Mapping[str, nn.Module]) -> None:
         self._cache, self._number = cache, number
@@ -67,15 +58,7 @@ class Prefix:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Call a block: for all samples, for some, or for none.
-
-        Args:
-            state: the block's state.
-            block: the block.
-            call: calls it with arguments.
-            args: of the call.
-            kwargs: of the call.
-        """
+        """Call a block: for all samples, for some, or for none."""
         running = self._cache.current
         index = self._places[id(block)]
         if running is not None and index == 0:
@@ -103,12 +86,12 @@ class Prefix:
 
     def _unlike(self, plan: Plan, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
         """Return why a block's call does not fit to what was noted; "" if it does."""
+        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf is not hidden]
         if index == 0:
-            plan.given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf is not hidden]
+            plan.given = given
             return ""
         if len(plan.outputs) != index or plan.last is not hidden:
             return ORDER
-        given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf is not hidden]
         same = all(any(leaf is one for one in plan.given) and not leaf.requires_grad for leaf in given)
         return "" if same or index == plan.cut else ARGUMENTS
 
@@ -121,27 +104,25 @@ class Prefix:
             return self._like(index, unknown(hidden))
         samples = Samples(args, kwargs, hidden)
         if len(plan.active) == len(plan.keys) or samples.reason:
-            output = call(args, kwargs)
-            self._note_form(plan, index, output, hidden.shape)
-            return output
+            return self._of_form(plan, index, call(args, kwargs), hidden.shape)
         rows = torch.tensor(plan.active, device=hidden.device)
         output = call(*samples.some(rows))
-        self._note_form(plan, index, output, torch.Size((len(rows), *hidden.shape[1:])))
+        part = _first(self._of_form(plan, index, output, torch.Size((len(rows), *hidden.shape[1:]))))
         plan.require_exact()
-        part = _first(output)
         full = unknown(hidden, part.dtype)
         full[rows] = part
         return self._like(index, full)
 
-    def _note_form(self, plan: Plan, index: int, output: Any, shape: torch.Size) -> None:
-        first = _first(output)
-        rest = output[1:] if isinstance(output, tuple) else ()
-        length = len(output) if isinstance(output, tuple) else 0
+    def _of_form(self, plan: Plan, index: int, output: Any, shape: torch.Size) -> Any:
+        """Return a block's output; note if it is not what can be kept and made again."""
+        first, length = _first(output), len(output) if isinstance(output, tuple) else 0
+        rest = output[1:] if length else ()
         fits = isinstance(first, Tensor) and first.shape == shape and all(one is None for one in rest)
         if not fits or self._tuples.setdefault(index, length) != length:
             plan.reason = FORM
         elif first.requires_grad:
             plan.reason = TRAINS
+        return output
 
     def _like(self, index: int, hidden: Tensor) -> Any:
         length = self._tuples[index]
@@ -158,34 +139,33 @@ class Prefix:
         if reason := next(iter(notes["asked"]), "") or self._never or samples.reason or self._compare(cut):
             self._cache.refuse(reason)
             return None
-        plan = Plan(cut, self._names[cut], drawn=generators() if self._number else notes["random"])
+        drawn = generators() if self._number else notes["random"]
         kept, padding = self._without_padding(notes["masks"], hidden)
         keys = [f"{self._number}.{key}" for key in samples.keys(kept)]
         known = self._known(keys, cut)
         checked = self._to_check(keys, known, cut, hidden.shape[1])
         known = {row: one for row, one in known.items() if row not in checked}
         self._cache.count(len(keys), len(known))
-        plan = replace(plan, keys=keys, kept=kept, padding=padding, known=known, checked=checked)
+        plan = Plan(cut, self._names[cut], keys, kept, padding, known, checked, drawn)
         # Padding that was filled is always checked: then backward finds a loss that depends on it.
-        return replace(plan, probes=padding is not None and (self._padding_matters is None or plan.filled))
+        plan.probes = padding is not None and (self._padding_matters is None or plan.filled)
+        return plan
 
-    def _known(self, keys: Sequence[str], cut: int) -> dict[int, tuple[int, Tensor]]:
+    def _known(self, keys: Sequence[str], cut: int) -> dict[int, Known]:
         store = self._cache.store
         store.refresh()
         found = {row: store.get(key) for row, key in enumerate(keys)}
         if not all(index in self._tuples for index in range(cut)):
             return {}  # what a block returns is known once it has run here
-        return {row: (one.depth, one.value) for row, one in found.items() if one is not None and one.depth <= cut}
+        return {row: one for row, one in found.items() if one is not None and one.depth <= cut}
 
-    def _to_check(
-        self, keys: Sequence[str], known: Mapping[int, tuple[int, Tensor]], cut: int, tokens: int
-    ) -> dict[int, tuple[int, Tensor]]:
+    def _to_check(self, keys: Sequence[str], known: Mapping[int, Known], cut: int, tokens: int) -> dict[int, Known]:
         """Return known samples to compute all the same: all, until samples of a batch are known to be independent."""
         if not self._independent and tuple(keys) not in self._batches:  # not the same samples in the same order
             return dict(known)
         if not self._any_length:
             return {row: one for row, one in known.items() if self._lengths.get(keys[row]) != tokens}
-        at_cut = [(row, one) for row, one in known.items() if one[0] == cut]
+        at_cut = [(row, one) for row, one in known.items() if one.depth == cut]
         if not at_cut or not (self._cache.checks or self._unchecked < cut):
             return {}
         self._unchecked = cut
@@ -237,7 +217,7 @@ class Prefix:
             return hidden
         values = hidden.detach()
         for row in range(len(plan.keys)):
-            if row not in plan.known or plan.known[row][0] < plan.cut:
+            if row not in plan.known or plan.known[row].depth < plan.cut:
                 self._cache.store.put(plan.keys[row], plan.cut, _value(plan, values, row))
                 self._lengths[plan.keys[row]] = hidden.shape[1]
         self._batches.add(tuple(plan.keys))
@@ -291,22 +271,15 @@ class Prefix:
         return leaf
 
     def _random(self) -> str:
-        names = [
-            f" (by a {type(module).__name__}, p={module.p:g}, and perhaps others); set prefix_dropout=False to switch "
-            "dropout off there"
-            for block in self._blocks
-            for module in modules_in(block)
-            if isinstance(module, nn.Dropout) and module.p > 0 and module.training
-        ]
-        return DROPOUT.format(where=names[0] if names else "")
+        for module in (module for block in self._blocks for module in modules_in(block)):
+            if isinstance(module, nn.Dropout) and module.p > 0 and module.training:
+                by = f" (by a {type(module).__name__}, p={module.p:g}, and perhaps others)"
+                return f"{DRAWN}{by}; set prefix_dropout=False to switch dropout off there"
+        return DRAWN
 
     @contextmanager
     def quiet(self, block: nn.Module) -> Iterator[None]:
-        """Switch off dropout in a block below the cut, if the options say so.
-
-        Args:
-            block: a block of the stack.
-        """
+        """Switch off dropout in a block below the cut, if the options say so."""
         below = self._blocks[: self._places[id(block)] + 1]
         off = not self._cache.dropout and not self._cache.before_trains() and not any(map(trains, below))
         loud = [module for module in modules_in(block) if module.training] if off else []
@@ -332,10 +305,5 @@ def _first(output: Any) -> Any:
 def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Return the hidden states among a block's arguments; None if there are none."""
     found: list[Tensor] = []
-
-    def note(hidden: Tensor) -> Tensor:
-        found.append(hidden)
-        return hidden
-
-    replace_hidden(args, kwargs, note)
+    replace_hidden(args, kwargs, lambda hidden: found.append(hidden) or hidden)  # type: ignore[func-returns-value]
     return found[0] if found else None

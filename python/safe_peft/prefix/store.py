@@ -8,8 +8,8 @@ import os
 import socket
 import tempfile
 import zlib
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -22,12 +22,7 @@ EPOCHS = 2
 
 
 class Area:
-    """An array of bytes from which pieces are lent. Memory is used from its first write on, a file from the beginning.
-
-    Args:
-        size: bytes.
-        file: an open file that holds the bytes; None means memory.
-    """
+    """An array of bytes from which pieces are lent, in memory or in a file. Memory is used from its first write on."""
 
     def __init__(self, size: int, file: IO[bytes] | None = None) -> None:
         if file is not None:
@@ -36,12 +31,12 @@ class Area:
         self._map = mmap.mmap(-1 if file is None else file.fileno(), size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
         self._end = 0
-        self._free: dict[int, list[int]] = {}
+        self._free: defaultdict[int, list[int]] = defaultdict(list)
 
     def take(self, size: int) -> int | None:
         """Return the offset of `size` free bytes; None if there are none."""
-        if free := self._free.get(size):
-            return free.pop()
+        if self._free[size]:
+            return self._free[size].pop()
         if self._end + size > self.size:
             return None
         self._end += size
@@ -49,7 +44,7 @@ class Area:
 
     def give_back(self, offset: int, size: int) -> None:
         """Return bytes from `take`."""
-        self._free.setdefault(size, []).append(offset)
+        self._free[size].append(offset)
 
     def bytes(self, offset: int, size: int) -> Tensor:
         """Return a view of some bytes."""
@@ -65,16 +60,9 @@ class Known(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """The place of a kept tensor.
+    """The place of a tensor that is the input of block `depth`; its first byte is at `offset` in an area.
 
-    Args:
-        key: what the tensor is found by.
-        depth: the block whose input it is.
-        shape: its shape.
-        dtype: the name of its dtype.
-        area: the number of the area.
-        offset: its first byte in the area.
-        check: CRC-32 of its bytes: another process reads them while this one may write over them.
+    `check` is the CRC-32 of its bytes, because another process reads them while this one may write over them.
     """
 
     key: str
@@ -134,10 +122,7 @@ class Store:
         """Let the processes of one machine read each other's entries. Every process calls this before it keeps any.
 
         The bytes then lie in a file per process. Its name is removed as soon as all have opened it, so a killed process
-        leaves nothing.
-
-        Args:
-            gather: returns the values that all processes pass, in the same order in all of them.
+        leaves nothing. `gather` returns the values that all processes pass, in the same order in all of them.
         """
         size = sum(area.size for area in self._areas)
         with tempfile.TemporaryDirectory(prefix="safe_peft_") as folder:
@@ -164,12 +149,11 @@ class Store:
         if entry is None:
             return None
         data = areas[entry.area].bytes(entry.offset, entry.size).clone()
-        is_own = areas is self._areas
         if _check(data) != entry.check:
-            if is_own:
+            if areas is self._areas:
                 self._forget(entry)
             return None
-        if is_own:
+        if areas is self._areas:
             self._entries.move_to_end(key)
             self._last_read[key] = self._reads
         return Known(entry.depth, data[: entry.count].view(getattr(torch, entry.dtype)).view(entry.shape))
@@ -229,12 +213,7 @@ class Store:
 
 
 class _Other:
-    """The entries of another process on this machine.
-
-    Args:
-        folder: of its files.
-        size: bytes of its area.
-    """
+    """The entries of another process on this machine, and its area, of `size` bytes."""
 
     def __init__(self, folder: Path, size: int) -> None:
         with (folder / "bytes").open("r+b") as opened:
@@ -244,18 +223,13 @@ class _Other:
         self._rest = b""
 
     def refresh(self) -> None:
-        for entry in self._new():
-            self.entries[entry.key] = entry
+        *lines, self._rest = (self._rest + self._index.read()).split(b"\n")
+        for known in map(json.loads, lines):
+            self.entries[known["key"]] = Entry(**known | {"shape": tuple(known["shape"])})
 
     def drop(self, above: int) -> None:
         self.refresh()
         self.entries = {key: entry for key, entry in self.entries.items() if entry.depth <= above}
-
-    def _new(self) -> Iterator[Entry]:
-        *lines, self._rest = (self._rest + self._index.read()).split(b"\n")
-        for line in lines:
-            known = json.loads(line)
-            yield Entry(**known | {"shape": tuple(known["shape"])})
 
 
 def _check(data: Tensor) -> int:
