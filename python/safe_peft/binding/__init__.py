@@ -13,10 +13,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Adapter", "Evidence", "ScoreInputs", "register_adapter"]
 
-_LAZY = dict.fromkeys(__all__, "adapters")
-
 
 def __getattr__(name: str) -> Any:
-    if name not in _LAZY:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f".{_LAZY[name]}", __name__), name)
+    return getattr(import_module(".adapters", __name__), name)

@@ -7,7 +7,6 @@ import weakref
 from collections import Counter
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -139,9 +138,7 @@ class Binding:
     def __enter__(self) -> Binding:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.detach()
 
 

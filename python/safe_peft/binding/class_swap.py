@@ -6,6 +6,7 @@ module do not change. Copies and pickles have the original class.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -33,54 +34,39 @@ class SwappedModule(nn.Module):
         return function, (self.original, *arguments), {k: v for k, v in attributes.items() if k != STATE}
 
 
-_WITHOUT: dict[type, type] = {}
-
-
+@cache
 def _without(kind: type) -> type:
     """Return a class without the change of `swap_class`, also if `fully_shard` has put its own class on top."""
     if "original" in kind.__dict__:
         return kind.__dict__["original"]
     if not issubclass(kind, SwappedModule):
         return kind
-    if kind not in _WITHOUT:
-        bases, own = tuple(map(_without, kind.__bases__)), dict(kind.__dict__)
-        _WITHOUT[kind] = type(kind.__name__, bases, own)
-    return _WITHOUT[kind]
+    return type(kind.__name__, tuple(map(_without, kind.__bases__)), dict(kind.__dict__))
 
 
-_CLASSES: dict[tuple[type[SwappedModule], type[nn.Module]], type[SwappedModule]] = {}
-
-
-def swapped_class(mixin: type[SwappedModule], original: type[nn.Module]) -> type[SwappedModule]:
+@cache
+def _swapped_class(mixin: type[SwappedModule], original: type[nn.Module]) -> type[SwappedModule]:
     """Return the subclass of `original` with the behaviour of `mixin`: one class for all instances."""
-    if (mixin, original) not in _CLASSES:
-        names = {"original": original, "__module__": original.__module__, "__doc__": original.__doc__}
-        made = type(original.__name__, (mixin, original), names)
-        if "forward" in vars(made):
-            # transformers' layers wrap `forward` for every subclass, and keep the `forward` of that moment. The class
-            # may be patched later. The original class has the same wrapper.
-            delattr(made, "forward")
-        _CLASSES[mixin, original] = made
-    return _CLASSES[mixin, original]
+    names = {"original": original, "__module__": original.__module__, "__doc__": original.__doc__}
+    made = type(original.__name__, (mixin, original), names)
+    if "forward" in vars(made):
+        # transformers' layers wrap `forward` for every subclass, and keep the `forward` of that moment. The class
+        # may be patched later. The original class has the same wrapper.
+        delattr(made, "forward")
+    return made
 
 
 def swap_class(module: nn.Module, mixin: type[SwappedModule], state: object) -> None:
-    """Give an instance the behaviour of `mixin`, with `state` for it to read.
-
-    Args:
-        module: not bound yet.
-        mixin: the behaviour.
-        state: stored in the instance's `__dict__`, so that it is in no state dict and in no optimizer.
-    """
+    """Give an unbound instance the behaviour of `mixin`, with a `state` that is in no state dict and no optimizer."""
     module.__dict__[STATE] = state
-    module.__class__ = swapped_class(mixin, type(module))
+    module.__class__ = _swapped_class(mixin, type(module))  # type: ignore[arg-type]
 
 
 def restore_class(module: nn.Module) -> None:
     """Give an instance its own class back. A second call has no effect."""
     if isinstance(module, SwappedModule):
         module.__dict__.pop(STATE, None)
-        module.__class__ = _without(type(module))
+        module.__class__ = _without(type(module))  # type: ignore[arg-type]
 
 
 def is_bound(module: nn.Module) -> bool:

@@ -8,18 +8,13 @@ attributes, and the global hooks on the calls of all modules. Each call compares
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection
 from enum import Enum
 from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.module import (
-    _global_backward_hooks,
-    _global_backward_pre_hooks,
-    _global_forward_hooks,
-    _global_forward_pre_hooks,
-)
+from torch.nn.modules import module as global_hooks
 
 from .class_swap import STATE, original_type
 
@@ -32,6 +27,12 @@ _VALUES = frozenset({bool, int, float, complex, str, bytes, type(None)})
 _GONE = object()
 _OBSERVES = "_safe_observes"
 _TRACKER = "torch.utils.module_tracker"
+_HOOKS_ON_ALL: tuple[dict[int, Any], ...] = (
+    global_hooks._global_forward_hooks,
+    global_hooks._global_forward_pre_hooks,
+    global_hooks._global_backward_hooks,
+    global_hooks._global_backward_pre_hooks,
+)
 
 
 class Code:
@@ -54,11 +55,7 @@ class Code:
         self.mutable = next((name for name, v in self.attributes if name in used and not _is_fixed(v)), None)
 
     def change(self, module: nn.Module | None) -> str | None:
-        """Return in a few words what has changed; None if nothing has.
-
-        Args:
-            module: the same module, or its replacement.
-        """
+        """Return in a few words what has changed in the module, or in its replacement; None if nothing has."""
         if module is None:
             return f"{self.kind.__name__} was removed"
         kind: type = type(module)
@@ -80,12 +77,7 @@ class Code:
 
 
 def own_method(kind: type, name: str) -> Any:
-    """Return a class's method; None if another package has replaced the method, usually with a wrapper.
-
-    Args:
-        kind: the class.
-        name: the method's name.
-    """
+    """Return a class's method; None if another package has replaced the method, usually with a wrapper."""
     method = getattr(kind, name)
     owner = next(base for base in kind.__mro__ if name in base.__dict__).__module__
     module = getattr(method, "__globals__", {}).get("__name__", owner)
@@ -124,14 +116,7 @@ def observes(hook: F) -> F:
 
 def watched() -> bool:
     """Whether a global hook on the calls of all modules would miss the calls of skipped modules."""
-    if not (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks):
-        return False
-    return not all(map(_only_observes, _global_hooks()))
-
-
-def _global_hooks() -> Iterator[Any]:
-    for hooks in (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks):
-        yield from hooks.values()
+    return any(_HOOKS_ON_ALL) and not all(_only_observes(hook) for hooks in _HOOKS_ON_ALL for hook in hooks.values())
 
 
 def _only_observes(hook: Any) -> bool:

@@ -18,28 +18,6 @@ _NO_LAYERS = "no adapter layers: the model has no adapter layer of PEFT"
 
 
 @dataclass(frozen=True)
-class LayerPath:
-    """The path of one adapter layer.
-
-    Args:
-        name: the layer's path in the model.
-        kind: PEFT's type of the layer, such as "lora.Linear".
-        path: "safe_kernels::lora" or "peft"; "safe_kernels::lora_linear" if one op computed the last call together with
-            the base layer.
-        reason: the reason; on the fast path usually empty, or a remark about the base layer.
-        trainable: whether a parameter of its adapters requires grad.
-        frozen: whether a freezer has frozen one of its adapters.
-    """
-
-    name: str
-    kind: str
-    path: str
-    reason: str
-    trainable: bool
-    frozen: bool
-
-
-@dataclass(frozen=True)
 class PartPath:
     """The path of one part of a transformer block: a norm, an MLP, an activation or a dropout.
 
@@ -54,6 +32,27 @@ class PartPath:
     kind: str
     path: str
     reason: str
+
+
+@dataclass(frozen=True)
+class LayerPath(PartPath):
+    """The path of one adapter layer; its `kind` is PEFT's type, such as "lora.Linear".
+
+    `path` is "safe_kernels::lora" or "peft"; "safe_kernels::lora_linear" if one op computed the last call together with
+    the base layer. `reason` is usually empty on the fast path, or a remark about the base layer.
+
+    Args:
+        trainable: whether a parameter of its adapters requires grad.
+        frozen: whether a freezer has frozen one of its adapters.
+    """
+
+    trainable: bool
+    frozen: bool
+
+    @property
+    def state(self) -> str:
+        """The two in one word."""
+        return "frozen" if self.frozen else "trainable" if self.trainable else "fixed"
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,9 @@ class Explanation:
     def __str__(self) -> str:
         if not self.layers:
             return _NO_LAYERS
-        lines = [_by_path("adapter layers", self.layers)]
-        lines += _counted(f"{row.path}: {row.reason}" for row in self.layers if row.reason)
-        lines += _counted(map(_state, self.layers))
+        lines = [*_by_path("adapter layers", self.layers), *_counted(row.state for row in self.layers)]
         if self.parts:
-            lines.append(_by_path("parts", self.parts))
-            lines += _counted(f"{row.path}: {row.reason}" for row in self.parts if row.reason)
+            lines += _by_path("parts", self.parts)
         if self.blocks:
             lines += [f"{len(self.blocks)} blocks", *_counted(self.blocks.values())]
         lines += [f"note: {note}" for note in self.notes]
@@ -108,7 +104,7 @@ class Explanation:
         """
         if not self.layers:
             return _NO_LAYERS
-        layers = [(row.name, row.kind, row.path, _state(row), row.reason) for row in self.layers]
+        layers = [(row.name, row.kind, row.path, row.state, row.reason) for row in self.layers]
         sections = [_table(("layer", "kind", "path", "state", "reason"), layers)]
         if self.parts:
             parts = [(row.name, row.kind, row.path, row.reason) for row in self.parts]
@@ -118,10 +114,11 @@ class Explanation:
         return "\n\n".join([*sections, *(f"note: {note}" for note in self.notes)])
 
 
-def _by_path(what: str, rows: Sequence[LayerPath] | Sequence[PartPath]) -> str:
-    """Return a line such as "8 adapter layers: 6 by safe_kernels::lora, 2 by peft"."""
+def _by_path(what: str, rows: Sequence[PartPath]) -> list[str]:
+    """Return a line such as "8 adapter layers: 6 by safe_kernels::lora, 2 by peft", and lines with the reasons."""
     counts = Counter(row.path if row.path == AS_IT_IS else f"by {row.path}" for row in rows)
-    return f"{len(rows)} {what}: " + ", ".join(f"{count} {path}" for path, count in counts.most_common())
+    line = f"{len(rows)} {what}: " + ", ".join(f"{count} {path}" for path, count in counts.most_common())
+    return [line, *_counted(f"{row.path}: {row.reason}" for row in rows if row.reason)]
 
 
 def _counted(texts: Iterable[str]) -> list[str]:
@@ -179,13 +176,12 @@ def _explain_parts(model: nn.Module) -> Iterator[PartPath]:
     from .class_swap import is_bound, original_type
 
     for name, module, part in parts_of(model):
-        kind, refusal = original_type(module).__name__, part.refusal(module)
-        if refusal is not None:
-            yield PartPath(name, kind, AS_IT_IS, refusal)
-        elif not is_bound(module):
-            yield PartPath(name, kind, AS_IT_IS, f"not bound: bind(model) puts it on {part.op}")
-        else:
-            yield PartPath(name, kind, part.op, part.note(module))
+        path, reason = AS_IT_IS, part.refusal(module)
+        if reason is None and is_bound(module):
+            path, reason = part.op, part.note(module)
+        elif reason is None:
+            reason = f"not bound: bind(model) puts it on {part.op}"
+        yield PartPath(name, original_type(module).__name__, path, reason)
     for name, module, reason in unrecognised(model):
         yield PartPath(name, original_type(module).__name__, AS_IT_IS, reason)
 
@@ -204,17 +200,12 @@ def _notes(model: nn.Module) -> Iterator[str]:
         if not any(part.__dict__.get("is_causal") or part.__dict__.get("is_decoder") for part in module.modules()):
             continue  # an encoder's config has this option too, without effect
         seen.add(id(config))
+        outer = getattr(getattr(model, "config", None), "__dict__", {})  # a multimodal model has configs in its config
+        path = next((f"model.config.{name}" for name, value in outer.items() if value is config), "model.config")
         yield (
             "use_cache is on while the model trains: each layer keeps keys and values, up to 2d numbers per token; "
-            f"set {_path_of(config, model)}.use_cache = False"
+            f"set {path}.use_cache = False"
         )
-
-
-def _path_of(config: object, model: nn.Module) -> str:
-    """Return the expression that reaches a config: a multimodal model's blocks read the config inside the outer one."""
-    outer = getattr(model, "config", None)
-    inner = next((name for name, value in getattr(outer, "__dict__", {}).items() if value is config), None)
-    return "model.config" if inner is None else f"model.config.{inner}"
 
 
 def _explain_layer(name: str, layer: nn.Module, kind: str) -> LayerPath:
@@ -233,9 +224,3 @@ def _explain_layer(name: str, layer: nn.Module, kind: str) -> LayerPath:
         path, reason = FUSED if state.fused else FAST, known.note(layer)
     trainable = any(p.requires_grad for key in adapter_keys(layer) for p in adapter_parameters(layer, key))
     return LayerPath(name, kind, path, reason, trainable, state is not None and bool(state.frozen))
-
-
-def _state(row: LayerPath) -> str:
-    if row.frozen:
-        return "frozen"
-    return "trainable" if row.trainable else "fixed"

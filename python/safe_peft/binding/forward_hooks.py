@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -21,21 +22,17 @@ from .class_swap import is_bound
 
 @dataclass(eq=False)
 class Call:
-    """A forward that is running.
-
-    Args:
-        module: the called module.
-        outer: the observed forward around it, in the same thread.
-        task: the number of the backward pass around it, or -1.
-        error: identity of the exception that was being handled when the forward began.
-        notes: data of the watcher's owner.
-    """
+    """A forward that is running."""
 
     module: nn.Module
     outer: Call | None
+    """The observed forward around it, in the same thread."""
     task: int
+    """The number of the backward pass around it, or -1."""
     error: int
+    """Identity of the exception that was being handled when the forward began."""
     notes: dict[str, Any] = field(default_factory=dict)
+    """Data of the watcher's owner."""
 
 
 Begin = Callable[[Call, tuple[Any, ...], Mapping[str, Any]], None]
@@ -49,7 +46,6 @@ class Hook:
         self._function = function
 
     def __call__(self, *args: Any) -> None:
-        """Run before or after a forward, except in compiled code."""
         if not torch.compiler.is_compiling():
             self._function(*args)
 
@@ -65,10 +61,6 @@ class Watcher:
         model: a PEFT model, a module that contains one or several, or a model with adapter layers.
         begin: called before each forward with its `Call`, its arguments and its keyword arguments.
         end: called after each forward with its `Call`, its output, and whether it raised an exception.
-
-    Example:
-        >>> watcher = Watcher(nn.Linear(2, 2), lambda call, args, kwargs: print("begins"))
-        >>> watcher.close()
     """
 
     def __init__(self, model: nn.Module, begin: Begin, end: End | None = None) -> None:
@@ -84,8 +76,7 @@ class Watcher:
     @property
     def current(self) -> Call | None:
         """The innermost observed forward that is running in this thread."""
-        calls = self._calls
-        return calls[-1] if calls else None
+        return self._calls[-1] if self._calls else None
 
     def reset(self) -> None:
         """Forget this thread's forwards. Call it when none is running: an interrupted forward leaves its entry."""
@@ -112,10 +103,7 @@ class Watcher:
 
     @property
     def _calls(self) -> list[Call]:
-        if not hasattr(self._threads, "calls"):
-            self._threads.calls = []
-        found: list[Call] = self._threads.calls
-        return found
+        return self._threads.__dict__.setdefault("calls", [])
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         calls = self._calls
@@ -139,17 +127,6 @@ class Watcher:
 
 
 def named_arguments(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a forward by name.
-
-    Args:
-        module: the called module.
-        args: by position.
-        kwargs: by name.
-
-    Example:
-        >>> named_arguments(nn.Identity(), (3,), {})
-        {'input': 3}
-    """
     return dict(zip(_names(module) if args else (), args, strict=False)) | dict(kwargs)
 
 
@@ -162,11 +139,7 @@ def _names(module: nn.Module) -> list[str]:
 
 
 def attention_masks(named: Mapping[str, Any]) -> Iterator[Tensor]:
-    """Yield the attention masks [samples, tokens] among a forward's arguments, also those inside a dict of features.
-
-    Args:
-        named: the arguments by name.
-    """
+    """Yield the attention masks [samples, tokens] among a forward's arguments, also those inside a dict of features."""
     for held in [named, *(value for value in named.values() if isinstance(value, Mapping))]:
         for name, mask in held.items():
             named_so = isinstance(name, str) and name.endswith("attention_mask")
@@ -180,18 +153,10 @@ def watched(model: nn.Module) -> list[nn.Module]:
     These are the model itself, every PEFT model in it, every model of a library that has adapters, and the models
     directly inside those. An outer model may call the inner one by `forward`, without hooks, and a user may call the
     inner model directly.
-
-    Args:
-        model: a PEFT model, a module that contains one or several, or a model with adapter layers.
-
-    Example:
-        >>> len(watched(nn.Linear(2, 2)))
-        1
     """
     modules = dict(walk(model))
-    adapted = {
-        id(modules[prefix]) for name in adapted_paths(modules) for prefix in _prefixes(name) if prefix in modules
-    }
+    paths = {prefix for name in _adapted(modules) for prefix in accumulate(name.split("."), "{}.{}".format)}
+    adapted = {id(model), *(id(modules[path]) for path in paths & modules.keys())}
     found, roots = [model], list(models_in(model))
     for root in roots:
         found += [root, *_inside(root, adapted)]
@@ -201,13 +166,9 @@ def watched(model: nn.Module) -> list[nn.Module]:
 
 
 def models_in(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield every PEFT model in a model, and the outermost models into which a library has put adapters.
-
-    Args:
-        model: any module.
-    """
+    """Yield every PEFT model in a model, and the outermost models into which a library has put adapters."""
     modules = dict(walk(model))
-    layers, outermost = adapted_paths(modules), list[str]()
+    layers, outermost = _adapted(modules), list[str]()
     for name, module in modules.items():
         is_peft = callable(getattr(type(module), "get_base_model", None))
         is_outer = hasattr(type(module), "add_adapter") and not any(_is_in(name, other) for other in outermost)
@@ -216,12 +177,7 @@ def models_in(model: nn.Module) -> Iterator[nn.Module]:
             yield module
 
 
-def adapted_paths(modules: Mapping[str, nn.Module]) -> list[str]:
-    """Return the paths of PEFT's adapter layers.
-
-    Args:
-        modules: by path.
-    """
+def _adapted(modules: Mapping[str, nn.Module]) -> list[str]:
     return [name for name, module in modules.items() if peft_kind(module) is not None]
 
 
@@ -244,11 +200,6 @@ def _only_children(module: nn.Module, adapted: set[int]) -> Iterator[nn.Module]:
             return
         module = children[0]
         yield module
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return ["", *(".".join(parts[: count + 1]) for count in range(len(parts)))]
 
 
 def _is_in(name: str, other: str) -> bool:
