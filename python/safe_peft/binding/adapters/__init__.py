@@ -1,11 +1,9 @@
-"""The supported kinds of adapters, one file each."""
+"""The supported kinds of adapters."""
 
 from __future__ import annotations
 
 from . import lora as lora  # each registers its layer types
-from . import lora_conv as lora_conv
-from . import lora_embedding as lora_embedding
-from . import lora_parameter as lora_parameter
+from . import lora_without_kernel as lora_without_kernel
 from . import quantised as quantised
 from .base import Adapter, LayerState, adapter_of, peft_kind, register_adapter
 from .score_inputs import Evidence, ScoreInputs

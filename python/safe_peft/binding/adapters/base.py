@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -16,43 +18,29 @@ from ..class_swap import STATE, SwappedModule, original_type
 from .score_inputs import ScoreInputs
 
 
+@dataclass(slots=True, eq=False)
 class LayerState:
-    """The state of one bound layer, in plain Python, so that it is in no state dict and in no optimizer.
+    """The state of one bound layer, in plain Python, so that it is in no state dict and in no optimizer."""
 
-    Args:
-        frozen: keys of the adapters that are frozen according to the ledger, independent of their requires_grad.
-        observe: by key, returns the statistics that the next forward adds to; empty except in a scoring step.
-        owner: the binding of the freezer that decides about this layer, if there is one.
-        fused: whether the last call computed the base layer and its adapter in one op.
-        undo: by key, the adapter that a freezer froze, with its state before.
-    """
-
-    __slots__ = ("frozen", "fused", "observe", "owner", "undo")
-
-    def __init__(self) -> None:
-        self.frozen: set[str] = set()
-        self.observe: dict[str, Callable[[Tensor], AdapterStatistics | None]] = {}
-        self.owner: weakref.ref[Any] | None = None
-        self.fused = False
-        self.undo: dict[str, Adapter] = {}
+    frozen: set[str] = field(default_factory=set)
+    """Keys of the adapters that are frozen according to the ledger, independent of their requires_grad."""
+    observe: dict[str, Callable[[Tensor], AdapterStatistics | None]] = field(default_factory=dict)
+    """By key, returns the statistics that the next forward adds to; empty except in a scoring step."""
+    owner: weakref.ref[Any] | None = None
+    """The binding of the freezer that decides about this layer."""
+    fused: bool = False
+    """Whether the last call computed the base layer and its adapter in one op."""
+    undo: dict[str, Adapter] = field(default_factory=dict)
+    """By key, the adapter that a freezer froze, with its state before."""
 
 
 def adapter_keys(layer: nn.Module) -> list[str]:
-    """Return PEFT's names of the adapters in one of its layers.
-
-    Args:
-        layer: any adapter layer of PEFT.
-    """
+    """Return PEFT's names of the adapters in one of its layers; [] for any other module."""
     return sorted(layer._get_available_adapters()) if isinstance(layer, BaseTunerLayer) else []
 
 
 def active_keys(layer: Any, present: Container[str]) -> list[str]:
-    """Return which of a PEFT layer's adapters are active.
-
-    Args:
-        layer: any adapter layer of PEFT.
-        present: the layer's adapters: `adapter_keys`, or, in a forward, the dict of them.
-    """
+    """Return which of a PEFT layer's present adapters are active. In a forward, `present` can be the dict of them."""
     active = layer._active_adapter
     if type(active) is str:
         return [active] if active in present else []
@@ -60,15 +48,24 @@ def active_keys(layer: Any, present: Container[str]) -> list[str]:
 
 
 def adapter_parameters(layer: nn.Module, key: str) -> list[nn.Parameter]:
-    """Return the parameters of one adapter of a PEFT layer, in any container of the layer.
-
-    Args:
-        layer: any adapter layer of PEFT.
-        key: PEFT's name of the adapter.
-    """
+    """Return the parameters of one adapter of a PEFT layer, in any container of the layer."""
     holders = [getattr(layer, name) for name in getattr(layer, "adapter_layer_names", ())]
     held = [holder[key] for holder in holders if hasattr(holder, "keys") and key in holder]
     return [p for item in held for p in ([item] if isinstance(item, nn.Parameter) else item.parameters())]
+
+
+@contextmanager
+def unscored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Keep the forwards of these layers out of every score inside the `with` block."""
+    states = [state for module in modules if isinstance(state := module.__dict__.get(STATE), LayerState)]
+    observed = [state.observe for state in states]
+    for state in states:
+        state.observe = {}
+    try:
+        yield
+    finally:
+        for state, observe in zip(states, observed, strict=True):
+            state.observe = observe
 
 
 class Adapter(ABC):
@@ -88,9 +85,7 @@ class Adapter(ABC):
     """The class that binding puts on an instance of the type."""
 
     def __init__(self, name: str, layer: nn.Module, key: str) -> None:
-        self.name = name
-        self.layer = layer
-        self.key = key
+        self.name, self.layer, self.key = name, layer, key
         self._trainable = [parameter.requires_grad for parameter in self.parameters()]
         self._dropout_p: list[tuple[nn.Dropout, float, float]] = []
 
@@ -185,22 +180,12 @@ def register_adapter(kind: type[Adapter]) -> type[Adapter]:
 
 
 def adapter_of(layer: nn.Module) -> type[Adapter] | None:
-    """Return the kind of adapter of a module, bound or not; None if the module has no supported adapter.
-
-    Example:
-        >>> adapter_of(nn.Linear(2, 2)) is None
-        True
-    """
+    """Return the kind of adapter of a module, bound or not; None if the module has no supported adapter."""
     return _ADAPTERS.get(dotted_name(original_type(layer)))
 
 
 def peft_kind(layer: nn.Module) -> str | None:
-    """Return PEFT's name of a layer's type, such as "lora.Linear"; None if the layer is not an adapter layer of PEFT.
-
-    Example:
-        >>> peft_kind(nn.Linear(2, 2)) is None
-        True
-    """
+    """Return PEFT's name of a layer's type, such as "lora.Linear"; None for a module that is no adapter layer."""
     if not isinstance(layer, BaseTunerLayer):
         return None
     kind = original_type(layer)

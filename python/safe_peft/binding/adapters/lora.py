@@ -37,13 +37,9 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
     Every forward calls this function before its kernel. So it reads only types and flags, never values, and it reads
     the dicts of modules directly, because nn.Module's attribute lookup costs more than all these checks.
 
-    Args:
-        layer: the LoRA layer.
-        args: the call's arguments; () to check only the layer.
-        kwargs: the call's keyword arguments.
-
     Returns:
-        The reason in a few words, or None if `safe_kernels.lora` can compute the call.
+        The reason in a few words, or None if `safe_kernels.lora` can compute the call. Without `args`, only the layer
+        is checked.
     """
     if layer._disable_adapters:
         return "adapters are disabled"
@@ -149,7 +145,6 @@ class SafeLoraLinear(ObservedLayer):
     _refusal = staticmethod(refusal)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute PEFT's forward, on the fast path if the call is supported."""
         state: LayerState | None = self.__dict__.get(STATE)
         if state is None:
             return own_forward(self, x, *args, **kwargs)
@@ -201,16 +196,13 @@ class LoraAdapter(Adapter):
     layer: Any
 
     def traits(self) -> dict[str, Any]:
-        """Return, as JSON values, the traits that must match when a saved state is loaded; no weights."""
         return {**super().traits(), "r": self.layer.r[self.key], "scaling": float(self.layer.scaling[self.key])}
 
     def dropouts(self) -> list[nn.Dropout]:
-        """Return the adapter's dropout, if it has one."""
         dropout = self.layer.lora_dropout[self.key]
         return [dropout] if isinstance(dropout, nn.Dropout) else []
 
     def evidence(self, statistics: AdapterStatistics | None = None) -> ScoreInputs:
-        """What is known about the adapter now."""
         step = OptimizerStep()
         return ScoreInputs(
             statistics=statistics,
@@ -229,7 +221,6 @@ class LoraAdapter(Adapter):
         )
 
     def is_present(self) -> bool:
-        """Whether PEFT still has the adapter."""
         lora_A = self.layer._modules.get("lora_A")
         return (lora_A is not None and self.key in lora_A._modules) or super().is_present()
 

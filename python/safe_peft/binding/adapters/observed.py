@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +21,7 @@ from safe_kernels import AdapterStatistics
 from safe_kernels.retention import announce_reader
 
 from ..class_swap import STATE, SwappedModule, autocasts, is_bound, own_forward
-from .base import LayerState, active_keys, adapter_keys, adapter_parameters, peft_kind
+from .base import LayerState, active_keys, adapter_keys, adapter_parameters, peft_kind, unscored
 
 Call = Callable[[], Any]
 
@@ -35,14 +36,14 @@ class ObservedLayer(SwappedModule):
     merged: bool
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """PEFT's forward."""
         if not is_bound(self):
             return own_forward(self, *args, **kwargs)
         return self._watch(super().forward, args, kwargs)
 
     def _watch(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         state: LayerState = self.__dict__[STATE]
-        _hold_frozen(self, state)
+        for parameter in (p for key in state.frozen for p in adapter_parameters(self, key) if p.requires_grad):
+            parameter.requires_grad_(False)  # PEFT's own path reads only requires_grad
         _announce(self, args)
         scored = self.training and not torch.compiler.is_compiling()  # the forwards of a scoring step run uncompiled
         if scored and state.observe and (due := self._due(state, kwargs)):
@@ -61,15 +62,13 @@ class ObservedLayer(SwappedModule):
         together = len(active_keys(self, adapter_keys(self))) > 1
         for key, sample in due.items():
             if together:  # the output has the sum of all adapters, so each needs a call of its own
-                with aside(self, args), _alone(self, key):
+                with aside(self, args, only=key):
                     sample.end(call())
             else:
                 sample.end(output)
         return output
 
-    def _sample_base(
-        self, due: Mapping[str, Sample], call: Call, args: tuple[Any, ...], kwargs: Mapping[str, Any]
-    ) -> Any:
+    def _sample_base(self, due: Mapping[str, Sample], call: Call, args: Any, kwargs: Mapping[str, Any]) -> Any:
         """Call the layer, and sample its base layer's output before anything is added to it in place."""
 
         def begin(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
@@ -87,7 +86,6 @@ class Replaced(ObservedLayer):
     """A layer whose `forward` was replaced before it was bound, for example by device hooks: its `__call__` is used."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the layer's own call."""
         if not is_bound(self) or "forward" not in self.__dict__:
             return super().__call__(*args, **kwargs)
         return self._watch(super().__call__, args, kwargs)
@@ -99,31 +97,18 @@ class Replaced(ObservedLayer):
         return super().forward(*args, **kwargs)
 
 
-_AROUND: dict[type[SwappedModule], type[SwappedModule]] = {}
+@cache
+def _replaced(mixin: type[SwappedModule]) -> type[SwappedModule]:
+    return type(mixin.__name__, (Replaced, mixin), {})
 
 
 def mixin_for(layer: nn.Module, mixin: type[SwappedModule]) -> type[SwappedModule]:
-    """Return the class that binding puts on a layer.
-
-    Args:
-        layer: one of PEFT's adapter layers, not bound yet.
-        mixin: the usual class for such layers.
-    """
-    if "forward" not in layer.__dict__:
-        return mixin
-    if mixin not in _AROUND:
-        _AROUND[mixin] = type(mixin.__name__, (Replaced, mixin), {})
-    return _AROUND[mixin]
+    """Return the class that binding puts on a layer, from the usual class for such layers."""
+    return _replaced(mixin) if "forward" in layer.__dict__ else mixin  # type: ignore[arg-type]
 
 
 def no_kernel(layer: nn.Module, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str:
-    """Return why a kind of layer always takes PEFT's path: the `refusal` of an adapter type without a kernel.
-
-    Args:
-        layer: one of PEFT's adapter layers.
-        args: ignored.
-        kwargs: ignored.
-    """
+    """Return why a kind of layer always takes PEFT's path: the `refusal` of an adapter type without a kernel."""
     return f"{peft_kind(layer)} has no kernel"
 
 
@@ -150,18 +135,12 @@ class Sample:
             self._statistics.add_features(self._base, *self._statistics.take(features))
 
 
-def _hold_frozen(layer: nn.Module, state: LayerState) -> None:
-    """Set requires_grad of frozen adapters to False: PEFT's own path reads only requires_grad."""
-    for key in state.frozen:
-        for parameter in adapter_parameters(layer, key):
-            if parameter.requires_grad:
-                parameter.requires_grad_(False)
-
-
 def _announce(layer: Any, args: tuple[Any, ...]) -> None:
     """Announce PEFT's lora_A as a reader, so that the norm before it retains the same tensor."""
     if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
+    if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+        return  # hooks may write to x before lora_A retains it
     modules, x = layer._modules, args[0]
     if autocasts(x) and torch.get_autocast_dtype(x.device.type) != x.dtype:
         return  # lora_A keeps a copy of x in autocast's dtype
@@ -170,39 +149,24 @@ def _announce(layer: Any, args: tuple[Any, ...]) -> None:
         if type(lora_A) is not nn.Linear or layer.disable_adapters or layer.merged:
             continue
         dropout, weight = modules["lora_dropout"]._modules[key], lora_A._parameters.get("weight")
-        if any(map(_has_forward_hooks, (modules["base_layer"], dropout, lora_A))):
-            continue  # they may write to x before lora_A retains it
+        if any(m._forward_hooks or m._forward_pre_hooks for m in (modules["base_layer"], dropout, lora_A)):
+            continue
         drops = dropout.training and getattr(dropout, "p", 0.0) > 0.0
         if weight is not None and weight.requires_grad and weight.dtype == x.dtype and not drops:
             announce_reader(x)
 
 
-def _has_forward_hooks(module: nn.Module) -> bool:
-    everywhere = global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks
-    return bool(everywhere or module._forward_hooks or module._forward_pre_hooks)
-
-
 @contextmanager
-def aside(layer: nn.Module, args: tuple[Any, ...]) -> Iterator[None]:
-    """Compute outside of the forward: no graph, no scoring, and the same random numbers after it."""
-    states = [state for module in layer.modules() if isinstance(state := module.__dict__.get(STATE), LayerState)]
-    observed = [state.observe for state in states]
-    for state in states:
-        state.observe = {}
+def aside(layer: Any, args: tuple[Any, ...], *, only: str | None = None) -> Iterator[None]:
+    """Compute outside of the forward: no graph, no scoring, and the same random numbers after it.
+
+    `only` is then the only active adapter of the layer. PEFT's own function would set requires_grad too.
+    """
     devices, _ = get_device_states(*args)
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    active = layer._active_adapter
+    with unscored(layer.modules()), torch.no_grad(), torch.random.fork_rng(devices=devices):
+        try:
+            layer._active_adapter = active if only is None else [only]
             yield
-    finally:
-        for state, observe in zip(states, observed, strict=True):
-            state.observe = observe
-
-
-@contextmanager
-def _alone(layer: Any, key: str) -> Iterator[None]:
-    """Make one adapter of a layer the only active one; PEFT's own function would set requires_grad too."""
-    active, layer._active_adapter = layer._active_adapter, [key]
-    try:
-        yield
-    finally:
-        layer._active_adapter = active
+        finally:
+            layer._active_adapter = active

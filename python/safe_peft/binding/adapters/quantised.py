@@ -54,29 +54,18 @@ DEQUANTISE: dict[str, Callable[[Any], Tensor | None] | None] = {
 def refusal(layer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
     """Return why a call of this layer must take PEFT's own path; None if it need not.
 
-    Args:
-        layer: one of PEFT's LoRA layers for a quantised base.
-        args: the call's arguments; () to check only the layer.
-        kwargs: the call's keyword arguments.
+    Two different 16-bit dtypes under CUDA's autocast are refused: PEFT casts nothing there, and its sum is float32.
     """
-    return lora.refusal(layer, args, kwargs) or _refuse_autocast(args)
-
-
-def _refuse_autocast(args: tuple[Any, ...]) -> str | None:
-    """Refuse two different 16-bit dtypes under CUDA's autocast: PEFT casts nothing there, and its sum is float32."""
-    if args and torch.is_autocast_enabled() and args[0].dtype in _HALVES:
+    reason = lora.refusal(layer, args, kwargs)
+    if reason is None and args and torch.is_autocast_enabled() and args[0].dtype in _HALVES:
         x, cast = args[0].dtype, torch.get_autocast_dtype("cuda")
         if x != cast:
             return f"input is {str(x).removeprefix('torch.')} under autocast to {str(cast).removeprefix('torch.')}"
-    return None
+    return reason
 
 
 def gradient_gap(layer: Any) -> str:
-    """Return why the base layer passes no gradient to its input, bound or not; "" if it passes one.
-
-    Args:
-        layer: one of PEFT's LoRA layers for a quantised base.
-    """
+    """Return why the base layer passes no gradient to its input, bound or not; "" if it passes one."""
     weight = layer._modules["base_layer"]._parameters.get("weight")
     if _is_packed(weight):
         return "bitsandbytes packed the weight at an evaluation on this CPU; the base passes no gradient to its input"
@@ -96,7 +85,6 @@ class SafeQuantisedLinear(lora.SafeLoraLinear):
     _refusal = staticmethod(refusal)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute PEFT's forward, on the fast path if the call is supported."""
         if self.training and not torch.compiler.is_compiling() and (gap := gradient_gap(self)):
             _warn_once(gap)
         return super().forward(x, *args, **kwargs)

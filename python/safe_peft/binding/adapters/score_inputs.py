@@ -57,23 +57,18 @@ class ScoreInputs:
         lora_B: [d_out, r].
         scaling: the factor of the product.
         base_weight: the frozen weight of the layer, in either orientation; None if it is quantised.
-        grad_A: gradient of lora_A before the optimizer's step.
-        grad_B: gradient of lora_B before the optimizer's step.
+        grad_A, grad_B: the gradients before the optimizer's step.
         generator: a generator of this adapter, independent of every global generator.
         dequantise: the dequantised base weight; None if the package cannot compute it.
-        update_A: what the optimizer's step added to lora_A.
-        update_B: what the optimizer's step added to lora_B.
-        optimizer_state_A: the optimizer's state of lora_A, or a function that returns it.
-        optimizer_state_B: the optimizer's state of lora_B, or a function that returns it.
+        update_A, update_B: what the optimizer's step added to the matrices.
+        optimizer_state_A, optimizer_state_B: the optimizer's states of the matrices, or functions that return them.
         optimizer: filled by the scorer; the sources of gradients, updates and states may read it.
         step: the optimizer step that is scored; the first one is 1.
-        memory: the score's own numbers for this adapter.
-        history: the adapter's earlier scoring steps, or a function that returns them.
+        memory: the score may write numbers here, and reads them in the next scoring step. They are in the saved state.
+        history: the adapter's earlier scoring steps, or a function that returns them: the attribute `past`.
 
     Attributes:
         grad_scale: the factor by which a GradScaler has multiplied the gradients.
-        memory: the score may write numbers here, and reads them in the next scoring step. They are in the saved state.
-        past: the source of `history`.
 
     Example:
         >>> import torch
@@ -102,16 +97,14 @@ class ScoreInputs:
         memory: dict[str, float] | None = None,
         history: History | Callable[[], History] = (),
     ) -> None:
-        self.statistics, self.scaling, self.generator = statistics, scaling, generator
-        self.grad_scale = 1.0
+        self.statistics, self.scaling, self.generator, self.grad_scale = statistics, scaling, generator, 1.0
         self._lora_A, self._lora_B = lora_A, lora_B
         self._grad_A, self._grad_B = grad_A, grad_B
         self._base_weight, self._dequantise = base_weight, dequantise
         self._update_A, self._update_B = update_A, update_B
         self._state_A, self._state_B = optimizer_state_A, optimizer_state_B
         self.optimizer = OptimizerStep() if optimizer is None else optimizer
-        self.step, self.memory = step, {} if memory is None else memory
-        self.past = history
+        self.step, self.memory, self.past = step, {} if memory is None else memory, history
 
     @property
     def history(self) -> tuple[tuple[int, float], ...]:
