@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..binding.blocks.arguments import leaves
-from ..binding.blocks.moment import Moment
+from ..binding.blocks.recompute import Moment
 from ..binding.blocks.stack import Block, replace_hidden
 from ..binding.blocks.trains import modules_in, trains
 from ..binding.class_swap import is_hooked, saves_by_hooks

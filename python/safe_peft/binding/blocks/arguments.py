@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +15,14 @@ from torch.utils._pytree import tree_leaves
 _SHAPES_ONLY = frozenset({"size", "dim", "numel", "ndimension", "stride", "__len__", "is_contiguous", "element_size"})
 
 
-class _Slot(NamedTuple):
+class _Slot(int):
     """The index of a tensor."""
-
-    place: int
 
 
 class Given:
-    """The arguments of a call before the call: containers and objects are copied, tensors are only listed.
+    """The arguments of a call before the call: containers and objects are copied, each tensor is listed once.
 
-    Args:
-        value: any structure of arguments.
-        compares: whether `was_written` also compares values: a write through .data does not change the version.
-
-    Attributes:
-        tensors: the tensors in the arguments, each once.
+    With `compares`, `was_written` also compares values: a write through .data does not change the version.
 
     Example:
         >>> cache = {"keys": []}
@@ -37,11 +30,6 @@ class Given:
         >>> cache["keys"].append(torch.zeros(3))
         >>> given.rebuild(given.tensors)
         (tensor([1., 1.]), {'keys': []})
-        >>> x = torch.ones(2)
-        >>> given = Given(x, compares=True)
-        >>> _ = x.data.add_(1.0)
-        >>> given.was_written()
-        True
     """
 
     def __init__(self, value: Any, *, compares: bool = False) -> None:
@@ -50,7 +38,8 @@ class Given:
         self._direct = {id(leaf) for leaf in leaves(value) if isinstance(leaf, Tensor)}
         self._value = _copied(value, self._take, {})
         self._versions = [version(tensor) for tensor in self.tensors]
-        self._copies = [(t, t.detach().clone()) for t in self.tensors if compares and _has_values(t)]
+        real = (t for t in self.tensors if compares and not (t.is_meta or isinstance(t, FakeTensor)))
+        self._copies = [(tensor, tensor.detach().clone()) for tensor in real]
 
     def _take(self, value: Any) -> Any:
         if not isinstance(value, Tensor):
@@ -74,38 +63,22 @@ class Given:
 
     def rebuild(self, tensors: Sequence[Tensor]) -> Any:
         """Return the arguments before the call, with other tensors in the places of `self.tensors`."""
-        return _copied(self._value, lambda value: tensors[value.place] if type(value) is _Slot else None, {})
+        return _copied(self._value, lambda value: tensors[value] if type(value) is _Slot else None, {})
 
 
 class TensorsUsed(TorchFunctionMode):
-    """Records the tensors that operations read; a call that reads only a shape does not count.
-
-    Example:
-        >>> x, y = torch.ones(2), torch.ones(3)
-        >>> with TensorsUsed() as used:
-        ...     _ = x + y.shape[0]
-        >>> used.has(x), used.has(y)
-        (True, False)
-    """
+    """Records the tensors that operations read; a call that reads only a shape does not count."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: set[int] = set()
-
-    def has(self, tensor: Tensor) -> bool:
-        """Whether an operation read a tensor that was alive all the time."""
-        return id(tensor) in self._seen
+        self.seen: set[int] = set()  # ids of tensors
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         name = getattr(func, "__name__", "")
         if name not in _SHAPES_ONLY and (name != "__get__" or isinstance(result, Tensor)):
-            self._seen.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
+            self.seen.update(id(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
         return result
-
-
-def _has_values(tensor: Tensor) -> bool:
-    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def version(tensor: Tensor) -> int:
@@ -126,12 +99,7 @@ def leaves(value: Any) -> Iterator[Any]:
 
 
 def may_carry(value: Any) -> bool:
-    """Whether an argument is an object that may contain tensors, and not a tensor, number, function or module.
-
-    Example:
-        >>> may_carry(torch.float32), may_carry(print), may_carry(torch.ones(1))
-        (False, False, False)
-    """
+    """Whether an argument is an object that may contain tensors, and not a tensor, number, function or module."""
     plain = isinstance(value, Tensor | nn.Module | type) or callable(value)
     return not plain and hasattr(value, "__dict__")
 

@@ -1,65 +1,60 @@
 """Recomputes a frozen block in backward, so that the block retains only its arguments.
 
-The semantics are those of `torch.utils.checkpoint(use_reentrant=False)`. Forward builds the graph, so gradients reach
-everything that enters or leaves the block, by argument, hook or cache. The tensors that its nodes saved are dropped,
-and backward computes them again. This module does not use that function, for two reasons. First, only a finished call
-shows whether a block can be recomputed exactly: a block that wrote into an argument retains its tensors. Second, the
-second call needs the state of the first: the cache before it was filled, and the mode and hooks of the modules.
+The semantics are those of `torch.utils.checkpoint(use_reentrant=False)`: forward builds the graph, so gradients reach
+everything that enters or leaves the block, by argument, hook or cache. That function itself is not used, because only
+a finished call shows whether the block can run again exactly: a block that wrote into an argument must retain its
+tensors. Also, the second call needs the cache before it was filled, and the modules' earlier mode and hooks.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules import module as global_hooks
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 
-from safe_kernels.inversion import leave_hooks
+from safe_kernels.inversion import fingerprint, leave_hooks
 
-from .arguments import Given, TensorsUsed
-from .moment import Moment
+from ..adapters.base import unscored
+from .arguments import Given, TensorsUsed, version
 from .trains import may_ask_for_gradient, modules_in
 
 WROTE = "it writes into its arguments in place, as a static cache does"
 COUNTED = "it changes its own buffers in each call, as a batch norm does"
+_ENGINES = frozenset({"_parameters", "_buffers"})
+"""FSDP replaces these before each call, so they are not part of a snapshot."""
+_CONTAINERS = frozenset({list, dict, set, OrderedDict})
+_HOOKS_ON_ALL: tuple[dict[int, Any], ...] = tuple(
+    hooks
+    for name, hooks in vars(global_hooks).items()
+    if name.startswith("_global_") and name.endswith(("_hooks", "_called"))
+)
 
 
+@dataclass(slots=True, weakref_slot=True, eq=False)
 class _Handle:
     """The object that a graph node saves instead of a tensor."""
 
-    __slots__ = ("__weakref__", "index")
-
-    def __init__(self, index: int) -> None:
-        self.index = index
+    index: int
 
 
 class Run:
-    """One call of a block that can be repeated exactly.
+    """One call of a block that can be repeated exactly; `reason` says why it retains its tensors if it cannot.
 
     In the second call, dropout draws the same numbers, and autocast and modules have the same state. If the block draws
     random numbers, the states of the generators are retained too (5,056 bytes on a CPU).
-
-    Args:
-        call: the function to call.
-        block: the module that the function belongs to.
-        name: the block's name in error messages.
-
-    Attributes:
-        reason: why the call retains its tensors and is not repeated; "" if it is repeated.
-
-    Example:
-        >>> x = torch.ones(2, requires_grad=True)
-        >>> Run(torch.sin).first((x,), {}).sum().backward()
-        >>> torch.equal(x.grad, torch.cos(x.detach()))
-        True
     """
 
     def __init__(self, call: Callable[..., Any], block: nn.Module | None = None, name: str = "the block") -> None:
@@ -74,13 +69,11 @@ class Run:
         self._lock = threading.RLock()
         self.reason = ""
 
-    # ---------------------------------------------------------------- forward
-
     def first(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Make the call, and drop the tensors that its graph saved."""
         self._given = given = Given((tuple(args), dict(kwargs)), compares=self._is_hooked)
         self._device = next((tensor.device.type for tensor in given.tensors), "cpu")
-        self._autocast = autocast_now(self._device)
+        self._autocast = _autocast_now(self._device)
         before, (self._devices, states) = torch.get_rng_state(), get_device_states(*given.tensors)
         objects = given.in_objects
         unpack = self._unpack
@@ -91,7 +84,7 @@ class Run:
             self._saved = {}  # the nodes' hooks refer to this object, in a cycle that the collector cannot find
             raise
         drew = bool(self._devices) or not torch.equal(before, torch.get_rng_state())
-        self._settle([before, *states] if drew else [], {id(t) for t in objects if used and not used.has(t)})
+        self._settle([before, *states] if drew else [], {id(t) for t in objects if used and id(t) not in used.seen})
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):  # `_kept` keeps the hooks around this call alive, as long as its graph exists
                 leave_hooks(leaf, unpack)
@@ -118,13 +111,14 @@ class Run:
             return
         # Retain only the parts of a cache that the block has read, and not what other blocks have put there.
         given = self._given.tensors
-        self._unread = {place: _without_values(t) for place, t in enumerate(given) if id(t) in unread}
+        self._unread = {
+            place: torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            for place, tensor in enumerate(given)
+            if id(tensor) in unread
+        }
         self._states = len(states)
-        kept = [tensor for tensor in given if id(tensor) not in unread]
-        self._kept = _keep([*kept, *states])
+        self._kept = _keep([*(tensor for tensor in given if id(tensor) not in unread), *states])
         self._given.tensors = []
-
-    # ---------------------------------------------------------------- backward
 
     def _unpack(self, handle: _Handle) -> Tensor:
         with self._lock:
@@ -139,8 +133,16 @@ class Run:
     def _again(self) -> dict[int, Tensor]:
         """Repeat the call, and return the tensors that it saves."""
         self._moment.check_parameters(self._name)
-        kept = self._arguments()
-        tensors, states = list(kept[: len(kept) - self._states]), kept[len(kept) - self._states :]
+        try:
+            kept = self._kept.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise RuntimeError(
+                f"an argument of {self._name} was written to in place after the call, and backward needs it to "
+                "recompute the block; clone it before the write, or remove the block from `binding.recompute`."
+            ) from error
+        tensors, states = list(kept[: len(kept) - self._states]), list(kept[len(kept) - self._states :])
         for place, stand_in in self._unread.items():
             tensors.insert(place, stand_in)
         found: dict[int, Tensor] = {}
@@ -165,33 +167,17 @@ class Run:
             )
         return found
 
-    def _arguments(self) -> tuple[Tensor, ...]:
-        try:
-            saved: tuple[Tensor, ...] = self._kept.saved_tensors
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-            raise RuntimeError(
-                f"an argument of {self._name} was written to in place after the call, and backward needs it to "
-                "recompute the block; clone it before the write, or remove the block from `binding.recompute`."
-            ) from error
-        return saved
-
     @contextmanager
-    def _as_before(self, states: Sequence[Tensor]) -> Iterator[None]:
+    def _as_before(self, states: list[Tensor]) -> Iterator[None]:
         """Restore the modules, the random state and the autocast of the first call."""
-        device = self._device
-        with ExitStack() as stack:
-            stack.enter_context(self._moment.back())
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(self._autocast())
+        # fork_rng always saves the CPU's state, and also requires the name of an accelerator.
+        kind = "cuda" if self._device == "cpu" else self._device
+        fork = torch.random.fork_rng(devices=self._devices, enabled=bool(states), device_type=kind)
+        with self._moment.back(), torch.enable_grad(), self._autocast(), fork:
             if states:
-                # fork_rng always saves the CPU's state, and also requires the name of an accelerator.
-                kind = "cuda" if device == "cpu" else device
-                stack.enter_context(torch.random.fork_rng(devices=list(self._devices), device_type=kind))
                 torch.set_rng_state(states[0])
-                if self._devices:
-                    set_device_states(list(self._devices), list(states[1:]), device_type=device)
+            if states and self._devices:
+                set_device_states(self._devices, states[1:], device_type=self._device)
             yield
 
 
@@ -213,13 +199,139 @@ def _keep(tensors: Sequence[Tensor]) -> Any:
         return _Keep.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
 
 
-def _without_values(tensor: Tensor) -> Tensor:
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-
-def autocast_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
+def _autocast_now(device: str) -> Callable[[], AbstractContextManager[Any]]:
     """Return a function that creates a context with the current autocast; some kinds of device have no autocast."""
     if not torch.amp.is_autocast_available(device):
         return nullcontext
     dtype, enabled = torch.get_autocast_dtype(device), torch.is_autocast_enabled(device)
     return partial(torch.autocast, device, dtype=dtype, enabled=enabled)
+
+
+class Moment:
+    """A snapshot of a block and all modules in it.
+
+    Between forward and backward a user may call `eval()`, leave `disable_adapter()`, remove hooks or change a dropout.
+    A recomputed block must run in its earlier state. The snapshot copies the contents of lists, dicts and sets, and
+    stores other attributes by reference. So a second call does not change any of them.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._modules = modules
+        self._then = [_look(module) for module in modules]
+        self._on_all = [hooks.copy() for hooks in _HOOKS_ON_ALL]
+        self._names = [tuple(module._parameters) for module in modules]
+        self._buffers = self._buffer_versions()
+        # An id is used again if its object is gone, so the objects are kept.
+        self._tensors = [t for m in modules for kind in (m._parameters, m._buffers) for t in kind.values()]
+        self._parameters = self._parameter_values()
+
+    def _parameter_values(self) -> dict[int, Any]:
+        return {id(p): _values(p) for m in self._modules for p in m._parameters.values() if p is not None}
+
+    def _buffer_versions(self) -> list[tuple[int, int]]:
+        return [(id(b), version(b)) for module in self._modules for b in module._buffers.values() if b is not None]
+
+    def buffers_changed(self) -> bool:
+        """Whether a buffer was replaced or written in place since then."""
+        return self._buffer_versions() != self._buffers
+
+    def holds(self) -> bool:
+        """Whether modules, parameters and buffers are as they were then."""
+        if self.buffers_changed() or not all(map(_is_as, self._modules, self._then)):
+            return False
+        return self._parameter_values() == self._parameters
+
+    def check_parameters(self, name: str) -> None:
+        """Raise an error if a parameter was written in place since then, or removed, as parametrizing and pruning do.
+
+        Autograd raises the same for a tensor that it saved. Writes through .data are detected only for parameters of
+        one dimension on a CPU: norms, biases.
+        """
+        for module, names in zip(self._modules, self._names, strict=True):
+            found = [(key, "replaced", "change the model") for key in names if key not in module._parameters]
+            for key, p in module._parameters.items():
+                if p is not None and self._parameters.get(id(p), now := _values(p)) != now:
+                    found.append((key, "modified by an inplace operation", "step the optimizer"))
+            if found:
+                key, happened, action = found[0]
+                raise RuntimeError(
+                    f"{key} of a {type(module).__name__} in {name} was {happened} between forward and backward, and "
+                    f"backward recomputes the block; {action} after backward, or remove the block from "
+                    "`binding.recompute`."
+                )
+
+    @contextmanager
+    def back(self) -> Iterator[None]:
+        """Restore the snapshot inside the `with` block, without scoring; restore the current state after it."""
+        pairs = zip(self._modules, self._then, strict=True)
+        now = [then if _is_as(module, then) else _look(module) for module, then in pairs]
+        on_all = [hooks.copy() for hooks in _HOOKS_ON_ALL]
+        with unscored(self._modules):
+            try:
+                self._put(self._then, self._on_all)
+                yield
+            finally:
+                self._put(now, on_all)
+
+    def _put(self, looks: Sequence[_Look], on_all: Sequence[dict[int, Any]]) -> None:
+        for module, look in zip(self._modules, looks, strict=True):
+            if not _is_as(module, look):
+                _restore(module, look)
+        for hooks, wanted in zip(_HOOKS_ON_ALL, on_all, strict=True):
+            if hooks != wanted:
+                hooks.clear()
+                hooks.update(wanted)
+
+
+def _values(parameter: Tensor) -> tuple[int, int | None]:
+    """Return the values that a write changes."""
+    return version(parameter), fingerprint(parameter) if parameter.dim() == 1 else None
+
+
+class _Look(NamedTuple):
+    """A module's class, its attributes, and the contents of attributes that are containers and not empty."""
+
+    kind: type[nn.Module]
+    attributes: dict[str, Any]
+    contents: dict[str, Any]
+
+
+def _look(module: nn.Module) -> _Look:
+    contents = {name: value.copy() for name, value in _contents(module).items()}
+    return _Look(type(module), module.__dict__.copy(), contents)
+
+
+def _contents(module: nn.Module) -> dict[str, Any]:
+    items = module.__dict__.items()
+    return {name: v for name, v in items if type(v) in _CONTAINERS and v and name not in _ENGINES}
+
+
+def _is_as(module: nn.Module, look: _Look) -> bool:
+    """Whether nothing has changed, compared by identity, because comparing two tensors is not possible here."""
+    own = module.__dict__
+    if type(module) is not look.kind or len(own) != len(look.attributes):
+        return False
+    if not all(map(is_, own.values(), look.attributes.values())):
+        return False
+    full = _contents(module)
+    return full.keys() == look.contents.keys() and all(_same(full[name], look.contents[name]) for name in full)
+
+
+def _same(one: Any, other: Any) -> bool:
+    if len(one) != len(other) or not all(map(is_, one, other)):
+        return False
+    return not isinstance(one, dict) or all(map(is_, one.values(), other.values()))
+
+
+def _restore(module: nn.Module, look: _Look) -> None:
+    own = module.__dict__
+    engines = {name: own[name] for name in _ENGINES}
+    own.clear()
+    for name, value in look.attributes.items():
+        if type(value) in _CONTAINERS:
+            own[name] = look.contents[name].copy() if name in look.contents else type(value)()
+        else:
+            own[name] = value
+    own.update(engines)
+    if type(module) is not look.kind:  # bound then, and not now
+        module.__class__ = look.kind

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -35,14 +36,7 @@ def modules_in(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def waits_for_gradient(modules: Iterable[nn.Module]) -> bool:
-    """Whether one of these modules has a backward hook, or a global backward hook is registered.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> _ = layer.register_full_backward_hook(lambda module, inputs, outputs: None)
-        >>> waits_for_gradient([layer])
-        True
-    """
+    """Whether one of these modules has a backward hook, or a global backward hook is registered."""
     if global_hooks._global_backward_hooks or global_hooks._global_backward_pre_hooks:
         return True
     return any(module._backward_hooks or module._backward_pre_hooks for module in modules)
@@ -55,28 +49,13 @@ def may_ask_for_gradient(modules: Iterable[nn.Module]) -> bool:
     """Whether one of these modules has a forward hook, or a global one is registered, except hooks of some libraries.
 
     A forward hook can put a hook on the output, retain its gradient, or add something that trains. No module shows it.
-
-    Example:
-        >>> layer = nn.Linear(2, 2)
-        >>> _ = layer.register_forward_hook(print)
-        >>> may_ask_for_gradient([layer])
-        True
     """
     everywhere = (global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks)
-    own = ((module._forward_hooks, module._forward_pre_hooks) for module in modules)
-    return any(
-        package_of(hook) not in _ASK_FOR_NOTHING
-        for kinds in (everywhere, *own)
-        for kind in kinds
-        for hook in kind.values()
-    )
+    own = (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks))
+    kinds = itertools.chain(everywhere, own)
+    return any(package_of(hook) not in _ASK_FOR_NOTHING for hooks in kinds for hook in hooks.values())
 
 
 def package_of(hook: Any) -> str:
-    """Return the top-level package of a hook; "" if the hook does not show it.
-
-    Example:
-        >>> package_of(nn.functional.relu)
-        'torch'
-    """
+    """Return the top-level package of a hook; "" if the hook does not show it."""
     return (getattr(hook, "__module__", None) or "").partition(".")[0]
