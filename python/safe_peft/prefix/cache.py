@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..binding.blocks.entry import before_blocks
+from ..binding.blocks.checkpointing import before_blocks
 from ..binding.blocks.stack import Block, stacks
 from ..binding.blocks.trains import trains
 from ..binding.class_swap import STATE

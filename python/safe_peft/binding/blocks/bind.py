@@ -14,10 +14,10 @@ from .activations import KINDS, Activation
 from .attention import Attention
 from .base import Part
 from .dropouts import Dropout
-from .entry import Entry, SafeEmbedding, SafeOwner, before_blocks, input_embeddings
+from .checkpointing import Entry, SafeEmbedding, SafeOwner, before_blocks, input_embeddings
 from .mlps import Mlp
 from .norms import Norm, reason
-from .stack import Block, stacks, transformer_blocks
+from .stack import Block, SafeBlock, stacks, transformer_blocks
 from .trains import modules_in
 
 PARTS = ("norms", "mlps", "attention", "dropouts")
@@ -111,7 +111,7 @@ def bind_blocks(model: nn.Module, parts: Collection[str] = PARTS) -> tuple[list[
         blocks = list(stack.values())
         for name, block in stack.items():
             if not is_bound(block):
-                swap_class(block, Block.mixin, Block(name, entry, blocks, names))
+                swap_class(block, SafeBlock, Block(name, entry, blocks, names))
                 own.append(block)
     if shared is None:
         own += _bind_entry(model, entry, [block for stack in found for block in stack.values()])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -15,8 +16,7 @@ from ...distributed.wrappers import parameters_of, short_name, walk
 from ..adapters import peft_kind
 from ..class_swap import STATE, SwappedModule, is_bound, is_transformed, original_type
 from .arguments import leaves, may_carry
-from .checkpointing import Checkpointing, checkpoints
-from .entry import Entry
+from .checkpointing import Checkpointing, Entry, checkpoints
 from .recompute import Run
 from .trains import may_ask_for_gradient, modules_in, trains, waits_for_gradient
 
@@ -26,14 +26,6 @@ def transformer_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
     The blocks are found by structure: the outermost `nn.ModuleList`s with an adapter layer in an element, or, in a
     model without adapters, with two or more elements; and an `nn.Sequential` of blocks of one class with adapters.
-
-    Args:
-        model: with or without adapters, bound or not.
-
-    Example:
-        >>> layer = nn.Sequential(nn.Linear(2, 2))
-        >>> list(transformer_blocks(nn.ModuleDict({"layers": nn.ModuleList([layer, layer])})))
-        ['layers.0', 'layers.1']
     """
     return {name: block for stack in stacks(model) for name, block in stack.items()}
 
@@ -71,7 +63,6 @@ class SafeBlock(SwappedModule):
     """A transformer block that builds a graph only if a gradient needs it."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Make the block's own call, with hooks and activation checkpointing."""
         if not is_bound(self):
             return type(self).__call__(self, *args, **kwargs)
         state: Block = self.__dict__[STATE]
@@ -92,13 +83,10 @@ class Block:
         entry: the model's leaves that only checkpointing set-ups need.
         stack: the blocks of its stack, lowest first.
         recompute: names of the blocks to recompute in backward once they are frozen.
-
-    Attributes:
         not_again: why the last call could not be recomputed exactly and retains its tensors; "" if it could.
         prefix: calls the blocks of the stack only for samples whose output is not known; None means always.
     """
 
-    mixin = SafeBlock
     name: str
     entry: Entry
     stack: list[nn.Module] = field(repr=False)
@@ -124,13 +112,11 @@ class Block:
             output = run.first(args, kwargs)
             self.not_again = run.reason
             return output
-        with self._checkpointing.around(block, live=live, passes=may_pass):
+        with self._checkpointing.around(block, needs_grad=live or may_pass):
             return call(*args, **kwargs)
 
     def _enter(self, hidden: Tensor) -> Tensor:
-        if not self.entry.is_artificial(hidden) or self._is_waited_for():
-            return hidden
-        return hidden.detach()
+        return hidden.detach() if self.entry.is_artificial(hidden) and not self._is_waited_for() else hidden
 
     def _is_waited_for(self) -> bool:
         """Whether a hook needs a gradient up to and in the lowest block that trains, or outside of the blocks."""
@@ -146,37 +132,22 @@ class Block:
 def replace_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Change the block's hidden states, which are its first argument under any name.
-
-    Args:
-        args: of the block's call.
-        kwargs: of the block's call.
-        change: returns the new hidden states.
-    """
-    if args:
-        first = change(args[0]) if _is_float(args[0]) else args[0]
-        return (first, *args[1:]), kwargs
-    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), None)
-    if name is None or not _is_float(kwargs[name]):
+    """Change the hidden states in a block's arguments, which are the first one under any name."""
+    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "")
+    hidden = args[0] if args else kwargs.get(name)
+    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
         return args, kwargs
-    return args, {**kwargs, name: change(kwargs[name])}
-
-
-def _is_float(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return ((change(hidden), *args[1:]), kwargs) if args else (args, {**kwargs, name: change(hidden)})
 
 
 def graph_states(model: nn.Module) -> dict[str, str]:
-    """Return for every transformer block of a model whether a training forward builds a graph in it.
-
-    Args:
-        model: bound or not.
-
-    Returns:
-        A few words by the block's path.
-    """
-    found, reached = {}, _trains_before_blocks(model)
-    for name, block in transformer_blocks(model).items():
+    """Return in a few words, by every transformer block's path, whether a training forward builds a graph in it."""
+    blocks = transformer_blocks(model)
+    first = set(map(id, parameters_of(next(iter(blocks.values()))))) if blocks else set()
+    # What a model registers before its first block, such as embeddings and prompts.
+    before = itertools.takewhile(lambda parameter: id(parameter) not in first, parameters_of(model))
+    found, reached = {}, any(parameter.requires_grad for parameter in before)
+    for name, block in blocks.items():
         state = block.__dict__.get(STATE)
         asked = isinstance(state, Block) and name in state.recompute
         again = "frozen, recomputed in backward"
@@ -191,15 +162,3 @@ def graph_states(model: nn.Module) -> dict[str, str]:
         else:
             found[name] = "no graph: nothing in it or below it trains"
     return found
-
-
-def _trains_before_blocks(model: nn.Module) -> bool:
-    """Whether something that a model registers before its first block trains, such as embeddings and prompts."""
-    first = next(iter(transformer_blocks(model).values()), None)
-    inside = {id(parameter) for parameter in parameters_of(first)} if first is not None else set()
-    for parameter in parameters_of(model):
-        if id(parameter) in inside:
-            return False
-        if parameter.requires_grad:
-            return True
-    return False
