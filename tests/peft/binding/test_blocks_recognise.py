@@ -13,8 +13,7 @@ from transformers.activations import ACT2FN
 
 from safe_peft import ConfigError, bind, explain
 from safe_peft.binding.blocks import parts_of
-from safe_peft.binding.blocks.activations import activation_kind
-from safe_peft.binding.blocks.mlps import Mlp
+from safe_peft.binding.blocks.mlps import Mlp, activation_kind
 from safe_peft.binding.blocks.norms import Norm
 from safe_peft.binding.class_swap import SwappedModule
 

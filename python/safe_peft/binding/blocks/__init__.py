@@ -1,4 +1,4 @@
-"""The parts of a transformer block that retain more than backward needs, one file per pattern, and the block itself.
+"""The parts of a transformer block that retain more than backward needs, and the block itself.
 
 Parts are recognised by what they compute, not by their names. A part that is not recognised stays unchanged.
 """

@@ -16,27 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..class_swap import STATE, SwappedModule, is_bound, original_type, own_forward
+from ..class_swap import original_type
 from .base import Part, agrees, is_dropout, is_linear, sample, small_linear, stand_in
 
 _SUM = "_mask_and_bias"
+_LAYERS = ("q", "k", "v", "o")
 _SIZES = ("num_attention_heads", "attention_head_size")
-
-
-class SafeAttention(SwappedModule):
-    """Self-attention computed by `torch.nn.functional.scaled_dot_product_attention`."""
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
-        """Compute the module's own formula."""
-        if not is_bound(self):
-            return own_forward(self, hidden_states, *args, **kwargs)
-        part: Attention = self.__dict__[STATE]
-        given = {**dict(zip(part.arguments, args, strict=False)), **kwargs}
-        mask, bias = given.pop("attention_mask", None), given.pop("position_bias", None)
-        asks_for_more = any(value is not None and value is not False for value in given.values())
-        if asks_for_more or part.refusal(self) is not None or part.must_be_written_out(self, bias):
-            return super().forward(hidden_states, *args, **kwargs)
-        return (part.attend(self, hidden_states, mask, bias),)
 
 
 @dataclass
@@ -44,14 +29,11 @@ class Attention(Part):
     """Self-attention of four linear layers, with additive mask and bias.
 
     Args:
-        layers: names of the layers for query, key, value and output.
         dropout: name of the dropout on the probabilities.
-        arguments: names of the forward's arguments after the first, in order; transformers 4 also has a head_mask.
+        arguments: names of the forward's arguments, in order; transformers 4 also has a head_mask.
     """
 
-    mixin = SafeAttention
     stem = "attention"
-    layers: tuple[str, str, str, str]
     dropout: str
     arguments: tuple[str, ...]
     op: str = "scaled_dot_product_attention"
@@ -66,27 +48,38 @@ class Attention(Part):
         """Recognise four layers with the names q, k, v and o, and a dropout, that compute such an attention."""
         children = module._modules
         dropouts = [name for name, child in children.items() if is_dropout(child)]
-        names = ("q", "k", "v", "o")
-        if set(children) != {*names, *dropouts} or len(dropouts) != 1 or not all(hasattr(module, n) for n in _SIZES):
+        if set(children) != {*_LAYERS, *dropouts} or len(dropouts) != 1 or not all(hasattr(module, n) for n in _SIZES):
             return None
-        arguments = tuple(inspect.signature(original_type(module).forward).parameters)[2:]
-        part = cls(names, dropouts[0], arguments)
-        return part if all(is_linear(children[name]) for name in names) and part._computes(module) else None
-
-    def _computes(self, module: nn.Module) -> bool:
-        children: dict[str, nn.Module] = {name: small_linear(4, 4, seed) for seed, name in enumerate(self.layers)}
-        children[self.dropout] = nn.Identity()
-        clone = stand_in(module, children=children)
+        if not all(is_linear(children[name]) for name in _LAYERS):
+            return None
+        part = cls(dropouts[0], tuple(inspect.signature(original_type(module).forward).parameters)[1:])
+        small: dict[str, nn.Module] = {name: small_linear(4, 4, seed) for seed, name in enumerate(_LAYERS)}
+        clone = stand_in(module, children={**small, dropouts[0]: nn.Identity()})
         clone.__dict__ |= {"num_attention_heads": 2, "attention_head_size": 2, "all_head_size": 4}
         x, mask, bias = sample(3, 5, 4), sample(3, 1, 1, 5, seed=1), sample(1, 2, 5, 5, seed=2)
         with torch.no_grad():
-            expected = self.attend(clone, x, mask, bias)
+            expected = part._attend(clone, x, mask, bias)
         forward = original_type(module).forward
-        return agrees(lambda: forward(clone, x, attention_mask=mask, position_bias=bias)[0], expected)
+        computes = agrees(lambda: forward(clone, x, attention_mask=mask, position_bias=bias)[0], expected)
+        return part if computes else None
 
-    def attend(self, module: nn.Module, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
+    def compute(self, module: Any, /, *args: Any, **kwargs: Any) -> tuple[Tensor] | None:
+        """Compute a call with SDPA, which does not help in all calls.
+
+        With dropout it retains the probabilities too, and it gives a bias no gradient.
+        """
+        given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
+        x = given.pop(self.arguments[0], None)
+        mask, bias = given.pop("attention_mask", None), given.pop("position_bias", None)
+        asks_for_more = x is None or any(value is not None and value is not False for value in given.values())
+        dropout = module._modules[self.dropout]
+        if asks_for_more or self.refusal(module) is not None or (dropout.training and dropout.p > 0):
+            return None
+        return None if bias is not None and bias.requires_grad else (self._attend(module, x, mask, bias),)
+
+    def _attend(self, module: nn.Module, x: Tensor, mask: Tensor | None, bias: Tensor | None) -> Tensor:
         """Compute the attention, from the hidden states to the output layer."""
-        layers: Any = [module._modules[name] for name in self.layers]
+        layers: Any = [module._modules[name] for name in _LAYERS]
         shape = (*x.shape[:-1], -1, module.attention_head_size)
         given = (*(layer(x).view(shape).transpose(1, 2) for layer in layers[:3]), self._add(mask, bias))
         graphs = [torch.is_grad_enabled() and tensor.requires_grad for tensor in given[:3]]
@@ -112,11 +105,6 @@ class Attention(Part):
         if known is None or known[0] != given:
             known = mask.__dict__[_SUM] = (given, mask + bias, bias)  # keeps the bias alive, so that its id stays valid
         return known[1]
-
-    def must_be_written_out(self, module: nn.Module, bias: Tensor | None) -> bool:
-        """Whether SDPA does not help: with dropout it retains probabilities too, and it gives a bias no gradient."""
-        dropout: Any = module._modules[self.dropout]
-        return (dropout.training and dropout.p > 0) or (bias is not None and bias.requires_grad)
 
     def note(self, module: nn.Module) -> str:
         """Return a remark if the module's own code computes the attention in training."""

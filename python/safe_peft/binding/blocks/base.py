@@ -16,21 +16,32 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from ..class_swap import SwappedModule, is_hooked, is_transformed, original_type
+from ..class_swap import STATE, SwappedModule, is_hooked, is_transformed, original_type, own_forward
 from ..code import Code, watched
+
+
+class SafePart(SwappedModule):
+    """A module whose calls its `Part` computes, if it can."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        part: Part | None = self.__dict__.get(STATE)
+        if part is None:
+            return own_forward(self, *args, **kwargs)
+        result = part.compute(self, *args, **kwargs)
+        return super().forward(*args, **kwargs) if result is None else result
 
 
 class Part(ABC):
     """The state of one bound part, and the check whether a call can take the fast path."""
 
-    mixin: ClassVar[type[SwappedModule]]
-    """The class that binding puts on the module."""
     stem: ClassVar[str]
     """The part's name in `bind(parts=...)`: "norms", "mlps", "attention" or "dropouts"."""
     op: str
     """The op that computes the part, such as "safe_kernels::rms_norm"."""
     covers: tuple[str, ...] = ()
     """Names of the module's children that the op computes too."""
+    reads: tuple[str, ...] = ()
+    """Names of the module's attributes that every call reads, and that may therefore change."""
     codes: tuple[tuple[str, Code], ...] = ()
     """The recognised code: the module's own under "", and the code of the children that are not called."""
 
@@ -39,22 +50,21 @@ class Part(ABC):
     def recognise(cls, module: nn.Module) -> Part | None:
         """Return the part for a module of this kind; None for any other module."""
 
+    @abstractmethod
+    def compute(self, module: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Compute a call with the op; None if the module's own code must compute it."""
+
+    def takes(self, module: Any, /, *args: Any, **kwargs: Any) -> bool:
+        """Whether a call passes one tensor that ops support, and the module is as it was recognised."""
+        return len(args) == 1 and not kwargs and is_plain(args[0]) and self.refusal(module) is None
+
     @property
     def passes_over(self) -> tuple[str, ...]:
         """Names of the children that the op does not call."""
         return self.covers
 
-    @property
-    def reads(self) -> tuple[str, ...]:
-        """Names of the module's attributes that every call reads, and that may therefore change."""
-        return ()
-
     def watch(self, module: nn.Module) -> Self:
-        """Store the code by which a module was recognised, so that `refusal` detects changes.
-
-        Args:
-            module: the module that `recognise` has just checked.
-        """
+        """Store the code by which a module was just recognised, so that `refusal` detects changes."""
         children = [(name, module._modules[name]) for name in self.passes_over]
         seen = [(name, child) for name, child in [("", module), *children] if child is not None]
         read = {name: _READ if is_dropout(child) else () if name else self.reads for name, child in seen}
@@ -68,11 +78,9 @@ class Part(ABC):
         """
         if "forward" in module.__dict__:
             return "forward is replaced on the module itself"
-        children = module._modules
         for name, code in self.codes:
-            part = children.get(name) if name else module
-            change = code.change(part)
-            if change is not None:
+            part = module._modules.get(name) if name else module
+            if (change := code.change(part)) is not None:
                 return f"{name}: {change}" if name else change
             if name and is_hooked(part):  # type: ignore[arg-type]
                 return f"hooks on {name}"
@@ -93,7 +101,7 @@ _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 
 
 def is_plain(*values: Any) -> bool:
-    """Whether all values are floating-point tensors that an op supports, outside of torch.func and torch.jit.trace."""
+    """Whether all values are tensors that an op supports, outside of torch.func and torch.jit.trace."""
     return not is_transformed() and all(
         type(value) in _TENSORS
         and value.dtype in _FLOATS
@@ -105,26 +113,18 @@ def is_plain(*values: Any) -> bool:
 
 
 def stand_in(
-    module: nn.Module,
-    *,
-    parameters: Mapping[str, Tensor] | None = None,
-    children: Mapping[str, nn.Module] | None = None,
+    module: nn.Module, *, parameters: Mapping[str, Tensor] = {}, children: Mapping[str, nn.Module] = {}
 ) -> nn.Module:
     """Return a shallow copy with other parameters and children and without hooks; a call of it changes nothing else."""
     clone = copy.copy(module)
-    own = {name: nn.Parameter(value, requires_grad=False) for name, value in (parameters or {}).items()}
-    clone.__dict__ |= {"_parameters": own, "_buffers": dict(module._buffers), "_modules": dict(children or {})}
+    own = {name: nn.Parameter(value, requires_grad=False) for name, value in parameters.items()}
+    clone.__dict__ |= {"_parameters": own, "_buffers": dict(module._buffers), "_modules": dict(children)}
     clone.__dict__ |= {name: OrderedDict() for name in _HOOKS}
     return clone
 
 
 def agrees(run: Callable[[], Any], expected: Tensor) -> bool:
-    """Whether a trial call returns the result of a formula, to the rounding of float32.
-
-    Args:
-        run: calls a stand-in; any exception means that they do not agree.
-        expected: the formula's result, float32.
-    """
+    """Whether a trial call returns a formula's result, to the rounding of float32; not if it raises."""
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             result = run()

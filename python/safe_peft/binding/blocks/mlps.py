@@ -1,9 +1,15 @@
-"""MLPs that are bound as a whole: with a gate, or with a dropout between the activation and the last layer."""
+"""MLPs, single activations and dropouts, computed by ops that retain less.
+
+An MLP is bound as a whole if it has a gate, or a dropout between the activation and the last layer. In other MLPs the
+activation retains the pre-activation, and the next layer recomputes its input from it. A dropout retains 16 bytes of
+random state instead of a mask.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import permutations
 from typing import Any
 
@@ -13,23 +19,59 @@ from torch import Tensor, nn
 import safe_kernels
 from safe_kernels import reference
 
-from ..class_swap import STATE, SwappedModule, autocasts, is_bound, original_type, own_forward
-from .activations import activation_kind
-from .base import Part, agrees, is_dropout, is_linear, is_plain, sample, small_linear, stand_in
+from ..class_swap import autocasts, original_type
+from .base import Part, agrees, is_dropout, is_linear, sample, small_linear, stand_in
+
+KINDS = ("silu", "gelu", "gelu_tanh", "relu")
 
 
-class SafeMlp(SwappedModule):
-    """An MLP whose activation runs in `safe_kernels.gated_activation` or `safe_kernels.activation`."""
+def activation_kind(module: nn.Module | None) -> str | None:
+    """Return which kind of `safe_kernels.activation` a module computes, by a trial call; None if it is none of them."""
+    if module is None or any((module._parameters, module._buffers, module._modules)):
+        return None
+    if isinstance(module, nn.Dropout | nn.Identity) or getattr(module, "inplace", False):
+        return None
+    far = [-300.0, -30.0, -9.0, 9.0, 12.0, 30.0, 300.0]
+    x = torch.cat([torch.linspace(-6.0, 6.0, 97), torch.tensor(far)]).float()
+    run = partial(original_type(module).forward, stand_in(module), x)
+    return next((kind for kind in KINDS if agrees(run, reference.activation(x, kind))), None)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Compute the module's own formula."""
-        if not is_bound(self):
-            return own_forward(self, *args, **kwargs)
-        part: Mlp = self.__dict__[STATE]
-        if len(args) != 1 or kwargs or not is_plain(*args) or part.refusal(self) or part.casts(self, args[0]):
-            return super().forward(*args, **kwargs)
-        hidden = part.first(self, args[0])
-        return part.rest(self, part.activate(self, hidden))
+
+@dataclass
+class Activation(Part):
+    """An activation of the given kind of `safe_kernels.activation`."""
+
+    stem = "mlps"
+    kind: str
+    op: str = "safe_kernels::activation"
+
+    @classmethod
+    def recognise(cls, module: nn.Module) -> Activation | None:
+        kind = activation_kind(module)
+        return None if kind is None else cls(kind)
+
+    def compute(self, module: Any, /, *args: Any, **kwargs: Any) -> Tensor | None:
+        return safe_kernels.activation(args[0], self.kind) if self.takes(module, *args, **kwargs) else None
+
+
+@dataclass
+class Dropout(Part):
+    """A dropout module, anywhere in the model."""
+
+    stem = "dropouts"
+    op: str = "safe_kernels::dropout"
+
+    @classmethod
+    def recognise(cls, module: nn.Module) -> Dropout | None:
+        return cls() if is_dropout(module) else None
+
+    def refusal(self, module: nn.Module) -> str | None:
+        """Return why the module's own code must compute its calls: dropout in place is not supported."""
+        return "inplace=True" if getattr(module, "inplace", False) else super().refusal(module)
+
+    def compute(self, module: Any, /, *args: Any, **kwargs: Any) -> Tensor | None:
+        drops = module.training and module.p != 0.0 and self.takes(module, *args, **kwargs)
+        return safe_kernels.dropout(args[0], module.p) if drops else None
 
 
 @dataclass
@@ -48,7 +90,6 @@ class Mlp(Part):
         drops: the dropout's place: before the last layer ("inner") or after it ("outer").
     """
 
-    mixin = SafeMlp
     stem = "mlps"
     gate: str
     up: str | None
@@ -61,7 +102,6 @@ class Mlp(Part):
 
     @property
     def op(self) -> str:  # type: ignore[override]
-        """The op that computes the MLP."""
         return f"safe_kernels::{'gated_activation' if self.is_gated else 'activation'}"
 
     @property
@@ -92,54 +132,43 @@ class Mlp(Part):
 
     def _computes(self, module: nn.Module) -> bool:
         """Whether a stand-in with small layers computes the formula of these roles."""
-        x, layers = sample(5, 4), self._small_layers()
-        children: dict[str, nn.Module] = {**layers, self.activation: stand_in(module._modules[self.activation])}  # type: ignore[arg-type]
-        if self.dropout is not None:
-            children[self.dropout] = _Marker()
-        clone = stand_in(module, children=children)
-        with torch.no_grad():
-            z = layers[self.gate](x)
-            if not self.is_gated:
-                y = reference.activation(z, self.kind)
-            else:
-                gate, up = self.split(z) if self.fused else (z, layers[self.up](x))  # type: ignore[index]
-                y = reference.activation(gate, self.kind) * up
-            expected = layers[self.down](y + 1.0 if self.drops == "inner" else y)
-            expected = expected + 1.0 if self.drops == "outer" else expected
-        return agrees(lambda: original_type(module).forward(clone, x), expected)
-
-    def _small_layers(self) -> dict[str, nn.Linear]:
         sizes = {self.gate: (4, 12 if self.fused else 6), self.down: (6, 4)}
         if self.up is not None:
             sizes[self.up] = (4, 6)
-        return {name: small_linear(*size, seed) for seed, (name, size) in enumerate(sizes.items())}
+        layers = {name: small_linear(*size, seed) for seed, (name, size) in enumerate(sizes.items())}
+        children: dict[str, nn.Module] = {**layers, self.activation: stand_in(module._modules[self.activation])}  # type: ignore[arg-type]
+        if self.dropout is not None:
+            children[self.dropout] = _Marker()
+        x, clone = sample(5, 4), stand_in(module, children=children)
+        with torch.no_grad():
+            hidden = self._first(clone, x)
+            y = reference.activation(hidden[0], self.kind)
+            y = y * hidden[1] if self.is_gated else y
+            expected = layers[self.down](y + 1.0 if self.drops == "inner" else y)
+            expected = expected + 1.0 if self.drops == "outer" else expected
+        return agrees(partial(original_type(module).forward, clone, x), expected)
 
-    def split(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Return gate and up from the output of a layer that computes both."""
-        first, last = z.chunk(2, dim=-1)
-        return (first, last) if self.fused == "first" else (last, first)
-
-    def first(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        """Call the layers before the activation."""
+    def _first(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        """Call the layers before the activation; return the gate, and what is multiplied by it."""
         layers: Any = module._modules
         z = layers[self.gate](x)
-        if not self.is_gated:
-            return (z,)
-        return self.split(z) if self.fused else (z, layers[self.up](x))
+        if self.fused:
+            first, last = z.chunk(2, dim=-1)
+            return (first, last) if self.fused == "first" else (last, first)
+        return (z,) if self.up is None else (z, layers[self.up](x))
 
-    def activate(self, module: nn.Module, hidden: tuple[Tensor, ...]) -> Tensor:
-        """Compute the activation, gate and inner dropout in one op."""
-        dropout: Any = module._modules[self.dropout] if self.drops == "inner" else None  # type: ignore[index]
+    def compute(self, module: Any, /, *args: Any, **kwargs: Any) -> Tensor | None:
+        """Compute a call with activation, gate and inner dropout in one op."""
+        if not self.takes(module, *args, **kwargs) or self._casts(module, args[0]):
+            return None
         op: Any = safe_kernels.gated_activation if self.is_gated else safe_kernels.activation
-        return op(*hidden, self.kind, dropout_p=dropout.p if dropout is not None and dropout.training else 0.0)
-
-    def rest(self, module: nn.Module, y: Tensor) -> Tensor:
-        """Call the last layer, and the dropout after it."""
-        layers: Any = module._modules
-        out = layers[self.down](y)
+        layers = module._modules
+        inner = layers[self.dropout] if self.drops == "inner" else None
+        dropout_p = inner.p if inner is not None and inner.training else 0.0
+        out = layers[self.down](op(*self._first(module, args[0]), self.kind, dropout_p=dropout_p))
         return layers[self.dropout](out) if self.drops == "outer" else out
 
-    def casts(self, module: nn.Module, x: Tensor) -> bool:
+    def _casts(self, module: nn.Module, x: Tensor) -> bool:
         """Whether the module may cast the input of its last layer, as T5 does if that layer is in float32."""
         weight = getattr(module._modules[self.down], "weight", None)
         if not isinstance(weight, Tensor) or not weight.is_floating_point() or weight.dtype == x.dtype:
@@ -156,9 +185,7 @@ class _Marker(nn.Module):
 
 def _candidates(linear: list[str], dropouts: list[str], known: dict[str, str]) -> Iterator[Mlp]:
     """Yield every assignment of roles; a plain MLP only with an inner dropout, which the activation cannot include."""
-    places: list[dict[str, str]] = [
-        {"dropout": name, "drops": place} for name in dropouts for place in ("inner", "outer")
-    ]
+    places = [{"dropout": name, "drops": place} for name in dropouts for place in ("inner", "outer")]
     for place in [*places, {}]:
         for gate, *up, down in permutations(linear):
             if up:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -15,15 +14,13 @@ import safe_kernels
 from safe_kernels import reference
 from safe_kernels.inversion import invertible, marks
 
-from ..class_swap import STATE, SwappedModule, autocasts, is_bound, original_type, own_forward
+from ..class_swap import autocasts, original_type
 from .base import Part, agrees, is_plain, sample, stand_in
 
 INVERTS = "_safe_inverts"
 """Attribute of a copy without values: whether the input can be computed from the output in the original."""
-
 MOST_READS = 8
 """How often a norm's weights are read if reading waits for the device."""
-
 _EPS_NAMES = ("eps", "variance_epsilon", "epsilon")
 _OFFSETS = (0.0, 1.0)  # Gemma's weight counts from 1
 _SHAPED = (nn.LayerNorm, nn.RMSNorm)
@@ -35,28 +32,6 @@ _OTHERWISE: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.modules.instancenorm._InstanceNorm, "normalises channels of an image; the ops normalise the last dimension"),
     (nn.LocalResponseNorm, "normalises over neighbouring channels; the ops normalise the last dimension"),
 )
-
-
-class SafeNorm(SwappedModule):
-    """A norm computed by `safe_kernels.rms_norm` or `safe_kernels.layer_norm`."""
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Compute the module's own formula."""
-        if not is_bound(self):
-            return own_forward(self, x, *args, **kwargs)
-        part: Norm = self.__dict__[STATE]
-        if args or kwargs or not part.takes(self, x):
-            return super().forward(x, *args, **kwargs)
-        keep = part.retains_output(self)
-        eps = getattr(self, part.eps)
-        eps = torch.finfo(x.dtype).eps if eps is None else eps
-        weight: Any = self._parameters.get("weight")
-        if part.formula == "rms_norm":
-            weight = part.ones(x) if weight is None else weight
-            return safe_kernels.rms_norm(x, weight, eps, weight_offset=part.offset, retain_output=keep)
-        if x.dtype in _16_BIT and autocasts(x) and x.device.type != "cpu":
-            x = x.float()  # as autocast does for layer_norm, except on a CPU
-        return safe_kernels.layer_norm(x, weight, self._parameters.get("bias"), eps, retain_output=keep)
 
 
 @dataclass
@@ -71,7 +46,6 @@ class Norm(Part):
         keeps_dtype: whether the result of a 16-bit input has 16 bits.
     """
 
-    mixin = SafeNorm
     stem = "norms"
     formula: str
     eps: str
@@ -85,7 +59,6 @@ class Norm(Part):
 
     @property
     def op(self) -> str:  # type: ignore[override]
-        """The op that computes the norm."""
         return f"safe_kernels::{self.formula}"
 
     @classmethod
@@ -94,13 +67,14 @@ class Norm(Part):
         eps, width = _eps_name(module), _width(module)
         if eps is None or width is None or _holds_more(module):
             return None
-        candidates = [cls("layer_norm", eps), *(cls("rms_norm", eps, offset) for offset in _OFFSETS)]
-        if not isinstance(module, nn.LayerNorm):
-            candidates.sort(key=lambda norm: norm.formula, reverse=True)
+        layer, rms = [cls("layer_norm", eps)], [cls("rms_norm", eps, offset) for offset in _OFFSETS]
+        candidates = [*layer, *rms] if isinstance(module, nn.LayerNorm) else [*rms, *layer]
         found = next((norm for norm in candidates if norm._computes(module, width)), None)
         if found is not None:
             found.names = tuple(module._parameters)
-            found.keeps_dtype = found._keeps_dtype(module, width)
+            clone, x = found._trial(module, width, torch.bfloat16), sample(2, width).bfloat16()
+            forward = original_type(module).forward
+            found.keeps_dtype = agrees(lambda: forward(clone, x).mul(0), torch.zeros_like(x))
         return found
 
     def _trial(self, module: nn.Module, width: int, dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -120,36 +94,42 @@ class Norm(Part):
             if self.formula == "layer_norm":
                 expected = reference.layer_norm(x, weight, bias, _TRIAL_EPS)[0]
             elif bias is None:
-                expected = reference.rms_norm(
-                    x, torch.ones(width) if weight is None else weight, _TRIAL_EPS, self.offset
-                )[0]
+                gain = torch.ones(width) if weight is None else weight
+                expected = reference.rms_norm(x, gain, _TRIAL_EPS, self.offset)[0]
             else:
                 return False
             if not agrees(partial(original_type(module).forward, clone, x), expected):
                 return False
         return True
 
-    def _keeps_dtype(self, module: nn.Module, width: int) -> bool:
-        clone, x = self._trial(module, width, torch.bfloat16), sample(2, width).bfloat16()
-        return agrees(lambda: original_type(module).forward(clone, x).mul(0), torch.zeros_like(x))
-
     @property
-    def reads(self) -> tuple[str, ...]:
-        """The number that is added to the variance."""
+    def reads(self) -> tuple[str, ...]:  # type: ignore[override]
         return (self.eps,)
 
     def refusal(self, module: nn.Module) -> str | None:
-        """Return why the module's own code must compute its calls, in a few words; None if the op can."""
         if tuple(module._parameters) != self.names:
             return "its parameters were replaced (prune, parametrize)"
         return super().refusal(module)
 
-    def takes(self, module: nn.Module, x: Any) -> bool:
+    def compute(self, module: Any, /, *args: Any, **kwargs: Any) -> Tensor | None:
+        if not self.takes(module, *args, **kwargs):
+            return None
+        x, eps = args[0], getattr(module, self.eps)
+        eps = torch.finfo(x.dtype).eps if eps is None else eps
+        weight, keep = module._parameters.get("weight"), self.retains_output(module)
+        if self.formula == "rms_norm":
+            weight = self._ones_for(x) if weight is None else weight
+            return safe_kernels.rms_norm(x, weight, eps, weight_offset=self.offset, retain_output=keep)
+        if x.dtype in _16_BIT and autocasts(x) and x.device.type != "cpu":
+            x = x.float()  # as autocast does for layer_norm, except on a CPU
+        return safe_kernels.layer_norm(x, weight, module._parameters.get("bias"), eps, retain_output=keep)
+
+    def takes(self, module: Any, /, *args: Any, **kwargs: Any) -> bool:
         """Whether the op can compute a call: for different dtypes, every model family has its own rules."""
-        shown = [p for p in module._parameters.values() if p is not None]
-        if not is_plain(x, *shown) or self.refusal(module) is not None:
+        shown = _shown(module)
+        if not super().takes(module, *args, **kwargs) or not is_plain(*shown):
             return False
-        eps = getattr(module, self.eps)
+        x, eps = args[0], getattr(module, self.eps)
         if not isinstance(eps, float) and (eps is not None or not isinstance(module, nn.RMSNorm)):
             return False
         if x.dtype in _16_BIT and not self.keeps_dtype:
@@ -159,7 +139,7 @@ class Norm(Part):
             return alike and (x.dtype not in _16_BIT or not autocasts(x))
         return alike or (self.formula == "layer_norm" and autocasts(x))
 
-    def ones(self, x: Tensor) -> Tensor:
+    def _ones_for(self, x: Tensor) -> Tensor:
         """Return ones, the weight of a norm without a weight. Like a parameter, it is created once, not per call."""
         if torch.compiler.is_compiling():
             return x.new_ones(x.shape[-1])
@@ -175,19 +155,15 @@ class Norm(Part):
         """
         if torch.compiler.is_compiling() or module._forward_hooks:
             return False
-        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
-        shown = [p for p in (weight, bias) if p is not None]
+        shown = _shown(module)
         if any(p.requires_grad for p in shown):
             return False
         if any(isinstance(p, FakeTensor) or p.is_meta for p in shown):
             return bool(module.__dict__.get(INVERTS, True))  # in a plan there are no values
+        weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         if not any(reading_waits(p) for p in shown):
             return invertible(weight, bias, self.offset)
-        return self._remembers(weight, bias, shown)
-
-    def _remembers(self, weight: Tensor | None, bias: Tensor | None, shown: Sequence[Tensor]) -> bool:
-        """Give the same answer without reading the values in every call, because reading waits for the device."""
-        now = tuple(map(marks, shown))
+        now = tuple(map(marks, shown))  # the same answer without reading the values in every call
         if None in now:
             return False  # other tensors share this memory, and a write through them is not detected
         if now != self._marks:
@@ -200,8 +176,7 @@ class Norm(Part):
 
     def note(self, module: nn.Module) -> str:
         """Return why the input is retained; "" if the output can be."""
-        trains = [name for name, p in module._parameters.items() if p is not None and p.requires_grad]
-        if trains:
+        if trains := [name for name, p in module._parameters.items() if p is not None and p.requires_grad]:
             return f"retains its input: {' and '.join(trains)} trains"
         if module._forward_hooks:
             return "retains its input: a forward hook on it may write to its output"
@@ -209,8 +184,7 @@ class Norm(Part):
             return ""
         if self._reads == MOST_READS:
             return f"retains its input: its weights were written to more than {MOST_READS} times"
-        shown = [p for p in module._parameters.values() if p is not None and not p.is_meta]
-        if any(reading_waits(p) and marks(p) is None for p in shown):
+        if any(reading_waits(p) and not p.is_meta and marks(p) is None for p in _shown(module)):
             return "retains its input: other tensors share the memory of its weights, and may write to it"
         return "retains its input: a weight is zero, or too small compared with its bias"
 
@@ -220,12 +194,12 @@ def reading_waits(tensor: Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
-def reason(module: nn.Module) -> str:
-    """Return why the ops cannot compute a module that is named a norm, in a few words.
+def _shown(module: nn.Module) -> list[Tensor]:
+    return [p for p in module._parameters.values() if p is not None]
 
-    Args:
-        module: a module for which `Norm.recognise` returns None.
-    """
+
+def reason(module: nn.Module) -> str:
+    """Return why `Norm.recognise` returns None for a module that is named a norm, in a few words."""
     for kind, words in _OTHERWISE:
         if isinstance(module, kind):
             return words
