@@ -14,15 +14,13 @@ from torch import nn
 from ..binding.adapters import Adapter
 from ..binding.class_swap import saves_by_hooks
 from ..errors import PlanError
-from ..planning.fake_model import FakeModel
+from ..planning.fake_model import FakeModel, check_sharding
 from ..planning.greedy import Choice, bytes_limit, fit
 from ..planning.inputs import Inputs
-from ..planning.measured import Measurement
 from ..planning.memory import plan_of
 from ..planning.plan import MemoryPlan
 from ..planning.retained import Measured, RetainedTable
-from ..planning.seen import Seen, order
-from ..planning.sharded import check_sharding
+from ..planning.seen import Measurement, Seen, order
 from ..planning.tracing import Trace, trace
 from .config import SafeConfig
 from .policies import PolicyInputs, choose_by

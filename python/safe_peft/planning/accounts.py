@@ -1,7 +1,8 @@
-"""Keeps the accounts of a forward: who holds which storage, and what would have to freeze for it to go."""
+"""Records which module saves which tensor in a forward, and which adapters must freeze to free it."""
 
 from __future__ import annotations
 
+import re
 import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -16,21 +17,60 @@ from torch.utils._pytree import tree_leaves
 
 from safe_kernels.retention import Dropped, Recorder, Save, storages
 
-from ..binding.adapters import Adapter
+from ..binding.adapters import Adapter, peft_kind
 from ..binding.blocks import transformer_blocks
 from ..binding.blocks.checkpointing import is_made
 from ..binding.code import observes
 from ..distributed.wrappers import parameters_of, short_name, walk
-from .attribution import Places
-from .autograd_graph import Reach, latest_node
-from .norms import Norms
+from .autograd_graph import Norms, Reach, latest_node
 from .retained import BlockFacts, RetainedTable, Saver, Storage
 
+_ATTENTION = re.compile(r"attention|attn", re.IGNORECASE)
 _CACHES = ("past_key_values", "past_key_value", "layer_past")
 
 
+class _Places:
+    """The block and the part of every module of a model, by the module's path; the blocks are the lowest first."""
+
+    def __init__(self, modules: Sequence[tuple[str, nn.Module]], blocks: Iterable[str]) -> None:
+        self.paths = {id(module): path for path, module in modules}
+        self._kinds = dict(modules)
+        self._blocks = {name: index for index, name in enumerate(blocks)}
+        self._layers = {path for path, module in modules if peft_kind(module) is not None}
+
+    def block(self, path: str) -> int:
+        """Return the index of the block that contains a path, or -1."""
+        return next((self._blocks[prefix] for prefix in _prefixes(path) if prefix in self._blocks), -1)
+
+    def in_layer(self, path: str) -> bool:
+        """Whether an adapter layer contains a path."""
+        return any(prefix in self._layers for prefix in _prefixes(path))
+
+    def part(self, path: str, *, before_blocks: bool) -> str:
+        """Return one of `retained.PARTS` for the module that was running, before or after the first block ran."""
+        module = self._kinds[path]
+        if self.in_layer(path):
+            return "LoRA dropout" if isinstance(module, nn.Dropout) else "LoRA inputs"
+        if "norm" in type(module).__name__.lower():
+            return "norms"
+        if isinstance(module, nn.Dropout):
+            return "dropout"
+        block = next((prefix for prefix in _prefixes(path) if prefix in self._blocks), None)
+        if block is None:
+            return "embeddings" if before_blocks else "head and loss"
+        if path == block:
+            return "block"
+        return "attention" if _ATTENTION.search(f"{path.removeprefix(block)} {type(module).__name__}") else "MLP"
+
+
+def _prefixes(path: str) -> list[str]:
+    """Return the path itself and the paths of the modules around it, innermost first."""
+    parts = path.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
+
+
 class _Note(NamedTuple):
-    """Who was running when a tensor was saved, and the node that saved it."""
+    """The module that was running when a tensor was saved, the node that saved it, and the part."""
 
     module: str
     node: int
@@ -38,62 +78,42 @@ class _Note(NamedTuple):
 
 
 class _Argument(NamedTuple):
-    """A block's argument: its storage, and what a gradient that passes it comes from: leaves, or a node."""
+    """A block's argument: its storage, and the source of a gradient that passes it: bits of a leaf, or a node."""
 
     storage: tuple[int, int]
     alive: weakref.ref[Any]
     leaf: int
     node: int
 
-    def key(self) -> tuple[int, int]:
-        """Identity and size of its storage; once that is dead another may have its identity, but not its reference."""
-        key, size = self.storage
-        return (key, size) if self.alive() is not None else (-id(self.alive), size)
+    def key(self) -> int:
+        """Identity of its storage; identities are used again, so a dead storage gets a negative one."""
+        return self.storage[0] if self.alive() is not None else -id(self.alive)
 
 
 class Accounts:
-    """Watches forwards, with values or without, and says what they retain.
+    """Observes forwards, with or without values, and returns a table of what they retain.
 
-    Args:
-        model: whose forwards.
-        adapters: those that train, in the order of their bits.
-        recompute: names of blocks that run again in backward once they are frozen.
+    The order of the adapters, which train, gives their bits. `recompute` has the names of blocks that run again in
+    backward once they are frozen.
     """
 
     def __init__(self, model: nn.Module, adapters: Sequence[Adapter], recompute: Collection[str] = ()) -> None:
         self.adapters, self.recompute = adapters, recompute
-        modules = [(short_name(name), module) for name, module in walk(model)]
         self.blocks = transformer_blocks(model)
-        self.places = Places(modules, list(self.blocks))
+        self.places = _Places([(short_name(name), module) for name, module in walk(model)], self.blocks)
         self.always = 1 << len(adapters)
         self.bits = {id(p): 1 << i for i, adapter in enumerate(adapters) for p in adapter.parameters()}
         self.stack: list[str] = []
         self.entered = False
-        self.left: str | None = None  # a block that was left just now, having saved nothing
+        self.left: str | None = None  # a block that has just ended without a save
         self.saves = 0
         self.arguments: dict[str, list[_Argument]] = {}
-        self.random: dict[str, bool] = {}
+        self.random: set[str] = set()  # blocks that draw random numbers
         self.thread = threading.get_ident()
-
-    def table(self, recorder: Recorder, roots: Iterable[Any], known: Collection[int]) -> RetainedTable:
-        """Return what is retained.
-
-        Args:
-            recorder: what was saved, with notes of `note`.
-            roots: nodes from which backward starts.
-            known: identities of storages that exist anyway.
-        """
-        saves, holds = recorder.saves(), [self._holds(block) for block in self.blocks.values()]
-        places = {save.note.node: self.places.block(save.note.module) for save in saves}
-        hidden = {node: holds[block] for node, block in places.items() if block >= 0}
-        return self._table(saves, recorder.dropped(), Reach(roots, self._bit, hidden), known)
-
-    def _bit(self, leaf: Tensor) -> int:
-        return 0 if is_made(leaf) else self.bits.get(id(leaf), self.always)
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Watch the forwards of the block."""
+        """Observe the forwards inside the context."""
         hooks = [register_module_forward_pre_hook(self.enter), register_module_forward_hook(self._leave)]
         hooks += [
             block.register_forward_pre_hook(self._keep_arguments, with_kwargs=True) for block in self.blocks.values()
@@ -105,7 +125,7 @@ class Accounts:
                 hook.remove()
 
     def _path(self, module: nn.Module) -> str | None:
-        """Hooks on all modules see those of others as well, in whatever thread."""
+        """Return None for modules of other models and in other threads, because global hooks see these too."""
         return self.places.paths.get(id(module)) if threading.get_ident() == self.thread else None
 
     @observes
@@ -122,21 +142,20 @@ class Accounts:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if (path := self._path(module)) is None:
             return
-        if path in self.stack:  # what died within has left nothing but its name
+        if path in self.stack:  # modules above it on the stack raised an error, and did not leave
             del self.stack[len(self.stack) - 1 - self.stack[::-1].index(path) :]
         # Without gradients it is the first of the two passes of reentrant checkpointing, which saves afterwards.
         if path in self.blocks and self.saves == 0 and (path in self.recompute or not torch.is_grad_enabled()):
             self.left = path
 
     def _keep_arguments(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        clean = {name: value for name, value in kwargs.items() if name not in _CACHES}
-        path = self._path(block)
-        if path is not None:
+        if (path := self._path(block)) is not None:
+            clean = {name: value for name, value in kwargs.items() if name not in _CACHES}
             tensors = [leaf for leaf in tree_leaves((args, clean)) if isinstance(leaf, Tensor)]
             self.arguments[path] = [self._argument(tensor) for tensor in tensors]
 
     def _argument(self, tensor: Tensor) -> _Argument:
-        """What is to be known of it, without keeping it or its graph alive."""
+        """Describe an argument without keeping it or its graph alive."""
         node, leaf = -1, 0
         if tensor.grad_fn is not None:
             node = tensor.grad_fn._sequence_nr()
@@ -145,7 +164,7 @@ class Accounts:
         return _Argument(next(storages(tensor)), weakref.ref(tensor.untyped_storage()), leaf, node)
 
     def note(self) -> _Note:
-        """Note who saves a tensor."""
+        """Return the note for a tensor that is saved now."""
         self.saves += 1
         if self.left is not None:
             return _Note(self.left, latest_node(), "recompute")
@@ -153,15 +172,23 @@ class Accounts:
         return _Note(path, latest_node(), self.places.part(path, before_blocks=not self.entered))
 
     def note_draw(self) -> None:
-        """Random numbers are drawn: real ones too, since some code compares the states of generators."""
+        """Note that random numbers are drawn, and draw a real one, because some code compares generators' states."""
         path = self.stack[-1] if self.stack else ""
         block = self.places.block(path)
-        if block >= 0 and self.places.layer(path) is None:  # a frozen adapter's dropout is off
-            self.random[list(self.blocks)[block]] = True
+        if block >= 0 and not self.places.in_layer(path):  # a frozen adapter's dropout is off
+            self.random.add(list(self.blocks)[block])
         with _disable_current_modes():
             torch.rand(1)
 
-    # ---------------------------------------------------------------- what it comes to
+    # ---------------------------------------------------------------- the table
+
+    def table(self, recorder: Recorder, roots: Iterable[Any], known: Collection[int]) -> RetainedTable:
+        """Return the table of what is retained for a backward from `roots`, without the storages in `known`."""
+        saves = recorder.saves()
+        holds = [self._holds(block) for block in self.blocks.values()]
+        places = {save.note.node: self.places.block(save.note.module) for save in saves}
+        hidden = {node: holds[block] for node, block in places.items() if block >= 0}
+        return self._table(saves, recorder.dropped(), Reach(roots, self._bit, hidden), known)
 
     def _table(
         self, saves: Sequence[Save], dropped: Sequence[Dropped], reach: Reach, known: Collection[int]
@@ -176,13 +203,16 @@ class Accounts:
             if key not in known:
                 sizes[key] = size
                 savers.setdefault(key, []).append(saver)
-        inputs = {name: [argument.key() for argument in found] for name, found in self.arguments.items()}
-        sizes |= {key: size for pairs in inputs.values() for key, size in pairs if key not in known}
+        inputs = {name: {a.key(): a.storage[1] for a in found} for name, found in self.arguments.items()}
+        sizes |= {key: size for found in inputs.values() for key, size in found.items() if key not in known}
         places = {key: index for index, key in enumerate(sizes)}
-        kept = {name: [places[key] for key, _ in pairs if key in places] for name, pairs in inputs.items()}
-        blocks = tuple(self._facts(name, block, reach, kept.get(name, [])) for name, block in self.blocks.items())
+        blocks = []
+        for name, block in self.blocks.items():
+            kept = tuple(places[key] for key in inputs.get(name, ()) if key in places)
+            state = torch.get_rng_state().numel() if name in self.random else 0
+            blocks.append(BlockFacts(name, self._holds(block), self._passes(name, reach), kept, state))
         found = tuple(Storage(size, tuple(dict.fromkeys(savers.get(key, ())))) for key, size in sizes.items())
-        return RetainedTable(tuple(adapter.name for adapter in self.adapters), blocks, found)
+        return RetainedTable(tuple(adapter.name for adapter in self.adapters), tuple(blocks), found)
 
     def _saver(self, note: _Note, reach: Reach) -> Saver:
         direct, everything = reach.direct.get(note.node, 0), reach.all.get(note.node, 0)
@@ -192,19 +222,19 @@ class Accounts:
         adapter = own.bit_length() - 1 if own else -1
         return Saver(note.module, note.part, self.places.block(note.module), direct or everything, adapter)
 
-    def _facts(self, name: str, block: nn.Module, reach: Reach, inputs: list[int]) -> BlockFacts:
-        holds, passes = self._holds(block), self._passes(name, reach)
-        state = torch.get_rng_state().numel() if self.random.get(name) else 0
-        return BlockFacts(name, holds, passes, tuple(dict.fromkeys(inputs)), state)
-
     def _passes(self, name: str, reach: Reach) -> int:
+        """Return the bits of the adapters for which a gradient passes through a block."""
         found = 0
         for argument in self.arguments.get(name, ()):
             found |= argument.leaf | reach.all.get(argument.node, 0)
         return found
 
     def _holds(self, block: nn.Module) -> int:
+        """Return the bits of what trains inside a block."""
         found = 0
         for parameter in parameters_of(block):
             found |= self._bit(parameter) if parameter.requires_grad else 0
         return found
+
+    def _bit(self, leaf: Tensor) -> int:
+        return 0 if is_made(leaf) else self.bits.get(id(leaf), self.always)

@@ -1,4 +1,7 @@
-"""Copies a model without its values: the tensors have a shape, a dtype and a storage, but no memory."""
+"""Copies a model without its values: the tensors have a shape, a dtype and a storage, but no memory.
+
+A model that is sharded by `fully_shard` is copied unsharded, in the dtypes that it computes in.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,15 +17,16 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import FakeCopyMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
 from ..binding.blocks import parts_of
 from ..binding.blocks.norms import INVERTS, Norm
-from ..distributed.fsdp import is_spread
+from ..binding.class_swap import STATE, original_type
+from ..distributed import fsdp
 from ..distributed.wrappers import buffers_of, parameters_of, walk
 from ..errors import PlanError, first_line
-from .sharded import check_sharding, copy_units, whole_dtypes
 
 _ALL, _ANY = torch.ops.aten.all.default, torch.ops.aten.any.default
 _FIND_PACKED = "find_packed_sequence_indices"
@@ -55,19 +60,19 @@ class FakeModel:
         self.mode, self._kind = FakeTensorMode(), kind
         memo: dict[int, Any] = {}
         self._shapes: dict[int, Tensor] = {}
-        self._whole = whole_dtypes(model)
+        self._whole = _gathered_dtypes(model)
         self.tensors: list[Tensor] = []
         parameters = parameters_of(model)
         tensors = [*parameters, *buffers_of(model), *(p.grad for p in parameters if p.grad is not None)]
         try:
             with self.mode:
                 for tensor in tensors:
-                    memo[id(tensor)] = self._fake(tensor)
+                    memo[id(tensor)] = self.copied(tensor)
                 for parameter in parameters:
                     memo[id(parameter)].grad = None
             with _Copying(self), warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                copy_units(model, memo)
+                _copy_units(model, memo)
                 self.module: nn.Module = copy.deepcopy(model, memo)
                 for parameter in parameters:
                     _attach(parameter, memo)
@@ -82,21 +87,22 @@ class FakeModel:
     def _note_norms(self, model: nn.Module) -> None:
         """Store on each copied norm whether it can retain its output: this depends on the values of its weights."""
         parameters = parameters_of(model)
-        if any(isinstance(p.data, FakeTensor) or p.is_meta or is_spread(p) for p in parameters):
+        if any(isinstance(p.data, FakeTensor) or p.is_meta or fsdp.is_spread(p) for p in parameters):
             return  # no values, values that only all processes together have, or already stored
         norms = {id(module): part for _, module, part in parts_of(model) if isinstance(part, Norm)}
         for (_, original), (_, module) in zip(walk(model), walk(self.module), strict=True):
             if id(original) in norms:
                 module.__dict__[INVERTS] = norms[id(original)].retains_output(original)
 
-    def _fake(self, tensor: Tensor) -> Tensor:
+    def copied(self, tensor: Tensor) -> Tensor:
+        """Return a copy of a tensor, inside `mode`; tensors that share memory share it in the copy too."""
         if id(tensor) in self._whole:
             empty = torch.empty(tensor.shape, dtype=self._whole[id(tensor)], device=self._device(tensor))
             return nn.Parameter(empty, requires_grad=tensor.requires_grad)
         if is_traceable_wrapper_subclass(tensor) or tensor.layout is not torch.strided:
             return self.mode.from_tensor(tensor, static_shapes=True)
         storage = tensor.untyped_storage()
-        if storage._cdata not in self._shapes:  # tensors that share memory share it in the copy too
+        if storage._cdata not in self._shapes:
             count = storage.nbytes() // tensor.element_size()
             self._shapes[storage._cdata] = torch.empty(count, dtype=tensor.dtype, device=self._device(tensor))
         base = self._shapes[storage._cdata]
@@ -123,7 +129,7 @@ class _Copying(FakeCopyMode):
             return super().__torch_function__(func, types, args, kwargs)
         tensor, memo = args
         with self.model.mode:
-            memo[id(tensor)] = self.model._fake(tensor)
+            memo[id(tensor)] = self.model.copied(tensor)
         self.model.tensors.append(memo[id(tensor)])
         return memo[id(tensor)]
 
@@ -136,6 +142,76 @@ def _attach(parameter: nn.Parameter, memo: dict[int, Any]) -> None:
     if names:
         copied = {name: copy.deepcopy(own[name], memo) for name in names}
         memo[id(parameter)].__dict__.update(copied, **{_ATTACHED: names})
+
+
+# ---------------------------------------------------------------- models that are sharded by FSDP2
+
+
+def check_sharding(model: nn.Module) -> None:
+    """Raise a PlanError if parameters are distributed over processes by anything other than FSDP2."""
+    gathered = [fsdp.members(group) for group in fsdp.fsdp_groups(model)]
+    if any(fsdp.members(group) not in gathered for group in fsdp.mesh_groups(model)):
+        raise PlanError(
+            "tensor parallelism: each process computes a part of a layer, and a plan is for whole layers; "
+            'use freeze_by="adapters" and no memory_budget'
+        )
+
+
+def _gathered_dtypes(model: nn.Module) -> dict[int, torch.dtype]:
+    """Return, by the id of a shard, the dtype of the parameter that FSDP2 gathers for a forward."""
+    found: dict[int, torch.dtype] = {}
+    for unit in fsdp.fsdp_modules(model):  # the root first, so that the innermost unit of a parameter decides
+        policy = fsdp.precision_policy(unit)
+        for parameter in parameters_of(unit):
+            if fsdp.is_spread(parameter):
+                floating = parameter.is_floating_point() and policy.param_dtype is not None
+                found[id(parameter)] = policy.param_dtype if floating else parameter.dtype
+    return found
+
+
+def _copy_units(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Put copies of FSDP2's units into deepcopy's memo, which has the parameters: units refuse to be copied.
+
+    A copy is the unit before `fully_shard`, with the casts of the unit's precision policy but without its gathers.
+    """
+    units = list(fsdp.fsdp_modules(model))
+    for unit in units:
+        kind = fsdp.class_before(original_type(unit))
+        memo[id(unit)] = kind.__new__(kind)
+    for unit in units:
+        twin: nn.Module = memo[id(unit)]
+        twin.__dict__.update(copy.deepcopy(_own_attributes(unit), memo))
+        policy = fsdp.precision_policy(unit)
+        inputs = policy.param_dtype if policy.cast_forward_inputs else None
+        twin.register_forward_pre_hook(partial(_cast_inputs, inputs), prepend=True, with_kwargs=True)
+        if policy.output_dtype is not None:
+            twin.register_forward_hook(partial(_cast_output, policy.output_dtype))
+
+
+def _own_attributes(unit: nn.Module) -> dict[str, Any]:
+    """Return a unit's attributes without those that binding and FSDP2 have added."""
+    kept = {k: v for k, v in unit.__dict__.items() if k != STATE and not k.startswith("__composable_api")}
+    for name in ("_forward_pre_hooks", "_forward_hooks", "_state_dict_pre_hooks", "_load_state_dict_pre_hooks"):
+        hooks = kept[name]
+        modules = {key: getattr(hook, "__module__", None) or "" for key, hook in hooks.items()}
+        own = ((key, hook) for key, hook in hooks.items() if not modules[key].startswith("torch.distributed."))
+        kept[name] = type(hooks)(own)
+    return kept
+
+
+def _cast_inputs(dtype: torch.dtype | None, module: nn.Module, args: Any, kwargs: Any) -> Any:
+    return (args, kwargs) if dtype is None else _cast(dtype, (args, kwargs))
+
+
+def _cast_output(dtype: torch.dtype, module: nn.Module, args: Any, output: Any) -> Any:
+    return _cast(dtype, output)
+
+
+def _cast(dtype: torch.dtype, values: Any) -> Any:
+    return tree_map_only(Tensor, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, values)
+
+
+# ---------------------------------------------------------------- answers that transformers reads from values
 
 
 @contextmanager
@@ -151,8 +227,7 @@ def ordinary_positions() -> Iterator[None]:
         return
 
     def find(position_ids: Tensor) -> Tensor | None:
-        found: Tensor | None = None if isinstance(position_ids, FakeTensor) else original(position_ids)
-        return found
+        return None if isinstance(position_ids, FakeTensor) else original(position_ids)
 
     setattr(masking_utils, _FIND_PACKED, find)
     try:

@@ -14,14 +14,7 @@ from .retained import RetainedTable
 
 @dataclass(frozen=True)
 class Choice:
-    """A choice of adapters to freeze and blocks to recompute.
-
-    Args:
-        freeze: adapters to freeze, in addition to the frozen ones.
-        recompute: blocks to recompute in backward.
-        bytes: the bytes that a step then retains.
-        fits: whether this is within the limit.
-    """
+    """Further adapters to freeze, blocks to recompute, the bytes that a step then retains, and whether they fit."""
 
     freeze: tuple[str, ...]
     recompute: tuple[str, ...]
@@ -67,37 +60,27 @@ def fit(
     spans = [every, []] if recompute == "auto" else [every]
     searches = [_Search(table, importance, set(frozen), blocks, keep_one) for blocks in spans]
 
-    def best_of(*found: Sequence[str] | Choice) -> Choice:
-        choices = [c if isinstance(c, Choice) else _choice(table, c, frozen, every, recompute, limit) for c in found]
-        return min(choices, key=lambda choice: (not choice.fits, _cost(importance, choice), len(choice.recompute)))
+    def choice_of(freeze: Sequence[str]) -> Choice:
+        gone = {*frozen, *freeze}
+        again = table.recomputed(gone, every)
+        if recompute == "auto":
+            again = _as_few(table, gone, again, limit)
+        size = table.bytes(gone, again)
+        return Choice(tuple(freeze), tuple(again), size, size <= limit)
 
-    best = best_of(*(search.run(limit) for search in searches))
+    def cost(choice: Choice) -> float:
+        return math.fsum(max(0.0, importance[name]) for name in choice.freeze)
+
+    def rank(choice: Choice) -> tuple[bool, float, int]:
+        return not choice.fits, cost(choice), len(choice.recompute)
+
+    best = min((choice_of(search.run(limit)) for search in searches), key=rank)
     if not best.fits:
         return best  # no cut can free more: all that may freeze and frees memory is frozen
     for search in [one for one in searches if not one.blocks]:  # with recomputation nearly no cut pays for its search
         for below in search.cuts():
-            best = best_of(best, search.run(limit, below, most=_cost(importance, best)))
+            best = min(best, choice_of(search.run(limit, below, most=cost(best))), key=rank)
     return best
-
-
-def _choice(
-    table: RetainedTable,
-    freeze: Sequence[str],
-    frozen: Collection[str],
-    blocks: Sequence[str],
-    recompute: str,
-    limit: int,
-) -> Choice:
-    gone = {*frozen, *freeze}
-    again = table.recomputed(gone, blocks)
-    if recompute == "auto":
-        again = _as_few(table, gone, again, limit)
-    size = table.bytes(gone, again)
-    return Choice(tuple(freeze), tuple(again), size, size <= limit)
-
-
-def _cost(importance: Mapping[str, float], choice: Choice) -> float:
-    return math.fsum(max(0.0, importance[name]) for name in choice.freeze)
 
 
 def _as_few(table: RetainedTable, frozen: Collection[str], blocks: Sequence[str], limit: int) -> list[str]:
@@ -137,7 +120,9 @@ class _Search:
         self.costs = {name: max(0.0, value) for name, value in importance.items() if math.isfinite(value)}
         self.places = {name: index for index, name in enumerate(table.adapters)}
         self.live = self.at_start = table.live(frozen)
-        groups, prefixes = [self._open(group) for group in self._groups()], list(self._prefixes())
+        wholes = [*table.groups(), *(table.names(block.holds) for block in table.blocks)]
+        groups = [self._open(whole) for whole in wholes]
+        prefixes = [self._open(table.adapters[:count]) for count in range(1, len(table.adapters) + 1)]
         self.above, self.sets = list(dict.fromkeys(groups)), list(dict.fromkeys([*groups, *prefixes]))
 
     def cuts(self) -> Iterator[list[str]]:
@@ -149,15 +134,9 @@ class _Search:
                 yield found
 
     def run(self, limit: int, below: Sequence[str] = (), most: float = math.inf) -> list[str]:
-        """Choose until a step fits into the limit, or the choice costs as much as one that is known.
+        """Return the names to freeze, in their order, beginning with `below`.
 
-        Args:
-            limit: bytes.
-            below: adapters that the choice begins with.
-            most: the cost of the known choice.
-
-        Returns:
-            The names to freeze, in the order of the choice.
+        The search ends when a step fits into the limit, or when its choice costs as much as the known one (`most`).
         """
         self.live, taken = self.at_start.copy(), list(below)
         self.live[[self.places[name] for name in below]] = False
@@ -200,28 +179,12 @@ class _Search:
         costs = [sum(self.costs[name] for name in members) for members in names]
         return [(cost, int(gain), n) for cost, gain, n in zip(costs, gains, names, strict=True) if gain > 0]
 
-    def _groups(self) -> Iterator[Sequence[str]]:
-        """Yield groups and blocks."""
-        yield from self.table.groups()
-        for block in self.table.blocks:
-            yield [name for index, name in enumerate(self.table.adapters) if block.holds >> index & 1]
-
-    def _prefixes(self) -> Iterator[tuple[str, ...]]:
-        """Yield all adapters up to a certain one."""
-        names = self.table.adapters
-        yield from (self._open(names[: count + 1]) for count in range(len(names)))
-
     def _open(self, names: Sequence[str]) -> tuple[str, ...]:
         return tuple(name for name in names if name in self.costs)
 
 
 def bytes_limit(full: int, budget: int, share: float) -> int:
-    """Return the limit in bytes at one point of the schedule, on the way to a budget.
-
-    Args:
-        full: the bytes that a step retains with nothing frozen.
-        budget: the limit at the end.
-        share: the value of the schedule's curve.
+    """Return the limit in bytes between the bytes of an unfrozen step and the budget, at a share of the way.
 
     Example:
         >>> bytes_limit(1000, 400, 0.5), bytes_limit(300, 400, 0.5)

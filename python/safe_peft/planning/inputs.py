@@ -20,12 +20,7 @@ _TOKEN_LABELS = ("ForCausalLM", "LMHead", "ForConditionalGeneration", "ForMasked
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One tensor of a batch.
-
-    Args:
-        shape: its sizes.
-        dtype: torch's name of its dtype, such as "int64".
-    """
+    """One tensor of a batch; the dtype is torch's name, such as "int64"."""
 
     shape: tuple[int, ...]
     dtype: str
@@ -33,7 +28,7 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch without values, in JSON's terms.
+    """A batch without values, as JSON values.
 
     Args:
         tensors: by the name of the model's argument.
@@ -42,10 +37,6 @@ class Inputs:
         autocast: torch's name of the autocast dtype of the call; "" for the autocast around the plan, if any.
         source: path of the called module; "" for the model itself.
         further: the other calls before backward: another tower, or the same one with the other half of a pair.
-
-    Example:
-        >>> Inputs({"input_ids": InputSpec((4, 128), "int64")}).rows
-        4
     """
 
     tensors: dict[str, InputSpec]
@@ -82,13 +73,9 @@ class Inputs:
     def of(
         cls, batch: Mapping[str, Any], *, padded: bool | None = None, autocast: bool = False, source: str = ""
     ) -> Inputs:
-        """Describe a real batch. A mask without padding is omitted, because attention ignores it.
+        """Describe a real batch: its tensors and plain constants, and the current autocast on request.
 
-        Args:
-            batch: a model's arguments by name; only tensors and plain constants count.
-            padded: whether some samples of such batches are padded; None: read the masks.
-            autocast: whether to include the current autocast.
-            source: path of the called module.
+        A mask without padding is omitted, because attention ignores it. Without `padded`, the masks are read.
 
         Example:
             >>> Inputs.of({"input_ids": torch.ones(2, 3, dtype=torch.long), "attention_mask": torch.ones(2, 3)}).tensors
@@ -109,26 +96,14 @@ class Inputs:
 
 
 def largest(batch: Mapping[str, Any]) -> int:
-    """Return the number of elements of a batch's largest tensor.
-
-    Example:
-        >>> largest({"input_ids": torch.ones(2, 3), "use_cache": False})
-        6
-    """
+    """Return the number of elements of a batch's largest tensor."""
     return max((value.numel() for value in batch.values() if isinstance(value, Tensor)), default=0)
 
 
 def inputs_for(model: nn.Module, batch_size: int, sequence_length: int | None, *, padded: bool = False) -> Inputs:
-    """Create the shapes of a batch that trains a transformers model.
+    """Return the shapes of a batch that trains a transformers model, or a PEFT model around one.
 
-    Args:
-        model: a model of transformers, or a PEFT model around one.
-        batch_size: samples per batch.
-        sequence_length: tokens per sample, for both encoder and decoder; images have the size of the model's config.
-        padded: whether some samples are shorter, so that attention needs a mask.
-
-    Raises:
-        PlanError: The model does not declare its inputs, or a size is not valid.
+    Encoder and decoder have the same sequence length; images have the size of the model's config.
 
     Example:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -145,15 +120,19 @@ def inputs_for(model: nn.Module, batch_size: int, sequence_length: int | None, *
             f"{type(base).__name__} takes {main or 'inputs that it does not declare'}, and a plan cannot create these; "
             "pass a batch: plan_memory(model, batch=...)."
         )
-    _check_size("batch_size", batch_size)
+    samples = _checked_size("batch_size", batch_size)
     if main == "pixel_values":
-        shape = (batch_size, getattr(config, "num_channels", 3), *_sides(config.image_size))
-        return Inputs({main: InputSpec(shape, _dtype(base)), **_labels(base, batch_size, None)})
-    _check_size("sequence_length", sequence_length)
-    _check_positions(config, sequence_length)
-    ids = InputSpec((batch_size, sequence_length), "int64")  # type: ignore[arg-type]
+        size = config.image_size
+        sides = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+        dtype = next((_name(p.dtype) for p in parameters_of(base) if p.is_floating_point()), "float32")
+        image = InputSpec((samples, getattr(config, "num_channels", 3), *sides), dtype)
+        return Inputs({main: image, **_labels(base, samples, None)})
+    tokens, limit = _checked_size("sequence_length", sequence_length), getattr(config, "max_position_embeddings", None)
+    if isinstance(limit, int) and tokens > limit > 0:
+        raise PlanError(f"sequence_length: expected at most the model's {limit} positions, got {tokens}.")
+    ids = InputSpec((samples, tokens), "int64")
     tensors = {main: ids} | ({"attention_mask": ids} if padded else {})
-    tensors |= _labels(base, batch_size, ids)
+    tensors |= _labels(base, samples, ids)
     if getattr(config, "is_encoder_decoder", False) and "labels" not in tensors:
         tensors["decoder_input_ids"] = ids
     return Inputs(tensors, padded=padded)
@@ -168,24 +147,11 @@ def _labels(base: nn.Module, rows: int, ids: InputSpec | None) -> dict[str, Inpu
     return {"labels": ids} if ids is not None and any(kind in name for kind in _TOKEN_LABELS) else {}
 
 
-def _dtype(module: nn.Module) -> str:
-    return next((_name(p.dtype) for p in parameters_of(module) if p.is_floating_point()), "float32")
-
-
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _sides(size: Any) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
-
-
-def _check_size(name: str, value: Any) -> None:
+def _checked_size(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise PlanError(f"{name}: expected an int of at least 1, got {value!r}.")
-
-
-def _check_positions(config: Any, length: int | None) -> None:
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and length is not None and length > limit > 0:
-        raise PlanError(f"sequence_length: expected at most the model's {limit} positions, got {length}.")
+    return value

@@ -43,15 +43,13 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._on_draw = on_draw
         self._existing = list(existing)  # kept alive, so that their ids are not used again
-        self._sizes: dict[int, int] = {}
-        for tensor in self._existing:
-            self._sizes.update({key: 0 for key, _ in storages(tensor)})
+        self._sizes = {key: 0 for tensor in self._existing for key, _ in storages(tensor)}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count its results."""
         kwargs = kwargs or {}
         self.peak = max(self.peak, self.now)
-        if self._fake and func in _ON_STATES and _is_real(args):
+        if self._fake and func in _ON_STATES and not any(isinstance(arg, FakeTensor) for arg in args):
             # Generators' states need values even in fake mode, because other code stores and compares them.
             with _disable_current_modes():
                 return func(*args, **kwargs)
@@ -75,12 +73,6 @@ class LiveBytes(TorchDispatchMode):
 
     def _forget(self, key: int) -> None:
         self.now -= self._sizes.pop(key)
-
-
-def _is_real(args: tuple[Any, ...]) -> bool:
-    """Whether an operation has tensors among its arguments, and none of them is fake."""
-    tensors = [arg for arg in args if isinstance(arg, Tensor)]
-    return bool(tensors) and not any(isinstance(leaf, FakeTensor) for leaf in tree_leaves(args))
 
 
 def _adds_gradients(func: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A memory plan as plain data: where each byte of a training step goes, for stock PEFT and for ours."""
+"""A memory plan as plain data: where each byte of a training step goes, for stock PEFT and for the fast path."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Side:
-    """What one training step costs, in bytes.
+    """The memory of one training step, in bytes.
 
     Args:
-        retained: kept for backward, parameters aside, each storage once.
-        by_part: the same by what keeps it.
-        by_block: the same by transformer block, lowest first.
-        step: the most that the step's own tensors occupy at a time, gradients included.
-        peak: with parameters, buffers, optimizer state and the batch.
+        retained: bytes kept for backward, without parameters, each storage once.
+        by_part: the same bytes by the part that keeps them.
+        by_block: the same bytes by transformer block, lowest first.
+        step: the largest size of the step's own tensors at one time, gradients included.
+        peak: `step` with parameters, buffers, optimizer state and the batch.
     """
 
     retained: int
@@ -35,13 +35,13 @@ class Side:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """Adapters that read the same tensors: freezing one of them alone frees little.
+    """Adapters that read the same tensors. Freezing only one of them frees little.
 
     Args:
-        block: the transformer block, or "" outside.
-        adapters: their names.
-        holds: bytes they hold for their own gradients, even if others hold them too.
-        frees: bytes that ours would retain less with all of them frozen besides what is frozen.
+        block: the transformer block; "" outside the blocks.
+        adapters: names of the group's adapters.
+        holds: bytes that they keep for their own gradients, even if others keep them too.
+        frees: bytes that the fast path would free if all of them froze too.
         stock_frees: the same for stock PEFT.
     """
 
@@ -54,13 +54,13 @@ class GroupRow:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What a training step will cost, told before any training; printing it gives tables.
+    """The memory of a training step, known before any training; printing it gives tables.
 
     Args:
-        model: what is planned for.
-        batch: the shapes of its batch, for people to read.
-        adapters: how many adapters there are.
-        frozen: names of those that are frozen.
+        model: name of the planned model.
+        batch: the shapes of its batch, as text.
+        adapters: number of adapters.
+        frozen: names of the frozen adapters.
         recompute: names of the blocks that run again in backward.
         stock: stock PEFT with the same adapters frozen.
         ours: the same model bound.
@@ -68,9 +68,9 @@ class MemoryPlan:
         inputs: bytes of the batch.
         gradients: bytes of all gradients at the end of backward.
         optimizer: bytes of the optimizer's state.
-        groups: what freezing would free, group by group, the model's order.
-        blocks: bytes that freezing all of a block's adapters would free.
-        device: the kind of device that it is for, "" for any.
+        groups: bytes that freezing would free, by group of adapters, in the model's order.
+        blocks: bytes that freezing all adapters of a block would free.
+        device: the kind of device that the plan is for; "" for any.
 
     Example:
         >>> print(plan_memory(model, batch_size=8, sequence_length=512, frozen=0.5))  # doctest: +SKIP
@@ -93,54 +93,44 @@ class MemoryPlan:
 
     @property
     def ratio(self) -> float:
-        """Bytes retained by ours over stock's."""
+        """Retained bytes of the fast path, divided by those of stock PEFT."""
         return self.ours.retained / self.stock.retained if self.stock.retained else 1.0
 
     def __str__(self) -> str:
-        parts = text_table([("kept by", "stock", "ours"), *_sides(self.stock.by_part, self.ours.by_part)])
-        frees, sides = dict(self.blocks), _sides(self.stock.by_block, self.ours.by_block)
-        rows = [(*row, _mib(frees.get(row[0]))) for row in sides]
-        blocks = text_table([("block", "stock", "ours", "frozen whole, frees"), *rows])
-        frozen = f"{len(self.frozen)} of {self.adapters} adapters frozen"
-        again = f", {len(self.recompute)} blocks recomputed" if self.recompute else ""
-        where = f", {self.device}" if self.device else ""
-        head = f"{self.model}, {self.batch}{where}: {frozen}{again}; MiB of one training step"
-        return "\n\n".join([head, parts, blocks, self._peaks()])
-
-    def _peaks(self) -> str:
-        rows = [
+        frees = dict(self.blocks)
+        blocks = [(*row, _mib(frees.get(row[0]))) for row in _sides(self.stock.by_block, self.ours.by_block)]
+        peaks = [
             ("parameters and buffers", self.parameters, self.parameters),
             ("optimizer state", self.optimizer, self.optimizer),
             ("batch", self.inputs, self.inputs),
             (f"step, at most (gradients {self.gradients / MIB:,.2f})", self.stock.step, self.ours.step),
             ("peak", self.stock.peak, self.ours.peak),
         ]
-        return text_table([("", "stock", "ours"), *((name, _mib(stock), _mib(ours)) for name, stock, ours in rows)])
+        tables: list[Sequence[Sequence[str]]] = [
+            [("kept by", "stock", "ours"), *_sides(self.stock.by_part, self.ours.by_part)],
+            [("block", "stock", "ours", "frozen whole, frees"), *blocks],
+            [("", "stock", "ours"), *((name, _mib(stock), _mib(ours)) for name, stock, ours in peaks)],
+        ]
+        frozen = f"{len(self.frozen)} of {self.adapters} adapters frozen"
+        again = f", {len(self.recompute)} blocks recomputed" if self.recompute else ""
+        where = f", {self.device}" if self.device else ""
+        head = f"{self.model}, {self.batch}{where}: {frozen}{again}; MiB of one training step"
+        return "\n\n".join([head, *map(text_table, tables)])
 
     def groups_table(self) -> str:
-        """Return what freezing each group of adapters would free, as text.
-
-        Example:
-            >>> print(plan.groups_table())  # doctest: +SKIP
-        """
+        """Return the MiB that freezing each group of adapters would free, as a text table."""
         rows = [
             (", ".join(row.adapters), _mib(row.holds), _mib(row.stock_frees), _mib(row.frees)) for row in self.groups
         ]
         return text_table([("adapters", "hold", "frozen, free in stock", "in ours"), *rows])
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plan as JSON values.
-
-        Example:
-            >>> MemoryPlan.from_dict(plan.to_dict()) == plan  # doctest: +SKIP
-            True
-        """
-        data: dict[str, Any] = jsonio.encode(self)
-        return data
+        """Return the plan as JSON values; `from_dict` reads them."""
+        return jsonio.encode(self)
 
     @classmethod
     def from_dict(cls, data: Any) -> MemoryPlan:
-        """Read what `to_dict` wrote.
+        """Read the output of `to_dict`.
 
         Args:
             data: the JSON values.
@@ -148,56 +138,29 @@ class MemoryPlan:
         Raises:
             StateError: A part is missing or of the wrong type.
         """
-        plan: MemoryPlan = jsonio.decode(cls, data, "plan")
-        return plan
+        return jsonio.decode(cls, data, "plan")
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the plan as JSON, atomically.
-
-        Args:
-            path: the file to write or replace.
-
-        Example:
-            >>> plan.save_json("plan.json")  # doctest: +SKIP
-        """
+        """Write the plan as a JSON file, atomically. An existing file is replaced."""
         jsonio.write_json(path, self)
 
     def picture(self) -> Figure:
-        """Draw where each byte goes, stock against ours.
-
-        Returns:
-            A figure on matplotlib's Agg canvas, known to no global state.
-
-        Example:
-            >>> plan.picture().savefig("plan.png")  # doctest: +SKIP
-        """
+        """Draw where each byte goes, stock PEFT and the fast path; the figure is not registered in pyplot."""
         from .figure import draw_plans
 
         return draw_plans([("", self)])
 
     def save_png(self, path: str | os.PathLike[str]) -> None:
-        """Write the picture as a PNG file, atomically.
-
-        Args:
-            path: the file to write or replace.
-
-        Example:
-            >>> plan.save_png("plan.png")  # doctest: +SKIP
-        """
+        """Write the picture as a PNG file, atomically. An existing file is replaced."""
         from .figure import png_of
 
         jsonio.replace_file(path, png_of(self.picture()))
 
 
 def parts_cells(plans: Sequence[tuple[str, MemoryPlan]]) -> list[list[str]]:
-    """Lay out several plans of one model side by side as text: a header, then one row for what keeps bytes.
+    """Return several plans of one model side by side: a header, then one row per part that keeps bytes.
 
-    Args:
-        plans: with a heading each, such as "start".
-
-    Example:
-        >>> parts_cells([])
-        [['kept by, MiB'], ['retained']]
+    Each plan has a heading, such as "start".
     """
     heads = [f"{side}, {name}" if name else side for name, _ in plans for side in ("stock", "ours")]
     sides = [side for _, plan in plans for side in (plan.stock, plan.ours)]
@@ -216,12 +179,7 @@ def _mib(size: int | None) -> str:
 
 
 def text_table(rows: Sequence[Sequence[str]], title: str = "", left: int = 1) -> str:
-    """Lay out a table as plain text.
-
-    Args:
-        rows: the heads first; all of one length.
-        title: a line above.
-        left: how many columns hold words, which begin at the left; numbers end at the right.
+    """Return a table as plain text, the heads first; the first `left` columns hold words and are aligned to the left.
 
     Example:
         >>> print(text_table([["part", "MiB"], ["norms", "9.5"]]))

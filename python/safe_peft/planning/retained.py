@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import or_
 from typing import NamedTuple
 
 import numpy as np
@@ -15,16 +16,8 @@ Live = NDArray[np.bool_]
 """Which adapters are live: one bool per adapter, and a last one for parameters that always train."""
 
 PARTS = (
-    "attention",
-    "MLP",
-    "norms",
-    "head and loss",
-    "embeddings",
-    "block",
-    "recompute",
-    "dropout",
-    "LoRA dropout",
-    "LoRA inputs",
+    *("attention", "MLP", "norms", "head and loss", "embeddings", "block", "recompute", "dropout"),
+    *("LoRA dropout", "LoRA inputs"),
 )
 """The part that retains a storage; of several parts, the first one: what freezing one adapter can free is last."""
 
@@ -67,16 +60,6 @@ class Storage:
         """The savers that retain the storage while nothing more is frozen."""
         return tuple(saver for saver in self.savers if not saver.unless)
 
-    @cached_property
-    def part(self) -> str:
-        """The part that retains the storage."""
-        return min((saver.part for saver in self.holders), key=PARTS.index)
-
-    @property
-    def block(self) -> int:
-        """The index of the block of its first saver."""
-        return self.holders[0].block
-
 
 @dataclass(frozen=True)
 class BlockFacts:
@@ -117,8 +100,8 @@ class RetainedTable:
 
     Args:
         adapters: names of the live adapters; their indices are their bits.
-        blocks: the blocks, lowest first.
-        storages: the storages, each once.
+        blocks: lowest first.
+        storages: each once.
 
     Example:
         >>> x = Storage(64, (Saver("q", "LoRA inputs", 0, 0b01, 0), Saver("v", "LoRA inputs", 0, 0b10, 1)))
@@ -137,24 +120,14 @@ class RetainedTable:
         return np.array([name not in gone for name in self.adapters] + [True])
 
     def bytes(self, frozen: Collection[str] = (), recompute: Collection[str] = ()) -> int:
-        """Return the bytes a step would retain.
+        """Return the bytes a step would retain with further adapters frozen.
 
-        Args:
-            frozen: names of further adapters to freeze.
-            recompute: names of the blocks to recompute in backward once nothing in them trains.
+        The named blocks are recomputed in backward once nothing in them trains.
         """
         return int(self.bytes_of(self.live(frozen)[None], recompute)[0])
 
     def bytes_of(self, live: Live, recompute: Collection[str] = ()) -> NDArray[np.int64]:
-        """Return the bytes that a step would retain, for many cases at once.
-
-        Args:
-            live: [cases, adapters + 1].
-            recompute: as in `bytes`.
-
-        Returns:
-            The bytes of each case.
-        """
+        """Return [cases], the bytes that a step would retain, for `live` of shape [cases, adapters + 1]."""
         rows, columns = self._rows, live.T.astype(np.float32)
         again = self._recomputed(columns, recompute)
         held = (rows.needs @ columns > 0) & ~(rows.unless @ columns > 0) & ~again[rows.blocks]
@@ -181,8 +154,10 @@ class RetainedTable:
         return again
 
     def _bits(self, masks: Sequence[int]) -> NDArray[np.float32]:
+        """Return [masks, adapters + 1]."""
         width = len(self.adapters) + 1
-        return np.array([[mask >> bit & 1 for bit in range(width)] for mask in masks], dtype=np.float32)
+        rows = [[mask >> bit & 1 for bit in range(width)] for mask in masks]
+        return np.array(rows, dtype=np.float32).reshape(len(rows), width)
 
     @cached_property
     def _rows(self) -> _Rows:
@@ -193,55 +168,36 @@ class RetainedTable:
             # A storage without savers needs a row too, for its place among the sums.
             savers = {(saver.needs, saver.unless, saver.also, saver.block) for saver in storage.savers}
             found += sorted(savers) or [(0, 0, 0, -1)]
-        width = len(self.adapters) + 1
-        needs, unless, also = (self._bits([one[i] for one in found]).reshape(len(found), width) for i in range(3))
-        return _Rows(
-            needs,
-            unless,
-            also,
-            np.array([one[-1] for one in found], dtype=np.int64),
-            starts,
-            np.array([storage.bytes for storage in self.storages], dtype=np.int64),
-        )
+        needs, unless, also = (self._bits([one[i] for one in found]) for i in range(3))
+        blocks = np.array([one[-1] for one in found], dtype=np.int64)
+        sizes = np.array([storage.bytes for storage in self.storages], dtype=np.int64)
+        return _Rows(needs, unless, also, blocks, starts, sizes)
+
+    def names(self, bits: int) -> list[str]:
+        """Return the names of the adapters with these bits."""
+        return [name for index, name in enumerate(self.adapters) if bits >> index & 1]
 
     def is_complete(self) -> bool:
         """Whether every adapter retains at least one storage."""
-        found = 0
-        for storage in self.storages:
-            for saver in storage.savers:
-                found |= saver.needs
-        return all(found >> bit & 1 for bit in range(len(self.adapters)))
-
-    def scaled(self, ratio: float) -> RetainedTable:
-        """Return an estimate of the table for a batch that is larger by this ratio.
-
-        Args:
-            ratio: the ratio of the numbers of elements.
-        """
-        found = [replace(storage, bytes=round(storage.bytes * ratio)) for storage in self.storages]
-        return replace(self, storages=tuple(found))
+        needed = reduce(or_, (saver.needs for storage in self.storages for saver in storage.savers), 0)
+        return len(self.names(needed)) == len(self.adapters)
 
     def compact(self) -> RetainedTable:
         """Return the same table with fewer storages: storages with the same savers become one, without module paths."""
         inputs = {index for block in self.blocks for index in block.inputs}
         together: dict[tuple[tuple[Saver, ...], int], int] = {}
-        places: dict[int, int] = {}
+        keys = []
         for index, storage in enumerate(self.storages):
             savers = tuple(sorted({replace(saver, module="") for saver in storage.savers}, key=repr))
-            key = savers, (index if index in inputs else -1)
-            places[index] = list(together).index(key) if key in together else len(together)
-            together[key] = together.get(key, 0) + storage.bytes
-        blocks = [replace(b, inputs=tuple(dict.fromkeys(places[i] for i in b.inputs))) for b in self.blocks]
-        return RetainedTable(
-            self.adapters, tuple(blocks), tuple(Storage(size, savers) for (savers, _), size in together.items())
-        )
+            keys.append((savers, index if index in inputs else -1))
+            together[keys[-1]] = together.get(keys[-1], 0) + storage.bytes
+        places = {key: place for place, key in enumerate(together)}
+        blocks = [replace(b, inputs=tuple(dict.fromkeys(places[keys[i]] for i in b.inputs))) for b in self.blocks]
+        storages = tuple(Storage(size, savers) for (savers, _), size in together.items())
+        return RetainedTable(self.adapters, tuple(blocks), storages)
 
     def joined(self, other: RetainedTable) -> RetainedTable:
-        """Return the table of two forwards of a model with one common backward.
-
-        Args:
-            other: the table of the later forward, with the same adapters and blocks.
-        """
+        """Return the table of this forward and a later one of the same model, with one common backward."""
         count = len(self.storages)
         blocks = [
             replace(
@@ -256,21 +212,15 @@ class RetainedTable:
 
     def groups(self) -> list[tuple[str, ...]]:
         """Return the activation groups: live adapters that read the same tensors. One member alone frees little."""
-        leader = list(range(len(self.adapters)))
-
-        def find(index: int) -> int:
-            while leader[index] != index:
-                index = leader[index]
-            return index
-
+        first = list(range(len(self.adapters)))  # of each adapter, the first member of its group
         for storage in self.storages:
-            readers = sorted({saver.adapter for saver in storage.savers if saver.adapter >= 0})
-            for reader in readers[1:]:
-                first, second = sorted((find(readers[0]), find(reader)))
-                leader[second] = first
+            readers = {first[saver.adapter] for saver in storage.savers if saver.adapter >= 0}
+            if len(readers) > 1:
+                lowest = min(readers)
+                first = [lowest if index in readers else index for index in first]
         found: dict[int, list[str]] = {}
-        for index, name in enumerate(self.adapters):
-            found.setdefault(find(index), []).append(name)
+        for index, name in zip(first, self.adapters, strict=True):
+            found.setdefault(index, []).append(name)
         return [tuple(names) for names in found.values()]
 
     def held_by(self, adapters: Iterable[str]) -> int:
@@ -283,7 +233,7 @@ class RetainedTable:
         found = dict.fromkeys(PARTS, 0)
         for storage in self.storages:
             if storage.holders:
-                found[storage.part] += storage.bytes
+                found[min((saver.part for saver in storage.holders), key=PARTS.index)] += storage.bytes
         return {part: size for part, size in found.items() if size}
 
     def by_block(self, outside: str = "outside the blocks") -> dict[str, int]:
@@ -291,25 +241,25 @@ class RetainedTable:
         found = {block.name: 0 for block in self.blocks} | {outside: 0}
         for storage in self.storages:
             if storage.holders:
-                found[self.blocks[storage.block].name if storage.block >= 0 else outside] += storage.bytes
+                block = storage.holders[0].block
+                found[self.blocks[block].name if block >= 0 else outside] += storage.bytes
         return found
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A table that was measured from the training's own forwards.
-
-    Args:
-        elements: the size of the batch, as in `Inputs.elements`.
-        table: the table of these forwards.
-    """
+    """A table that was measured from the training's own forwards, and the batch's `Inputs.elements`."""
 
     elements: int
     table: RetainedTable
 
     def of(self, elements: int) -> RetainedTable:
-        """Return the table for a batch with this number of elements."""
-        return self.table if elements <= self.elements else self.table.scaled(elements / self.elements)
+        """Return the table for a batch with this number of elements; for a larger batch, an estimate."""
+        if elements <= self.elements:
+            return self.table
+        ratio = elements / self.elements
+        larger = [replace(storage, bytes=round(storage.bytes * ratio)) for storage in self.table.storages]
+        return replace(self.table, storages=tuple(larger))
 
 
 def merged(*counts: Mapping[str, int]) -> dict[str, tuple[int, ...]]:

@@ -1,22 +1,96 @@
-"""Records the shapes of a training's largest step."""
+"""Records the shapes of a training's largest step, and measures its forwards for models that need values to run."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from safe_kernels.retention import Recorder, storages
+
+from ..binding.adapters import Adapter
 from ..binding.forward_hooks import Call, Watcher, named_arguments
-from ..distributed.wrappers import walk
+from ..distributed.wrappers import buffers_of, parameters_of, walk
+from .accounts import Accounts
 from .inputs import Inputs, largest
-from .measured import Measurement, joined
 from .retained import Measured, RetainedTable
+
+
+class Measurement:
+    """The measurement of one forward of the user. Nothing is computed twice, and no tensor is kept longer."""
+
+    def __init__(self, model: nn.Module, adapters: Sequence[Adapter], called: nn.Module, arguments: Any) -> None:
+        self._model = model
+        self._accounts = Accounts(model, adapters)
+        self._batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        self._recorder = Recorder(self._accounts.note)
+        self._watching = ExitStack()
+        self._watching.enter_context(self._accounts.watching())
+        self._watching.enter_context(_before_hooks_are_disabled(self._give_way))
+        self._accounts.enter(called)
+        self._pack = self._recorder.pack
+        torch._C._autograd._push_saved_tensors_default_hooks(self._pack, self._recorder.unpack)
+        self._open = True
+
+    def end(self, output: Any) -> RetainedTable | None:
+        """Return what the forward retains; None if no tensor in its output has a graph."""
+        if not self.abandon():
+            return None
+        if not isinstance(output, Tensor | Mapping | list | tuple) and hasattr(output, "__dict__"):
+            output = list(vars(output).values())  # pytree treats a dataclass as a leaf
+        leaves = tree_leaves(output)
+        roots = [leaf.grad_fn for leaf in leaves if isinstance(leaf, Tensor) and leaf.grad_fn is not None]
+        if not roots:
+            return None
+        existing = [*parameters_of(self._model), *buffers_of(self._model), *self._batch]
+        known = {key for tensor in existing for key, _ in storages(tensor)}
+        return self._accounts.table(self._recorder, roots, known).compact()
+
+    def _give_way(self) -> None:
+        if self._is_on_top():
+            self.abandon()
+
+    def _is_on_top(self) -> bool:
+        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return top is not None and top[0] == self._pack
+
+    def abandon(self) -> bool:
+        """Stop the measurement, and return whether the forward was measured up to this call.
+
+        After an interrupt, other hooks may be on top of ours.
+        """
+        self._watching.close()
+        was_open, self._open = self._open, False
+        if not was_open or not self._is_on_top():
+            return False
+        torch._C._autograd._pop_saved_tensors_default_hooks()
+        return True
+
+
+@contextmanager
+def _before_hooks_are_disabled(call: Callable[[], None]) -> Iterator[None]:
+    """Call a function before the user's forward disables hooks for saved tensors, as `torch.func.grad` does.
+
+    It would raise an error while hooks are set.
+    """
+    own = torch._C._autograd._saved_tensors_hooks_disable
+
+    def disable(*args: Any, **kwargs: Any) -> None:
+        call()
+        own(*args, **kwargs)
+
+    torch._C._autograd._saved_tensors_hooks_disable = disable
+    try:
+        yield
+    finally:
+        torch._C._autograd._saved_tensors_hooks_disable = own
 
 
 class Seen:
@@ -83,11 +157,11 @@ class Seen:
         self._running = True
         before, known = (self._step if self._exact else []), self.inputs
         elements = largest(batch) + sum(one.elements for one in before)
-        padding_may_be_new = self._exact and known is not None and not known.padded
-        larger = known is None or (elements, padding_may_be_new) > (known.elements, False)
+        padding_is_known = known is not None and known.padded
+        larger = known is None or (elements, self._exact and not padding_is_known) > (known.elements, False)
         if not self._exact and not larger:
             return
-        padded = None if larger and not (known is not None and known.padded) else known is not None and known.padded
+        padded = None if larger and not padding_is_known else padding_is_known
         one = Inputs.of(batch, padded=padded, autocast=True, source=self._paths.get(id(call.module), ""))
         self._step = [*before, one]
         if larger:
@@ -125,9 +199,9 @@ class Seen:
         if table is None:
             return
         self._tables.append(table)
-        together = joined(self._tables) if len(self._tables) == len(self._step) else None
-        if together is None:
+        if len(self._tables) != len(self._step):
             return
+        together = reduce(RetainedTable.joined, self._tables).compact()
         found, best = Measured(sum(one.elements for one in self._step), together), self.measured
         if best is None or (found.elements, together.bytes()) > (best.elements, best.table.bytes()):
             self.measured = found
@@ -150,9 +224,5 @@ class _Backward:
 
 
 def order(inputs: Inputs) -> tuple[int, bool, str]:
-    """Return the sort key of a batch: of batches with the same size, one with padding comes last.
-
-    Args:
-        inputs: the inputs of a step.
-    """
+    """Return the sort key of a batch: of batches with the same size, one with padding comes last."""
     return inputs.elements, inputs.padded, repr(inputs)

@@ -7,7 +7,7 @@ tensor is recorded. So the plan is right for every architecture that runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from safe_kernels.retention import Recorder, storages
@@ -24,7 +26,6 @@ from ..binding.bind import Binding, bind
 from ..distributed.wrappers import parameters_of, short_name, walk
 from ..errors import PlanError, first_line
 from .accounts import Accounts
-from .device import as_on
 from .fake_model import FakeModel, MaskAnswers, ordinary_positions
 from .inputs import Inputs
 from .live_bytes import LiveBytes
@@ -58,11 +59,7 @@ class Trace:
         return sum(storage.bytes for storage in self.table.storages if storage.holders)
 
     def whole(self, optimizer_states: int) -> int:
-        """Return the bytes at the peak of a step: permanent tensors and the step's own tensors.
-
-        Args:
-            optimizer_states: numbers that the optimizer keeps per trainable number.
-        """
+        """Return the bytes at the peak, with the batch, the model and this many optimizer states per number."""
         return self.parameters + self.inputs + optimizer_states * self.gradients + self.peak
 
 
@@ -110,9 +107,9 @@ def trace(
     for adapter in adapters:
         if adapter.name in frozen:
             adapter.freeze(keep_dropout=keep_dropout or not fast)
-    step = _Step(fake, [adapter for adapter in adapters if adapter.name not in frozen], recompute if fast else ())
+    live = [adapter for adapter in adapters if adapter.name not in frozen]
     try:
-        return step.run(inputs, device, loss)
+        return _run(fake, Accounts(fake.module, live, recompute if fast else ()), inputs, device, loss)
     except PlanError:
         raise
     except Exception as error:
@@ -123,66 +120,47 @@ def trace(
 
 
 def live_adapters(model: nn.Module) -> list[Adapter]:
-    """Return the adapters of a model that train, bound or not.
-
-    Args:
-        model: a PEFT model.
-    """
+    """Return the adapters of a PEFT model that train, bound or not."""
     layers = {short_name(name): layer for name, layer in walk(model) if adapter_of(layer) is not None}
     return Binding(layers).live_adapters()
 
 
-class _Step:
-    """One forward and backward, with records of every saved tensor."""
-
-    def __init__(self, fake: FakeModel, adapters: list[Adapter], recompute: Collection[str]) -> None:
-        self.fake, self.accounts = fake, Accounts(fake.module, adapters, recompute)
-
-    def run(self, inputs: Inputs, kind: str, loss_of: Loss | None) -> Trace:
-        """Run forward and backward, and return the trace."""
-        module = self.fake.module
-        device = parameters_of(module)[0].device
-        positions = nullcontext() if "position_ids" in inputs.tensors else ordinary_positions()
-        random = torch.random.fork_rng(devices=[])
-        answers = MaskAnswers({call.rows for call in inputs.calls}, inputs.padded)
-        with (
-            self.fake.mode,
-            answers,
-            torch.enable_grad(),
-            random,
-            positions,
-            _autocast(device, inputs),
-            as_on(kind, device),
-        ):
-            arguments = [call.make(device) for call in inputs.calls]
-            batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
-            called = [module.get_submodule(call.source) for call in inputs.calls]
-            existing = self.fake.tensors
-            with LiveBytes([*existing, *batch], self.accounts.note_draw, fake=True) as live:
-                known = {key for t in [*existing, *batch] for key, _ in storages(t)}
-                loss, table = self._forward(partial(_loss, loss_of, called, arguments), known)
-                if loss is not None:
-                    torch.autograd.backward(loss)  # Tensor.backward may be patched by a program that watches losses
-                peak = live.peak
-        trained = sum(p.numel() * p.element_size() for p in parameters_of(module) if p.requires_grad)
-        return Trace(table, peak, _size(existing), _size(batch), trained)
-
-    def _forward(self, compute: Callable[[], Any], known: set[int]) -> tuple[Tensor | None, RetainedTable]:
-        recorder = Recorder(self.accounts.note)
-        with self.accounts.watching(), saved_tensors_hooks(recorder.pack, recorder.unpack):
-            loss = compute()
-        if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
-            got = f"one of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise PlanError(f"loss: expected a tensor of one element, got {got}; return the loss itself.")
-        if loss is None or not loss.requires_grad:
-            return None, self.accounts.table(Recorder(), [], known)
-        return loss, self.accounts.table(recorder, [loss.grad_fn], known)
+def _run(fake: FakeModel, accounts: Accounts, inputs: Inputs, kind: str, loss_of: Loss | None) -> Trace:
+    """Run one forward and backward on a fake model, with records of every saved tensor."""
+    device, dtype = parameters_of(fake.module)[0].device, inputs.autocast
+    with (
+        fake.mode,
+        MaskAnswers({call.rows for call in inputs.calls}, inputs.padded),
+        torch.enable_grad(),
+        torch.random.fork_rng(devices=[]),
+        nullcontext() if "position_ids" in inputs.tensors else ordinary_positions(),
+        torch.autocast(device.type, dtype=getattr(torch, dtype)) if dtype else nullcontext(),
+        AsOnGpu() if kind == "cuda" and device.type == "cpu" else nullcontext(),
+    ):
+        arguments = [call.make(device) for call in inputs.calls]
+        batch = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, Tensor)]
+        called = [fake.module.get_submodule(call.source) for call in inputs.calls]
+        existing = fake.tensors
+        with LiveBytes([*existing, *batch], accounts.note_draw, fake=True) as live:
+            known = {key for t in [*existing, *batch] for key, _ in storages(t)}
+            loss, table = _forward(accounts, partial(_loss, loss_of, called, arguments), known)
+            if loss is not None:
+                torch.autograd.backward(loss)  # Tensor.backward may be patched by a program that watches losses
+            peak = live.peak
+    trained = sum(p.numel() * p.element_size() for p in parameters_of(fake.module) if p.requires_grad)
+    return Trace(table, peak, _size(existing), _size(batch), trained)
 
 
-def _autocast(device: torch.device, inputs: Inputs) -> AbstractContextManager[Any]:
-    if not inputs.autocast:
-        return nullcontext()
-    return torch.autocast(device.type, dtype=getattr(torch, inputs.autocast))
+def _forward(accounts: Accounts, compute: Callable[[], Any], known: set[int]) -> tuple[Tensor | None, RetainedTable]:
+    recorder = Recorder(accounts.note)
+    with accounts.watching(), saved_tensors_hooks(recorder.pack, recorder.unpack):
+        loss = compute()
+    if loss is not None and (not isinstance(loss, Tensor) or loss.numel() != 1):
+        got = f"one of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise PlanError(f"loss: expected a tensor of one element, got {got}; return the loss itself.")
+    if loss is None or not loss.requires_grad:
+        return None, accounts.table(Recorder(), [], known)
+    return loss, accounts.table(recorder, [loss.grad_fn], known)
 
 
 def _loss(loss: Loss | None, called: list[nn.Module], arguments: list[dict[str, Any]]) -> Any:
@@ -206,3 +184,51 @@ def _differentiated(model: nn.Module, batch: dict[str, Any]) -> Tensor | None:
 
 def _size(tensors: Iterable[Tensor]) -> int:
     return sum({key: size for tensor in tensors for key, size in storages(tensor)}.values())
+
+
+# ---------------------------------------------------------------- training on a GPU, planned without one
+
+
+def device_kind(device: str | torch.device | None) -> str:
+    """Return the kind of device that a plan is for, "cpu" or "cuda"; "" for the model's own device."""
+    if device is None:
+        return ""
+    kind = device.type if isinstance(device, torch.device) else str(device).partition(":")[0]
+    if kind not in ("cpu", "cuda"):
+        raise PlanError(f"device: expected cpu or cuda, where the model will train, got {device!r}.")
+    return kind
+
+
+class AsOnGpu(TorchFunctionMode):
+    """Makes PyTorch's ops on a CPU retain what the CUDA kernels retain.
+
+    - `dropout` retains a mask of one byte per element on a GPU, and a mask of the input's dtype on a CPU.
+    - `scaled_dot_product_attention` with dropout retains two seeds on a GPU, and on a CPU all probabilities and a mask.
+
+    Example:
+        >>> with AsOnGpu():
+        ...     F.dropout(torch.ones(2, requires_grad=True), 0.5).grad_fn.name()
+        'NativeDropoutBackward0'
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the function, or its replacement for a GPU."""
+        return _ON_GPU.get(func, func)(*args, **(kwargs or {}))
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if inplace or not training or not 0.0 < p < 1.0:
+        return F.dropout(input, p, training, inplace)
+    return torch.native_dropout(input, p, True)[0]
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **others: Any
+) -> Tensor:
+    """Compute attention without dropout, and draw one number, so that the block counts as random."""
+    if dropout_p:
+        torch.rand(1, device=query.device)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask, **others)
+
+
+_ON_GPU = {F.dropout: _dropout, F.scaled_dot_product_attention: _attention}

@@ -16,7 +16,7 @@ from tiny import EARLY, adamw, batches, bert, randomise_adapters
 from torch import nn
 
 from safe_peft import AdapterFreezer, PlanError, SafeConfig
-from safe_peft.planning.measured import Measurement
+from safe_peft.planning.seen import Measurement
 
 SHARE = {**EARLY, "score": "relative_norm", "freeze_by": "bytes", "target_fraction": 0.6, "freeze_interval": 4}
 SIZES: dict[str, Any] = {

@@ -16,9 +16,8 @@ from torch.utils.checkpoint import checkpoint
 from safe_kernels import retention
 from safe_peft import ConfigError, PlanError, bind, plan_memory
 from safe_peft.loss import own_loss
-from safe_peft.planning.device import AsOnGpu, device_kind
 from safe_peft.planning.inputs import inputs_for
-from safe_peft.planning.tracing import trace
+from safe_peft.planning.tracing import AsOnGpu, device_kind, trace
 
 MEASURED = read(planned.MEASURED)
 WORKSPACES = 96 * 2**20
