@@ -26,9 +26,8 @@ from safe_peft.cli.main import clear_errors
 from safe_peft.errors import ConfigError, SafeError
 from safe_peft.files.staging import staged
 from safe_peft.finetune.run import save_report
-from safe_peft.report.comparison import verdict
 from safe_peft.report.report import FreezeReport
-from safe_peft.report.tables import plans_table, runs_table
+from safe_peft.report.tables import plans_table, runs_table, verdict
 
 METHODS = {
     "stock": ["--method", "stock"],

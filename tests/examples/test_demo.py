@@ -13,8 +13,8 @@ import typer
 from texts import bert_folder, sentences
 
 from safe_peft import ConfigError, FreezeReport
-from safe_peft.report.comparison import verdict
 from safe_peft.report.records import RunRecord
+from safe_peft.report.tables import verdict
 
 METHODS = "stock,safe,count,random"
 

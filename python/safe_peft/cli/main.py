@@ -32,14 +32,7 @@ def _options(debug: Annotated[bool, typer.Option("--debug", help="Show the trace
 
 
 def clear_errors(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors that a user can fix into one sentence on standard error and exit status 2.
-
-    Args:
-        command: a command's function.
-
-    Example:
-        >>> guarded = clear_errors(lambda: None)
-    """
+    """Turn errors that a user can fix into one sentence on standard error and exit status 2."""
 
     @functools.wraps(command)
     def guarded(*args: Any, **kwargs: Any) -> None:
@@ -65,9 +58,8 @@ app.command()(clear_errors(plan))
 @clear_errors
 def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.json, or the file itself.")]) -> None:
     """Show a report's tables, and write its figure and its page again."""
-    from ..report.comparison import verdict
     from ..report.report import FreezeReport
-    from ..report.tables import plans_table, runs_table
+    from ..report.tables import plans_table, runs_table, verdict
 
     path = folder if folder.suffix == ".json" else folder / "report.json"
     found = FreezeReport.load(path)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..planning.figure import new_figure
-from .comparison import title
 from .records import AdapterRow, mebibytes
+from .tables import TITLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,13 +36,7 @@ LABELLED_ROWS = 60  # more adapters than this are labelled by layer
 
 
 def draw(report: FreezeReport) -> Figure:
-    """Draw a report as three panels over one step axis.
-
-    Args:
-        report: the report.
-
-    Returns:
-        A figure on matplotlib's Agg canvas, not registered in pyplot.
+    """Draw a report as three panels over one step axis; the figure is not registered in pyplot.
 
     Example:
         >>> from safe_peft import FreezeReport
@@ -61,14 +55,7 @@ def draw(report: FreezeReport) -> Figure:
     return figure
 
 
-def score_label(report: FreezeReport) -> str:
-    """Return the axis label for the report's score.
-
-    Example:
-        >>> from safe_peft import FreezeReport
-        >>> score_label(FreezeReport("m", {"score": "cka"}, 1, ()))
-        'importance, 1 − CKA'
-    """
+def _score_label(report: FreezeReport) -> str:
     score = str(report.config.get("score", "importance"))
     return SCORES.get(score, score)
 
@@ -84,14 +71,6 @@ def _importances(report: FreezeReport, rows: list[AdapterRow]) -> np.ndarray[Any
     return values
 
 
-def _log_range(values: np.ndarray[Any, Any]) -> tuple[float, float]:
-    positive = values[np.isfinite(values) & (values > 0)]
-    if positive.size == 0:
-        return 1e-8, 1.0
-    low, high = float(positive.min()), float(positive.max())
-    return (low, high) if high > low else (low / 2, high * 2)
-
-
 def _draw_importance(report: FreezeReport, figure: Figure, axes: Axes) -> None:
     """Draw the heat map: one row per adapter, the first layer at the bottom."""
     from matplotlib import colormaps
@@ -103,7 +82,10 @@ def _draw_importance(report: FreezeReport, figure: Figure, axes: Axes) -> None:
         axes.set_yticks([])
         return
     values = _importances(report, rows)
-    low, high = _log_range(values)
+    positive = values[np.isfinite(values) & (values > 0)]
+    low, high = (positive.min(), positive.max()) if positive.size else (1e-8, 1.0)
+    if low == high:
+        low, high = low / 2, high * 2
     edges = [0, *(scoring.step for scoring in report.scorings)]  # a cell ends at its scoring step
     colours = colormaps["viridis"].with_extremes(under=colormaps["viridis"](0.0))
     masked = np.ma.masked_invalid(np.where(values > 0, values, np.where(np.isnan(values), np.nan, low / 2)))
@@ -111,7 +93,7 @@ def _draw_importance(report: FreezeReport, figure: Figure, axes: Axes) -> None:
     mesh = axes.pcolormesh(
         edges, np.arange(len(rows) + 1), masked, cmap=colours, norm=LogNorm(low, high), rasterized=True
     )
-    figure.colorbar(mesh, ax=axes, label=f"{score_label(report)} (log)", pad=0.01, fraction=0.04, aspect=30)
+    figure.colorbar(mesh, ax=axes, label=f"{_score_label(report)} (log)", pad=0.01, fraction=0.04, aspect=30)
     _mark_frozen(report, axes, rows)
     _label_rows(axes, rows)
     axes.set_title("importance of every adapter, first layer at the bottom", loc="left", fontsize=10)
@@ -153,7 +135,7 @@ def _label_rows(axes: Axes, rows: list[AdapterRow]) -> None:
 def _draw_threshold(report: FreezeReport, axes: Axes) -> None:
     """Draw the threshold over the distribution of the importance of live adapters."""
     axes.set_title("threshold, over the adapters that still train", loc="left", fontsize=10)
-    axes.set_ylabel(f"{score_label(report)}\n(log)", fontsize=9)
+    axes.set_ylabel(f"{_score_label(report)}\n(log)", fontsize=9)
     values = _importances(report, report.rows())
     steps = [scoring.step for scoring in report.scorings]
     if np.any(values > 0):
@@ -164,17 +146,14 @@ def _draw_threshold(report: FreezeReport, axes: Axes) -> None:
         axes.plot(steps, median, color=BAND, lw=1.2, label="median")
         axes.set_yscale("log")
     known = [(scoring.step, scoring.threshold) for scoring in report.scorings if scoring.threshold is not None]
-    known = [(step, value) for step, value in known if value > 0] or _freezing_thresholds(report)
+    known = [(step, value) for step, value in known if value > 0]
+    known = known or [(freezing.step, freezing.threshold) for freezing in report.freezings if freezing.threshold]
     if known:
         axes.step(*zip(*known, strict=True), where="post", color=THRESHOLD, lw=1.6, label="threshold")
     marks = [(freezing.step, freezing.importance) for freezing in report.freezings if freezing.importance > 0]
     if marks:
         axes.plot(*zip(*marks, strict=True), ls="", marker="x", ms=4, color=FREEZE, label="freezes")
     _legend(axes)
-
-
-def _freezing_thresholds(report: FreezeReport) -> list[tuple[int, float]]:
-    return [(freezing.step, freezing.threshold) for freezing in report.freezings if freezing.threshold]
 
 
 def _quantile(values: np.ma.MaskedArray[Any, Any], share: float) -> list[float]:
@@ -191,10 +170,10 @@ def _draw_retained(report: FreezeReport, axes: Axes) -> None:
     for run in report.runs:
         if run.method in styles and run.method not in drawn and run.retained != report.retained:
             colour, line = styles[run.method]
-            _steps(axes, report, run.retained, title(run.method), color=colour, ls=line, lw=1.4)
+            _steps(axes, report, run.retained, TITLES[run.method], color=colour, ls=line, lw=1.4)
             drawn.add(run.method)
     if report.retained:
-        own = title("safe") if drawn else "this run"
+        own = TITLES["safe"] if drawn else "this run"
         _steps(axes, report, report.retained, own, color=BAND, ls="-", lw=2.0)
     if report.retained or drawn:
         axes.set_ylim(bottom=0)
@@ -211,7 +190,6 @@ def _steps(axes: Axes, report: FreezeReport, retained: tuple[tuple[int, int], ..
 
 def _legend(axes: Axes) -> None:
     """Put the legend above the panel, so it covers no data."""
-    entries = len(axes.get_legend_handles_labels()[0])
-    if entries:
+    if entries := len(axes.get_legend_handles_labels()[0]):
         place: Any = {"loc": "lower right", "bbox_to_anchor": (1.0, 1.0), "borderaxespad": 0.1}
         axes.legend(ncols=entries, frameon=False, fontsize=8.5, columnspacing=1.2, handlelength=1.6, **place)

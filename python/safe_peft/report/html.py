@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from ..planning.figure import draw_plans, png_of
 from ..planning.plan import parts_cells
-from .comparison import comparison, verdict
 from .figure import draw
 from .records import mebibytes
-from .tables import adapter_cells
+from .tables import adapter_cells, comparison, verdict
 
 if TYPE_CHECKING:
     from .report import FreezeReport
 
 PICTURE = "Heat map of every adapter's importance over time, the threshold, and the bytes one step retains"
+PLANS = "Bars of the bytes that one step retains by what keeps them and by block, stock PEFT and ours"
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1b1b; --soft: #5c5c5c; --line: #d4d4d4; --back: #ffffff; --card: #f6f6f6; }
 @media (prefers-color-scheme: dark) {
@@ -36,34 +36,24 @@ pre { background: var(--card); padding: 0.8rem; border-radius: 6px; overflow-x: 
 
 
 def render(report: FreezeReport, png: bytes | None = None) -> str:
-    """Return a report as one self-contained HTML page.
-
-    Args:
-        report: the report.
-        png: its figure; None draws it.
-
-    Example:
-        >>> from safe_peft import FreezeReport
-        >>> "https://" in render(FreezeReport("m", {}, 1, ()))
-        False
-    """
+    """Return a report as one self-contained HTML page, with its figure if that is drawn already."""
     name = escape(report.model)
-    counts = (
-        f"{len(report.freezings)} of {len(report.adapters)} adapters frozen in {report.total_steps:,} optimizer steps"
-    )
+    frozen, total = len(report.freezings), len(report.adapters)
+    counts = f"{frozen} of {total} adapters frozen in {report.total_steps:,} optimizer steps"
     parts = [f"<h1>{name}</h1>", f'<p class="soft">{counts}</p>']
     if report.runs:
-        parts += [
-            "<h2>Measured runs</h2>",
-            _table(comparison(report.runs), words=1),
-            f"<p>{escape(verdict(report.runs))}</p>",
-        ]
+        text = escape(verdict(report.runs))
+        parts += ["<h2>Measured runs</h2>", _table(comparison(report.runs), words=1), f"<p>{text}</p>"]
     parts += ["<h2>Importance, threshold and retained bytes</h2>", _image(png or png_of(draw(report)), PICTURE)]
     parts += ["<h2>Freezing</h2>", _freezings(report), "<h2>Adapters</h2>", _table(adapter_cells(report), words=2)]
     if report.retained:
-        parts += ["<h2>Retained for backward by one step</h2>", _retained(report)]
+        sizes = [["from step", "MiB", "bytes"]]
+        sizes += [[str(step), f"{mebibytes(size):,.2f}", f"{size:,}"] for step, size in report.retained]
+        parts += ["<h2>Retained for backward by one step</h2>", _table(sizes, words=0)]
     if report.plans:
-        parts += ["<h2>Where each byte of a step goes</h2>", *_plans(report)]
+        batch = escape(f"Planned without values for {report.plans[0][1].batch}.")
+        parts += ["<h2>Where each byte of a step goes</h2>", f'<p class="soft">{batch}</p>']
+        parts += [_table(parts_cells(report.plans), words=1), _image(png_of(draw_plans(report.plans)), PLANS)]
     parts += ["<h2>Configuration</h2>", f"<pre>{escape(json.dumps(report.config, indent=1))}</pre>"]
     head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{name}</title>'
     body = "\n".join(parts)
@@ -88,33 +78,14 @@ def _freezings(report: FreezeReport) -> str:
     return _table(rows, words=0, last=True) if report.freezings else "<p>Nothing was frozen.</p>"
 
 
-def _retained(report: FreezeReport) -> str:
-    rows = [["from step", "MiB", "bytes"]]
-    return _table(
-        rows + [[str(step), f"{mebibytes(size):,.2f}", f"{size:,}"] for step, size in report.retained], words=0
-    )
-
-
-def _plans(report: FreezeReport) -> list[str]:
-    batch = escape(f"Planned without values for {report.plans[0][1].batch}.")
-    alt = "Bars of the bytes that one step retains by what keeps them and by block, stock PEFT and ours"
-    return [
-        f'<p class="soft">{batch}</p>',
-        _table(parts_cells(report.plans), words=1),
-        _image(png_of(draw_plans(report.plans)), alt),
-    ]
-
-
 def _table(rows: list[list[str]], words: int, last: bool = False) -> str:
     """Return an HTML table. The first `words` columns, and the last one if `last`, contain words and not numbers."""
 
     def line(cells: list[str], tag: str) -> str:
-        left = [i < words or (last and i == len(cells) - 1) for i in range(len(cells))]
-        wrap = ' style="white-space: normal"' if last else ""
-        return "".join(
-            f'<{tag} class="words"{wrap}>{escape(cell)}</{tag}>' if is_left else f"<{tag}>{escape(cell)}</{tag}>"
-            for cell, is_left in zip(cells, left, strict=True)
-        )
+        marks = [' class="words"' if i < words else "" for i in range(len(cells))]
+        if last:
+            marks[-1] = ' class="words" style="white-space: normal"'
+        return "".join(f"<{tag}{mark}>{escape(cell)}</{tag}>" for mark, cell in zip(marks, cells, strict=True))
 
     body = "".join(f"<tr>{line(row, 'td')}</tr>" for row in rows[1:])
     return f'<div class="scroll"><table><tr>{line(rows[0], "th")}</tr>{body}</table></div>'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -80,11 +79,7 @@ class AdapterRow(NamedTuple):
 
 
 def total(costs: Sequence[tuple[int, int]], steps: int) -> int:
-    """Sum a cost over the steps of a run.
-
-    Args:
-        costs: pairs of (optimizer steps done, cost of each step from then on).
-        steps: optimizer steps of the run.
+    """Sum a cost over the steps of a run, from pairs of (optimizer steps done, cost of each step from then on).
 
     Example:
         >>> total([(0, 10), (3, 5)], steps=4)
@@ -95,10 +90,5 @@ def total(costs: Sequence[tuple[int, int]], steps: int) -> int:
 
 
 def mebibytes(size: float) -> float:
-    """Convert bytes to MiB.
-
-    Example:
-        >>> mebibytes(2**20)
-        1.0
-    """
-    return size / MIB if math.isfinite(size) else math.nan
+    """Convert bytes to MiB."""
+    return size / MIB

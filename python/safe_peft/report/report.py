@@ -6,7 +6,7 @@ A `FreezeReport` is plain data with a JSON form; the tables, the figure and the 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,11 @@ class FreezeReport:
     scorings: tuple[Scoring, ...] = ()
     freezings: tuple[Freezing, ...] = ()
     retained: tuple[tuple[int, int], ...] = ()
-    runs: tuple[RunRecord, ...] = field(default=())
+    runs: tuple[RunRecord, ...] = ()
     plans: tuple[tuple[str, MemoryPlan], ...] = ()
 
     def rows(self) -> list[AdapterRow]:
-        """List the adapters by layer, each with a short label that is unique within its layer.
-
-        Returns:
-            One row per adapter: its layer (the first number in its name, or -1), label, name and parameters.
+        """List the adapters by layer: the first number in the name, or -1. Labels are unique within a layer.
 
         Example:
             >>> FreezeReport("m", {}, 1, (AdapterRecord("bert.layer.2.query", 8),)).rows()[0][:2]
@@ -64,12 +61,7 @@ class FreezeReport:
         return sorted(rows, key=lambda row: row.layer)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the report as JSON values.
-
-        Example:
-            >>> FreezeReport("m", {}, 1, ()).to_dict()["format"]
-            'safe_peft.report'
-        """
+        """Return the report as JSON values; `from_dict` reads them."""
         return {"format": FORMAT, "version": VERSION, **jsonio.encode(self)}
 
     @classmethod
@@ -81,10 +73,6 @@ class FreezeReport:
 
         Raises:
             StateError: A part is missing, unknown, or of the wrong type.
-
-        Example:
-            >>> FreezeReport.from_dict(FreezeReport("m", {}, 1, ()).to_dict()).model
-            'm'
         """
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise StateError(f"this is not a report: 'format' must be {FORMAT!r}; pass a report.json of safe_peft.")
@@ -103,21 +91,11 @@ class FreezeReport:
 
         Raises:
             StateError: It is missing, damaged, or not a report.
-
-        Example:
-            >>> FreezeReport.load("runs/demo/report.json")  # doctest: +SKIP
         """
         return cls.from_dict(jsonio.read_json(path))
 
     def save_json(self, path: str | os.PathLike[str]) -> None:
-        """Write the report as JSON, atomically.
-
-        Args:
-            path: the file to write or replace.
-
-        Example:
-            >>> report.save_json("runs/demo/report.json")  # doctest: +SKIP
-        """
+        """Write the report as a JSON file, atomically. An existing file is replaced."""
         jsonio.write_json(path, self.to_dict())
 
     def __str__(self) -> str:
@@ -126,18 +104,7 @@ class FreezeReport:
         return adapter_table(self)
 
     def save_memory_png(self, path: str | os.PathLike[str]) -> bool:
-        """Draw the memory plans, stock PEFT compared with the fast path, into a PNG file, atomically.
-
-        Args:
-            path: the file to write or replace.
-
-        Returns:
-            Whether there was a plan to draw.
-
-        Example:
-            >>> FreezeReport("m", {}, 1, ()).save_memory_png("memory.png")
-            False
-        """
+        """Draw the memory plans into a PNG file, atomically, and return whether there was a plan to draw."""
         if not self.plans:
             return False
         from ..planning.figure import draw_plans, png_of
@@ -146,14 +113,7 @@ class FreezeReport:
         return True
 
     def save_png(self, path: str | os.PathLike[str]) -> None:
-        """Draw importance over time, the threshold and the retained bytes per step into a PNG file, atomically.
-
-        Args:
-            path: the file to write or replace.
-
-        Example:
-            >>> report.save_png("runs/demo/report.png")  # doctest: +SKIP
-        """
+        """Draw importance over time, the threshold and the retained bytes per step into a PNG file, atomically."""
         from ..planning.figure import png_of
         from .figure import draw
 
@@ -165,9 +125,6 @@ class FreezeReport:
         Args:
             path: the file to write or replace.
             picture: a file from `save_png`, so that the figure is not drawn again.
-
-        Example:
-            >>> report.save_html("runs/demo/report.html")  # doctest: +SKIP
         """
         from .html import render
 

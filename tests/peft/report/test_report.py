@@ -18,10 +18,9 @@ import pytest
 from safe_peft import StateError
 from safe_peft.files import jsonio
 from safe_peft.planning.retained import MIB
-from safe_peft.report.comparison import comparison, standard_error, verdict
 from safe_peft.report.records import AdapterRecord, Freezing, RunRecord, Scoring
 from safe_peft.report.report import FreezeReport
-from safe_peft.report.tables import runs_table
+from safe_peft.report.tables import comparison, runs_table, standard_error, verdict
 
 PARTS = ("attention.query", "attention.key", "output.dense")
 
