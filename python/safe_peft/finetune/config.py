@@ -16,51 +16,24 @@ DEVICES = ("auto", "cpu", "cuda")
 
 
 def check_dropout(p: Any) -> None:
-    """Check that it is a probability, since PEFT treats a negative number or NaN as no dropout.
-
-    Args:
-        p: LoRA's dropout.
-
-    Raises:
-        ConfigError: It is not a number in [0, 1].
-    """
+    """Check that it is a probability, since PEFT treats a negative number or NaN as no dropout."""
     if not (isinstance(p, int | float) and 0.0 <= p <= 1.0):
         raise ConfigError(f"lora_dropout must lie in [0, 1], got {p!r}.")
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """The model, the data and the options of a training.
+    """The model, the data and the options of a training; `safe-peft finetune --help` describes them.
 
-    Args:
-        model: a folder or a hub id.
-        train: the training file (csv, tsv, jsonl, json or parquet).
-        eval: the evaluation file.
-        output: folder for the adapter and the report; None keeps neither.
-        task: "seq-cls" (accuracy) or "causal-lm" (perplexity).
-        text_column: the text's column in both files.
-        label_column: the label's column, for "seq-cls".
-        method: "safe" freezes adapters, "bind" only uses the fast path, "stock" is PEFT without changes.
-        safe: options of `SafeConfig`.
-        lora: options of `peft.LoraConfig`, by PEFT's own names.
-        epochs: passes over the training file.
-        max_steps: optimizer steps, instead of epochs.
-        batch_size: rows per batch.
-        learning_rate: AdamW's peak, reached after `warmup_ratio` of the steps; then it falls linearly to zero.
-        weight_decay: AdamW's weight decay.
-        warmup_ratio: share of the steps over which the learning rate rises.
-        max_grad_norm: gradients are clipped to this norm.
-        loss: "model" for the model's own loss, or "chunked" for the same without full logits in memory ("causal-lm").
-        max_length: texts are truncated to this many tokens.
-        seed: for the initial values of head and adapters, the order of batches and dropout.
-        device: "cpu", "cuda", or "auto" for a GPU if there is one. CUDA_VISIBLE_DEVICES chooses among several.
+    Not all of them are options of the command, or are named as there:
+
+    - `output` may be None, which keeps neither the adapter nor the report.
+    - `safe` has options of `SafeConfig`, and `lora` has options of `peft.LoraConfig`, by PEFT's own names.
+    - The learning rate rises over the share `warmup_ratio` of the steps, and then falls linearly to zero.
+    - Gradients are clipped to `max_grad_norm`.
 
     Raises:
         ConfigError: An option has an invalid value.
-
-    Example:
-        >>> FinetuneConfig("my-folder", "train.csv", "eval.csv").task
-        'seq-cls'
     """
 
     model: str

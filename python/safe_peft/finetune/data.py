@@ -23,19 +23,8 @@ NO_ROWS = ("corresponds to no data", "BatchSize must be greater than 0")  # erro
 FORMATS = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 
 
-def read_columns(path: str | Path, columns: Sequence[str]) -> dict[str, list[Any]]:
-    """Read columns of a local file.
-
-    Args:
-        path: a .csv, .tsv, .jsonl, .json or .parquet file.
-        columns: the names to read.
-
-    Returns:
-        Lists of equal length by column name. Values of csv and tsv files are strings.
-
-    Raises:
-        ConfigError: The file is missing, empty, unreadable or lacks a column.
-    """
+def _read_columns(path: str | Path, columns: Sequence[str]) -> dict[str, list[Any]]:
+    """Read columns of a local file; values of csv and tsv files are strings."""
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ConfigError(
@@ -45,35 +34,26 @@ def read_columns(path: str | Path, columns: Sequence[str]) -> dict[str, list[Any
         raise ConfigError(f"{path} does not exist or is not a file.")
     if path.stat().st_size == 0:
         raise ConfigError(f"{path} is empty; give a file with at least one row.")
-    table = _load(path)
-    missing = [column for column in columns if column not in table]
-    if missing:
-        raise ConfigError(f"{path} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(table)}.")
-    return {column: table[column] for column in columns}
-
-
-def _load(path: Path) -> dict[str, list[Any]]:
-    kind = FORMATS[path.suffix]
+    no_rows = ConfigError(f"{path} has no rows; give a file with at least one.")
     try:
-        table = _load_quietly(path, kind)
+        table = _load(path, FORMATS[path.suffix])
     except ConfigError:
         raise
     except Exception as error:  # the libraries raise many kinds of errors
         reason = first_line(error.__cause__ or error)
         if any(text in reason for text in NO_ROWS):
-            raise _no_rows(path) from None
-        raise ConfigError(f"{path} cannot be read as {kind}: {reason}") from error
+            raise no_rows from None
+        raise ConfigError(f"{path} cannot be read as {FORMATS[path.suffix]}: {reason}") from error
     if not any(table.values()):
-        raise _no_rows(path)
+        raise no_rows
+    missing = [column for column in columns if column not in table]
+    if missing:
+        raise ConfigError(f"{path} has no column {', '.join(map(repr, missing))}; its columns are {', '.join(table)}.")
     return table
 
 
-def _no_rows(path: Path) -> ConfigError:
-    return ConfigError(f"{path} has no rows; give a file with at least one.")
-
-
-def _load_quietly(path: Path, kind: str) -> dict[str, list[Any]]:
-    """Load a file through `datasets`, with a temporary cache, so that an edited file is read again."""
+def _load(path: Path, kind: str) -> dict[str, list[Any]]:
+    """Load a file quietly through `datasets`, with a temporary cache, so that an edited file is read again."""
     require("datasets", "cli")
     import datasets
 
@@ -108,13 +88,12 @@ def _csv_options(path: Path) -> dict[str, Any]:
     return {"sep": separator, "keep_default_na": False, "encoding": "utf-8-sig", "features": features}
 
 
-def _is_missing(value: Any) -> bool:
-    is_nan = isinstance(value, float) and math.isnan(value)
-    return value is None or is_nan or (isinstance(value, str) and not value.strip())
-
-
 def _refuse_missing(path: str | Path, column: str, values: list[Any], what: str) -> None:
-    rows = [i + 1 for i, value in enumerate(values) if _is_missing(value)]
+    def is_missing(value: Any) -> bool:
+        is_nan = isinstance(value, float) and math.isnan(value)
+        return value is None or is_nan or (isinstance(value, str) and not value.strip())
+
+    rows = [i for i, value in enumerate(values, 1) if is_missing(value)]
     if rows:
         raise ConfigError(
             f"{path}, column {column!r}: {len(rows)} of {len(values)} rows have no {what} (the first is row "
@@ -123,66 +102,38 @@ def _refuse_missing(path: str | Path, column: str, values: list[Any], what: str)
 
 
 def read_texts(path: str | Path, column: str) -> list[str]:
-    """Read a text column.
-
-    Args:
-        path: the file.
-        column: its name.
-
-    Raises:
-        ConfigError: The column is missing, or a row has no text in it.
-    """
-    return _texts(path, column, read_columns(path, [column])[column])
+    """Read a text column; every row must have text in it."""
+    return _texts(path, column, _read_columns(path, [column])[column])
 
 
 def _texts(path: str | Path, column: str, values: list[Any]) -> list[str]:
     _refuse_missing(path, column, values, "text")
-    for i, value in enumerate(values):
+    for i, value in enumerate(values, 1):
         if not isinstance(value, str):
             kind = type(value).__name__
-            raise ConfigError(f"{path}, column {column!r}: row {i + 1} holds {kind}, not text; name another column.")
+            raise ConfigError(f"{path}, column {column!r}: row {i} holds {kind}, not text; name another column.")
     return values
 
 
 def read_labelled(path: str | Path, text_column: str, label_column: str) -> tuple[list[str], list[str]]:
-    """Read a text column and a label column.
-
-    Args:
-        path: the file.
-        text_column: the text's name.
-        label_column: the label's name; its values are strings, integers or booleans.
-
-    Returns:
-        The texts, and the labels as strings.
-
-    Raises:
-        ConfigError: A column is missing, or a row lacks text or label.
-    """
-    columns = read_columns(path, [text_column, label_column])
+    """Read a text column, and a label column of strings, integers or booleans as strings."""
+    columns = _read_columns(path, [text_column, label_column])
     _refuse_missing(path, label_column, columns[label_column], "label")
-    labels = [_label_text(path, label_column, i, value) for i, value in enumerate(columns[label_column])]
+    labels = []
+    for i, value in enumerate(columns[label_column], 1):
+        if isinstance(value, float) and value.is_integer():  # a table with gaps turns integers into floats
+            value = int(value)
+        if not isinstance(value, str | int):
+            raise ConfigError(
+                f"{path}, column {label_column!r}: row {i} holds {value!r}; a class is a string or an integer, so name "
+                "another column."
+            )
+        labels.append(str(value).strip())
     return _texts(path, text_column, columns[text_column]), labels
-
-
-def _label_text(path: str | Path, column: str, index: int, value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():  # a table with gaps turns integers into floats
-        value = int(value)
-    if isinstance(value, str | int):
-        return str(value).strip()
-    raise ConfigError(
-        f"{path}, column {column!r}: row {index + 1} holds {value!r}; a class is a string or an "
-        "integer, so name another column."
-    )
 
 
 def class_names(labels: Sequence[str]) -> list[str]:
     """Return the classes in a stable order: by value if all are integers, otherwise by name.
-
-    Args:
-        labels: one per row.
-
-    Raises:
-        ConfigError: There are fewer than two classes.
 
     Example:
         >>> class_names(["10", "9", "10"])
@@ -197,15 +148,7 @@ def class_names(labels: Sequence[str]) -> list[str]:
 
 
 def class_indices(path: str | Path, labels: Sequence[str], names: Sequence[str]) -> list[int]:
-    """Turn labels into class indices.
-
-    Args:
-        path: the labels' file, for errors.
-        labels: one per row.
-        names: the classes.
-
-    Raises:
-        ConfigError: A label is not among the classes.
+    """Turn a file's labels into indices of the named classes.
 
     Example:
         >>> class_indices("eval.csv", ["b", "a"], ["a", "b"])
@@ -224,20 +167,9 @@ def class_indices(path: str | Path, labels: Sequence[str], names: Sequence[str])
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, texts: list[str], labels: list[int] | None, max_length: int
 ) -> list[Row]:
-    """Tokenize texts.
+    """Return the tokenizer's output with `labels`, one dict per row; texts are truncated to `max_length` tokens.
 
-    Args:
-        tokenizer: the model's own.
-        texts: one per row.
-        labels: one class index per row, or None for language modelling. Then the tokens are the targets, and rows of a
-            single token are skipped, since they have no target.
-        max_length: texts are truncated to this many tokens.
-
-    Returns:
-        The tokenizer's output with `labels`, one dict per row.
-
-    Raises:
-        ConfigError: No row is left.
+    Without class indices the tokens are the targets, and rows of a single token are skipped, since they have no target.
     """
     columns = tokenizer(texts, truncation=True, max_length=max_length)
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]

@@ -21,7 +21,10 @@ Batch = dict[str, Any]
 
 @contextmanager
 def _unseen(model: nn.Module, batch: Batch) -> Iterator[None]:
-    """Run steps without effect on training: restore the random state, the mode and the gradients."""
+    """Run steps in training mode without effect on training: restore the random state and the mode.
+
+    Gradients are dropped.
+    """
     device = batch["input_ids"].device
     was_training = model.training
     model.train()
@@ -34,25 +37,13 @@ def _unseen(model: nn.Module, batch: Batch) -> Iterator[None]:
 
 
 def retained_bytes(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
-    """Return the bytes that autograd retains for backward from one training forward, without parameters.
-
-    Args:
-        model: in any mode; measured in training mode.
-        batch: with labels.
-        loss: the training's loss function.
-    """
+    """Return the bytes that autograd retains for backward from one training forward, without parameters."""
     with _unseen(model, batch):
         return retention.measure(lambda: loss(model, batch), exclude=[model, *batch.values()]).bytes
 
 
 def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
-    """Return the FLOPs of one forward and backward, as torch counts them: matrix products and attention.
-
-    Args:
-        model: in any mode; measured in training mode. Its gradients are dropped.
-        batch: with labels.
-        loss: the training's loss function.
-    """
+    """Return the FLOPs of one forward and backward, as torch counts them: matrix products and attention."""
     counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     with _unseen(model, batch):
         with torch.no_grad():
@@ -65,14 +56,7 @@ def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
 
 
 def block_flops(model: nn.Module, batch: Batch, loss: Loss, blocks: Collection[str]) -> dict[str, int]:
-    """Return the FLOPs of one forward of each transformer block.
-
-    Args:
-        model: in any mode; measured in training mode.
-        batch: with labels.
-        loss: the training's loss function.
-        blocks: the paths of the blocks, without PEFT's prefix.
-    """
+    """Return the FLOPs of one forward of each transformer block, by its path without PEFT's prefix."""
     counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
     with _unseen(model, batch), torch.no_grad(), counter:
         loss(model, batch)

@@ -18,15 +18,11 @@ from .training import Prepared, train
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> FreezeReport:
-    """Fine-tune LoRA adapters, measure the cost, and write an ordinary PEFT checkpoint and a report.
+    """Fine-tune LoRA adapters, measure the cost, and return the report with one measured run.
 
-    Args:
-        config: the model, the data and the options.
-        console: shows progress; standard error by default.
-
-    Returns:
-        The report, with one measured run. `config.output` gets the files of PEFT's `save_pretrained`, the tokenizer,
-        the report as json, png and html, and in `base_config/` the base model's configuration with the class names.
+    `config.output` gets the files of PEFT's `save_pretrained`, the tokenizer, the report as json, png and html, and in
+    `base_config/` the base model's configuration with the class names. The console shows progress; by default it is
+    standard error.
 
     Raises:
         ConfigError: An option, a file or the model is not usable.
@@ -50,7 +46,7 @@ def _prepare(config: FinetuneConfig) -> Prepared:
     tokenizer = models.load_tokenizer(source)
     torch.manual_seed(config.seed)
     base = models.load_model(source, config.task, classes, int(tokenizer.pad_token_id))
-    limit = models.positions(base)
+    limit = getattr(base.config, "max_position_embeddings", None)
     if limit is not None and config.max_length > limit:
         raise ConfigError(f"max_length is {config.max_length}, but the model has {limit} positions; lower it.")
     model = models.add_lora(base, config.task, config.lora)
@@ -79,12 +75,7 @@ def _save(prepared: Prepared, report: FreezeReport, stage: Path) -> None:
 
 
 def save_report(report: FreezeReport, folder: Path) -> None:
-    """Write a report's files.
-
-    Args:
-        report: the report.
-        folder: folder for report.json, report.png, report.html, and memory.png if the report has plans.
-    """
+    """Write report.json, report.png and report.html, and memory.png if the report has plans."""
     report.save_json(folder / "report.json")
     report.save_png(folder / "report.png")
     report.save_memory_png(folder / "memory.png")
@@ -92,11 +83,7 @@ def save_report(report: FreezeReport, folder: Path) -> None:
 
 
 def result_line(report: FreezeReport) -> str:
-    """Return the result of a training in one line.
-
-    Args:
-        report: a report with one measured run.
-    """
+    """Return the result of a training in one line."""
     run = report.runs[0]
     start, end = (mebibytes(size) for size in (run.retained[0][1], run.retained[-1][1]))
     return (

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from ..errors import PlanError, SafeError
 from ..freezing.config import SafeConfig
 from ..loss import BY_NAME, IGNORED, Loss
 from ..loss.check import check
+from ..planning.tracing import live_adapters
 from ..report.records import AdapterRecord, RunRecord, total
 from ..report.report import FreezeReport
 from . import measure
@@ -56,20 +56,7 @@ class Prepared:
 
 
 def train(config: FinetuneConfig, prepared: Prepared, console: Console) -> FreezeReport:
-    """Train, evaluate, and detach the model.
-
-    Args:
-        config: the options of the training.
-        prepared: the model, its tokenizer and the rows.
-        console: shows progress.
-
-    Returns:
-        The report, with one measured run.
-
-    Raises:
-        ConfigError: The model's loss cannot be computed in chunks, and `config.loss` is "chunked".
-        SafeError: The loss is not finite.
-    """
+    """Train, evaluate, and detach the model; return the report with one measured run."""
     safe = SafeCallback(SafeConfig.from_dict(config.safe), detach=False) if config.method == "safe" else None
     with tempfile.TemporaryDirectory() as folder, bind(prepared.model) if config.method == "bind" else nullcontext():
         trainer = _trainer(config, prepared, folder, safe)
@@ -81,6 +68,7 @@ def train(config: FinetuneConfig, prepared: Prepared, console: Console) -> Freez
         trainer.add_callback(_Lines(config.label, console, safe))
         trainer.train()
         value = _evaluate(trainer, config.task, safe)
+        scoring = _scoring_flops(safe, probe["input_ids"].numel())
         skipped = _skipped_flops(safe, prepared.model, probe, trainer.loss)
         report = _report(config, prepared.model, trainer.state.max_steps, safe, console)
         if safe is not None:
@@ -99,9 +87,7 @@ def train(config: FinetuneConfig, prepared: Prepared, console: Console) -> Freez
         retained=tuple(costs.retained),
         flops_start=costs.flops[0][1],
         flops_end=costs.flops[-1][1],
-        flops_run=total(costs.flops, trainer.state.global_step)
-        + _scoring_flops(safe, probe["input_ids"].numel())
-        - skipped,
+        flops_run=total(costs.flops, trainer.state.global_step) + scoring - skipped,
         prefix_bytes=costs.prefix_bytes,
     )
     return replace(report, retained=run.retained, runs=(run,))
@@ -166,12 +152,9 @@ class _Trainer(Trainer):
 
 
 class _Costs(TrainerCallback):
-    """Measures a Trainer's training without changing it.
+    """Measures a step on a fixed batch (`probe`) at the start, after each freeze event and at the end, and the time.
 
-    Args:
-        probe: the batch on which a step's retained bytes and FLOPs are measured.
-        loss: the training's loss function.
-        safe: the callback that freezes, if any; it must run before this one.
+    The callback that freezes, if any, must run before this one.
     """
 
     def __init__(self, probe: measure.Batch, loss: Loss, safe: SafeCallback | None) -> None:
@@ -208,12 +191,7 @@ class _Costs(TrainerCallback):
 
 
 def _scoring_flops(safe: SafeCallback | None, rows: int) -> int:
-    """Return the FLOPs of all scoring steps of a run.
-
-    Args:
-        safe: the callback with the freezer.
-        rows: rows of the flattened batch.
-    """
+    """Return the FLOPs of all scoring steps of a run; `rows` is the number of tokens of a batch."""
     if safe is None or safe.config.score != "cka":
         return 0
     per_block = min(safe.config.block_rows, rows)
@@ -224,14 +202,7 @@ def _scoring_flops(safe: SafeCallback | None, rows: int) -> int:
 
 
 def _skipped_flops(safe: SafeCallback | None, model: nn.Module, probe: measure.Batch, loss: Loss) -> int:
-    """Return the FLOPs of the frozen blocks that were skipped, since their outputs were known.
-
-    Args:
-        safe: the callback with the freezer.
-        model: the model.
-        probe: the batch on which FLOPs are measured.
-        loss: the training's loss function.
-    """
+    """Return the FLOPs of the frozen blocks that were skipped, since their outputs were known."""
     prefix = None if safe is None else safe.freezer.prefix
     if prefix is None:
         return 0
@@ -242,11 +213,7 @@ def _skipped_flops(safe: SafeCallback | None, model: nn.Module, probe: measure.B
 
 
 def _suspended(safe: SafeCallback | None) -> AbstractContextManager[Any]:
-    """Return a context in which a freezer, if there is one, ignores the model's calls.
-
-    Args:
-        safe: the callback with the freezer.
-    """
+    """Return a context in which the freezer, if there is one, ignores the model's calls."""
     return nullcontext() if safe is None else safe.freezer.suspended()
 
 
@@ -266,10 +233,12 @@ class _Lines(TrainerCallback):
         self._console.print(note, highlight=False, markup=False)
 
 
+@torch.no_grad()
 def _evaluate(trainer: _Trainer, task: str, safe: SafeCallback | None) -> float:
     """Return accuracy, or perplexity per predicted token, since a Trainer's eval_loss weighs batches by rows."""
     gained, units = 0.0, 0
-    with _suspended(safe), _evaluating(trainer.model):
+    trainer.model.eval()
+    with _suspended(safe):
         for batch in trainer.get_eval_dataloader():
             if task == "seq-cls":
                 labels = batch.pop("labels")
@@ -282,33 +251,15 @@ def _evaluate(trainer: _Trainer, task: str, safe: SafeCallback | None) -> float:
     return mean if task == "seq-cls" else math.exp(min(mean, 700.0))
 
 
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    model.eval()
-    with torch.no_grad():
-        yield
-    model.train()
-
-
 def _report(
     config: FinetuneConfig, model: nn.Module, steps: int, safe: SafeCallback | None, console: Console
 ) -> FreezeReport:
     title = f"{config.model} on {Path(config.train).name}"
     if safe is None:
-        return FreezeReport(title, {"method": config.method}, steps, _adapters(model))
+        adapters = (AdapterRecord(a.name, sum(p.numel() for p in a.parameters())) for a in live_adapters(model))
+        return FreezeReport(title, {"method": config.method}, steps, tuple(adapters))
     try:
         return replace(safe.report(memory=True), model=title)
     except PlanError as error:
         console.print(f"no memory plan: {error}", highlight=False)
         return replace(safe.report(), model=title)
-
-
-def _adapters(model: nn.Module) -> tuple[AdapterRecord, ...]:
-    """List the layers with a LoRA pair, by PEFT's attribute names."""
-    found = []
-    for name, module in model.named_modules():
-        parts = [getattr(module, part, None) for part in ("lora_A", "lora_B")]
-        pair = [part for part in parts if isinstance(part, nn.ModuleDict) and len(part)]
-        if len(pair) == len(parts):
-            found.append(AdapterRecord(name, sum(p.numel() for part in pair for p in part.parameters())))
-    return tuple(found)
