@@ -74,17 +74,11 @@ def trace(
     device: str = "",
     loss: Loss | None = None,
 ) -> Trace:
-    """Trace a step of a model. The model itself does not run and does not change.
+    """Trace a step of a copy of a model, on the fast path or as stock PEFT. The model itself does not change.
 
-    Args:
-        model: a PEFT model, bound or not, on any device, or the module of a `FakeModel`.
-        inputs: the batch.
-        frozen: names of adapters to freeze.
-        recompute: names of blocks to recompute in backward once they are frozen.
-        fast: whether to bind the copy; False traces stock PEFT.
-        keep_dropout: whether the dropout of frozen adapters stays on; in stock PEFT it always does.
-        device: the kind of device that the model will train on, "cpu" or "cuda"; "" for its current device.
-        loss: computes the loss of the model and a batch; None: the model's own loss.
+    The model is a PEFT model on any device, bound or not, or the module of a `FakeModel`. The other arguments are those
+    of `plan_memory`, with exact names of adapters and blocks, and with a kind of device. In stock PEFT the dropout of
+    frozen adapters always stays on.
 
     Raises:
         PlanError: The model does not run without values.
