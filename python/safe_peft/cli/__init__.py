@@ -6,11 +6,7 @@ from ..errors import MissingPackageError, require
 
 
 def main() -> None:
-    """Run `safe-peft`, or report a missing package.
-
-    Example:
-        >>> main()  # doctest: +SKIP
-    """
+    """Run `safe-peft`, or report a missing package."""
     try:
         for package in ("typer", "rich", "datasets"):
             require(package, "cli")

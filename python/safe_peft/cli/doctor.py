@@ -20,10 +20,7 @@ _TIMEOUT_S = 300  # the first import of torch from disk is slow
 
 
 class Check(NamedTuple):
-    """One line of the diagnosis: the checked item, the finding, and, for a problem, the fix.
-
-    A problem is `fatal` if nothing works before it is fixed.
-    """
+    """One line of the diagnosis; a problem has a fix, and is fatal if nothing works before it is fixed."""
 
     name: str
     found: str
@@ -32,15 +29,7 @@ class Check(NamedTuple):
 
 
 def diagnose() -> Iterator[Check]:
-    """Check this environment, without building or downloading. A broken package does not raise an error.
-
-    Returns:
-        The checks, one after the other.
-
-    Example:
-        >>> next(diagnose()).name
-        'Python'
-    """
+    """Check this environment, without building or downloading. A broken package does not raise an error."""
     yield Check("Python", f"{platform.python_version()} ({sys.executable})")
     yield from map(_version, _PACKAGES)
     if error := _import_error("torch"):
@@ -107,7 +96,7 @@ def _extension() -> Check:
 
     found = f"{_C.__file__}, built for torch {_C.torch_version} with compiler {_C.compiler}"
     fits = _C.torch_version == torch.__version__.split("+")[0]
-    return Check("safe_kernels._C", found) if fits else Check("safe_kernels._C", found, BUILD, fatal=True)
+    return Check("safe_kernels._C", found, "" if fits else BUILD, fatal=not fits)
 
 
 def _machine() -> Iterator[Check]:
@@ -146,25 +135,21 @@ def _triton() -> Iterator[Check]:
     elif error := _import_error("triton"):
         yield Check("Triton", error, fix)
     else:
+        from safe_kernels.triton.runtime import tuning
+
         yield Check("Triton", f"{importlib.metadata.version('triton')} compiles the kernels for GPUs")
-        yield _tuning()
-
-
-def _tuning() -> Check:
-    from safe_kernels.triton.runtime import tuning
-
-    try:
-        found = [f"{count} choices for {device}" for device, count in tuning.remembered().items()]
-    except ValueError as error:
-        return Check("autotune", str(error), "set SAFE_KERNELS_CACHE to a folder")
-    return Check("autotune", ", ".join(found) or "nothing measured; tiles come from a table")
+        try:
+            choices = [f"{count} choices for {device}" for device, count in tuning.remembered().items()]
+        except ValueError as error:
+            yield Check("autotune", str(error), "set SAFE_KERNELS_CACHE to a folder")
+        else:
+            yield Check("autotune", ", ".join(choices) or "nothing measured; tiles come from a table")
 
 
 def main() -> int:
-    """Print the diagnosis; `python -m safe_peft.cli.doctor` works even if the command line does not.
+    """Print the diagnosis, and return 1 if nothing works before a problem is fixed, otherwise 0.
 
-    Returns:
-        The exit status: 1 if nothing works before a problem is fixed.
+    `python -m safe_peft.cli.doctor` works even if the command line does not.
     """
     fatal = False
     for check in diagnose():

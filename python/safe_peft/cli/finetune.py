@@ -3,141 +3,109 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
+from functools import partial
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import ConfigError
-from ..finetune.config import FinetuneConfig
-from ..freezing.config import SafeConfig
+from ..finetune.config import FinetuneConfig as Run
+from ..freezing.config import SafeConfig as Safe
 
 
-def _option(panel: str, text: str, *names: str) -> Any:
-    return typer.Option(*names, help=text, rich_help_panel=panel)
+def _panel(panel: str) -> Callable[..., Any]:
+    """Return a function that makes an option of one panel of the help, from its text and, if needed, its names."""
+    return lambda text, *names: typer.Option(*names, help=text, rich_help_panel=panel)
 
 
-DATA, LORA, TRAINING, FREEZING = "Data and model", "LoRA, by PEFT's own names", "Training", "Freezing"
+data, lora, training = _panel("Data and model"), _panel("LoRA, by PEFT's own names"), _panel("Training")
+freezing, hidden = _panel("Freezing"), partial(typer.Option, hidden=True)
 STEPS_OR_SHARE = "optimizer steps (100) or a share of the training (0.2)"
 POINTS = ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval")
 LISTS = ("target_modules", "modules_to_save")
-LORA_OPTIONS = (
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "modules_to_save",
-    "bias",
-    "use_rslora",
-    "use_dora",
-)
-
-Train = Annotated[str, _option(DATA, "Training file: csv, tsv, jsonl, json or parquet.")]
-Eval = Annotated[str, _option(DATA, "Evaluation file with the same columns.", "--eval")]
-Output = Annotated[str, _option(DATA, "Folder for the adapter, the tokenizer and the report.")]
-Model = Annotated[str, _option(DATA, "A folder or a hub id.")]
-Task = Annotated[str, _option(DATA, "seq-cls (measured by accuracy) or causal-lm (by perplexity).")]
-TextColumn = Annotated[str, _option(DATA, "Column that holds the text.")]
-LabelColumn = Annotated[str, _option(DATA, "Column that holds the class, for seq-cls: strings or integers.")]
-
-Rank = Annotated[int, _option(LORA, "Rank of the adapters.", "--r")]
-Alpha = Annotated[int, _option(LORA, "Scaling is alpha / r.")]
-Dropout = Annotated[float, _option(LORA, "Dropout before the adapters.")]
-Targets = Annotated[str, _option(LORA, "Layers to adapt: all-linear, or name suffixes separated by commas.")]
-Saved = Annotated[str | None, _option(LORA, "Further layers to train in full, separated by commas.")]
-Bias = Annotated[str, _option(LORA, "Biases to train: none, all or lora_only.")]
-RsLora = Annotated[bool, _option(LORA, "Scaling is alpha / sqrt(r).", "--use-rslora")]
-Dora = Annotated[bool, _option(LORA, "DoRA; PEFT's path computes it, not the kernels.", "--use-dora")]
-
-Epochs = Annotated[int, _option(TRAINING, "Passes over the training file.")]
-MaxSteps = Annotated[int | None, _option(TRAINING, "Optimizer steps, instead of epochs.")]
-BatchSize = Annotated[int, _option(TRAINING, "Rows per batch.")]
-Rate = Annotated[float, _option(TRAINING, "Peak learning rate of AdamW; it rises, then falls linearly to zero.")]
-Decay = Annotated[float, _option(TRAINING, "Weight decay of AdamW.")]
-LossName = Annotated[str, _option(TRAINING, "model, or chunked: causal-lm without full logits in memory.")]
-MaxLength = Annotated[int, _option(TRAINING, "Texts are truncated to this many tokens.")]
-Seed = Annotated[int, _option(TRAINING, "Seed for initial values, the order of batches and dropout.")]
-Device = Annotated[str, _option(TRAINING, "auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several GPUs.")]
-
+LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", *LISTS, "bias", "use_rslora", "use_dora")
 SCORES = "cka, drift, gradient_sensitivity, progress, random, realised, relative_norm, sensitivity or velocity."
-Score = Annotated[str, _option(FREEZING, SCORES)]
-Policy = Annotated[str, _option(FREEZING, "greedy, or a control at equal bytes: random_sets, prefix or autofreeze.")]
-Fraction = Annotated[
-    float | None, _option(FREEZING, "Share to freeze; 0.75 unless --threshold or --memory-budget is given.")
-]
-Threshold = Annotated[float | None, _option(FREEZING, "Freeze at or below this importance, instead of a share.")]
-FreezeBy = Annotated[
-    str, _option(FREEZING, "bytes: a share of the bytes that freezing all adapters saves; adapters: of their number.")
-]
-Target = Annotated[str | None, typer.Option("--target", hidden=True)]  # the old name of --freeze-by
-Budget = Annotated[
-    str | None, _option(FREEZING, "Bytes that a step may retain at the end (6GiB); freezes by importance per byte.")
-]
-Recompute = Annotated[str, _option(FREEZING, "Run frozen blocks again in backward: off, frozen (all) or auto.")]
-Warmup = Annotated[str, _option(FREEZING, f"Nothing freezes before: {STEPS_OR_SHARE}.")]
-MaxWarmup = Annotated[str, _option(FREEZING, "Freezing starts by then, even if importance still changes.")]
-End = Annotated[str, _option(FREEZING, "The last freeze event.")]
-Interval = Annotated[str, _option(FREEZING, "Between two freeze events.")]
-ScoreInterval = Annotated[str, _option(FREEZING, "Between two scoring steps.")]
-Never = Annotated[list[str] | None, _option(FREEZING, "Shell pattern of adapters that never freeze; may be repeated.")]
-Keep = Annotated[bool, _option(FREEZING, "Leave frozen adapters' dropout on.", "--keep-dropout")]
-Prefix = Annotated[
-    str | None, _option(FREEZING, "Memory for outputs of the frozen blocks at the bottom (2GiB), which then run once.")
-]
-PrefixFile = Annotated[str | None, _option(FREEZING, "Further bytes for them in a temporary file.")]
-PrefixDropout = Annotated[bool, _option(FREEZING, "Leave the model's own dropout on in these blocks.")]
-NonFinite = Annotated[str, _option(FREEZING, "If a score is NaN or Inf: warn and continue, or raise and stop.")]
-Method = Annotated[str, _option(FREEZING, "safe, bind (kernels without freezing) or stock (PEFT without changes).")]
-NoFreeze = Annotated[bool, typer.Option("--no-freeze", hidden=True)]  # the old name of --method bind
+BY = "bytes: a share of the bytes that freezing all adapters saves; adapters: of their number."
+BUDGET = "Bytes that a step may retain at the end (6GiB); freezes by importance per byte."
+PREFIX = "Memory for outputs of the frozen blocks at the bottom (2GiB), which then run once."
+
+# `safe-peft plan` has these options too.
+Task = Annotated[str, data("seq-cls (measured by accuracy) or causal-lm (by perplexity).")]
+Rank = Annotated[int, lora("Rank of the adapters.", "--r")]
+Dropout = Annotated[float, lora("Dropout before the adapters.")]
+Targets = Annotated[str, lora("Layers to adapt: all-linear, or name suffixes separated by commas.")]
+Saved = Annotated[str | None, lora("Further layers to train in full, separated by commas.")]
+Loss = Annotated[str, training("model, or chunked: causal-lm without full logits in memory.")]
 
 
 def finetune(
-    model: Model,
-    train: Train,
-    eval: Eval,
-    output: Output,
-    task: Task = FinetuneConfig.task,
-    text_column: TextColumn = FinetuneConfig.text_column,
-    label_column: LabelColumn = FinetuneConfig.label_column,
+    model: Annotated[str, data("A folder or a hub id.")],
+    train: Annotated[str, data("Training file: csv, tsv, jsonl, json or parquet.")],
+    eval: Annotated[str, data("Evaluation file with the same columns.", "--eval")],
+    output: Annotated[str, data("Folder for the adapter, the tokenizer and the report.")],
+    task: Task = Run.task,
+    text_column: Annotated[str, data("Column that holds the text.")] = Run.text_column,
+    label_column: Annotated[
+        str, data("Column that holds the class, for seq-cls: strings or integers.")
+    ] = Run.label_column,
     r: Rank = 8,
-    lora_alpha: Alpha = 16,
+    lora_alpha: Annotated[int, lora("Scaling is alpha / r.")] = 16,
     lora_dropout: Dropout = 0.0,
     target_modules: Targets = "all-linear",
     modules_to_save: Saved = None,
-    bias: Bias = "none",
-    use_rslora: RsLora = False,
-    use_dora: Dora = False,
-    epochs: Epochs = FinetuneConfig.epochs,
-    max_steps: MaxSteps = None,
-    batch_size: BatchSize = FinetuneConfig.batch_size,
-    learning_rate: Rate = FinetuneConfig.learning_rate,
-    weight_decay: Decay = FinetuneConfig.weight_decay,
-    loss: LossName = FinetuneConfig.loss,
-    max_length: MaxLength = FinetuneConfig.max_length,
-    seed: Seed = 0,
-    device: Device = FinetuneConfig.device,
-    method: Method = FinetuneConfig.method,
-    score: Score = SafeConfig.score,
-    policy: Policy = SafeConfig.policy,
-    target_fraction: Fraction = None,
-    threshold: Threshold = None,
-    freeze_by: FreezeBy = SafeConfig.freeze_by,
-    target: Target = None,
-    memory_budget: Budget = None,
-    recompute: Recompute = SafeConfig.recompute,
-    warmup: Warmup = str(SafeConfig.warmup),
-    max_warmup: MaxWarmup = str(SafeConfig.max_warmup),
-    freeze_end: End = str(SafeConfig.freeze_end),
-    freeze_interval: Interval = str(SafeConfig.freeze_interval),
-    score_interval: ScoreInterval = str(SafeConfig.score_interval),
-    never_freeze: Never = None,
-    keep_dropout: Keep = False,
-    on_nonfinite: NonFinite = SafeConfig.on_nonfinite,
-    prefix_cache: Prefix = None,
-    prefix_file: PrefixFile = None,
-    prefix_dropout: PrefixDropout = True,
-    no_freeze: NoFreeze = False,
+    bias: Annotated[str, lora("Biases to train: none, all or lora_only.")] = "none",
+    use_rslora: Annotated[bool, lora("Scaling is alpha / sqrt(r).", "--use-rslora")] = False,
+    use_dora: Annotated[bool, lora("DoRA; PEFT's path computes it, not the kernels.", "--use-dora")] = False,
+    epochs: Annotated[int, training("Passes over the training file.")] = Run.epochs,
+    max_steps: Annotated[int | None, training("Optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, training("Rows per batch.")] = Run.batch_size,
+    learning_rate: Annotated[
+        float, training("Peak learning rate of AdamW; it rises, then falls linearly to zero.")
+    ] = Run.learning_rate,
+    weight_decay: Annotated[float, training("Weight decay of AdamW.")] = Run.weight_decay,
+    loss: Loss = Run.loss,
+    max_length: Annotated[int, training("Texts are truncated to this many tokens.")] = Run.max_length,
+    seed: Annotated[int, training("Seed for initial values, the order of batches and dropout.")] = 0,
+    device: Annotated[
+        str, training("auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several GPUs.")
+    ] = Run.device,
+    method: Annotated[
+        str, freezing("safe, bind (kernels without freezing) or stock (PEFT without changes).")
+    ] = Run.method,
+    score: Annotated[str, freezing(SCORES)] = Safe.score,
+    policy: Annotated[
+        str, freezing("greedy, or a control at equal bytes: random_sets, prefix or autofreeze.")
+    ] = Safe.policy,
+    target_fraction: Annotated[
+        float | None, freezing("Share to freeze; 0.75 unless --threshold or --memory-budget is given.")
+    ] = None,
+    threshold: Annotated[float | None, freezing("Freeze at or below this importance, instead of a share.")] = None,
+    freeze_by: Annotated[str, freezing(BY)] = Safe.freeze_by,
+    target: Annotated[str | None, hidden("--target")] = None,  # the old name of --freeze-by
+    memory_budget: Annotated[str | None, freezing(BUDGET)] = None,
+    recompute: Annotated[
+        str, freezing("Run frozen blocks again in backward: off, frozen (all) or auto.")
+    ] = Safe.recompute,
+    warmup: Annotated[str, freezing(f"Nothing freezes before: {STEPS_OR_SHARE}.")] = str(Safe.warmup),
+    max_warmup: Annotated[str, freezing("Freezing starts by then, even if importance still changes.")] = str(
+        Safe.max_warmup
+    ),
+    freeze_end: Annotated[str, freezing("The last freeze event.")] = str(Safe.freeze_end),
+    freeze_interval: Annotated[str, freezing("Between two freeze events.")] = str(Safe.freeze_interval),
+    score_interval: Annotated[str, freezing("Between two scoring steps.")] = str(Safe.score_interval),
+    never_freeze: Annotated[
+        list[str] | None, freezing("Shell pattern of adapters that never freeze; may be repeated.")
+    ] = None,
+    keep_dropout: Annotated[bool, freezing("Leave frozen adapters' dropout on.", "--keep-dropout")] = False,
+    on_nonfinite: Annotated[
+        str, freezing("If a score is NaN or Inf: warn and continue, or raise and stop.")
+    ] = Safe.on_nonfinite,
+    prefix_cache: Annotated[str | None, freezing(PREFIX)] = None,
+    prefix_file: Annotated[str | None, freezing("Further bytes for them in a temporary file.")] = None,
+    prefix_dropout: Annotated[bool, freezing("Leave the model's own dropout on in these blocks.")] = True,
+    no_freeze: Annotated[bool, hidden("--no-freeze")] = False,  # the old name of --method bind
 ) -> None:
     """Fine-tune LoRA adapters on your own text, and freeze the adapters that change least.
 
@@ -151,17 +119,8 @@ def finetune(
     typer.echo(f"adapter and report: {output}")
 
 
-def configure(given: Mapping[str, Any]) -> FinetuneConfig:
+def configure(given: Mapping[str, Any]) -> Run:
     """Convert the command's options to a configuration.
-
-    Args:
-        given: options by name.
-
-    Returns:
-        The configuration.
-
-    Raises:
-        ConfigError: An option has an invalid value.
 
     Example:
         >>> configure({"train": "t.csv", "eval": "e.csv", "model": "my-folder", "warmup": "20"}).safe
@@ -169,21 +128,22 @@ def configure(given: Mapping[str, Any]) -> FinetuneConfig:
     """
     options = {name: value for name, value in given.items() if value is not None}
     options |= {name: _point(name, options[name]) for name in POINTS if name in options}
-    options |= {name: _names(options[name]) for name in LISTS if name in options}
+    options |= {name: names(options[name]) for name in LISTS if name in options}
     if options.get("target"):
         warnings.warn("--target is --freeze-by now, and will be removed.", FutureWarning, stacklevel=2)
         options["freeze_by"] = options["target"]
     if options.get("no_freeze"):
         warnings.warn("--no-freeze is --method bind now, and will be removed.", FutureWarning, stacklevel=2)
         options["method"] = "bind"
-    return FinetuneConfig(
-        **{field.name: options[field.name] for field in fields(FinetuneConfig) if field.name in options},
-        safe={field.name: options[field.name] for field in fields(SafeConfig) if field.name in options},
+    return Run(
+        **{field.name: options[field.name] for field in fields(Run) if field.name in options},
+        safe={field.name: options[field.name] for field in fields(Safe) if field.name in options},
         lora={name: options[name] for name in LORA_OPTIONS if name in options},
     )
 
 
-def _names(text: str) -> str | list[str]:
+def names(text: str) -> str | list[str]:
+    """Read names that are separated by commas; "all-linear" means all of PEFT's choice."""
     return text if text == "all-linear" else [name.strip() for name in text.split(",") if name.strip()]
 
 

@@ -6,62 +6,53 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option, echo
 
 from ..errors import ConfigError
-from ..finetune.config import LOSSES, FinetuneConfig, check_dropout
-from .finetune import Dropout, LossName, Rank, Saved, Targets, Task, _names
+from ..finetune.config import LOSSES, TASKS, FinetuneConfig, check_dropout
+from .finetune import Dropout, Loss, Rank, Saved, Targets, Task, names
 
 DTYPES = ("float32", "bfloat16", "float16")
-
-Model = Annotated[str, typer.Option(help="A folder or a hub id; its weights are not read.")]
-BatchSize = Annotated[int, typer.Option(help="Rows per batch.")]
-Length = Annotated[int, typer.Option(help="Tokens per row.")]
-Padded = Annotated[bool, typer.Option("--padded", help="Rows have different lengths, so attention needs a mask.")]
-Classes = Annotated[int, typer.Option(help="Classes, for seq-cls.")]
-Dtype = Annotated[str, typer.Option(help=f"Dtype of the model's parameters: {', '.join(DTYPES)}.")]
-Where = Annotated[
-    str, typer.Option(help="Device of the training: cpu, cuda, or auto for this machine's. The plan needs no GPU.")
-]
-Frozen = Annotated[list[str] | None, typer.Option(help="Shell pattern of adapters that are frozen; may be repeated.")]
-Share = Annotated[float | None, typer.Option(help="Share of the adapters that are frozen, lowest first.")]
-Again = Annotated[list[str] | None, typer.Option(help="Shell pattern of frozen blocks that run again in backward.")]
-Groups = Annotated[bool, typer.Option("--groups", help="List the bytes that each group of adapters would free.")]
-Json = Annotated[Path | None, typer.Option("--json", help="Write the plan to this file.")]
-Picture = Annotated[Path | None, typer.Option(help="Draw the plan into this PNG file.")]
+DEVICE = "Device of the training: cpu, cuda, or auto for this machine's. The plan needs no GPU."
 
 
 def plan(
-    model: Model,
+    model: Annotated[str, Option(help="A folder or a hub id; its weights are not read.")],
     task: Task = "seq-cls",
-    batch_size: BatchSize = 32,
-    sequence_length: Length = 128,
-    padded: Padded = False,
-    classes: Classes = 2,
-    dtype: Dtype = "float32",
-    device: Where = "auto",
-    loss: LossName = FinetuneConfig.loss,
+    batch_size: Annotated[int, Option(help="Rows per batch.")] = 32,
+    sequence_length: Annotated[int, Option(help="Tokens per row.")] = 128,
+    padded: Annotated[bool, Option("--padded", help="Rows have different lengths, so attention needs a mask.")] = False,
+    classes: Annotated[int, Option(help="Classes, for seq-cls.")] = 2,
+    dtype: Annotated[str, Option(help=f"Dtype of the model's parameters: {', '.join(DTYPES)}.")] = "float32",
+    device: Annotated[str, Option(help=DEVICE)] = "auto",
+    loss: Loss = FinetuneConfig.loss,
     r: Rank = 8,
     lora_dropout: Dropout = 0.0,
     target_modules: Targets = "all-linear",
     modules_to_save: Saved = None,
-    frozen: Frozen = None,
-    frozen_fraction: Share = None,
-    recompute: Again = None,
-    groups: Groups = False,
-    json: Json = None,
-    picture: Picture = None,
+    frozen: Annotated[
+        list[str] | None, Option(help="Shell pattern of adapters that are frozen; may be repeated.")
+    ] = None,
+    frozen_fraction: Annotated[
+        float | None, Option(help="Share of the adapters that are frozen, lowest first.")
+    ] = None,
+    recompute: Annotated[
+        list[str] | None, Option(help="Shell pattern of frozen blocks that run again in backward.")
+    ] = None,
+    groups: Annotated[bool, Option("--groups", help="List the bytes that each group of adapters would free.")] = False,
+    json: Annotated[Path | None, Option("--json", help="Write the plan to this file.")] = None,
+    picture: Annotated[Path | None, Option(help="Draw the plan into this PNG file.")] = None,
 ) -> None:
     """Show the memory of a training step, stock PEFT compared with ours, without loading weights or training."""
-    lora = {"r": r, "lora_dropout": lora_dropout, "target_modules": _names(target_modules)}
+    lora = {"r": r, "lora_dropout": lora_dropout, "target_modules": names(target_modules)}
     if modules_to_save is not None:
-        lora["modules_to_save"] = _names(modules_to_save)
+        lora["modules_to_save"] = names(modules_to_save)
     if frozen and frozen_fraction is not None:
         raise ConfigError("--frozen and --frozen-fraction: expected one of them, got both; remove one.")
     if dtype not in DTYPES:
         raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}.")
-    if task not in ("seq-cls", "causal-lm"):
-        raise ConfigError(f"task must be one of seq-cls, causal-lm, got {task!r}.")
+    if task not in TASKS:
+        raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
     if loss not in LOSSES or (loss == "chunked" and task != "causal-lm"):
         raise ConfigError(f"loss must be one of {', '.join(LOSSES)}, chunked only for causal-lm, got {loss!r}.")
     check_dropout(lora_dropout)
@@ -85,9 +76,9 @@ def plan(
         loss=BY_NAME[loss],
     )
     result = replace(result, model=model)
-    typer.echo(result)
+    echo(result)
     if groups:
-        typer.echo(f"\n{result.groups_table()}")
+        echo(f"\n{result.groups_table()}")
     if json is not None:
         result.save_json(json)
     if picture is not None:
