@@ -13,7 +13,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .binding.bind import bind
-from .distributed.fsdp import fsdp_modules
+from .distributed.fsdp import fsdp_modules, is_initialized
 from .distributed.wrappers import unwrap
 from .errors import BindingError, StateError
 from .files.checkpoints import PROCESSES, STATE_FILE, checkpoint_files
@@ -98,7 +98,7 @@ class SafeCallback(TrainerCallback, ExportableState):
     def state(self) -> dict[str, Any]:
         """Return the state that the Trainer saves in `trainer_state.json` and returns on resuming."""
         saved = {} if self._freezer is None else self._freezer.state_dict()
-        attributes = {"saved": saved, PROCESSES: _processes()}
+        attributes = {"saved": saved, PROCESSES: torch.distributed.get_world_size() if is_initialized() else 1}
         return {"args": {"config": self.config.to_dict(), "detach": self._detach}, "attributes": attributes}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -162,7 +162,7 @@ class SafeCallback(TrainerCallback, ExportableState):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Write the state into the checkpoint's folder, after all other files and with their checksums."""
         folder = Path(args.output_dir, f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-        if _processes() > 1:
+        if is_initialized() and torch.distributed.get_world_size() > 1:
             torch.distributed.barrier()  # waits until every process has written its part
         if args.should_save and folder.is_dir():
             self.freezer.save(folder / STATE_FILE, files=checkpoint_files(folder))
@@ -182,8 +182,3 @@ class SafeCallback(TrainerCallback, ExportableState):
             entry = next(iter(entry), None)
         attributes = entry.get("attributes") if isinstance(entry, dict) else None
         return attributes.get("saved") if isinstance(attributes, dict) else None
-
-
-def _processes() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1

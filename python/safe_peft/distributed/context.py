@@ -1,4 +1,4 @@
-"""The engine that trains one model on several processes: process groups, agreement, and rebuilt reducers."""
+"""The engine that trains one model on several processes: process groups, agreement, and engines that cannot adapt."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from ..errors import BindingError
 from . import ddp, fsdp
-from .refusals import REPLICA, refusal
+from .fsdp import is_initialized
+from .wrappers import parameters_of, walk
 
+REPLICA = (
+    "nn.DataParallel copies the model for every call and loses the state of layers; start one process per device "
+    "instead, with torchrun or accelerate launch"
+)
 MARKS = 1 << 20  # a mark's square, summed over thousands of processes, is exact in float64
 
 
@@ -34,31 +39,20 @@ class DistributedContext:
         self._seen = self._stale = False
 
     def check(self, optimizer: object) -> None:
-        """Raise if the engine cannot adapt when parameters stop training.
-
-        Args:
-            optimizer: the model's optimizer, possibly wrapped by an engine.
-
-        Raises:
-            BindingError: The engine cannot adapt.
-        """
-        reason = refusal(self._model, self._outer, optimizer) or (self._ddp and ddp.refusal(self._ddp))
+        """Raise if the engine, which may have wrapped the optimizer, cannot adapt when parameters stop training."""
+        reason = _refusal(self._model, self._outer, optimizer) or (self._ddp and ddp.refusal(self._ddp))
         if reason:
             raise BindingError(f"{reason}.")
 
     def forward_begins(self, module: nn.Module) -> None:
-        """Find DDP's wrapper when a forward begins: it may be newer than the freezer, or was not passed to it.
+        """Find DDP's wrapper when a forward of a module begins: it may be newer than the freezer, or unknown to it.
 
-        Args:
-            module: the called module: the model or a part of it.
-
-        Raises:
-            BindingError: The wrapper, or `nn.DataParallel`, cannot adapt when parameters stop training.
+        Raise if the wrapper, or `nn.DataParallel`, cannot adapt when parameters stop training.
         """
         if getattr(module, "_is_replica", False):
             raise BindingError(f"{REPLICA}.")
         self._seen = True
-        if self._ddp is None and _is_initialized() and (wrapper := ddp.running_ddp(self._model)) is not None:
+        if self._ddp is None and is_initialized() and (wrapper := ddp.running_ddp(self._model)) is not None:
             if reason := ddp.refusal(wrapper):
                 raise BindingError(f"{reason}.")
             self._ddp = wrapper
@@ -78,32 +72,24 @@ class DistributedContext:
     @property
     def process(self) -> int:
         """Rank of this process."""
-        return torch.distributed.get_rank() if _is_initialized() else 0
+        return torch.distributed.get_rank() if is_initialized() else 0
 
     def groups(self) -> tuple[ProcessGroup, ...]:
         """Return the groups to reduce over, one after the other; a mesh has one per dimension."""
-        if not _is_initialized() or torch.distributed.get_world_size() == 1:
+        if not is_initialized() or torch.distributed.get_world_size() == 1:
             return ()
-        found = [*self._sharing_batch()]
+        every: Any = torch.distributed.group.WORLD
+        if self._group is not None:
+            found = [self._group]
+        else:  # the group that shares the batch, by the engine
+            found = [*fsdp.fsdp_groups(self._model)] or [self._ddp.process_group if self._ddp is not None else every]
         for group in fsdp.mesh_groups(self._model):
             if not any(fsdp.members(group) <= fsdp.members(other) for other in found):
                 found.append(group)
         return tuple(group for group in found if torch.distributed.get_world_size(group) > 1)
 
-    def _sharing_batch(self) -> tuple[ProcessGroup, ...]:
-        if self._group is not None:
-            return (self._group,)
-        if sharded := fsdp.fsdp_groups(self._model):
-            return sharded
-        every: Any = torch.distributed.group.WORLD
-        return (self._ddp.process_group if self._ddp is not None else every,)
-
     def check_step(self) -> None:
-        """Raise if processes may run out of batches at different steps.
-
-        Raises:
-            BindingError: The step runs inside DDP's `join()`.
-        """
+        """Raise inside DDP's `join()`, where processes may run out of batches at different steps."""
         if self._ddp is not None and self._ddp._join_config.enable:
             raise BindingError(
                 "DDP's join(): a process without batches takes no part in scoring steps and in a new reducer; "
@@ -112,7 +98,7 @@ class DistributedContext:
 
     def parameters_changed(self) -> None:
         """Adapt the engine after a change of requires_grad; call it between two steps, in every process."""
-        if not _is_initialized():
+        if not is_initialized():
             return
         self._stale = self._ddp is None
         if self._ddp is not None:
@@ -134,11 +120,7 @@ class DistributedContext:
     def require_same(self, facts: Mapping[str, Any] | Exception) -> None:
         """Raise in every process if one of them differs or has failed.
 
-        Args:
-            facts: values by name that must be the same; or the error that this process is about to raise.
-
-        Raises:
-            BindingError: A process differs, or has failed.
+        The facts are values by name that must be the same, or the error that this process is about to raise.
         """
         if self.alone:
             return
@@ -155,18 +137,13 @@ class DistributedContext:
                 )
 
     def sum(self, values: Tensor, *, same: str, batch: str = "") -> tuple[Tensor, int, bool]:
-        """Add values over all processes in one all_reduce, which also checks that their states agree.
-
-        Args:
-            values: float64, of the same shape in every process.
-            same: a text that must be the same in every process now.
-            batch: a text that may differ.
+        """Add float64 values over all processes in one all_reduce, which also checks that their states agree.
 
         Returns:
-            The sums, the number of processes, and whether `batch` differs.
+            The sums, the number of processes, and whether the text `batch` differs.
 
         Raises:
-            BindingError: `same` differs; every process raises.
+            BindingError: The text `same` differs; every process raises.
         """
         groups = self.groups()
         if not groups:
@@ -194,10 +171,40 @@ def _ddp_among(outer: nn.Module) -> DistributedDataParallel | None:
     return outer
 
 
-def _is_initialized() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _short(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+# ---------------------------------------------------------------- engines that cannot adapt, each with an alternative
+
+
+def _refusal(model: nn.Module, outer: nn.Module, optimizer: object) -> str | None:
+    """Return the reason why adapters cannot be frozen under a model's engine; None if they can."""
+    modules = [outer, *(module for _, module in walk(model))]
+    is_zero3 = any(hasattr(parameter, "ds_id") for parameter in parameters_of(model))
+    if is_zero3 or any(_is_deepspeed(item) for item in (outer, model, *_chain(optimizer))):
+        return (
+            "DeepSpeed keeps gradients and optimizer state in flat partitions, which would still change a frozen "
+            "adapter; use DDP or FSDP2 (accelerate's fsdp_version=2)"
+        )
+    if isinstance(outer, DataParallel) and len(outer.device_ids) > 1:
+        return REPLICA
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in modules):
+        return (
+            "FSDP1 needs all parameters of a unit to train, or none; use FSDP2: fully_shard, or accelerate's "
+            "fsdp_version=2"
+        )
+    return None
+
+
+def _is_deepspeed(item: object) -> bool:
+    return any(kind.__module__.partition(".")[0] == "deepspeed" for kind in type(item).__mro__)
+
+
+def _chain(optimizer: object) -> list[object]:
+    """Return an optimizer and the optimizers inside it."""
+    found = [optimizer]
+    while (inner := getattr(found[-1], "optimizer", None)) is not None and inner not in found:
+        found.append(inner)
+    return found

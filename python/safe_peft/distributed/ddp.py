@@ -19,9 +19,6 @@ def running_ddp(model: nn.Module) -> DistributedDataParallel | None:
 
     A Trainer passes on only the inner model, and accelerate may wrap it later. DDP notes the running wrapper for
     torch.compile.
-
-    Args:
-        model: a module inside the wrapper.
     """
     wrapper = DistributedDataParallel._get_active_ddp_module()
     return wrapper if wrapper is not None and any(module is model for _, module in walk(wrapper)) else None
@@ -44,11 +41,9 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
     """Make DDP reduce the gradients of exactly the parameters that train now.
 
     It repeats the work of DDP's constructor and `__setstate__`, with the hooks. Call it between two steps, or at the
-    start of a step's first forward: no backward may be running. No process waits for another one here. In the second
-    forward after this the processes agree on the order of the buckets, as in a new DDP.
-
-    Args:
-        ddp: its parameters' requires_grad is the same in every process.
+    start of a step's first forward: no backward may be running, and requires_grad is the same in every process. No
+    process waits for another one here. In the second forward after this the processes agree on the order of the
+    buckets, as in a new DDP.
     """
     builtin = _builtin_hook(ddp)
     ddp._remove_autograd_hooks()

@@ -11,9 +11,14 @@ from torch import Tensor, nn
 from .wrappers import parameters_of, walk
 
 
+def is_initialized() -> bool:
+    """Whether this process belongs to a training on several processes, possibly a single one."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def fsdp_modules(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the modules to which `fully_shard` was applied, the root first."""
-    if not torch.distributed.is_initialized():
+    if not is_initialized():
         return
     from torch.distributed.fsdp import FSDPModule
 
@@ -51,12 +56,7 @@ def precision_policy(unit: nn.Module) -> Any:
 
 
 def class_before(kind: type[nn.Module]) -> type[nn.Module]:
-    """Return the class that a module had before `fully_shard`; without `fully_shard` its own class.
-
-    Example:
-        >>> class_before(nn.Linear)
-        <class 'torch.nn.modules.linear.Linear'>
-    """
+    """Return the class that a module had before `fully_shard`; without `fully_shard` its own class."""
     from torch.distributed.fsdp import FSDPModule
 
     if not issubclass(kind, FSDPModule):
@@ -77,10 +77,5 @@ def reshard(model: nn.Module) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the full tensor of a sharded one; all processes must call this.
-
-    Example:
-        >>> whole(torch.ones(2))
-        tensor([1., 1.])
-    """
+    """Return the full tensor of a sharded one; all processes must call this."""
     return tensor.full_tensor() if is_spread(tensor) else tensor  # type: ignore[attr-defined]

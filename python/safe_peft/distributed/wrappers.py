@@ -12,18 +12,7 @@ from ..errors import BindingError
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the model inside the wrappers of DDP and `torch.compile`.
-
-    Args:
-        model: the model that the user passed.
-
-    Raises:
-        BindingError: `model` is not a `torch.nn.Module`.
-
-    Example:
-        >>> unwrap(nn.Linear(2, 2))
-        Linear(in_features=2, out_features=2, bias=True)
-    """
+    """Return the model inside the wrappers of DDP and `torch.compile`; it must be a `torch.nn.Module`."""
     if not isinstance(model, nn.Module):
         raise BindingError(f"model: expected a torch.nn.Module, got {type(model).__name__}.")
     if isinstance(model, DistributedDataParallel | DataParallel):
@@ -33,14 +22,7 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Return the optimizer that holds the state and runs the hooks, inside accelerate's wrapper.
-
-    Args:
-        optimizer: the optimizer that the user passed.
-
-    Raises:
-        BindingError: `optimizer` is not an optimizer.
-    """
+    """Return the optimizer that holds the state and runs the hooks, inside accelerate's wrapper."""
     if not isinstance(optimizer, torch.optim.Optimizer) and not hasattr(optimizer, "param_groups"):
         raise BindingError(
             f"optimizer: expected a torch.optim.Optimizer, or a list of them, got {type(optimizer).__name__}."
@@ -51,12 +33,7 @@ def unwrap_optimizer(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def trains_besides(model: nn.Module, own: Iterable[nn.Parameter]) -> bool:
-    """Return whether a model has a trainable parameter that is not in `own`.
-
-    Example:
-        >>> trains_besides(model := nn.Linear(2, 2), [model.weight])
-        True
-    """
+    """Return whether a model has a trainable parameter that is not in `own`."""
     known = {id(parameter) for parameter in own}
     return any(p.requires_grad and id(p) not in known for p in parameters_of(model))
 
@@ -66,13 +43,6 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Some modules have side effects there: PEFT's `lora.MultiheadAttention` deletes and re-registers its weights at every
     call, and loses them if new parameters cannot be made.
-
-    Args:
-        model: any module.
-
-    Example:
-        >>> [name for name, _ in walk(nn.Sequential(nn.Linear(2, 2)))]
-        ['', '0']
     """
     seen, waiting = set[int](), [("", model)]
     while waiting:
@@ -86,32 +56,17 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def parameters_of(model: nn.Module) -> list[nn.Parameter]:
-    """Return the same as `parameters`, without running any code of the modules.
-
-    Example:
-        >>> len(parameters_of(nn.Linear(2, 2)))
-        2
-    """
+    """Return the same as `parameters`, without running any code of the modules."""
     found = {id(p): p for _, module in walk(model) for p in module._parameters.values() if p is not None}
     return list(found.values())
 
 
 def buffers_of(model: nn.Module) -> list[torch.Tensor]:
-    """Return the same as `buffers`, without running any code of the modules.
-
-    Example:
-        >>> len(buffers_of(nn.BatchNorm1d(2)))
-        3
-    """
+    """Return the same as `buffers`, without running any code of the modules."""
     found = {id(b): b for _, module in walk(model) for b in module._buffers.values() if b is not None}
     return list(found.values())
 
 
 def short_name(path: str) -> str:
-    """Return a layer's path without PEFT's prefix.
-
-    Example:
-        >>> short_name("base_model.model.encoder.layer.0.query")
-        'encoder.layer.0.query'
-    """
+    """Return a layer's path without PEFT's prefix."""
     return path.removeprefix("base_model.model.")
