@@ -6,7 +6,6 @@ import inspect
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,28 +36,15 @@ _INSTEAD = "use the model's own loss"
 _LARGE, _SHORT = 50.0, 4
 _AS_IF = 7
 """The value of `num_items_in_batch` in a comparison."""
-
-
-@dataclass
-class _Checked:
-    """The calls of a model that were compared, and the model's state at that time."""
-
-    state: tuple[Any, ...]
-    calls: set[tuple[Any, ...]] = field(default_factory=set)
-
-
-_CHECKED: weakref.WeakKeyDictionary[nn.Module, _Checked] = weakref.WeakKeyDictionary()
+_CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, set[Any]]] = weakref.WeakKeyDictionary()
+"""Of each model: its state, and the calls that were compared in this state."""
 
 
 def check(model: nn.Module, batch: Mapping[str, Any]) -> nn.Linear:
     """Check that `chunked_loss` equals the model's own loss in a call, and return the model's head.
 
-    Args:
-        model: as in `chunked_loss`.
-        batch: as in `chunked_loss`; a call with new arguments is compared on a few of its tokens.
-
-    Raises:
-        ConfigError: The two losses differ, or the model or an argument is not supported.
+    A call with new arguments is compared on a few of its tokens. If the two losses differ, or the model or an argument
+    is not supported, this raises a ConfigError.
     """
     inner = unwrap(model)
     base: Any = inner.get_base_model() if hasattr(inner, "get_base_model") else inner  # type: ignore[operator]
@@ -71,12 +57,12 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> nn.Linear:
         return head
     call, state = _call(base, batch), _state(inner, base, head)
     known = _CHECKED.get(base)
-    if known is None or known.state != state:
-        known = _CHECKED[base] = _Checked(state)
-    if call not in known.calls:
+    if known is None or known[0] != state:
+        known = _CHECKED[base] = (state, set())
+    if call not in known[1]:
         _compare(inner, base, head, batch)
         if call is not None:
-            known.calls.add(call)
+            known[1].add(call)
     return head
 
 
@@ -159,24 +145,15 @@ def _head(base: Any) -> nn.Linear:
 
 
 def cast(hidden: Tensor) -> Tensor:
-    """Cast the head's input to the dtype of the head's product: accelerate uses autocast only inside the model.
+    """Cast the head's input to the dtype of the head's product; call it inside the model's forward.
 
-    Args:
-        hidden: the head's input, inside the model's forward.
+    accelerate uses autocast only there.
     """
     return hidden.to(torch.get_autocast_dtype(hidden.device.type)) if autocasts(hidden) else hidden
 
 
 def see_one(found: list[Tensor], shape: torch.Size) -> None:
-    """Check that the head was called once, with the hidden states of every token.
-
-    Args:
-        found: the inputs of the head.
-        shape: the shape of the labels.
-
-    Raises:
-        ConfigError: The head was not called exactly once, or not with every token.
-    """
+    """Check that the head was called once, with the hidden states of every token of labels of this shape."""
     if len(found) != 1:
         raise ConfigError(f"loss: chunked needs a model that calls its head once, got {len(found)} calls.")
     if found[0].shape[:2] != shape:
@@ -185,12 +162,7 @@ def see_one(found: list[Tensor], shape: torch.Size) -> None:
 
 
 def parameters(head: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    """Return a head's weight and bias in a dtype.
-
-    Args:
-        head: the layer.
-        dtype: the dtype of the head's product.
-    """
+    """Return a head's weight and bias in the dtype of its product."""
     return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
 

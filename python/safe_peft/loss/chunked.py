@@ -16,19 +16,7 @@ Loss = Callable[[nn.Module, dict[str, Any]], Any]
 
 
 def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Any:
-    """Return the model's own loss.
-
-    Args:
-        model: a model of transformers, or a PEFT model around one.
-        batch: the model's arguments by name, with labels.
-
-    Example:
-        >>> from transformers import LlamaConfig, LlamaForCausalLM
-        >>> sizes = {"hidden_size": 8, "intermediate_size": 16, "num_attention_heads": 2, "num_hidden_layers": 1}
-        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=32, **sizes))
-        >>> tokens = torch.tensor([[1, 2, 3, 4]])
-        >>> own_loss(model, {"input_ids": tokens, "labels": tokens}).backward()
-    """
+    """Return the own loss of a transformers model, or of a PEFT model around one, for a batch with labels."""
     return model(**batch).loss
 
 
@@ -106,15 +94,7 @@ def _flops(rows: torch.Size, weight: torch.Size, *others: Any, out_shape: Any = 
 
 
 def flop_formulas() -> dict[Any, Any]:
-    """Return the formulas with which `torch.utils.flop_counter` counts a loss in chunks.
-
-    Example:
-        >>> from torch.utils.flop_counter import FlopCounterMode
-        >>> with FlopCounterMode(display=False, custom_mapping=flop_formulas()) as counter:
-        ...     _ = torch.ones(2, 2) @ torch.ones(2, 2)
-        >>> counter.get_total_flops()
-        16
-    """
+    """Return the formulas with which `torch.utils.flop_counter` counts a loss in chunks."""
     if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
         return {}
     one = torch.zeros(1, 1)  # the op is registered when it is first called
