@@ -1,9 +1,7 @@
 #include "ops/activation.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
-
 #include "checks.h"
+#include "dispatch.h"
 
 namespace safe_kernels {
 
@@ -26,24 +24,17 @@ void check_activation_backward(const Tensor& grad, const Tensor& x, std::string_
 }
 
 Tensor activation(const Tensor& x, std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("safe_kernels::activation", "").typed<decltype(activation)>();
-  return op.call(x, kind, dropout_p, rng_state);
+  return call_op<activation>("safe_kernels::activation", x, kind, dropout_p, rng_state);
 }
 
 Tensor activation_backward(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
                            const std::optional<Tensor>& rng_state) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("safe_kernels::activation_backward", "")
-                             .typed<decltype(activation_backward)>();
-  return op.call(grad, x, kind, dropout_p, rng_state);
+  return call_op<activation_backward>("safe_kernels::activation_backward", grad, x, kind, dropout_p, rng_state);
 }
 
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
-  m.def("activation(Tensor x, str kind, float dropout_p=0., Tensor? rng_state=None) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
-  m.def("activation_backward(Tensor grad, Tensor x, str kind, float dropout_p, Tensor? rng_state) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  define_op(m, "activation(Tensor x, str kind, float dropout_p=0., Tensor? rng_state=None) -> Tensor");
+  define_op(m, "activation_backward(Tensor grad, Tensor x, str kind, float dropout_p, Tensor? rng_state) -> Tensor");
 }
 
 }  // namespace safe_kernels

@@ -1,9 +1,7 @@
 #include "ops/dropout.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
-
 #include "checks.h"
+#include "dispatch.h"
 
 namespace safe_kernels {
 
@@ -13,13 +11,11 @@ void check_dropout_op(const Tensor& x, double dropout_p, const Tensor& rng_state
 }
 
 Tensor dropout(const Tensor& x, double dropout_p, const Tensor& rng_state) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("safe_kernels::dropout", "").typed<decltype(dropout)>();
-  return op.call(x, dropout_p, rng_state);
+  return call_op<dropout>("safe_kernels::dropout", x, dropout_p, rng_state);
 }
 
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
-  m.def("dropout(Tensor x, float dropout_p, Tensor rng_state) -> Tensor", {at::Tag::pt2_compliant_tag});
+  define_op(m, "dropout(Tensor x, float dropout_p, Tensor rng_state) -> Tensor");
 }
 
 }  // namespace safe_kernels

@@ -1,9 +1,7 @@
 #include "ops/gated_activation.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
-
 #include "checks.h"
+#include "dispatch.h"
 #include "ops/activation.h"
 
 namespace safe_kernels {
@@ -26,29 +24,24 @@ void check_gated_activation_backward(const Tensor& grad, const Tensor& gate, con
 
 Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
                         const std::optional<Tensor>& rng_state) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("safe_kernels::gated_activation", "")
-                             .typed<decltype(gated_activation)>();
-  return op.call(gate, up, kind, dropout_p, rng_state);
+  return call_op<gated_activation>("safe_kernels::gated_activation", gate, up, kind, dropout_p, rng_state);
 }
 
 std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up,
                                                      std::string_view kind, double dropout_p,
                                                      const std::optional<Tensor>& rng_state,
                                                      std::array<bool, 2> output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("safe_kernels::gated_activation_backward", "")
-                             .typed<decltype(gated_activation_backward)>();
-  return op.call(grad, gate, up, kind, dropout_p, rng_state, output_mask);
+  return call_op<gated_activation_backward>("safe_kernels::gated_activation_backward", grad, gate, up, kind, dropout_p,
+                                            rng_state, output_mask);
 }
 
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
-  m.def("gated_activation(Tensor gate, Tensor up, str kind, float dropout_p=0., Tensor? rng_state=None) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
-  m.def(
+  define_op(m,
+            "gated_activation(Tensor gate, Tensor up, str kind, float dropout_p=0., Tensor? rng_state=None) -> Tensor");
+  define_op(
+      m,
       "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind, float dropout_p, Tensor? rng_state, "
-      "bool[2] output_mask) -> (Tensor grad_gate, Tensor grad_up)",
-      {at::Tag::pt2_compliant_tag});
+      "bool[2] output_mask) -> (Tensor grad_gate, Tensor grad_up)");
 }
 
 }  // namespace safe_kernels

@@ -1,9 +1,7 @@
 #include "ops/layer_norm.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
-
 #include "checks.h"
+#include "dispatch.h"
 
 namespace safe_kernels {
 
@@ -32,9 +30,7 @@ void check_layer_norm_backward(const Tensor& grad, const Tensor& retained, const
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const std::optional<Tensor>& weight,
                                               const std::optional<Tensor>& bias, double eps, bool retain_output) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("safe_kernels::layer_norm", "").typed<decltype(layer_norm)>();
-  return op.call(x, weight, bias, eps, retain_output);
+  return call_op<layer_norm>("safe_kernels::layer_norm", x, weight, bias, eps, retain_output);
 }
 
 std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& retained,
@@ -42,21 +38,18 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const
                                                        const std::optional<Tensor>& bias,
                                                        const std::optional<Tensor>& mean, const Tensor& rstd,
                                                        bool from_output, std::array<bool, 3> output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("safe_kernels::layer_norm_backward", "")
-                             .typed<decltype(layer_norm_backward)>();
-  return op.call(grad, retained, weight, bias, mean, rstd, from_output, output_mask);
+  return call_op<layer_norm_backward>("safe_kernels::layer_norm_backward", grad, retained, weight, bias, mean, rstd,
+                                      from_output, output_mask);
 }
 
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
-  m.def(
-      "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool retain_output=True) "
-      "-> (Tensor out, Tensor mean, Tensor rstd)",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
+  define_op(m,
+            "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool retain_output=True) "
+            "-> (Tensor out, Tensor mean, Tensor rstd)");
+  define_op(
+      m,
       "layer_norm_backward(Tensor grad, Tensor retained, Tensor? weight, Tensor? bias, Tensor? mean, Tensor rstd, "
-      "bool from_output, bool[3] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)",
-      {at::Tag::pt2_compliant_tag});
+      "bool from_output, bool[3] output_mask) -> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias)");
 }
 
 }  // namespace safe_kernels

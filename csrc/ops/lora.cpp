@@ -1,9 +1,7 @@
 #include "ops/lora.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
-
 #include "checks.h"
+#include "dispatch.h"
 
 namespace safe_kernels {
 
@@ -58,7 +56,7 @@ void check_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const
   check_features(base, "base", lora_B, "lora_B", 0);
   check_leading(base, "base", x);
   check_dropout(dropout_p, rng_state, x, "x");
-  if (block_starts.has_value() && block_starts->defined()) {
+  if (given(block_starts)) {
     check_blocks(x, *block_starts, block_rows, row_weight);
   }
 }
@@ -69,7 +67,7 @@ void check_lora_backward(const Tensor& grad, const std::optional<Tensor>& x, con
   check_adapter(lora_A, lora_B);
   check_features(grad, "grad", lora_B, "lora_B", 0);
   check_dropout(dropout_p, rng_state, grad, "grad");
-  if (x.has_value() && x->defined()) {
+  if (given(x)) {
     check_features(*x, "x", lora_A, "lora_A", 1);
     check_leading(grad, "grad", *x);
   } else {
@@ -82,32 +80,27 @@ std::tuple<Tensor, Tensor> lora(const Tensor& x, const Tensor& base, const Tenso
                                 double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
                                 const std::optional<Tensor>& block_starts, int64_t block_rows,
                                 const std::optional<Tensor>& row_weight) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("safe_kernels::lora", "").typed<decltype(lora)>();
-  return op.call(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
+  return call_op<lora>("safe_kernels::lora", x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts,
+                       block_rows, row_weight);
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& grad, const std::optional<Tensor>& x,
                                                  const Tensor& lora_A, const Tensor& lora_B, double scaling,
                                                  double dropout_p, const std::optional<Tensor>& rng_state,
                                                  std::array<bool, 3> output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("safe_kernels::lora_backward", "")
-                             .typed<decltype(lora_backward)>();
-  return op.call(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
+  return call_op<lora_backward>("safe_kernels::lora_backward", grad, x, lora_A, lora_B, scaling, dropout_p, rng_state,
+                                output_mask);
 }
 
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
-  m.def(
-      "lora(Tensor x, Tensor base, Tensor lora_A, Tensor lora_B, float scaling, "
-      "float dropout_p=0., Tensor? rng_state=None, Tensor? block_starts=None, int block_rows=0, "
-      "Tensor? row_weight=None) -> (Tensor out, Tensor statistics)",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "lora_backward(Tensor grad, Tensor? x, Tensor lora_A, Tensor lora_B, float scaling, "
-      "float dropout_p, Tensor? rng_state, bool[3] output_mask) "
-      "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B)",
-      {at::Tag::pt2_compliant_tag});
+  define_op(m,
+            "lora(Tensor x, Tensor base, Tensor lora_A, Tensor lora_B, float scaling, "
+            "float dropout_p=0., Tensor? rng_state=None, Tensor? block_starts=None, int block_rows=0, "
+            "Tensor? row_weight=None) -> (Tensor out, Tensor statistics)");
+  define_op(m,
+            "lora_backward(Tensor grad, Tensor? x, Tensor lora_A, Tensor lora_B, float scaling, "
+            "float dropout_p, Tensor? rng_state, bool[3] output_mask) "
+            "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B)");
 }
 
 }  // namespace safe_kernels

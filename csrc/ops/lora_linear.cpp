@@ -1,9 +1,7 @@
 #include "ops/lora_linear.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
-
 #include "checks.h"
+#include "dispatch.h"
 #include "ops/lora.h"
 
 namespace safe_kernels {
@@ -67,32 +65,27 @@ std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, co
                                        const std::optional<Tensor>& rng_state,
                                        const std::optional<Tensor>& block_starts, int64_t block_rows,
                                        const std::optional<Tensor>& row_weight) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("safe_kernels::lora_linear", "").typed<decltype(lora_linear)>();
-  return op.call(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
+  return call_op<lora_linear>("safe_kernels::lora_linear", x, weight, bias, lora_A, lora_B, scaling, dropout_p,
+                              rng_state, block_starts, block_rows, row_weight);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
     const Tensor& lora_B, double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
     std::array<bool, 5> output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("safe_kernels::lora_linear_backward", "")
-                             .typed<decltype(lora_linear_backward)>();
-  return op.call(grad, x, weight, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
+  return call_op<lora_linear_backward>("safe_kernels::lora_linear_backward", grad, x, weight, lora_A, lora_B, scaling,
+                                       dropout_p, rng_state, output_mask);
 }
 
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
-  m.def(
-      "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
-      "float dropout_p=0., Tensor? rng_state=None, Tensor? block_starts=None, int block_rows=0, "
-      "Tensor? row_weight=None) -> (Tensor out, Tensor statistics)",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "lora_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
-      "float dropout_p, Tensor? rng_state, bool[5] output_mask) "
-      "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_A, Tensor grad_B)",
-      {at::Tag::pt2_compliant_tag});
+  define_op(m,
+            "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "
+            "float dropout_p=0., Tensor? rng_state=None, Tensor? block_starts=None, int block_rows=0, "
+            "Tensor? row_weight=None) -> (Tensor out, Tensor statistics)");
+  define_op(m,
+            "lora_linear_backward(Tensor grad, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, float scaling, "
+            "float dropout_p, Tensor? rng_state, bool[5] output_mask) "
+            "-> (Tensor grad_x, Tensor grad_weight, Tensor grad_bias, Tensor grad_A, Tensor grad_B)");
 }
 
 }  // namespace safe_kernels

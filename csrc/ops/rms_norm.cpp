@@ -1,9 +1,7 @@
 #include "ops/rms_norm.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
-
 #include "checks.h"
+#include "dispatch.h"
 
 namespace safe_kernels {
 
@@ -24,29 +22,23 @@ void check_rms_norm_backward(const Tensor& grad, const Tensor& retained, const T
 
 std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset,
                                     bool retain_output) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("safe_kernels::rms_norm", "").typed<decltype(rms_norm)>();
-  return op.call(x, weight, eps, weight_offset, retain_output);
+  return call_op<rms_norm>("safe_kernels::rms_norm", x, weight, eps, weight_offset, retain_output);
 }
 
 std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& retained, const Tensor& weight,
                                              const Tensor& rstd, double weight_offset, bool from_output,
                                              std::array<bool, 2> output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("safe_kernels::rms_norm_backward", "")
-                             .typed<decltype(rms_norm_backward)>();
-  return op.call(grad, retained, weight, rstd, weight_offset, from_output, output_mask);
+  return call_op<rms_norm_backward>("safe_kernels::rms_norm_backward", grad, retained, weight, rstd, weight_offset,
+                                    from_output, output_mask);
 }
 
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
-  m.def(
-      "rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0., bool retain_output=True) "
-      "-> (Tensor out, Tensor rstd)",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "rms_norm_backward(Tensor grad, Tensor retained, Tensor weight, Tensor rstd, float weight_offset, "
-      "bool from_output, bool[2] output_mask) -> (Tensor grad_x, Tensor grad_weight)",
-      {at::Tag::pt2_compliant_tag});
+  define_op(m,
+            "rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0., bool retain_output=True) "
+            "-> (Tensor out, Tensor rstd)");
+  define_op(m,
+            "rms_norm_backward(Tensor grad, Tensor retained, Tensor weight, Tensor rstd, float weight_offset, "
+            "bool from_output, bool[2] output_mask) -> (Tensor grad_x, Tensor grad_weight)");
 }
 
 }  // namespace safe_kernels
