@@ -11,6 +11,10 @@ namespace safe_kernels {
 
 inline bool given(const std::optional<at::Tensor>& tensor) { return tensor.has_value() && tensor->defined(); }
 
+inline std::optional<at::Tensor> or_none(const at::Tensor& tensor) {
+  return tensor.defined() ? std::optional(tensor) : std::nullopt;
+}
+
 // The kernels read strided memory; they cannot read other layouts.
 inline void check_dense(const at::Tensor& tensor, const char* name) {
   TORCH_CHECK_TYPE(tensor.defined(), name, " must be a tensor, got None");

@@ -3,7 +3,12 @@
 
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
+#include <array>
+#include <optional>
 #include <string_view>
+#include <tuple>
 
 #include "cpu/elementary.h"
 
@@ -97,5 +102,14 @@ SAFE_KERNELS_INLINE void run_kind(const Args& args, int64_t begin, int64_t end) 
       return Sweep::template run<Relu>(args, begin, end);
   }
 }
+
+// The kernels of both ops, in activation.cpp: dropout(act(gate) * up), and its gradients. `up` is undefined for a plain
+// activation; an unwanted gradient has shape [0].
+at::Tensor run_activation(const at::Tensor& gate, const at::Tensor& up, std::string_view kind, double dropout_p,
+                          const std::optional<at::Tensor>& rng_state);
+std::tuple<at::Tensor, at::Tensor> run_activation_backward(const at::Tensor& grad, const at::Tensor& gate,
+                                                           const at::Tensor& up, std::string_view kind,
+                                                           double dropout_p, const std::optional<at::Tensor>& rng_state,
+                                                           const std::array<bool, 2>& wanted);
 
 }  // namespace safe_kernels::cpu

@@ -1,17 +1,10 @@
 #include "cpu/gemm.h"
 
-#include "cpu/isa.h"
+#include "cpu/simd.h"
 
 namespace safe_kernels::cpu {
 
 namespace {
-
-template <typename T>
-struct Simd {
-  static constexpr int kLanes = 32 / sizeof(T);
-  typedef T Vector __attribute__((vector_size(32)));
-  typedef T Unaligned __attribute__((vector_size(32), aligned(sizeof(T)), may_alias));
-};
 
 // A sum over k has parts of this length, which are then added: the rounding error of one long sum grows with its
 // length, and the inner dimension of an adapter may be 14,336.
@@ -23,8 +16,8 @@ constexpr int64_t kPanelBytes = 128 * 1024;
 // MR x (NV vectors) of C: the sums stay in registers while one part of k is read once.
 template <typename T, int MR, int NV>
 SAFE_KERNELS_INLINE void tile(const Gemm<T>& g, int64_t i, int64_t j) {
-  using Vector = typename Simd<T>::Vector;
-  using Unaligned = typename Simd<T>::Unaligned;
+  using Vector = typename Wide<T>::Vector;
+  using Unaligned = typename Wide<T>::InMemory;
   const T* init = g.init == nullptr ? nullptr : g.init + i * g.init_stride + j;
   int64_t init_stride = g.init_stride;
   T* const C = g.C + i * g.c_stride + j;
@@ -69,7 +62,7 @@ SAFE_KERNELS_INLINE void element(const Gemm<T>& g, int64_t i, int64_t j) {
 // MR rows, columns [first, last). 6 x 2 vectors of sums, two of P and one broadcast fill the registers of AVX2.
 template <typename T, int MR>
 SAFE_KERNELS_INLINE void band(const Gemm<T>& g, int64_t i, int64_t first, int64_t last) {
-  constexpr int kLanes = Simd<T>::kLanes;
+  constexpr int64_t kLanes = Wide<T>::kLanes;
   int64_t j = first;
   for (; j + 2 * kLanes <= last; j += 2 * kLanes) tile<T, MR, 2>(g, i, j);
   for (; j + kLanes <= last; j += kLanes) tile<T, MR, 1>(g, i, j);
@@ -80,7 +73,7 @@ SAFE_KERNELS_INLINE void band(const Gemm<T>& g, int64_t i, int64_t first, int64_
 template <typename T>
 SAFE_KERNELS_INLINE void bands(const Gemm<T>& g, int64_t begin, int64_t end, int64_t first, int64_t last) {
   int64_t i = begin;
-  if (last - first < 2 * Simd<T>::kLanes)  // one vector per row: more rows hide a product's latency
+  if (last - first < 2 * Wide<T>::kLanes)  // one vector per row: more rows hide a product's latency
     for (; i + 8 <= end; i += 8) band<T, 8>(g, i, first, last);
   for (; i + 6 <= end; i += 6) band<T, 6>(g, i, first, last);
   for (; i + 2 <= end; i += 2) band<T, 2>(g, i, first, last);
@@ -89,7 +82,7 @@ SAFE_KERNELS_INLINE void bands(const Gemm<T>& g, int64_t begin, int64_t end, int
 
 template <typename T>
 SAFE_KERNELS_INLINE void gemm_body(const Gemm<T>& g, int64_t begin, int64_t end) {
-  constexpr int64_t kStrip = 2 * Simd<T>::kLanes;
+  constexpr int64_t kStrip = 2 * Wide<T>::kLanes;
   if (g.k == 0) {  // L and P may be null: pointer arithmetic is not allowed
     for (int64_t i = begin; i < end; ++i)
       for (int64_t j = 0; j < g.n; ++j) element(g, i, j);
@@ -109,7 +102,6 @@ SAFE_KERNELS_INLINE void gemm_body(const Gemm<T>& g, int64_t begin, int64_t end)
 
 }  // namespace
 
-SAFE_KERNELS_VARIANTS(gemm_rows, gemm_body<float>, Gemm<float>)
-SAFE_KERNELS_VARIANTS(gemm_rows, gemm_body<double>, Gemm<double>)
+SAFE_KERNELS_REAL_VARIANTS(gemm_rows, gemm_body, Gemm)
 
 }  // namespace safe_kernels::cpu

@@ -34,3 +34,8 @@ inline bool has_avx2() {
   void name(const Args& args, int64_t begin, int64_t end) { body(args, begin, end); }
 
 #endif
+
+// The same for templates: `body` with Args<float> and Args<double>.
+#define SAFE_KERNELS_REAL_VARIANTS(name, body, Args) \
+  SAFE_KERNELS_VARIANTS(name, body, Args<float>)     \
+  SAFE_KERNELS_VARIANTS(name, body, Args<double>)

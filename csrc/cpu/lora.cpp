@@ -1,5 +1,6 @@
 // LoRA on a CPU: see lora_sweeps.h.
 
+#include <ATen/Dispatch.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
@@ -19,12 +20,9 @@ namespace safe_kernels::cpu {
 
 namespace {
 
-SAFE_KERNELS_VARIANTS(forward_rows, lora_forward_body<float>, LoraForwardArgs<float>)
-SAFE_KERNELS_VARIANTS(forward_rows, lora_forward_body<double>, LoraForwardArgs<double>)
-SAFE_KERNELS_VARIANTS(backward_chunks, lora_backward_body<float>, LoraBackwardArgs<float>)
-SAFE_KERNELS_VARIANTS(backward_chunks, lora_backward_body<double>, LoraBackwardArgs<double>)
-SAFE_KERNELS_VARIANTS(score_blocks, cka_blocks<float>, CkaArgs<float>)
-SAFE_KERNELS_VARIANTS(score_blocks, cka_blocks<double>, CkaArgs<double>)
+SAFE_KERNELS_REAL_VARIANTS(forward_rows, lora_forward_body, LoraForwardArgs)
+SAFE_KERNELS_REAL_VARIANTS(backward_chunks, lora_backward_body, LoraBackwardArgs)
+SAFE_KERNELS_REAL_VARIANTS(score_blocks, cka_blocks, CkaArgs)
 
 // A copy of a [rows, r] matrix, with rows padded with zeros to whole vectors.
 Tensor padded(const Tensor& matrix, at::ScalarType dtype) {
@@ -50,7 +48,7 @@ Tensor score(const Rows& base, const Tensor& h, const Tensor& lora_B, int64_t r,
   TORCH_CHECK_VALUE(std::min(block_rows, base.count) <= kMostBlockRows, "block_rows must be at most ", kMostBlockRows,
                     ", since a block takes two matrices of its rows squared, got ", block_rows);
   Tensor counts;
-  if (row_weight.has_value() && row_weight->defined()) counts = row_weight->ne(0).contiguous();
+  if (given(row_weight)) counts = row_weight->ne(0).contiguous();
   std::vector<Sums> sums(count);
   const CkaArgs<T> args{base,       h.const_data_ptr<T>(),
                         h.size(1),  lora_B.const_data_ptr<T>(),
@@ -69,85 +67,36 @@ Tensor score(const Rows& base, const Tensor& h, const Tensor& lora_B, int64_t r,
   return result;
 }
 
-template <typename T>
-std::tuple<Tensor, Tensor> run_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B,
-                                    double scaling, const Dropout& dropout, const std::optional<Tensor>& block_starts,
-                                    int64_t block_rows, const std::optional<Tensor>& row_weight) {
-  constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const bool scores = block_starts.has_value() && block_starts->defined();
-  const Tensor At = padded(lora_A.t(), dtype), Bt = lora_B.to(dtype).t().contiguous();
-  const Tensor out = at::empty(base.sizes(), base.options().memory_format(at::MemoryFormat::Contiguous));
-  LoraForwardArgs<T> args{Rows(x),
-                          Rows(base),
-                          Rows(out),
-                          At.const_data_ptr<T>(),
-                          Bt.const_data_ptr<T>(),
-                          lora_A.size(0),
-                          At.size(1),
-                          static_cast<T>(scaling),
-                          dropout,
-                          nullptr};
-  Tensor h;
-  if (scores) {
-    h = at::empty({args.x.count, args.stride}, At.options());
-    args.h = h.mutable_data_ptr<T>();
-  }
-  // Rows without features are skipped: there may be any number of them.
-  const int64_t rows = scores || out.numel() > 0 ? args.x.count : 0;
-  at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) { forward_rows(args, begin, end); });
-  if (!scores) return {out, at::empty({0}, x.options().dtype(at::kDouble))};
-  return {out, score<T>(args.base, h, padded(lora_B, dtype), args.r, *block_starts, block_rows, row_weight)};
-}
-
-template <typename T>
-std::tuple<Tensor, Tensor, Tensor> run_lora_backward(const Tensor& grad, const std::optional<Tensor>& x,
-                                                     const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                                                     const Dropout& dropout, const std::array<bool, 3>& wanted) {
-  constexpr auto dtype = c10::CppTypeToScalarType<T>::value;
-  const bool has_x = x.has_value() && x->defined();
-  const int64_t r = lora_A.size(0), d_in = lora_A.size(1), d_out = lora_B.size(0);
-  const auto options = lora_A.options().dtype(dtype);
-  const Tensor A = lora_A.to(dtype).contiguous(), B = padded(lora_B, dtype);
-  const Tensor At = wanted[2] ? padded(lora_A.t(), dtype) : Tensor();
-  auto shape = grad.sizes().vec();
-  shape.back() = d_in;
-  const Tensor grad_x = at::empty(wanted[0] ? at::IntArrayRef(shape) : at::IntArrayRef({0}),
-                                  (has_x ? *x : grad).options().memory_format(at::MemoryFormat::Contiguous));
-  LoraBackwardArgs<T> args;
-  args.grad = Rows(grad);
-  if (has_x) args.x = Rows(*x);
-  if (wanted[0]) args.grad_x = Rows(grad_x);
-  args.d_in = d_in;
-  args.lora_A = A.const_data_ptr<T>();
-  args.lora_At = wanted[2] ? At.const_data_ptr<T>() : nullptr;
-  args.lora_B = B.const_data_ptr<T>();
-  args.r = r;
-  args.stride = B.size(1);
-  args.scaling = static_cast<T>(scaling);
-  args.dropout = dropout;
-  args.chunk_rows = std::max<int64_t>(128, (args.grad.count + 31) / 32);
-  const bool empty = d_in == 0 || d_out == 0;
-  const int64_t chunks = empty ? 0 : (args.grad.count + args.chunk_rows - 1) / args.chunk_rows;
-  const Tensor partial_A = at::empty({wanted[1] ? chunks : 0, r, d_in}, options);
-  const Tensor partial_B = at::empty({wanted[2] ? chunks : 0, r, d_out}, options);
-  args.grad_A = wanted[1] ? partial_A.mutable_data_ptr<T>() : nullptr;
-  args.grad_Bt = wanted[2] ? partial_B.mutable_data_ptr<T>() : nullptr;
-  at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { backward_chunks(args, begin, end); });
-  if (empty) grad_x.zero_();
-  Tensor grad_A = at::empty({0}, lora_A.options()), grad_B = at::empty({0}, lora_B.options());
-  if (wanted[1]) grad_A = partial_A.sum(0).to(lora_A.scalar_type());
-  if (wanted[2]) grad_B = partial_B.sum(0).t().to(lora_B.scalar_type()).contiguous();
-  return {grad_x, grad_A, grad_B};
-}
-
 std::tuple<Tensor, Tensor> lora_cpu(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B,
                                     double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
                                     const std::optional<Tensor>& block_starts, int64_t block_rows,
                                     const std::optional<Tensor>& row_weight) {
   check_lora(x, base, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
-  const auto run = compute_dtype({x, base, lora_A, lora_B}) == at::kDouble ? run_lora<double> : run_lora<float>;
-  return run(x, base, lora_A, lora_B, scaling, make_dropout(dropout_p, rng_state), block_starts, block_rows,
-             row_weight);
+  const auto dtype = compute_dtype({x, base, lora_A, lora_B});
+  const bool scores = given(block_starts);
+  const Tensor At = padded(lora_A.t(), dtype), Bt = lora_B.to(dtype).t().contiguous(), out = empty_like_rows(base);
+  const Rows x_rows(x), base_rows(base);
+  const Tensor h = at::empty({scores ? x_rows.count : 0, At.size(1)}, At.options());
+  // Rows without features are skipped: there may be any number of them.
+  const int64_t rows = scores || out.numel() > 0 ? x_rows.count : 0;
+  Tensor statistics = at::empty({0}, x.options().dtype(at::kDouble));
+  AT_DISPATCH_FLOATING_TYPES(dtype, "lora", [&] {
+    const LoraForwardArgs<scalar_t> args{x_rows,
+                                         base_rows,
+                                         Rows(out),
+                                         At.const_data_ptr<scalar_t>(),
+                                         Bt.const_data_ptr<scalar_t>(),
+                                         lora_A.size(0),
+                                         At.size(1),
+                                         static_cast<scalar_t>(scaling),
+                                         make_dropout(dropout_p, rng_state),
+                                         scores ? h.mutable_data_ptr<scalar_t>() : nullptr};
+    at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) { forward_rows(args, begin, end); });
+    if (!scores) return;
+    const Tensor B = padded(lora_B, dtype);
+    statistics = score<scalar_t>(base_rows, h, B, args.r, *block_starts, block_rows, row_weight);
+  });
+  return {out, statistics};
 }
 
 std::tuple<Tensor, Tensor, Tensor> lora_backward_cpu(const Tensor& grad, const std::optional<Tensor>& x,
@@ -155,9 +104,43 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward_cpu(const Tensor& grad, const s
                                                      double dropout_p, const std::optional<Tensor>& rng_state,
                                                      std::array<bool, 3> output_mask) {
   check_lora_backward(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
-  const auto run =
-      compute_dtype({grad, x, lora_A, lora_B}) == at::kDouble ? run_lora_backward<double> : run_lora_backward<float>;
-  return run(grad, x, lora_A, lora_B, scaling, make_dropout(dropout_p, rng_state), output_mask);
+  const bool wants_x = output_mask[0], wants_A = output_mask[1], wants_B = output_mask[2];
+  const auto dtype = compute_dtype({grad, x, lora_A, lora_B});
+  const int64_t r = lora_A.size(0), d_in = lora_A.size(1), d_out = lora_B.size(0);
+  const Tensor A = lora_A.to(dtype).contiguous(), B = padded(lora_B, dtype);
+  const Tensor At = wants_B ? padded(lora_A.t(), dtype) : Tensor();
+  auto shape = grad.sizes().vec();
+  shape.back() = d_in;
+  const Tensor grad_x = at::empty(wants_x ? at::IntArrayRef(shape) : at::IntArrayRef({0}),
+                                  (given(x) ? *x : grad).options().memory_format(at::MemoryFormat::Contiguous));
+  const Rows grads(grad);
+  const bool empty = d_in == 0 || d_out == 0;
+  const int64_t chunk_rows = std::max<int64_t>(128, (grads.count + 31) / 32);
+  const int64_t chunks = empty ? 0 : (grads.count + chunk_rows - 1) / chunk_rows;
+  const Tensor partial_A = at::empty({wants_A ? chunks : 0, r, d_in}, A.options());
+  const Tensor partial_B = at::empty({wants_B ? chunks : 0, r, d_out}, A.options());
+  AT_DISPATCH_FLOATING_TYPES(dtype, "lora_backward", [&] {
+    const LoraBackwardArgs<scalar_t> args{grads,
+                                          given(x) ? Rows(*x) : Rows(),
+                                          wants_x ? Rows(grad_x) : Rows(),
+                                          A.const_data_ptr<scalar_t>(),
+                                          wants_B ? At.const_data_ptr<scalar_t>() : nullptr,
+                                          B.const_data_ptr<scalar_t>(),
+                                          d_in,
+                                          r,
+                                          B.size(1),
+                                          static_cast<scalar_t>(scaling),
+                                          make_dropout(dropout_p, rng_state),
+                                          wants_A ? partial_A.mutable_data_ptr<scalar_t>() : nullptr,
+                                          wants_B ? partial_B.mutable_data_ptr<scalar_t>() : nullptr,
+                                          chunk_rows};
+    at::parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) { backward_chunks(args, begin, end); });
+  });
+  if (empty) grad_x.zero_();
+  Tensor grad_A = at::empty({0}, lora_A.options()), grad_B = at::empty({0}, lora_B.options());
+  if (wants_A) grad_A = partial_A.sum(0).to(lora_A.scalar_type());
+  if (wants_B) grad_B = partial_B.sum(0).t().to(lora_B.scalar_type()).contiguous();
+  return {grad_x, grad_A, grad_B};
 }
 
 }  // namespace

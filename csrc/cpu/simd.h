@@ -1,5 +1,10 @@
 // The compiler's vector types, and sums over a row with them. Several vectors of partial sums hide the latency of an
 // addition and reduce the rounding error. The order of additions depends only on the length.
+//
+// ATen's at::vec is not used here: compiler flags fix its instructions for a whole translation unit, and inline
+// functions of other headers that were compiled there for AVX2 could be linked into code for the baseline. With AVX2,
+// 4,096 elements of SwiGLU take 2.2 us with elementary.h, 2.6 with at::vec's exp_u20 and 4.4 with its exp; GeGLU
+// takes 4.2 and 7.2 us.
 
 #pragma once
 
@@ -46,39 +51,29 @@ SAFE_KERNELS_INLINE T total(typename Wide<T>::Vector (&partial)[count]) {
   return result;
 }
 
-// The sum of values - level.
-template <typename T>
-SAFE_KERNELS_INLINE T sum(const T* values, T level, int64_t count) {
-  constexpr int64_t kLanes = Wide<T>::kLanes;
-  typename Wide<T>::Vector partial[4] = {};
-  T rest = T(0);
-  int64_t j = 0;
-  for (; j + 4 * kLanes <= count; j += 4 * kLanes)
-#pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) partial[v] += load<Wide<T>>(values + j + v * kLanes) - level;
-  for (; j + kLanes <= count; j += kLanes) partial[0] += load<Wide<T>>(values + j) - level;
-  for (; j < count; ++j) rest += values[j] - level;
-  return total<T>(partial) + rest;
+template <bool kSquared, typename Step>
+SAFE_KERNELS_INLINE void add_distance(const typename Step::Real* values, typename Step::Real level,
+                                      typename Step::Vector& sum) {
+  const typename Step::Vector distance = load<Step>(values) - level;
+  if constexpr (kSquared) {
+    sum += distance * distance;
+  } else {
+    sum += distance;
+  }
 }
 
-// The sum of (values - level)^2.
-template <typename T>
-SAFE_KERNELS_INLINE T sum_of_squares(const T* values, T level, int64_t count) {
+// The sum of values - level, or of its square.
+template <bool kSquared, typename T>
+SAFE_KERNELS_INLINE T sum_of_distances(const T* values, T level, int64_t count) {
   constexpr int64_t kLanes = Wide<T>::kLanes;
   typename Wide<T>::Vector partial[4] = {};
   T rest = T(0);
   int64_t j = 0;
   for (; j + 4 * kLanes <= count; j += 4 * kLanes)
 #pragma GCC unroll 4
-    for (int v = 0; v < 4; ++v) {
-      const typename Wide<T>::Vector distance = load<Wide<T>>(values + j + v * kLanes) - level;
-      partial[v] += distance * distance;
-    }
-  for (; j + kLanes <= count; j += kLanes) {
-    const typename Wide<T>::Vector distance = load<Wide<T>>(values + j) - level;
-    partial[0] += distance * distance;
-  }
-  for (; j < count; ++j) rest += (values[j] - level) * (values[j] - level);
+    for (int v = 0; v < 4; ++v) add_distance<kSquared, Wide<T>>(values + j + v * kLanes, level, partial[v]);
+  for (; j + kLanes <= count; j += kLanes) add_distance<kSquared, Wide<T>>(values + j, level, partial[0]);
+  for (; j < count; ++j) add_distance<kSquared, Narrow<T>>(values + j, level, rest);
   return total<T>(partial) + rest;
 }
 
