@@ -39,9 +39,8 @@ struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
     variable_list result(4);
     if (!grads[0].defined() || !ctx->needs_input_grad(0)) return result;
     const auto saved = unpack_saved(ctx, PRE_ACTIVATION_WRITTEN_TO);
-    const auto rng_state = saved[1].defined() ? std::optional(saved[1]) : std::nullopt;
     result[0] = activation_backward(grads[0], saved[0], ctx->saved_data["kind"].toStringRef(),
-                                    ctx->saved_data["dropout_p"].toDouble(), rng_state);
+                                    ctx->saved_data["dropout_p"].toDouble(), or_none(saved[1]));
     return result;
   }
 };

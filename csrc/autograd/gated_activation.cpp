@@ -39,9 +39,9 @@ struct GatedActivationFunction : torch::autograd::Function<GatedActivationFuncti
     const auto saved = unpack_saved(ctx, PRE_ACTIVATION_WRITTEN_TO);
     const Tensor& gate = saved[0];
     const Tensor& up = saved[1].defined() ? saved[1] : gate;  // not read when the gradient of gate is not wanted
-    const auto rng_state = saved[2].defined() ? std::optional(saved[2]) : std::nullopt;
-    auto [grad_gate, grad_up] = gated_activation_backward(grads[0], gate, up, ctx->saved_data["kind"].toStringRef(),
-                                                          ctx->saved_data["dropout_p"].toDouble(), rng_state, wanted);
+    auto [grad_gate, grad_up] =
+        gated_activation_backward(grads[0], gate, up, ctx->saved_data["kind"].toStringRef(),
+                                  ctx->saved_data["dropout_p"].toDouble(), or_none(saved[2]), wanted);
     if (wanted[0]) result[0] = grad_gate;
     if (wanted[1]) result[1] = grad_up;
     return result;

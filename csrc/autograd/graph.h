@@ -1,24 +1,65 @@
-// Decides whether a call gets a node, and makes the node of a recorded backward (create_graph=True).
+// Decides whether a call gets a node, refuses derivatives that the ops do not have, and makes the node of a recorded
+// backward (create_graph=True).
 
 #pragma once
 
+#include <ATen/FuncTorchTLS.h>
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/core/grad_mode.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
 #include <optional>
+#include <string>
 #include <tuple>
 
-#include "autograd/refusals.h"
+#include "checks.h"
 
 namespace safe_kernels {
 
 using at::Tensor;
 
+[[noreturn]] inline void refuse_double_backward(const std::string& backward_op) {
+  TORCH_CHECK(false, "safe_kernels::", backward_op.substr(0, backward_op.rfind("_backward")),
+              " cannot be differentiated twice: its backward is a fused kernel. "
+              "For second derivatives use the layer without the binding (Binding.detach()).");
+}
+
+inline bool has_tangent(const Tensor& tensor) { return tensor.defined() && tensor._fw_grad(/*level=*/0).defined(); }
+inline bool has_tangent(const std::optional<Tensor>& tensor) { return given(tensor) && has_tangent(*tensor); }
+template <class NoTensor>
+bool has_tangent(const NoTensor& /*argument*/) {
+  return false;
+}
+
+// `args` are the op's first arguments, in the schema's order.
+template <class... Args>
+void refuse_forward_mode(const char* op, const Args&... args) {
+  size_t index = 0;
+  if (!((has_tangent(args) || (++index, false)) || ...)) return;
+  const auto schema = c10::Dispatcher::singleton().findSchemaOrThrow((std::string("safe_kernels::") + op).c_str(), "");
+  TORCH_CHECK_NOT_IMPLEMENTED(false, schema.schema().arguments()[index].name(),
+                              " has a forward-mode tangent, but safe_kernels::", op,
+                              " has no forward-mode derivative; use reverse mode");
+}
+
+// Called before a node is made. PyTorch refuses it later too, but its error does not name the op.
+inline void refuse_transforms(const char* op) {
+  const auto& transforms = at::functorch::functorchTLSAccessor();
+  if (transforms == nullptr) return;
+  try {
+    transforms->checkSupportsCppAutogradFunction();
+  } catch (const c10::Error&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(false, "safe_kernels::", op,
+                                " has no derivative inside torch.func's transforms; use torch.autograd.grad, or the "
+                                "layer without the binding (Binding.detach()).");
+  }
+}
+
 inline bool requires_grad(const Tensor& tensor) { return tensor.defined() && tensor.requires_grad(); }
-inline bool requires_grad(const std::optional<Tensor>& tensor) { return tensor.has_value() && requires_grad(*tensor); }
+inline bool requires_grad(const std::optional<Tensor>& tensor) { return given(tensor) && tensor->requires_grad(); }
 template <class NoTensor>
 bool requires_grad(const NoTensor& /*argument*/) {
   return false;

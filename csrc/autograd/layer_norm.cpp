@@ -22,8 +22,6 @@ using torch::autograd::variable_list;
 
 Tensor or_undefined(const std::optional<Tensor>& tensor) { return given(tensor) ? *tensor : Tensor(); }
 
-std::optional<Tensor> or_none(const Tensor& tensor) { return tensor.defined() ? std::optional(tensor) : std::nullopt; }
-
 // On a CPU PyTorch's statistics have the weight's dtype. If it has 16 bits, PyTorch's two take the bytes of our rstd.
 bool keeps_mean(const Tensor& x, const std::optional<Tensor>& weight) {
   return !x.is_cpu() || !at::isReducedFloatingType(x.scalar_type()) ||

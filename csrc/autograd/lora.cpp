@@ -54,15 +54,14 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     if (!wanted[0] && !wanted[1] && !wanted[2]) return result;
     const auto saved = unpack_saved(ctx, ADAPTER_INPUT_WRITTEN_TO);
     const Tensor x = adapter_input(ctx, saved, 4);
-    const auto optional = [](const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
     const double scaling = ctx->saved_data["scaling"].toDouble();
     if (wanted[2] && keeps_hidden(ctx)) {
       result[3] = grad_of_B(grad, saved[0], saved[1], saved[2], scaling);
       wanted[2] = false;
       if (!wanted[0]) return result;
     }
-    auto [grad_x, grad_A, grad_B] = lora_backward(grad, optional(x), saved[1], saved[2], scaling,
-                                                  ctx->saved_data["dropout_p"].toDouble(), optional(saved[3]), wanted);
+    auto [grad_x, grad_A, grad_B] = lora_backward(grad, or_none(x), saved[1], saved[2], scaling,
+                                                  ctx->saved_data["dropout_p"].toDouble(), or_none(saved[3]), wanted);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[2] = grad_A;
     if (wanted[2]) result[3] = grad_B;

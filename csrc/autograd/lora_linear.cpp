@@ -47,7 +47,7 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = makes_mask ? dropout_p : 0.0;
-    ctx->saved_data["has_bias"] = bias.has_value() && bias->defined();
+    ctx->saved_data["has_bias"] = given(bias);
     return {out, statistics};
   }
 
@@ -62,15 +62,14 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
                                ctx->needs_input_grad(A), ctx->needs_input_grad(A + 1)};
     const auto saved = unpack_saved(ctx, ADAPTER_INPUT_WRITTEN_TO);
     const Tensor x = adapter_input(ctx, saved, 5);
-    const auto optional = [](const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
     const double scaling = ctx->saved_data["scaling"].toDouble();
     if (wanted[4] && keeps_hidden(ctx)) {
       result[4] = grad_of_B(grad, saved[0], saved[2], saved[3], scaling);
       wanted[4] = false;
     }
     auto [grad_x, grad_weight, grad_bias, grad_A, grad_B] =
-        lora_linear_backward(grad, optional(x), saved[1], saved[2], saved[3], scaling,
-                             ctx->saved_data["dropout_p"].toDouble(), optional(saved[4]), wanted);
+        lora_linear_backward(grad, or_none(x), saved[1], saved[2], saved[3], scaling,
+                             ctx->saved_data["dropout_p"].toDouble(), or_none(saved[4]), wanted);
     const std::array<Tensor, 5> made{grad_x, grad_weight, grad_bias, grad_A, grad_B};
     for (size_t i = 0; i < made.size(); ++i)
       if (wanted[i]) result[i] = made[i];

@@ -16,6 +16,7 @@
 #include <string_view>
 
 #include "autograd/note.h"
+#include "checks.h"
 #include "ops/activation.h"
 #include "ops/gated_activation.h"
 
@@ -55,7 +56,7 @@ inline const Recipe* find_recipe(const Tensor& x) {
 // In a recorded backward (create_graph=True) the output has a graph, like a retained output.
 inline Tensor follow_recipe(const Tensor& gate, const Tensor& up, const Tensor& rng_state, std::string_view kind,
                             double dropout_p) {
-  const std::optional<Tensor> state = rng_state.defined() ? std::optional(rng_state) : std::nullopt;
+  const std::optional<Tensor> state = or_none(rng_state);
   return up.defined() ? gated_activation(gate, up, kind, dropout_p, state) : activation(gate, kind, dropout_p, state);
 }
 
