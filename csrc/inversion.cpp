@@ -1,4 +1,4 @@
-#include "inversion.h"
+// Properties of a norm's parameters that need no wait for a device: see safe_kernels/inversion.py.
 
 #include <ATen/Dispatch.h>
 #include <torch/csrc/utils/pybind.h>
@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "autograd/note.h"
+#include "module.h"
 #include "readable.h"
 
 namespace py = pybind11;

@@ -1,12 +1,11 @@
 // Loading this module registers every op in this folder. Python adds its host functions.
 
-#include <pybind11/pybind11.h>
+#include "module.h"
+
 #include <torch/csrc/utils/pybind.h>
 #include <torch/version.h>
 
 #include "autograd/norm_output.h"
-#include "inversion.h"
-#include "launch_replay/register_replayed.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Registers the ops of safe_kernels with PyTorch's dispatcher.";
@@ -16,5 +15,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("leave_hooks",
         [](const at::Tensor& out, pybind11::handle hook) { safe_kernels::leave_hooks(out, hook.ptr()); });
   safe_kernels::bind_inversion(m);
-  safe_kernels::launch_replay::bind(m);
+  safe_kernels::bind_launch_replay(m);
 }

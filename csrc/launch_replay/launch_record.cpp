@@ -4,11 +4,61 @@
 #include <ATen/ops/empty.h>
 #include <c10/core/DeviceGuard.h>
 #include <c10/core/impl/VirtualGuardImpl.h>
+#include <c10/util/Exception.h>
 #include <c10/util/SmallVector.h>
+
+#ifdef __linux__
+#include <dlfcn.h>
+#endif
 
 namespace safe_kernels::launch_replay {
 
 namespace {
+
+// The part of CUDA's driver that launches need, looked up in the library that the process has loaded: the extension is
+// built without CUDA, and also runs without it. From cuda.h: CUresult is an int, 0 is success, and contexts, functions
+// and streams are opaque pointers.
+struct Driver {
+  int (*get_context)(void** context) = nullptr;
+  int (*launch_kernel)(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned shared,
+                       void* stream, void** parameters, void** extra) = nullptr;
+  int (*error_string)(int error, const char** text) = nullptr;
+
+  Driver() {
+#ifdef __linux__
+    void* library = dlopen("libcuda.so.1", RTLD_LAZY | RTLD_NOLOAD);
+    if (library == nullptr) return;
+    find(library, "cuCtxGetCurrent", get_context);
+    find(library, "cuLaunchKernel", launch_kernel);
+    find(library, "cuGetErrorString", error_string);
+#endif
+  }
+
+#ifdef __linux__
+  template <typename Pointer>
+  static void find(void* library, const char* name, Pointer& pointer) {
+    pointer = reinterpret_cast<Pointer>(dlsym(library, name));
+  }
+#endif
+
+  bool complete() const { return get_context != nullptr && launch_kernel != nullptr && error_string != nullptr; }
+};
+
+// Called only when a record exists; recording one has loaded the driver.
+const Driver& driver() {
+  static const Driver found;
+  return found;
+}
+
+void start(void* function, const Grid& grid, void* stream, void** parameters) {
+  const auto& [x, y, z] = grid.programs;
+  const int error =
+      driver().launch_kernel(function, x, y, z, grid.threads, 1, 1, grid.shared, stream, parameters, nullptr);
+  if (error == 0) return;
+  const char* text = "unknown";
+  driver().error_string(error, &text);
+  TORCH_CHECK(false, "safe_kernels cannot launch a kernel: CUDA error ", error, " (", text, ")");
+}
 
 // A CPU has no streams; it runs records only in tests.
 void* current_stream(c10::Device device) {
@@ -25,7 +75,7 @@ void carry_out(const LaunchRecord::Launch& launch, const std::vector<Tensor>& te
   }
   c10::SmallVector<void*, 32> parameters;
   for (auto& value : values) parameters.push_back(&value);
-  launch_replay::launch(reinterpret_cast<void*>(launch.function), launch.grid, stream, parameters.data());
+  start(reinterpret_cast<void*>(launch.function), launch.grid, stream, parameters.data());
 }
 
 Tensor view(const LaunchRecord::View& view, const std::vector<Tensor>& tensors) {
@@ -38,6 +88,11 @@ void carry_out(const LaunchRecord::Product& product, const std::vector<Tensor>& 
 }
 
 }  // namespace
+
+bool can_launch() {
+  void* context = nullptr;
+  return driver().complete() && driver().get_context(&context) == 0 && context != nullptr;
+}
 
 std::vector<Tensor> replay(const LaunchRecord& record, std::vector<Tensor> tensors) {
   const at::AutoDispatchBelowADInplaceOrView below_autograd;

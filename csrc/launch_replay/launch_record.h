@@ -5,15 +5,20 @@
 
 #include <ATen/core/Tensor.h>
 
+#include <array>
 #include <cstdint>
 #include <variant>
 #include <vector>
 
-#include "launch_replay/driver.h"
-
 namespace safe_kernels::launch_replay {
 
 using at::Tensor;
+
+struct Grid {
+  std::array<unsigned, 3> programs;
+  unsigned threads;  // per program
+  unsigned shared;   // bytes per program
+};
 
 struct LaunchRecord {
   struct Allocation {
@@ -50,6 +55,9 @@ struct LaunchRecord {
   std::vector<std::variant<Launch, Product>> steps;
   std::vector<int64_t> results;  // indices of allocations
 };
+
+// Whether this thread can launch: the driver is loaded, and a context is current. Triton's launcher ensures both.
+bool can_launch();
 
 // Replays a record on the current stream of the tensors' device.
 std::vector<Tensor> replay(const LaunchRecord& record, std::vector<Tensor> tensors);

@@ -1,5 +1,6 @@
-#include "launch_replay/register_replayed.h"
+// An op with a host function in Python, which runs once per kind of call; after that its launch record is replayed.
 
+#include <ATen/Context.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/Exceptions.h>
@@ -8,15 +9,87 @@
 
 #include <memory>
 #include <mutex>
+#include <optional>
+#include <string>
 #include <unordered_map>
 
-#include "launch_replay/signature.h"
+#include "launch_replay/launch_record.h"
+#include "module.h"
 
 namespace py = pybind11;
 
 namespace safe_kernels::launch_replay {
 
 namespace {
+
+// Triton compiles a separate kernel for addresses divisible by 16.
+constexpr uintptr_t kAligned = 16;
+
+enum Kind : int64_t { kNone, kTensor, kNumber, kText };
+
+template <typename Number>
+void append(std::string& key, Number number) {
+  static_assert(sizeof(Number) == sizeof(int64_t));
+  key.append(reinterpret_cast<const char*>(&number), sizeof(number));
+}
+
+// The key notes which tensors share an address, since a record finds a kernel's argument by its address.
+void append_tensor(std::string& key, const Tensor& tensor, std::vector<Tensor>& tensors) {
+  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
+  size_t same = 0;
+  while (same < tensors.size() && tensors[same].const_data_ptr() != tensor.const_data_ptr()) ++same;
+  const auto device = tensor.device();
+  append<int64_t>(key, kTensor);
+  append(key, static_cast<int64_t>(tensor.scalar_type()) << 32 | static_cast<int64_t>(device.type()) << 16 |
+                  static_cast<int64_t>(static_cast<uint8_t>(device.index())) << 8 |
+                  static_cast<int64_t>(address % kAligned == 0));
+  append(key, static_cast<int64_t>(same) << 32 | tensor.dim());
+  for (const int64_t size : tensor.sizes()) append(key, size);
+  for (const int64_t stride : tensor.strides()) append(key, stride);
+  tensors.push_back(tensor);
+}
+
+bool append_value(std::string& key, const c10::IValue& value, std::vector<Tensor>& tensors) {
+  if (value.isNone() || (value.isTensor() && !value.toTensor().defined())) {
+    append<int64_t>(key, kNone);
+  } else if (value.isTensor()) {
+    append_tensor(key, value.toTensor(), tensors);
+  } else if (value.isDouble()) {
+    append<int64_t>(key, kNumber);
+    append(key, value.toDouble());
+  } else if (value.isInt() || value.isBool()) {
+    append<int64_t>(key, kNumber);
+    append<int64_t>(key, value.isInt() ? value.toInt() : static_cast<int64_t>(value.toBool()));
+  } else if (value.isBoolList()) {
+    for (const bool flag : value.toBoolList()) append<int64_t>(key, static_cast<int64_t>(flag));
+  } else if (value.isString()) {
+    append<int64_t>(key, kText);
+    append(key, value.toStringRef().size());
+    key.append(value.toStringRef());
+  } else {
+    return false;
+  }
+  return true;
+}
+
+// The key of a launch record: all properties of a call's arguments except contents and addresses.
+struct Signature {
+  std::string key;
+  std::vector<Tensor> tensors;  // of the arguments, in their order
+};
+
+// Empty if an argument has a kind that no op here takes, or if no argument is a tensor.
+std::optional<Signature> signature_of(c10::ArrayRef<c10::IValue> arguments) {
+  Signature found;
+  found.key.reserve(512);
+  for (const auto& value : arguments)
+    if (!append_value(found.key, value, found.tensors)) return std::nullopt;
+  if (found.tensors.empty()) return std::nullopt;
+  // The process's setting for tf32 changes the kernels.
+  const auto precision = at::globalContext().float32Precision(at::Float32Backend::CUDA, at::Float32Op::MATMUL);
+  append(found.key, static_cast<int64_t>(precision));
+  return found;
+}
 
 // No training has more kinds of calls; dropped records are recorded again.
 constexpr size_t kMaxRecords = 4096;
@@ -193,7 +266,12 @@ std::unordered_map<std::string, size_t> record_counts() {
 
 }  // namespace
 
-void bind(py::module_& m) {
+}  // namespace safe_kernels::launch_replay
+
+namespace safe_kernels {
+
+void bind_launch_replay(py::module_& m) {
+  using namespace launch_replay;
   py::class_<LaunchRecord, std::shared_ptr<LaunchRecord>>(m, "LaunchRecord")
       .def(py::init(&make_record), py::arg("allocations"), py::arg("steps"), py::arg("results"));
   m.def("register_replayed", &register_replayed, py::arg("op"), py::arg("host"), py::arg("recorded"), py::arg("key"));
@@ -201,4 +279,4 @@ void bind(py::module_& m) {
   m.def("record_counts", &record_counts);
 }
 
-}  // namespace safe_kernels::launch_replay
+}  // namespace safe_kernels
