@@ -14,10 +14,7 @@ def activation(x: Tensor, kind: str, *, dropout_p: float = 0.0, rng_state: Tenso
     If x requires grad, autograd retains x, and with dropout 16 bytes of random state. Otherwise there is no graph node.
 
     A `lora` that trains and reads the result directly retains the same x instead of the result, and recomputes the
-    result in backward. It retains the result itself in three cases: x or the result was changed in place; the result
-    was detached (``.data``, ``.detach()``), so that PyTorch cannot detect a change; `lora` reads a view of the result.
-
-    The result keeps x alive, even if saved-tensor hooks move the retained tensors to another place.
+    result in backward, under the conditions of `gated_activation`.
 
     Args:
         x: [..., d], the pre-activation; float64, float32, bfloat16 or float16, any strides. The op computes in float32

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safe_kernels.functional.checks import check_number, check_statistics
-from safe_kernels.functional.random import state_of_call
+from safe_kernels.functional.checks import call_adapter
 from safe_kernels.statistics import AdapterStatistics
 
 
@@ -60,23 +59,5 @@ def lora(
         >>> out.shape, B.grad.shape
         (torch.Size([2, 5, 32]), torch.Size([32, 4]))
     """
-    check_number(scaling, "scaling")
-    check_statistics(statistics)
-    rng_state = state_of_call(x, dropout_p, rng_state)
-    if statistics is None or statistics.blocks is None:
-        return torch.ops.safe_kernels.lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state)[0]
-    blocks = statistics.blocks
-    out, sums = torch.ops.safe_kernels.lora(
-        x,
-        base,
-        lora_A,
-        lora_B,
-        scaling,
-        dropout_p,
-        rng_state,
-        blocks.starts,
-        blocks.block_rows,
-        blocks.row_weight,
-    )
-    statistics.add_(sums)
-    return out
+    tensors = (x, base, lora_A, lora_B)
+    return call_adapter(torch.ops.safe_kernels.lora, tensors, scaling, dropout_p, rng_state, statistics)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from safe_kernels.functional.checks import check_number, check_statistics
-from safe_kernels.functional.random import state_of_call
+from safe_kernels.functional.checks import call_adapter
 from safe_kernels.statistics import AdapterStatistics
 
 
@@ -63,24 +62,5 @@ def lora_linear(
         >>> torch.allclose(out, layer(x), atol=1e-6)  # lora_B is zero
         True
     """
-    check_number(scaling, "scaling")
-    check_statistics(statistics)
-    rng_state = state_of_call(x, dropout_p, rng_state)
-    blocks = None if statistics is None else statistics.blocks
-    if statistics is None or blocks is None:
-        return torch.ops.safe_kernels.lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state)[0]
-    out, sums = torch.ops.safe_kernels.lora_linear(
-        x,
-        weight,
-        bias,
-        lora_A,
-        lora_B,
-        scaling,
-        dropout_p,
-        rng_state,
-        blocks.starts,
-        blocks.block_rows,
-        blocks.row_weight,
-    )
-    statistics.add_(sums)
-    return out
+    tensors = (x, weight, bias, lora_A, lora_B)
+    return call_adapter(torch.ops.safe_kernels.lora_linear, tensors, scaling, dropout_p, rng_state, statistics)

@@ -15,13 +15,7 @@ def draw_rng_state(device: torch.device) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (2,), dtype=torch.int64, device=device)
 
 
-def state_of_call(x: Tensor, dropout_p: float, rng_state: Tensor | None) -> Tensor | None:
-    """Return the caller's random state, or a new one if the call drops. The op itself checks the types of arguments.
-
-    Args:
-        x: the tensor that dropout is applied to.
-        dropout_p: probability that an element is dropped.
-        rng_state: int64 [2], or None.
-    """
+def state_of_call(x: Tensor | None, dropout_p: float, rng_state: Tensor | None) -> Tensor | None:
+    """Return the caller's random state, or a new one if the call drops. The op itself checks the types of arguments."""
     drops = not isinstance(dropout_p, int | float) or dropout_p > 0.0
     return draw_rng_state(x.device) if rng_state is None and drops and isinstance(x, Tensor) else rng_state
