@@ -9,6 +9,7 @@ broken Triton cannot make it fail.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -29,78 +30,27 @@ STEMS: dict[str, tuple[str, ...]] = {
 """The ops of each file with host functions."""
 
 
-def installed() -> bool:
-    """Whether Triton is installed.
-
-    Returns:
-        True if Python finds the package. It is not imported.
-
-    Example:
-        >>> isinstance(installed(), bool)
-        True
-    """
-    return importlib.util.find_spec("triton") is not None
-
-
+@functools.cache
 def host_function(op: str) -> Callable[..., Any]:
-    """The function that launches an op's kernels. This imports Triton.
-
-    Args:
-        op: the op's name, such as `lora`.
-
-    Returns:
-        A function with the arguments and results of the op's schema.
-
-    Raises:
-        KeyError: the op has no Triton kernel.
-
-    Example:
-        >>> host_function("lora").__module__  # doctest: +SKIP
-        'safe_kernels.triton.lora'
-    """
+    """The function that launches an op's kernels; it has the op's arguments and results. This imports Triton."""
     for stem, ops in STEMS.items():
         if op in ops:
             return getattr(importlib.import_module(f"{__name__}.{stem}"), op)
     raise KeyError(op)
 
 
-def register() -> bool:
-    """Registers every op on the CUDA key, for the life of the process.
-
-    Returns:
-        Whether Triton is installed. If not, nothing is registered.
-
-    Example:
-        >>> register() or "there is no Triton"  # doctest: +SKIP
-    """
-    if not installed():
-        return False
-    for ops in STEMS.values():
-        for op in ops:
-            register_replayed(op, "CUDA")
-    return True
+def register() -> None:
+    """Registers every op on the CUDA key, for the life of the process. Without Triton nothing is registered."""
+    if importlib.util.find_spec("triton") is not None:
+        for ops in STEMS.values():
+            for op in ops:
+                register_replayed(op, "CUDA")
 
 
 def register_replayed(op: str, key: str) -> None:
-    """Registers an op's host function; C++ replays its launch records.
+    """Registers an op's host function under a dispatch key; C++ replays its launch records."""
 
-    Args:
-        op: the op's name.
-        key: a dispatch key.
+    def host(*args: Any) -> Any:
+        return host_function(op)(*args)
 
-    Example:
-        >>> register_replayed("lora", "CUDA")  # doctest: +SKIP
-    """
-    host = _deferred(op)
     _C.register_replayed(op, host, launch_replay.recorded(host), key)
-
-
-def _deferred(op: str) -> Callable[..., Any]:
-    found: list[Callable[..., Any]] = []
-
-    def kernel(*args: Any) -> Any:
-        if not found:
-            found.append(host_function(op))
-        return found[0](*args)
-
-    return kernel

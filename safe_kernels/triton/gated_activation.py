@@ -1,4 +1,4 @@
-"""Gated activations with dropout on a GPU: each tensor is read once and each result is written once."""
+"""Activations with dropout on a GPU, gated and plain: each tensor is read once and each result is written once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from safe_kernels.triton.runtime.launch_replay import empty
 @triton.jit
 def _gated_activation_kernel(
     gate,
-    up,
+    up,  # None: a plain activation
     out,
     rng,
     M,
@@ -33,7 +33,8 @@ def _gated_activation_kernel(
 ):
     offs_m, start_n, offs_n, mask = _tile(M, N, BLOCK_M, BLOCK_N)
     values = _value(_read(gate, offs_m, offs_n, stride_gate_m, stride_gate_n, mask), KIND)
-    values *= _read(up, offs_m, offs_n, stride_up_m, stride_up_n, mask)
+    if up is not None:
+        values *= _read(up, offs_m, offs_n, stride_up_m, stride_up_n, mask)
     values = _dropped(values, rng, offs_m, start_n, threshold, dropout_scale, HAS_DROPOUT)
     _write(out, offs_m, offs_n, N, values, mask)
 
@@ -68,7 +69,9 @@ def _gated_activation_backward_kernel(
     values = _dropped(values, rng, offs_m, start_n, threshold, dropout_scale, HAS_DROPOUT)
     x = _read(gate, offs_m, offs_n, stride_gate_m, stride_gate_n, mask)
     if COMPUTE_GATE:
-        before = values * _read(up, offs_m, offs_n, stride_up_m, stride_up_n, mask)
+        before = values
+        if up is not None:
+            before *= _read(up, offs_m, offs_n, stride_up_m, stride_up_n, mask)
         _write(grad_gate, offs_m, offs_n, N, _pull_back(before, x, KIND), mask)
     if COMPUTE_UP:
         _write(grad_up, offs_m, offs_n, N, values * _value(x, KIND), mask)
@@ -76,9 +79,9 @@ def _gated_activation_backward_kernel(
 
 @host.served_by(reference.gated_activation)
 def gated_activation(
-    gate: Tensor, up: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor | None = None
+    gate: Tensor, up: Tensor | None, kind: str, dropout_p: float = 0.0, rng_state: Tensor | None = None
 ) -> Tensor:
-    """See `safe_kernels.reference.gated_activation`."""
+    """See `safe_kernels.reference.gated_activation`; without `up` it is `safe_kernels.reference.activation`."""
     out = empty(gate, gate.shape)
     drop = host.dropout(dropout_p, rng_state)
     host.elementwise(_gated_activation_kernel, [gate, up], [out], drop, KIND=kind)
@@ -89,15 +92,16 @@ def gated_activation(
 def gated_activation_backward(
     grad: Tensor,
     gate: Tensor,
-    up: Tensor,
+    up: Tensor | None,
     kind: str,
     dropout_p: float,
     rng_state: Tensor | None,
     output_mask: list[bool],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """See `safe_kernels.reference.gated_activation_backward`."""
     wants_gate, wants_up = output_mask
-    grad_gate, grad_up = empty(gate, gate.shape if wants_gate else 0), empty(up, up.shape if wants_up else 0)
+    grad_gate = empty(gate, gate.shape if wants_gate else 0)
+    grad_up = None if up is None else empty(up, up.shape if wants_up else 0)
     if wants_gate or wants_up:
         host.elementwise(
             _gated_activation_backward_kernel,

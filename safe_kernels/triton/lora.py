@@ -18,18 +18,7 @@ from safe_kernels.triton.lib.cka import block_sums
 from safe_kernels.triton.lib.lora_gradients import adapter_gradients
 from safe_kernels.triton.lib.skinny_matmul import _load_narrow, _load_parts, joined, sweep
 from safe_kernels.triton.runtime.configs import Config, rank_tile, splits
-from safe_kernels.triton.runtime.host import (
-    TYPES,
-    Product,
-    ceil_div,
-    dropout,
-    flat,
-    guard,
-    product,
-    require_shape,
-    served_by,
-    tuned,
-)
+from safe_kernels.triton.runtime.host import TYPES, Product, dropout, flat, product, require_shape, served_by, tuned
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 
@@ -57,8 +46,6 @@ def _lora_apply_kernel(
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
     ONE_TILE: tl.constexpr,  # one tile holds the rank: h's parts are added once, not for every tile of columns
-    HAS_BASE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
 ):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_m, offs_m64 = (offs_m < M)[:, None], offs_m.to(tl.int64)[:, None]
@@ -82,10 +69,10 @@ def _lora_apply_kernel(
                 delta = tl.dot(some, right, delta, input_precision=PRECISION)
         mask = mask_m & mask_n
         after = delta * scale
-        if HAS_BASE:
+        if base is not None:
             before = tl.load(base + offs_m64 * stride_base_m + offs_n64 * stride_base_n, mask=mask, other=0.0)
             after += before.to(tl.float32)
-        if HAS_BIAS:
+        if bias is not None:
             after += tl.load(bias + offs_n, mask=offs_n < end, other=0.0).to(tl.float32)[None, :]
         tl.store(out + offs_m64 * N + offs_n64, after.to(out.dtype.element_ty), mask=mask)
 
@@ -107,12 +94,11 @@ def lora(
     drop, arithmetic = dropout(dropout_p, rng_state), product(x.dtype, lora_A.dtype)
     require_shape("lora_A", lora_A, (lora_B.shape[1], x.shape[-1]))
     require_shape("base", base, (*x.shape[:-1], lora_B.shape[0]))
-    with guard(x):
-        h, _ = sweep(flat(x), lora_A, arithmetic, drop, scale=drop.scale)
-        out = apply(base, None, base, lora_B, h, scaling, arithmetic)
-        if block_starts is None:
-            return out, empty(x, 0, dtype=torch.float64)
-        return out, block_sums(flat(base), h, lora_B, scaling, block_starts, block_rows, row_weight)
+    h, _ = sweep(flat(x), lora_A, arithmetic, drop, scale=drop.scale)
+    out = apply(base, None, base, lora_B, h, scaling, arithmetic)
+    if block_starts is None:
+        return out, empty(x, 0, dtype=torch.float64)
+    return out, block_sums(flat(base), h, lora_B, scaling, block_starts, block_rows, row_weight)
 
 
 def apply(
@@ -124,20 +110,7 @@ def apply(
     scaling: float,
     arithmetic: Product,
 ) -> Tensor:
-    """``base + bias + scaling * h B'``.
-
-    Args:
-        base: [..., d_out], or None.
-        bias: [d_out], or None.
-        like: [..., any]; gives the leading dimensions and the dtype of the result.
-        lora_B: [d_out, r].
-        h: [parts, M, padded R].
-        scaling: as in `lora`.
-        arithmetic: how to multiply.
-
-    Returns:
-        [..., d_out].
-    """
+    """``base + bias + scaling * h B'``; `like` gives the leading dimensions and the dtype of the result."""
     N, R = lora_B.shape
     is_one_tile = rank_tile(R, arithmetic.operand, True) >= R
     factor = h if is_one_tile else joined(h, arithmetic.operand)[None]
@@ -159,7 +132,7 @@ def _apply(
     (N, R), M = lora_B.shape, h.shape[1]
     out = empty(like, (*like.shape[:-1], N))
     matrix = None if base is None else flat(base)
-    block_r, tiles = rank_tile(R, arithmetic.operand, True), ceil_div(M, chosen.block_m)
+    block_r, tiles = rank_tile(R, arithmetic.operand, True), triton.cdiv(M, chosen.block_m)
     parts, split_n = splits(tiles, N, chosen.block_n, enough=1024, most=32)
     launch(
         _lora_apply_kernel,
@@ -177,16 +150,12 @@ def _apply(
         *lora_B.stride(),
         split_n,
         scaling,
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n,
         BLOCK_R=block_r,
         SPLITS=h.shape[0],
         OPERAND=TYPES[arithmetic.operand],
         PRECISION=arithmetic.precision,
         ONE_TILE=block_r >= R,
-        HAS_BASE=matrix is not None,
-        HAS_BIAS=bias is not None,
-        **chosen.options,
+        **chosen.constants,
     )
     return out
 
@@ -208,7 +177,6 @@ def lora_backward(
     require_shape("lora_B", lora_B, (grad.shape[-1], lora_A.shape[0]))
     if x is not None:
         require_shape("x", x, (*grad.shape[:-1], lora_A.shape[1]))
-    with guard(grad):
-        drop = dropout(dropout_p, rng_state)
-        _, grad_x, grad_A, grad_B = adapter_gradients(grad, x, lora_A, lora_B, scaling, drop, wanted)
+    drop = dropout(dropout_p, rng_state)
+    _, grad_x, grad_A, grad_B = adapter_gradients(grad, x, lora_A, lora_B, scaling, drop, wanted)
     return grad_x, grad_A, grad_B

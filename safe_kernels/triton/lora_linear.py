@@ -30,11 +30,9 @@ from safe_kernels.triton.runtime.configs import NO_TILES, Config, rank_tile
 from safe_kernels.triton.runtime.host import (
     TYPES,
     Dropout,
-    ceil_div,
     choose,
     dropout,
     flat,
-    guard,
     product,
     require_shape,
     served_by,
@@ -75,7 +73,6 @@ def _lora_linear_kernel(
     SPLITS: tl.constexpr,
     OPERAND: tl.constexpr,
     PRECISION: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
 ):
     # Programs that run at the same time share rows and columns: GROUP_M tiles of rows times all columns.
@@ -101,7 +98,7 @@ def _lora_linear_kernel(
             acc = tl.dot(thin, short.to(OPERAND), acc, input_precision=PRECISION)
     if HAS_DROPOUT:
         acc *= _keep(rng, offs_m, start_n, threshold, BLOCK_N).to(tl.float32) * dropout_scale
-    if HAS_BIAS:
+    if bias is not None:
         acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     offs_k = tl.arange(0, BLOCK_K)
     left_at = left + offs_m64 * stride_left_m + offs_k.to(tl.int64)[None, :] * stride_left_k
@@ -136,13 +133,12 @@ def lora_linear(
     require_shape("weight", weight, (lora_B.shape[0], rows.shape[1]))
     if bias is not None:
         require_shape("bias", bias, lora_B.shape[:1])
-    with guard(x):
-        h, _ = sweep(rows, lora_A, product(x.dtype, lora_A.dtype), drop, scale=drop.scale)
-        out = _forward(x, weight, bias, lora_B, h, scaling)
-        if block_starts is None:
-            return out, empty(x, 0, dtype=torch.float64)
-        # The features without the adapter do not exist: the output is scored, with the roles swapped.
-        return out, block_sums(flat(out), h, lora_B, scaling, block_starts, block_rows, row_weight, swapped=True)
+    h, _ = sweep(rows, lora_A, product(x.dtype, lora_A.dtype), drop, scale=drop.scale)
+    out = _forward(x, weight, bias, lora_B, h, scaling)
+    if block_starts is None:
+        return out, empty(x, 0, dtype=torch.float64)
+    # The features without the adapter do not exist: the output is scored, with the roles swapped.
+    return out, block_sums(flat(out), h, lora_B, scaling, block_starts, block_rows, row_weight, swapped=True)
 
 
 @served_by(reference.lora_linear_backward)
@@ -164,19 +160,18 @@ def lora_linear_backward(
     require_shape("grad", rows, (rows.shape[0], lora_B.shape[0]))
     require_shape("weight", weight, (lora_B.shape[0], lora_A.shape[1]))
     grad_x, grad_weight, grad_bias = empty(weight, 0), empty(weight, 0), empty(weight, 0)
-    with guard(grad):
-        form = _backward_form(grad, weight, lora_A, drop) if wants_x else NO_TILES
-        wanted = (wants_x and form == NO_TILES, wants_A, wants_B)
-        grad_h, part, grad_A, grad_B = adapter_gradients(grad, x, lora_A, lora_B, scaling, drop, wanted, wants_x)
-        if wants_x and form == NO_TILES:
-            grad_x = part
-            multiply_add(flat(grad_x), rows, weight)
-        elif wants_x:
-            grad_x = _multiply(grad, weight, None, grad_h, lora_A, drop, 1.0, form)
-        if wants_weight and x is not None:
-            grad_weight = rows.t().to(weight.dtype) @ flat(x)
-        if wants_bias:
-            grad_bias = rows.sum(0, dtype=torch.float32).to(weight.dtype)
+    form = _backward_form(grad, weight, lora_A, drop) if wants_x else NO_TILES
+    wanted = (wants_x and form == NO_TILES, wants_A, wants_B)
+    grad_h, part, grad_A, grad_B = adapter_gradients(grad, x, lora_A, lora_B, scaling, drop, wanted, wants_x)
+    if wants_x and form == NO_TILES:
+        grad_x = part
+        multiply_add(flat(grad_x), rows, weight)
+    elif wants_x:
+        grad_x = _multiply(grad, weight, None, grad_h, lora_A, drop, 1.0, form)
+    if wants_weight and x is not None:
+        grad_weight = rows.t().to(weight.dtype) @ flat(x)
+    if wants_bias:
+        grad_bias = rows.sum(0, dtype=torch.float32).to(weight.dtype)
     return grad_x, grad_weight, grad_bias, grad_A, grad_B
 
 
@@ -231,7 +226,7 @@ def _multiply(
     block_r = rank_tile(R, arithmetic.operand)
     launch(
         _lora_linear_kernel,
-        (ceil_div(M, tiles.block_m) * ceil_div(N, tiles.block_n),),
+        (triton.cdiv(M, tiles.block_m) * triton.cdiv(N, tiles.block_n),),
         matrix,
         right,
         None if bias is None else bias.contiguous(),
@@ -250,17 +245,13 @@ def _multiply(
         scale,
         drop.scale,
         drop.threshold,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_K=tiles.block_k,
         BLOCK_R=block_r,
         ONE_TILE=block_r >= R,
         GROUP_M=8,
         SPLITS=narrow_left.shape[0],
         OPERAND=TYPES[arithmetic.operand],
         PRECISION=arithmetic.precision,
-        HAS_BIAS=bias is not None,
         HAS_DROPOUT=drop.rng_state is not None,
-        **tiles.options,
+        **tiles.constants,
     )
     return out

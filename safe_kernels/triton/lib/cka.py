@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import triton
 from torch import Tensor
 
 from safe_kernels.reference.importance import check_blocks
@@ -27,7 +28,6 @@ from safe_kernels.triton.lib.cka_kernels import (
     _block_total_kernel,
 )
 from safe_kernels.triton.runtime.configs import Config, config, float32_precision, rank_tile, splits
-from safe_kernels.triton.runtime.host import ceil_div
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 MOST_BLOCKS = 65535
@@ -46,23 +46,10 @@ def block_sums(
     row_weight: Tensor | None,
     swapped: bool = False,
 ) -> Tensor:
-    """Scores sampled blocks of rows.
+    """Scores sampled blocks of rows: float64 [4] = (a, b, c, rows), as `cka_sums` makes them.
 
-    Args:
-        base: [M, N], features without the adapter; with the adapter if `swapped`.
-        h: [parts, M, padded R]; the adapter adds scaling * sum(h) * lora_B'.
-        lora_B: [N, R].
-        scaling: as in `lora`.
-        block_starts: int64 [n].
-        block_rows: rows per block.
-        row_weight: [M], zero where a row does not count, or None.
-        swapped: whether `base` includes the adapter's part.
-
-    Returns:
-        float64 [4] = (a, b, c, rows).
-
-    Raises:
-        ValueError: see `safe_kernels.reference.importance.check_blocks`.
+    `base` is [M, N], h [parts, M, padded R], and the adapter adds scaling * sum(h) * lora_B'. `swapped`: `base`
+    includes the adapter's part.
     """
     check_blocks(base, block_starts, block_rows, row_weight)
     if base.shape[0] == 0 or block_starts.shape[0] == 0:
@@ -88,27 +75,17 @@ def block_sums(
 
 @dataclass(frozen=True)
 class Blocks:
-    """The blocks, as every launch needs them.
+    """The blocks, as every launch needs them."""
 
-    Attributes:
-        starts: int64 [n], contiguous.
-        weight: [M] of any dtype, contiguous, zero where a row does not count, or None.
-        block_rows: rows per block, at most M.
-        base_rows: M.
-        scale: factor of h.
-        precision: `input_precision` of products.
-    """
-
-    starts: Tensor
-    weight: Tensor | None
-    block_rows: int
-    base_rows: int
-    scale: float
-    precision: str
+    starts: Tensor  # int64 [n], contiguous
+    weight: Tensor | None  # [M] of any dtype, contiguous, zero where a row does not count
+    block_rows: int  # rows per block, at most M
+    base_rows: int  # M
+    scale: float  # factor of h
+    precision: str  # `input_precision` of products
 
     @property
     def count(self) -> int:
-        """Number of blocks."""
         return self.starts.shape[0]
 
 
@@ -144,12 +121,9 @@ def _at_once(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks, chosen: Co
         split_n,
         blocks.scale,
         SPLITS=h.shape[0],
-        HAS_WEIGHT=blocks.weight is not None,
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n,
         BLOCK_R=rank_tile(width, torch.float32),
         PRECISION=blocks.precision,
-        **chosen.options,
+        **chosen.constants,
     )
     return grams, products, centred
 
@@ -166,7 +140,7 @@ def _means(base: Tensor, blocks: Blocks) -> Tensor:
     means = empty(base, (blocks.count, N), dtype=torch.float32)
     launch(
         _block_means_kernel,
-        (blocks.count, ceil_div(N, chosen.block_n)),
+        (blocks.count, triton.cdiv(N, chosen.block_n)),
         base,
         blocks.starts,
         blocks.weight,
@@ -175,21 +149,18 @@ def _means(base: Tensor, blocks: Blocks) -> Tensor:
         N,
         blocks.block_rows,
         *base.stride(),
-        HAS_WEIGHT=blocks.weight is not None,
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n,
-        **chosen.options,
+        **chosen.constants,
     )
     return means
 
 
 def _centred_h(h: Tensor, blocks: Blocks) -> Tensor:
     (parts, M, width), chosen = h.shape, config("block_tiles", torch.float32)
-    length = ceil_div(blocks.block_rows, chosen.block_m) * chosen.block_m
+    length = triton.cdiv(blocks.block_rows, chosen.block_m) * chosen.block_m
     centred = empty(h, (blocks.count, length, width))
     launch(
         _block_h_kernel,
-        (blocks.count, ceil_div(width, chosen.block_n)),
+        (blocks.count, triton.cdiv(width, chosen.block_n)),
         h,
         blocks.starts,
         blocks.weight,
@@ -200,7 +171,6 @@ def _centred_h(h: Tensor, blocks: Blocks) -> Tensor:
         length,
         blocks.scale,
         SPLITS=parts,
-        HAS_WEIGHT=blocks.weight is not None,
         BLOCK_M=chosen.block_m,
         BLOCK_R=chosen.block_n,
         **chosen.options,
@@ -211,7 +181,7 @@ def _centred_h(h: Tensor, blocks: Blocks) -> Tensor:
 def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
     M, N = base.shape
     chosen = config("block_tiles", torch.float32)
-    tiles = ceil_div(blocks.block_rows, chosen.block_m)
+    tiles = triton.cdiv(blocks.block_rows, chosen.block_m)
     parts, split_n = splits(blocks.count * tiles * tiles, N, chosen.block_n)
     grams = empty(means, (blocks.count, parts, tiles * chosen.block_m, tiles * chosen.block_m))
     launch(
@@ -228,11 +198,8 @@ def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
         *base.stride(),
         split_n,
         TILES=tiles,
-        HAS_WEIGHT=blocks.weight is not None,
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n,
         PRECISION=blocks.precision,
-        **chosen.options,
+        **chosen.constants,
     )
     return grams
 
@@ -240,7 +207,7 @@ def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
 def _products(base: Tensor, lora_B: Tensor, means: Tensor, centred: Tensor, blocks: Blocks) -> Tensor:
     (M, N), R, block_r = base.shape, lora_B.shape[1], rank_tile(lora_B.shape[1], torch.float32)
     chosen, (_, length, width) = config("block_tiles", torch.float32), centred.shape
-    tiles = ceil_div(blocks.block_rows, chosen.block_m) * ceil_div(R, block_r)
+    tiles = triton.cdiv(blocks.block_rows, chosen.block_m) * triton.cdiv(R, block_r)
     parts, split_n = splits(blocks.count * tiles, N, chosen.block_n)
     products = empty(centred, (blocks.count, parts, length, width))
     launch(
@@ -261,12 +228,9 @@ def _products(base: Tensor, lora_B: Tensor, means: Tensor, centred: Tensor, bloc
         *base.stride(),
         *lora_B.stride(),
         split_n,
-        HAS_WEIGHT=blocks.weight is not None,
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n,
         BLOCK_R=block_r,
         PRECISION=blocks.precision,
-        **chosen.options,
+        **chosen.constants,
     )
     return products
 
@@ -291,7 +255,6 @@ def _sums(grams: Tensor, products: Tensor, centred: Tensor, blocks: Blocks, swap
         grams.shape[1],
         products.shape[1],
         TILES=tiles,
-        HAS_WEIGHT=blocks.weight is not None,
         SWAPPED=swapped,
         BLOCK_M=chosen.block_m,
         BLOCK_R=rank_tile(width, torch.float32),

@@ -9,12 +9,12 @@ from safe_kernels.triton.lib.skinny_matmul import _load_parts
 
 
 @triton.jit
-def _block_rows(starts, weight, block, start_m, M, block_rows, HAS_WEIGHT: tl.constexpr, BLOCK_M: tl.constexpr):
+def _block_rows(starts, weight, block, start_m, M, block_rows, BLOCK_M: tl.constexpr):
     """Rows start_m .. start_m + BLOCK_M - 1 of a block, and whether each of them counts."""
     within = start_m + tl.arange(0, BLOCK_M)
     offs_m = tl.load(starts + block) + within
     mask_m = (within < block_rows) & (offs_m >= 0) & (offs_m < M)
-    if HAS_WEIGHT:
+    if weight is not None:
         mask_m &= tl.load(weight + offs_m, mask=mask_m, other=0) != 0
     return offs_m, mask_m
 
@@ -41,7 +41,6 @@ def _block_parts_kernel(
     split_n,
     scale,
     SPLITS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -49,7 +48,7 @@ def _block_parts_kernel(
 ):
     """A whole block and one part of the columns: one read gives all that four kernels compute for larger blocks."""
     block, part = tl.program_id(0), tl.program_id(1)
-    offs_m, mask_m = _block_rows(starts, weight, block, 0, M, block_rows, HAS_WEIGHT, BLOCK_M)
+    offs_m, mask_m = _block_rows(starts, weight, block, 0, M, block_rows, BLOCK_M)
     count = tl.maximum(tl.sum(mask_m.to(tl.float32), axis=0), 1.0)
     i, offs_r = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_R)
     H = _load_parts(h, tl.where(mask_m, offs_m, M), offs_r, M, width, SPLITS)
@@ -88,7 +87,6 @@ def _block_means_kernel(
     block_rows,
     stride_base_m,
     stride_base_n,
-    HAS_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -97,7 +95,7 @@ def _block_means_kernel(
     acc = tl.zeros([BLOCK_N], tl.float32)
     count = tl.zeros([BLOCK_M], tl.float32)
     for start_m in range(0, block_rows, BLOCK_M):
-        offs_m, mask_m = _block_rows(starts, weight, block, start_m, M, block_rows, HAS_WEIGHT, BLOCK_M)
+        offs_m, mask_m = _block_rows(starts, weight, block, start_m, M, block_rows, BLOCK_M)
         at = base + offs_m[:, None] * stride_base_m + offs_n.to(tl.int64)[None, :] * stride_base_n
         tile = tl.load(at, mask=mask_m[:, None] & (offs_n < N)[None, :], other=0.0)
         acc += tl.sum(tile.to(tl.float32), axis=0)
@@ -118,7 +116,6 @@ def _block_h_kernel(
     length,
     scale,
     SPLITS: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -128,12 +125,12 @@ def _block_h_kernel(
     acc = tl.zeros([BLOCK_R], tl.float32)
     count = tl.zeros([BLOCK_M], tl.float32)
     for start_m in range(0, block_rows, BLOCK_M):
-        offs_m, mask_m = _block_rows(starts, weight, block, start_m, M, block_rows, HAS_WEIGHT, BLOCK_M)
+        offs_m, mask_m = _block_rows(starts, weight, block, start_m, M, block_rows, BLOCK_M)
         acc += tl.sum(_load_parts(h, tl.where(mask_m, offs_m, M), offs_r, M, width, SPLITS), axis=0)
         count += mask_m.to(tl.float32)
     mean = acc / tl.maximum(tl.sum(count, axis=0), 1.0)
     for start_m in range(0, length, BLOCK_M):
-        offs_m, mask_m = _block_rows(starts, weight, block, start_m, M, block_rows, HAS_WEIGHT, BLOCK_M)
+        offs_m, mask_m = _block_rows(starts, weight, block, start_m, M, block_rows, BLOCK_M)
         tile = _load_parts(h, tl.where(mask_m, offs_m, M), offs_r, M, width, SPLITS)
         tile = tl.where(mask_m[:, None], (tile - mean[None, :]) * scale, 0.0)
         at = (tl.cast(block, tl.int64) * length + start_m + tl.arange(0, BLOCK_M))[:, None] * width + offs_r[None, :]
@@ -169,7 +166,6 @@ def _block_grams_kernel(
     stride_base_n,
     split_n,
     TILES: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -178,8 +174,8 @@ def _block_grams_kernel(
     index, part = tl.program_id(0), tl.program_id(1)
     block, tile = index // (TILES * TILES), index % (TILES * TILES)
     start_i, start_j = tile // TILES * BLOCK_M, tile % TILES * BLOCK_M
-    offs_i, mask_i = _block_rows(starts, weight, block, start_i, M, block_rows, HAS_WEIGHT, BLOCK_M)
-    offs_j, mask_j = _block_rows(starts, weight, block, start_j, M, block_rows, HAS_WEIGHT, BLOCK_M)
+    offs_i, mask_i = _block_rows(starts, weight, block, start_i, M, block_rows, BLOCK_M)
+    offs_j, mask_j = _block_rows(starts, weight, block, start_j, M, block_rows, BLOCK_M)
     K = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
     end = tl.minimum(part * split_n + split_n, N)
     for start_n in range(part * split_n, end, BLOCK_N):
@@ -212,7 +208,6 @@ def _block_products_kernel(
     stride_b_n,
     stride_b_r,
     split_n,
-    HAS_WEIGHT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -223,7 +218,7 @@ def _block_products_kernel(
     both = tiles * tl.cdiv(R, BLOCK_R)
     block, within = tl.program_id(0) // both, tl.program_id(0) % both
     tile, offs_r = within % tiles, within // tiles * BLOCK_R + tl.arange(0, BLOCK_R)
-    offs_m, mask_m = _block_rows(starts, weight, block, tile * BLOCK_M, M, block_rows, HAS_WEIGHT, BLOCK_M)
+    offs_m, mask_m = _block_rows(starts, weight, block, tile * BLOCK_M, M, block_rows, BLOCK_M)
     V = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
     end = tl.minimum(part * split_n + split_n, N)
     for start_n in range(part * split_n, end, BLOCK_N):
@@ -262,7 +257,6 @@ def _block_sums_kernel(
     gram_parts,
     product_parts,
     TILES: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
     SWAPPED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -270,7 +264,7 @@ def _block_sums_kernel(
     """E = V H' + H V', and the inner products of K and E."""
     tile, block = tl.program_id(0), tl.program_id(1)
     start_i, start_j, i = tile // TILES * BLOCK_M, tile % TILES * BLOCK_M, tl.arange(0, BLOCK_M)
-    _, mask_j = _block_rows(starts, weight, block, start_j, M, block_rows, HAS_WEIGHT, BLOCK_M)
+    _, mask_j = _block_rows(starts, weight, block, start_j, M, block_rows, BLOCK_M)
     E = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
     for start_r in range(0, width, BLOCK_R):
         offs_r = start_r + tl.arange(0, BLOCK_R)

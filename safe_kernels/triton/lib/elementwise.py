@@ -12,19 +12,14 @@ from safe_kernels.triton.lib.philox import _keep
 
 
 @triton.jit
-def _sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
 def _value(x, KIND: tl.constexpr):
     """The activation of x, in float32."""
     if KIND == "silu":
-        return x * _sigmoid(x)
+        return x * tl.sigmoid(x)
     elif KIND == "gelu":
         return x * (0.5 * (1.0 + tl.erf(x * 0.7071067811865476)))
     elif KIND == "gelu_tanh":
-        return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     else:
         return tl.where(x <= 0.0, 0.0, x)
 
@@ -33,7 +28,7 @@ def _value(x, KIND: tl.constexpr):
 def _pull_back(grad, x, KIND: tl.constexpr):
     """The gradient of x: grad times the activation's derivative at x; relu stops even an infinite gradient."""
     if KIND == "silu":
-        s = _sigmoid(x)
+        s = tl.sigmoid(x)
         return grad * (s * (1.0 + x * (1.0 - s)))
     elif KIND == "gelu":
         density = 0.3989422804014327 * tl.exp(-0.5 * x * x)
@@ -41,8 +36,8 @@ def _pull_back(grad, x, KIND: tl.constexpr):
     elif KIND == "gelu_tanh":
         x = tl.where(x < -10.0, -10.0, tl.where(x > 10.0, 10.0, x))  # NaN stays NaN
         u = 1.5957691216057308 * (x + 0.044715 * x * x * x)
-        s = _sigmoid(u)
-        return grad * (s + x * s * _sigmoid(-u) * 1.5957691216057308 * (1.0 + 0.134145 * x * x))
+        s = tl.sigmoid(u)
+        return grad * (s + x * s * tl.sigmoid(-u) * 1.5957691216057308 * (1.0 + 0.134145 * x * x))
     else:
         return tl.where(x <= 0.0, 0.0, grad)
 

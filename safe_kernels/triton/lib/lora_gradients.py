@@ -16,7 +16,7 @@ from torch import Tensor
 from safe_kernels.triton.lib.philox import _keep
 from safe_kernels.triton.lib.skinny_matmul import _load_narrow, _load_parts, joined, reduce, sweep
 from safe_kernels.triton.runtime.configs import Config, rank_tile, splits
-from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, ceil_div, flat, product, tuned
+from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, flat, product, tuned
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 NOTHING_DROPPED = Dropout(None, 0, 1.0)
@@ -109,21 +109,10 @@ def adapter_gradients(
     wanted: tuple[bool, bool, bool],
     wants_h: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of the adapter's part.
+    """The gradients of h = dropout(x) A' (in parts [splits, M, padded R]), x, lora_A and lora_B.
 
-    Args:
-        grad: [..., d_out].
-        x: [..., d_in]; needed for the gradients of lora_A and lora_B.
-        lora_A: [r, d_in].
-        lora_B: [d_out, r].
-        scaling: as in `lora`.
-        drop: dropout's numbers.
-        wanted: whether the gradients of x, lora_A and lora_B are wanted.
-        wants_h: whether the gradient of h is wanted even if no other gradient needs it.
-
-    Returns:
-        The gradients of h = dropout(x) A' (in parts [splits, M, padded R]), x, lora_A and lora_B. An unwanted one is
-        empty.
+    `wanted` says which of the last three are wanted; an unwanted one is empty. `wants_h`: the gradient of h is wanted
+    even if no other gradient needs it. Those of lora_A and lora_B need x.
     """
     wants_x, wants_A, wants_B = wanted
     grad_h, grad_B = empty(grad, 0), empty(lora_B, 0)
@@ -159,12 +148,8 @@ def in_one_sweep(operand: torch.dtype, rank: int) -> bool:
     """Whether one pass over grad makes both grad_h and grad_B.
 
     grad_h is a sum over columns and grad_B a sum over rows. A pass that makes both must write partial sums of one of
-    them (4 r / rows bytes per element) and read them again; the registers for grad_h limit the rows of a tile.
-    This takes less time and memory than reading grad twice only if the rank is low.
-
-    Args:
-        operand: dtype of the factors.
-        rank: the adapter's rank.
+    them (4 r / rows bytes per element) and read them again; the registers for grad_h limit the rows of a tile. This
+    takes less time and memory than reading grad twice only if the rank is low.
     """
     return operand.itemsize == 2 and rank <= 16
 
@@ -181,20 +166,7 @@ def _summed_over_rows(grad: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -
 def at_the_input(
     grad: Tensor, x: Tensor | None, lora_A: Tensor, grad_h: Tensor, drop: Dropout, wants_x: bool, wants_A: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and lora_A.
-
-    Args:
-        grad: [..., d_out].
-        x: [..., d_in]; needed for the gradient of lora_A.
-        lora_A: [r, d_in].
-        grad_h: [parts, M, padded R], the gradient of h.
-        drop: dropout's numbers.
-        wants_x: whether the gradient of x is wanted.
-        wants_A: whether the gradient of lora_A is wanted.
-
-    Returns:
-        The two gradients. An unwanted one is empty.
-    """
+    """The gradients of x and lora_A from grad_h [parts, M, padded R], the gradient of h. An unwanted one is empty."""
     (R, N), like = lora_A.shape, grad if x is None else x
     arithmetic = product(like.dtype, lora_A.dtype)
     grad_h = joined(grad_h, arithmetic.operand)
@@ -217,7 +189,7 @@ def _input_gradients(
 ) -> tuple[Tensor, Tensor]:
     """grad_x, and the parts [groups, d_in, padded R] of grad_A. An unwanted one is empty."""
     (R, N), (M, width), like = lora_A.shape, grad_h.shape, grad if x is None else x
-    block_r, tiles = rank_tile(R, arithmetic.operand, True), ceil_div(N, chosen.block_n)
+    block_r, tiles = rank_tile(R, arithmetic.operand, True), triton.cdiv(N, chosen.block_n)
     # Each group writes a sum; these take at most an eighth of a half-precision x if a group has 16 R rows.
     least = max(chosen.block_m, 8 * width if wants_A else 0)
     groups, group_m = splits(tiles, M, least, enough=512, most=32)
@@ -226,7 +198,7 @@ def _input_gradients(
     x_rows = flat(x) if x is not None and wants_A else lora_A
     launch(
         _lora_input_kernel,
-        (tiles, groups, max(1, ceil_div(R, block_r)) if wants_A else 1),
+        (tiles, groups, max(1, triton.cdiv(R, block_r)) if wants_A else 1),
         x_rows,
         lora_A,
         grad_h,
@@ -242,8 +214,6 @@ def _input_gradients(
         group_m,
         drop.scale,
         drop.threshold,
-        BLOCK_M=chosen.block_m,
-        BLOCK_N=chosen.block_n,
         BLOCK_R=block_r,
         OPERAND=TYPES[arithmetic.operand],
         PRECISION=arithmetic.precision,
@@ -251,6 +221,6 @@ def _input_gradients(
         COMPUTE_X=wants_x,
         COMPUTE_A=wants_A,
         ONE_TILE=block_r >= R,
-        **chosen.options,
+        **chosen.constants,
     )
     return grad_x, partial

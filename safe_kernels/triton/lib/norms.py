@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from safe_kernels.triton.runtime.configs import row_config
-from safe_kernels.triton.runtime.host import ceil_div, flat, guard, require_shape
+from safe_kernels.triton.runtime.host import flat, require_shape
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 LONGEST = 8192
@@ -22,13 +22,13 @@ LONGEST = 8192
 
 
 @triton.jit
-def _affine(weight, bias, offs_n, N, offset, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr):
+def _affine(weight, bias, offs_n, N, offset):
     """The scale and the shift of the normalised rows, in float32."""
     scale = tl.full(offs_n.shape, 1.0, tl.float32)
     shift = tl.zeros(offs_n.shape, tl.float32)
-    if HAS_WEIGHT:
+    if weight is not None:
         scale = tl.load(weight + offs_n, mask=offs_n < N, other=1.0).to(tl.float32) + offset
-    if HAS_BIAS:
+    if bias is not None:
         shift = tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)
     return scale, shift
 
@@ -50,13 +50,11 @@ def _norm_forward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CENTRED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
 ):
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
     mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-    scale, shift = _affine(weight, bias, offs_n, N, offset, HAS_WEIGHT, HAS_BIAS)
+    scale, shift = _affine(weight, bias, offs_n, N, offset)
     offs_m64 = offs_m.to(tl.int64)[:, None]
     at = x + offs_m64 * stride_x_m + offs_n.to(tl.int64)[None, :] * stride_x_n
     values = tl.load(at, mask=mask, other=0.0).to(tl.float32)
@@ -91,8 +89,6 @@ def _norm_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CENTRED: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     FROM_OUTPUT: tl.constexpr,
     COMPUTE_X: tl.constexpr,
     COMPUTE_WEIGHT: tl.constexpr,
@@ -102,7 +98,7 @@ def _norm_backward_kernel(
     end = tl.minimum(begin + rows_per_program, M)
     offs_n = tl.arange(0, BLOCK_N)
     offs_n64 = offs_n.to(tl.int64)[None, :]
-    scale, shift = _affine(weight, bias, offs_n, N, offset, HAS_WEIGHT, HAS_BIAS)
+    scale, shift = _affine(weight, bias, offs_n, N, offset)
     weights = tl.zeros([BLOCK_N], tl.float32)
     biases = tl.zeros([BLOCK_N], tl.float32)
     for start_m in range(begin, end, BLOCK_M):
@@ -157,43 +153,28 @@ def _check(x: Tensor, affine: Affine) -> None:
 
 
 def norm_forward(x: Tensor, affine: Affine, eps: float, centred: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalises the rows of x.
-
-    Args:
-        x: [..., d], d at most `LONGEST`.
-        affine: weight and bias.
-        eps: added to the mean of the squares.
-        centred: whether the mean is subtracted first.
-
-    Returns:
-        out, mean (empty unless `centred`) and rstd.
-    """
+    """Normalises the rows of x: out, mean (empty unless `centred`) and rstd. Rows have at most `LONGEST` elements."""
     _check(x, affine)
     rows = flat(x)
     out = empty(x, x.shape)
     mean, rstd = (empty(x, x.shape[:-1] if wanted else 0, dtype=torch.float32) for wanted in (centred, True))
     chosen = row_config(rows.shape[1])
-    with guard(x):
-        launch(
-            _norm_forward_kernel,
-            (ceil_div(rows.shape[0], chosen.block_m),),
-            rows,
-            _contiguous(affine.weight),
-            _contiguous(affine.bias),
-            out,
-            mean,
-            rstd,
-            *rows.shape,
-            *rows.stride(),
-            eps,
-            affine.offset,
-            BLOCK_M=chosen.block_m,
-            BLOCK_N=chosen.block_n,
-            CENTRED=centred,
-            HAS_WEIGHT=affine.weight is not None,
-            HAS_BIAS=affine.bias is not None,
-            **chosen.options,
-        )
+    launch(
+        _norm_forward_kernel,
+        (triton.cdiv(rows.shape[0], chosen.block_m),),
+        rows,
+        _contiguous(affine.weight),
+        _contiguous(affine.bias),
+        out,
+        mean,
+        rstd,
+        *rows.shape,
+        *rows.stride(),
+        eps,
+        affine.offset,
+        CENTRED=centred,
+        **chosen.constants,
+    )
     return out, mean, rstd
 
 
@@ -206,19 +187,9 @@ def norm_backward(
     from_output: bool,
     wanted: tuple[bool, bool, bool],
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The gradients of `norm_forward`.
+    """The gradients of `norm_forward`: of x (empty if not wanted), weight and bias (float32 [d], or None).
 
-    Args:
-        grad: [..., d].
-        retained: [..., d], the output if `from_output`, otherwise x.
-        affine: weight and bias.
-        statistics: mean (not read if `from_output`) and rstd.
-        centred: as in forward.
-        from_output: whether `retained` is the output.
-        wanted: whether the gradients of x, weight and bias are wanted.
-
-    Returns:
-        The gradients of x (empty if not wanted), weight and bias (float32 [d], or None).
+    `retained` is the output if `from_output`, otherwise x; then the mean in `statistics` is read, too.
     """
     _check(retained, affine)
     require_shape("grad", grad, tuple(retained.shape))
@@ -227,38 +198,33 @@ def norm_backward(
     wants_x, wants_weight, wants_bias = wanted
     sums = wants_weight or wants_bias
     # Every program writes partial sums over rows, so few programs are best; without sums, one per tile is simplest.
-    tiles = max(1, ceil_div(ceil_div(M, 512), chosen.block_m)) if sums else 1
+    tiles = max(1, triton.cdiv(triton.cdiv(M, 512), chosen.block_m)) if sums else 1
     rows_per_program = tiles * chosen.block_m
-    programs = ceil_div(M, rows_per_program)
+    programs = triton.cdiv(M, rows_per_program)
     grad_x = empty(retained, retained.shape if wants_x else 0)
     partial = empty(retained, (2, programs, N) if sums else 0, dtype=torch.float32)
     mean, rstd = statistics
     flags: dict[str, Any] = {"COMPUTE_X": wants_x, "COMPUTE_WEIGHT": wants_weight, "COMPUTE_BIAS": wants_bias}
-    with guard(grad):
-        launch(
-            _norm_backward_kernel,
-            (programs,),
-            grads,
-            rows,
-            _contiguous(affine.weight),
-            _contiguous(affine.bias),
-            _contiguous(mean),
-            rstd.contiguous(),
-            grad_x,
-            partial,
-            M,
-            N,
-            *grads.stride(),
-            *rows.stride(),
-            rows_per_program,
-            affine.offset,
-            BLOCK_M=chosen.block_m,
-            BLOCK_N=chosen.block_n,
-            CENTRED=centred,
-            HAS_WEIGHT=affine.weight is not None,
-            HAS_BIAS=affine.bias is not None,
-            FROM_OUTPUT=from_output,
-            **flags,
-            **chosen.options,
-        )
+    launch(
+        _norm_backward_kernel,
+        (programs,),
+        grads,
+        rows,
+        _contiguous(affine.weight),
+        _contiguous(affine.bias),
+        _contiguous(mean),
+        rstd.contiguous(),
+        grad_x,
+        partial,
+        M,
+        N,
+        *grads.stride(),
+        *rows.stride(),
+        rows_per_program,
+        affine.offset,
+        CENTRED=centred,
+        FROM_OUTPUT=from_output,
+        **flags,
+        **chosen.constants,
+    )
     return grad_x, partial[0].sum(0) if wants_weight else None, partial[1].sum(0) if wants_bias else None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from safe_kernels.triton.lib.philox import _keep
 from safe_kernels.triton.runtime.configs import Config, config, rank_tile, splits
-from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, ceil_div, tuned
+from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, tuned
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 
@@ -143,18 +143,10 @@ def sweep(
     scale: float = 1.0,
     other: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Launches the sweep.
+    """The product of matrix [M, K] and narrow [R, K], in parts [splits, M, padded R], and a transposed product.
 
-    Args:
-        matrix: [M, K], any strides.
-        narrow: [R, K], any strides.
-        arithmetic: how to multiply.
-        dropout: drops elements of `matrix` and does not scale the others.
-        scale: factor of the product.
-        other: [parts, M, padded R], the factor of the transposed product; None if that product is not wanted.
-
-    Returns:
-        The product's parts [splits, M, padded R], and the transposed product's [tiles, K, padded R] or an empty tensor.
+    `dropout` drops elements of `matrix` and does not scale the others; `scale` is a factor of the product. `other`, in
+    parts [any, M, padded R], is the factor of the transposed product [tiles, K, padded R], which is empty without it.
     """
     name = "lora_sweep_both" if other is not None else "lora_sweep"
     name = name if dropout.rng_state is None else "lora_sweep_dropped"
@@ -172,13 +164,13 @@ def _sweep(
     chosen: Config,
 ) -> tuple[Tensor, Tensor]:
     (M, K), R = matrix.shape, narrow.shape[0]
-    tiles, block_r, width = ceil_div(M, chosen.block_m), rank_tile(R, arithmetic.operand, True), padded(R)
+    tiles, block_r, width = triton.cdiv(M, chosen.block_m), rank_tile(R, arithmetic.operand, True), padded(R)
     parts, split_k = splits(tiles, K, chosen.block_k)
     result = empty(matrix, (parts, M, width), dtype=torch.float32)
     outer = empty(matrix, 0 if other is None else (tiles, K, width), dtype=torch.float32)
     launch(
         _lora_sweep_kernel,
-        (tiles, parts, ceil_div(R, block_r)),
+        (tiles, parts, triton.cdiv(R, block_r)),
         matrix,
         narrow,
         other,
@@ -194,15 +186,13 @@ def _sweep(
         split_k,
         scale,
         dropout.threshold,
-        BLOCK_M=chosen.block_m,
-        BLOCK_K=chosen.block_k,
         BLOCK_R=block_r,
         OPERAND=TYPES[arithmetic.operand],
         PRECISION=arithmetic.precision,
         HAS_DROPOUT=dropout.rng_state is not None,
         COMPUTE_TRANSPOSED=other is not None,
         OTHER_SPLITS=1 if other is None else other.shape[0],
-        **chosen.options,
+        **chosen.constants,
     )
     return result, outer
 
@@ -210,49 +200,27 @@ def _sweep(
 def padded(rank: int) -> int:
     """Columns of a narrow matrix in memory: a multiple of 16, so that wide loads can read its rows.
 
-    Args:
-        rank: the adapter's rank.
-
     Example:
         >>> padded(8), padded(16), padded(17)
         (16, 16, 32)
     """
-    return -(-rank // 16) * 16
+    return triton.cdiv(rank, 16) * 16
 
 
 def joined(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum of a product's parts, for a kernel that reads it once for every tile of columns.
-
-    Args:
-        parts: [splits, M, padded R].
-        dtype: the dtype to which that kernel converts it.
-
-    Returns:
-        [M, padded R].
-    """
+    """The sum [M, padded R] of a product's parts, for a kernel that reads it once for every tile of columns."""
     return parts[0] if parts.shape[0] == 1 else reduce(parts, parts.shape[2], 1.0, dtype)
 
 
 def reduce(parts: Tensor, rank: int, scale: float, dtype: torch.dtype, transpose: bool = False) -> Tensor:
-    """Adds parts in a fixed order.
-
-    Args:
-        parts: [count, N, at least R].
-        rank: R.
-        scale: factor of the sum.
-        dtype: dtype of the result.
-        transpose: whether the result is [R, N] instead of [N, R].
-
-    Returns:
-        A new contiguous matrix.
-    """
+    """Adds parts [count, N, at least R] in a fixed order; the result is [N, R], or [R, N] if `transpose`."""
     count, N, width = parts.shape
     out = empty(parts, (rank, N) if transpose else (N, rank), dtype=dtype)
     chosen, block_r = config("reduce", dtype), rank_tile(rank, torch.float32)
     stride_n, stride_r = reversed(out.stride()) if transpose else out.stride()
     launch(
         _reduce_kernel,
-        (ceil_div(N, chosen.block_n), ceil_div(rank, block_r)),
+        (triton.cdiv(N, chosen.block_n), triton.cdiv(rank, block_r)),
         parts,
         out,
         count,

@@ -16,32 +16,27 @@ import triton
 
 @dataclass(frozen=True)
 class Config:
-    """How a kernel is split into programs.
-
-    Attributes:
-        block_m: rows of a tile.
-        block_n: columns of a tile of the result; 0 if a program makes all of them.
-        block_k: columns per step of the loop over the summed dimension; 0 if a kernel has no such loop.
-        warps: warps per program.
-        stages: tiles in flight at a time.
-        shared: KiB of shared memory that a program needs.
-        half: whether it is only for half-precision factors.
-        rank: the widest tile of an adapter's columns that it supports.
-    """
+    """How a kernel is split into programs."""
 
     block_m: int
-    block_n: int = 0
-    block_k: int = 0
+    block_n: int = 0  # columns of a tile of the result; 0 if a program makes all of them
+    block_k: int = 0  # columns per step of the loop over the summed dimension; 0 without such a loop
     warps: int = 4
-    stages: int = 3
-    shared: int = 0
-    half: bool = False
-    rank: int = 64
+    stages: int = 3  # tiles in flight at a time
+    shared: int = 0  # KiB of shared memory that a program needs
+    half: bool = False  # whether it is only for half-precision factors
+    rank: int = 64  # the widest tile of an adapter's columns that it supports
 
     @property
     def options(self) -> dict[str, int]:
         """Options of a launch for the compiler."""
         return {"num_warps": self.warps, "num_stages": self.stages}
+
+    @property
+    def constants(self) -> dict[str, int]:
+        """Constants of a launch: the tiles, and the options."""
+        tiles = {"BLOCK_M": self.block_m, "BLOCK_N": self.block_n, "BLOCK_K": self.block_k}
+        return {name: size for name, size in tiles.items() if size} | self.options
 
     def __str__(self) -> str:
         """Its name in the tuning file."""
@@ -130,18 +125,11 @@ SWEEPS = ("lora_sweep", "lora_sweep_dropped", "lora_sweep_both", "lora_apply", "
 
 
 class Target(NamedTuple):
-    """A device as the compiler sees it.
+    """A device as the compiler sees it."""
 
-    Attributes:
-        backend: "cuda", "hip", or "interpreter".
-        shared: KiB of shared memory that a program may use.
-        arch: the device's architecture, such as "90" or "gfx942".
-        multiprocessors: number of multiprocessors.
-    """
-
-    backend: str
-    shared: int
-    arch: str = ""
+    backend: str  # "cuda", "hip", or "interpreter"
+    shared: int  # KiB of shared memory that a program may use
+    arch: str = ""  # such as "90" or "gfx942"
     multiprocessors: int = 0
 
     @property
@@ -151,11 +139,7 @@ class Target(NamedTuple):
 
 
 def target() -> Target:
-    """The current device.
-
-    Returns:
-        The properties that decide about configurations.
-    """
+    """The properties of the current device that decide about configurations."""
     if triton.knobs.runtime.interpret:
         return Target("interpreter", 0)
     return _target_of(triton.runtime.driver.active.get_current_device())
@@ -170,85 +154,50 @@ def _target_of(device: int) -> Target:
 
 
 def config(kernel: str, operand: torch.dtype, rank: int = 1) -> Config:
-    """The configuration of a kernel on the current device.
+    """The first entry of `TABLE` whose requirements the current device meets.
 
-    Args:
-        kernel: its name in `TABLE`.
-        operand: dtype of the factors, or of the elements if nothing is multiplied.
-        rank: the adapter's rank, if there is one.
-
-    Returns:
-        The first entry whose requirements are met.
+    `operand` is the dtype of the factors, or of the elements if nothing is multiplied.
     """
-    half, width, shared = operand.itemsize == 2, rank_tile(rank, operand, kernel in SWEEPS), target().shared
-    return next(entry for entry in TABLE[kernel] if _fits(entry, half, width, shared))
+    return next(entry for entry in TABLE[kernel] if _fits(entry, kernel, operand, rank))
 
 
 def candidates(kernel: str, operand: torch.dtype, rank: int = 1) -> list[Config]:
-    """The configurations that tuning tries on the current device.
+    """The configurations that tuning tries on the current device: the table's choice, and the neighbours that fit.
 
-    Args:
-        kernel: its name in `TABLE`.
-        operand: dtype of the factors.
-        rank: the adapter's rank.
-
-    Returns:
-        The table's choice, and the neighbours whose requirements are met. For half precision these are only the
-        neighbours made for it.
+    For half precision these are only the neighbours made for it.
     """
-    half, width, shared = operand.itemsize == 2, rank_tile(rank, operand, kernel in SWEEPS), target().shared
-    near = (entry for entry in NEIGHBOURS.get(kernel, ()) if entry.half == half)
-    return [config(kernel, operand, rank), *(entry for entry in near if _fits(entry, half, width, shared))]
+    near = (entry for entry in NEIGHBOURS.get(kernel, ()) if entry.half == (operand.itemsize == 2))
+    return [config(kernel, operand, rank), *(entry for entry in near if _fits(entry, kernel, operand, rank))]
 
 
-def _fits(entry: Config, half: bool, width: int, shared: int) -> bool:
-    return (half or not entry.half) and width <= entry.rank and shared >= entry.shared
+def _fits(entry: Config, kernel: str, operand: torch.dtype, rank: int) -> bool:
+    width = rank_tile(rank, operand, kernel in SWEEPS)
+    return (operand.itemsize == 2 or not entry.half) and width <= entry.rank and target().shared >= entry.shared
 
 
 def rank_tile(rank: int, operand: torch.dtype, is_sweep: bool = False) -> int:
     """Columns of an adapter per tile: at least the minimum of tensor cores, at most as many as fit in registers.
 
-    Args:
-        rank: the adapter's rank.
-        operand: dtype of the factors.
-        is_sweep: whether the kernel is one of `SWEEPS`.
-
-    Returns:
-        A power of two from 16 up to 32, or 64 in half precision; for a sweep up to twice that. A larger rank takes
-        several tiles.
+    This is a power of two; a kernel of `SWEEPS` takes up to twice as many. A larger rank takes several tiles.
 
     Example:
         >>> rank_tile(8, torch.float32), rank_tile(17, torch.float32), rank_tile(200, torch.bfloat16)
         (16, 32, 64)
     """
     most = (64 if operand.itemsize == 2 else 32) * (2 if is_sweep else 1)
-    return min(max(16, 1 << max(rank - 1, 0).bit_length()), most)
+    return min(max(16, triton.next_power_of_2(rank)), most)
 
 
 def float32_precision(wanted: str) -> str:
-    """`input_precision` for float32 factors: AMD's matrix cores always multiply float32 exactly.
-
-    Args:
-        wanted: "tf32" or "tf32x3".
-
-    Returns:
-        The precision on this device.
-    """
+    """`input_precision` for float32 factors: AMD's matrix cores always multiply float32 exactly."""
     return "ieee" if target().backend == "hip" else wanted
 
 
 def splits(programs: int, length: int, tile: int, enough: int = 256, most: int = 8) -> tuple[int, int]:
-    """Splits a sum over `length` into parts, so that a small problem also fills a GPU.
+    """Splits a sum over `length` into parts, so that a small problem also fills a GPU: their number, and their length.
 
-    Args:
-        programs: number of programs if the sum has one part.
-        length: length of the summed dimension.
-        tile: elements per step of a program; if there are several parts, each has at least two tiles.
-        enough: number of programs that fill a GPU.
-        most: largest number of parts.
-
-    Returns:
-        The number of parts (1, 2, 4, 8, ...), and the length of a part, a multiple of `tile`.
+    The sum in one part has `programs` programs; `enough` of them fill a GPU. One of several parts has at least two
+    tiles.
 
     Example:
         >>> splits(programs=16, length=4096, tile=128), splits(programs=512, length=4096, tile=128)
@@ -257,38 +206,26 @@ def splits(programs: int, length: int, tile: int, enough: int = 256, most: int =
     parts = 1
     while parts < most and programs * parts < enough and length >= 4 * tile * parts:
         parts *= 2
-    return parts, -(-length // (parts * tile)) * tile
+    return parts, triton.cdiv(length, parts * tile) * tile
 
 
 def elementwise_config(N: int) -> Config:
-    """Tiles of an element-wise kernel: 2,048 elements, 16 per thread.
-
-    Args:
-        N: columns of the tensors.
-
-    Returns:
-        Tiles that are wide for wide tensors.
+    """Tiles of an element-wise kernel over N columns: 2,048 elements, 16 per thread.
 
     Example:
         >>> elementwise_config(4096).block_n, elementwise_config(33).block_n
         (256, 64)
     """
-    width = min(max(16, 1 << max(N - 1, 0).bit_length()), 256)
+    width = min(max(16, triton.next_power_of_2(N)), 256)
     return Config(2048 // width, width, stages=1)
 
 
 def row_config(N: int) -> Config:
-    """Tiles that hold whole rows: at least 2,048 elements, at most 16 per thread.
-
-    Args:
-        N: columns of the rows.
-
-    Returns:
-        Several short rows per program, or one long row and more warps.
+    """Tiles that hold whole rows of N columns: at least 2,048 elements, at most 16 per thread.
 
     Example:
         >>> row_config(576).block_m, row_config(8192).warps
         (2, 16)
     """
-    width = max(16, 1 << max(N - 1, 0).bit_length())
+    width = max(16, triton.next_power_of_2(N))
     return Config(max(1, 2048 // width), width, warps=min(max(4, width // 512), 16), stages=1)

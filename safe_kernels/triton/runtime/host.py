@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -19,28 +20,17 @@ TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: 
 
 
 class Product(NamedTuple):
-    """How matrices are multiplied. Products are always summed in float32.
+    """How matrices are multiplied. Products are always summed in float32."""
 
-    Attributes:
-        operand: dtype to which the factors are converted.
-        precision: `input_precision` of tl.dot; it affects only float32 factors.
-    """
-
-    operand: torch.dtype
-    precision: str
+    operand: torch.dtype  # to which the factors are converted
+    precision: str  # `input_precision` of tl.dot; it affects only float32 factors
 
 
 def product(*dtypes: torch.dtype) -> Product:
-    """Chooses the arithmetic for factors of these dtypes.
+    """The arithmetic for factors of these dtypes.
 
     Half-precision factors of one dtype keep it. Others become float32 and are multiplied exactly, unless torch allows
     tf32. If one of them has half precision, three tf32 products give almost the precision of float32.
-
-    Args:
-        dtypes: dtypes of the factors.
-
-    Returns:
-        The dtype and the precision.
     """
     if len(set(dtypes)) == 1 and torch.float32 not in dtypes:
         return Product(dtypes[0], "ieee")
@@ -53,17 +43,10 @@ def product(*dtypes: torch.dtype) -> Product:
 def served_by(
     reference: Callable[..., Any], longest: int | None = None
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Sends calls that no kernel supports to the reference: those with too long rows, or with a float64 tensor.
+    """Sends calls that no kernel supports to the reference: those with rows over `longest`, or with a float64 tensor.
 
     float64 is a dtype for checks, not for training. Triton passes a kernel's numbers as float32, and GPUs for training
     multiply float64 slowly or not at all.
-
-    Args:
-        reference: the formula for such a call.
-        longest: the longest supported row of the first argument, in elements; None: no limit.
-
-    Returns:
-        A decorator for host functions.
     """
 
     def decorate(host: Callable[..., Any]) -> Callable[..., Any]:
@@ -71,7 +54,8 @@ def served_by(
         def choose(*args: Any) -> Any:
             is_double = any(isinstance(value, Tensor) and value.dtype == torch.float64 for value in args)
             is_long = longest is not None and args[0].shape[-1] > longest
-            return (reference if is_double or is_long else host)(*args)
+            with torch.cuda.device_of(args[0]):  # Triton launches on the current device
+                return (reference if is_double or is_long else host)(*args)
 
         return choose
 
@@ -95,9 +79,6 @@ def tuned(
         arithmetic: how to multiply.
         matrix: the largest tensor that the kernel reads.
         flags: further properties of the compiled kernel; False is ignored.
-
-    Returns:
-        The results of `run`.
     """
     return run(choose(kernel, run, size, arithmetic, matrix, *flags))
 
@@ -128,14 +109,7 @@ def choose(
 
 
 def flat(tensor: Tensor) -> Tensor:
-    """[..., d] as [M, d], without a copy if the strides allow it.
-
-    Args:
-        tensor: any tensor with a last dimension.
-
-    Returns:
-        A matrix.
-    """
+    """[..., d] as [M, d], without a copy if the strides allow it."""
     return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
@@ -148,18 +122,7 @@ class Dropout(NamedTuple):
 
 
 def dropout(dropout_p: float, rng_state: Tensor | None) -> Dropout:
-    """Dropout's numbers, as safe_kernels/reference/philox.py defines them.
-
-    Args:
-        dropout_p: probability that an element is dropped.
-        rng_state: int64 [2], read on the device; ignored if dropout_p is 0.
-
-    Returns:
-        The numbers; `rng_state` is None if dropout_p is 0.
-
-    Raises:
-        ValueError: dropout_p > 0, and `rng_state` is None or its shape is not [2].
-    """
+    """Dropout's numbers, as safe_kernels/reference/philox.py defines them. The random state is read on the device."""
     if dropout_p == 0.0:
         return Dropout(None, 0, 1.0)
     if rng_state is None:
@@ -169,79 +132,41 @@ def dropout(dropout_p: float, rng_state: Tensor | None) -> Dropout:
     return Dropout(rng_state.contiguous(), round(dropout_p * 2**24), scale)
 
 
-def guard(tensor: Tensor) -> torch.cuda.device_of:
-    """Makes the tensor's device the current one, because Triton launches on the current device.
-
-    Args:
-        tensor: a tensor on the device to launch on.
-
-    Returns:
-        A context manager.
-    """
-    return torch.cuda.device_of(tensor)
-
-
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     """Refuses a tensor of another shape, because a kernel would read outside of it.
 
     The ops' own checks are in the C++ autograd kernels, which inference mode skips.
-
-    Args:
-        name: the argument's name.
-        tensor: the argument.
-        shape: the expected shape.
-
-    Raises:
-        ValueError: the tensor has another shape.
     """
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)} to fit the other arguments, got {list(tensor.shape)}")
 
 
-def ceil_div(number: int, divisor: int) -> int:
-    """The quotient, rounded up.
-
-    Args:
-        number: at least 0.
-        divisor: at least 1.
-
-    Returns:
-        The quotient.
-    """
-    return -(-number // divisor)
-
-
-def elementwise(kernel: Any, inputs: list[Tensor], outputs: list[Tensor], drop: Dropout, **constants: Any) -> None:
+def elementwise(
+    kernel: Any, inputs: Sequence[Tensor | None], outputs: Sequence[Tensor | None], drop: Dropout, **constants: Any
+) -> None:
     """Launches a kernel that computes each output element from the input elements at the same position.
 
-    Args:
-        kernel: its arguments are the inputs, the outputs, the random state, M and N, the inputs' strides, and
-            dropout's numbers.
-        inputs: tensors of one shape, any strides.
-        outputs: contiguous tensors of that shape, or empty tensors for unwanted outputs.
-        drop: dropout's numbers.
-        constants: further constexprs.
+    The kernel's arguments are the inputs (of one shape, any strides, or None after the first), the contiguous outputs
+    (empty if unwanted), the random state, M and N, the inputs' strides, and dropout's numbers.
     """
-    for tensor in inputs[1:]:
-        require_shape("a tensor after the first", tensor, tuple(inputs[0].shape))
-    matrices = [flat(tensor) for tensor in inputs]
-    M, N = matrices[0].shape
+    given = [tensor for tensor in inputs if tensor is not None]
+    for tensor in given[1:]:
+        require_shape("a tensor after the first", tensor, tuple(given[0].shape))
+    matrices = [None if tensor is None else flat(tensor) for tensor in inputs]
+    M, N = flat(given[0]).shape
     chosen = configs.elementwise_config(N)
-    with guard(inputs[0]):
-        launch(
-            kernel,
-            (ceil_div(M, chosen.block_m) * ceil_div(N, chosen.block_n),),
-            *matrices,
-            *outputs,
-            drop.rng_state,
-            M,
-            N,
-            *(stride for matrix in matrices for stride in matrix.stride()),
-            drop.scale,
-            drop.threshold,
-            BLOCK_M=chosen.block_m,
-            BLOCK_N=chosen.block_n,
-            HAS_DROPOUT=drop.rng_state is not None,
-            **constants,
-            **chosen.options,
-        )
+    launch(
+        kernel,
+        (triton.cdiv(M, chosen.block_m) * triton.cdiv(N, chosen.block_n),),
+        *matrices,
+        *outputs,
+        drop.rng_state,
+        M,
+        N,
+        *(stride for matrix in matrices for stride in ((1, 1) if matrix is None else matrix.stride())),
+        drop.scale,
+        drop.threshold,
+        HAS_DROPOUT=drop.rng_state is not None,
+        **constants,
+        **chosen.constants,
+    )

@@ -61,11 +61,7 @@ _LOADED: dict[int, Any] = {}
 
 
 class Recorder:
-    """Records one call.
-
-    Args:
-        inputs: the call's tensor arguments, in their order.
-    """
+    """Records one call with these tensor arguments."""
 
     def __init__(self, inputs: list[Tensor]) -> None:
         self.inputs = inputs
@@ -107,11 +103,7 @@ class Recorder:
             self.is_complete = False
 
     def record(self, result: Tensor | tuple[Tensor, ...]) -> _C.LaunchRecord | None:
-        """The call's launch record, or None.
-
-        Args:
-            result: the result of the call.
-        """
+        """The call's launch record, or None."""
         record = None
         with self._recording_step():
             results = [self._result(tensor) for tensor in (result if isinstance(result, tuple) else (result,))]
@@ -211,10 +203,7 @@ def _is_watched() -> bool:
 
 
 def parameter_bytes(ptx: str) -> list[int]:
-    """Sizes of a kernel's parameters, read from its code.
-
-    Args:
-        ptx: PTX code with one entry.
+    """Sizes of a kernel's parameters, read from its PTX code, which has one entry.
 
     Example:
         >>> parameter_bytes(".entry k(.param .u64 .ptr .global .align 1 k_0, .param .u32 k_1, .param .f32 k_2)")
@@ -232,14 +221,7 @@ _STATE = _State()
 
 
 def recorded(host: Callable[..., Any]) -> Callable[..., tuple[Any, Any, bool]]:
-    """Makes a host function return its launch record too.
-
-    Args:
-        host: a host function.
-
-    Returns:
-        A function that returns the result of `host`, the record or None, and whether that holds for all calls like it.
-    """
+    """Makes a host function also return its launch record or None, and whether that holds for all calls like it."""
 
     def record(*args: Any) -> tuple[Any, Any, bool]:
         if os.environ.get(SWITCH) == "0":
@@ -278,13 +260,7 @@ def forget() -> None:
 
 
 def empty(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = None) -> Tensor:
-    """Allocates a contiguous tensor.
-
-    Args:
-        like: gives the device, and the dtype if `dtype` is None.
-        shape: shape of the tensor; a number means one dimension.
-        dtype: dtype of the tensor.
-    """
+    """Allocates a contiguous tensor on the device of `like`, and in its dtype if `dtype` is None."""
     tensor = like.new_empty(shape, dtype=dtype)
     if _STATE.recorder is not None:
         _STATE.recorder.allocated(tensor)
@@ -292,27 +268,14 @@ def empty(like: Tensor, shape: Sequence[int] | int, dtype: torch.dtype | None = 
 
 
 def launch(kernel: Any, grid: Sequence[int], *values: Any, **constants: Any) -> None:
-    """Launches a kernel.
-
-    Args:
-        kernel: made by `triton.jit`.
-        grid: number of programs along one to three axes.
-        values: the kernel's arguments, tensors and numbers.
-        constants: constexprs and compiler options.
-    """
+    """Launches a kernel with these arguments; `constants` are constexprs and options of the compiler."""
     compiled = kernel[grid](*values, **constants)
     if _STATE.recorder is not None:
         _STATE.recorder.launched(kernel, compiled, grid, values)
 
 
 def multiply_add(out: Tensor, left: Tensor, right: Tensor) -> None:
-    """``out += left right``, computed by PyTorch with the vendor's library.
-
-    Args:
-        out: [M, N].
-        left: [M, K], same dtype as out.
-        right: [K, N], same dtype as out.
-    """
+    """``out += left right``, computed by PyTorch with the vendor's library; all three have one dtype."""
     if 0 in (*out.shape, left.shape[1]):
         return  # nothing is added
     out.addmm_(left, right)

@@ -77,28 +77,21 @@ class autotune:
 
 
 class Tuner:
-    """Times candidates, and remembers the fastest.
-
-    Args:
-        folder: folder with one file per kind of device.
-    """
+    """Times candidates, and remembers the fastest in a folder with one file per kind of device."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._stores: dict[str, Store] = {}
         self._settled: dict[Call, Any] = {}
 
-    def choose(self, call: Call, offer: Offer, like: Tensor | None) -> Any:
-        """The fastest candidate.
+    def choose(self, call: Call, offer: Offer, like: Tensor) -> Any:
+        """The fastest candidate, or None if nothing is remembered and nothing may be timed.
 
         Args:
             call: identifies the kind of call; the device is first.
             offer: returns the kind of device, and a run for each candidate; called once per kind of call. A run must
                 have no visible effect. The choice without tuning is first.
-            like: one of the call's tensors; None forbids timing.
-
-        Returns:
-            A candidate, or None if nothing is remembered and nothing may be timed.
+            like: one of the call's tensors.
         """
         found = self._settled.get(call)
         if found is None:
@@ -109,13 +102,13 @@ class Tuner:
                 found = self._settled.setdefault(call, found)
         return found
 
-    def _choose(self, store: Store, key: str, runs: Mapping[Any, Run], like: Tensor | None) -> Any:
+    def _choose(self, store: Store, key: str, runs: Mapping[Any, Run], like: Tensor) -> Any:
         choices = {str(choice): choice for choice in runs}
         if store.choices.get(key) in choices:
             return choices[store.choices[key]]
         if len(runs) == 1:
             return next(iter(runs))
-        if like is None or not may_time(like):
+        if not may_time(like):
             return None
         times = {choice: time for choice, run in runs.items() if (time := milliseconds(run)) is not None}
         if not times:
@@ -143,12 +136,7 @@ def _switch(tuner: Tuner | None) -> None:
 
 
 def active() -> Tuner | None:
-    """The current tuner, or None.
-
-    Example:
-        >>> active() is None
-        True
-    """
+    """The current tuner, or None."""
     return _STATE.tuner
 
 
@@ -158,22 +146,7 @@ def _tuner(folder: Path) -> Tuner:
 
 
 def folder(cache: str | os.PathLike[str] | None) -> Path:
-    """The folder in which choices are kept.
-
-    Args:
-        cache: as for `autotune`.
-
-    Returns:
-        The folder, which need not exist yet.
-
-    Raises:
-        TypeError: `cache` is not a path.
-        ValueError: `cache` is not a folder, or is None and there is no home folder.
-
-    Example:
-        >>> folder("somewhere").name
-        'somewhere'
-    """
+    """The folder in which choices are kept, which need not exist yet; `cache` is as for `autotune`."""
     chosen = cache if cache is not None else os.environ.get("SAFE_KERNELS_CACHE") or "~/.cache/safe_kernels"
     try:
         found = Path(chosen).expanduser().absolute()
@@ -187,18 +160,7 @@ def folder(cache: str | os.PathLike[str] | None) -> Path:
 
 
 def remembered(cache: str | os.PathLike[str] | None = None) -> dict[str, int]:
-    """The number of remembered choices that are valid now.
-
-    Args:
-        cache: as for `autotune`.
-
-    Returns:
-        Their number, by kind of device.
-
-    Example:
-        >>> remembered("/an/empty/folder")
-        {}
-    """
+    """The number of remembered choices that are valid now, by kind of device; `cache` is as for `autotune`."""
     where = folder(cache)
     devices = [path.stem.removeprefix("autotune-") for path in sorted(where.glob("autotune-*.json"))]
     counts = {device: len(Store(*_place(where, device)).choices) for device in devices}
@@ -223,9 +185,6 @@ def _code() -> str:
 def bucket(size: Sequence[int]) -> tuple[int, ...]:
     """Rounds sizes up to powers of two; equal results share one choice.
 
-    Args:
-        size: of a problem.
-
     Example:
         >>> bucket((8000, 4096, 5))
         (8192, 4096, 8)
@@ -234,15 +193,7 @@ def bucket(size: Sequence[int]) -> tuple[int, ...]:
 
 
 def key(kernel: str, size: Sequence[int], *rest: object) -> str:
-    """The key under which a choice is remembered.
-
-    Args:
-        kernel: its name.
-        size: of the problem.
-        rest: further properties of the call; False is ignored.
-
-    Returns:
-        One line.
+    """The line under which a choice is remembered; False in `rest` is ignored.
 
     Example:
         >>> key("lora_apply", (8192, 4096, 16), torch.bfloat16, "ieee", False)
@@ -253,25 +204,14 @@ def key(kernel: str, size: Sequence[int], *rest: object) -> str:
 
 
 def may_time(like: Tensor) -> bool:
-    """Whether a call may be timed now: a device runs it, and nothing captures or traces it.
-
-    Args:
-        like: one of the call's tensors.
-    """
+    """Whether a call may be timed now: a device runs it, and nothing captures or traces it."""
     if like.is_meta or isinstance(like, FakeTensor) or torch.compiler.is_compiling():
         return False
     return not (torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def milliseconds(run: Run) -> float | None:
-    """The median time of a run on the current device, with its cache flushed before each run.
-
-    Args:
-        run: the function to time.
-
-    Returns:
-        Milliseconds, or None if the device cannot run it now.
-    """
+    """The median time of a run, with the cache flushed before each run; None if the device cannot run it now."""
     from triton.runtime.errors import TritonError
     from triton.testing import do_bench
 

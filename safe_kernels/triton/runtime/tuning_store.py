@@ -21,11 +21,7 @@ class Store:
 
     A choice in memory does not change while the process lives, even if other processes write another one. The whole
     file is replaced, under a lock, by its content and this process's choices. A damaged or foreign file, or one with
-    another `header`, counts as absent.
-
-    Args:
-        path: the file; the first write creates its folder.
-        header: the versions and code on which the choices depend.
+    another `header` (the versions and code on which the choices depend), counts as absent.
     """
 
     def __init__(self, path: Path, header: Mapping[str, str]) -> None:
@@ -34,15 +30,7 @@ class Store:
         self.choices = self._read()
 
     def add(self, key: str, choice: str) -> str:
-        """Remembers a choice, unless the key already has one.
-
-        Args:
-            key: the key, from `tuning.key`.
-            choice: the choice.
-
-        Returns:
-            The choice that is remembered.
-        """
+        """Remembers a choice, unless the key already has one. Returns the choice that is remembered."""
         kept = self.choices.setdefault(key, choice)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
