@@ -129,16 +129,8 @@ def statistics_flop(rows: int, d_out: int, rank: int) -> int:
     """FLOPs that score one block of `rows` rows.
 
     The block's features X and h = scaling x A' are centred. K = X X', V = X B + h (B' B) / 2 and E = V h' + h V' are
-    computed. K and E are symmetric, so only one triangle counts. Shapes do not show padding rows or the end of the
-    last block, so every block counts in full.
-
-    Args:
-        rows: rows in the block.
-        d_out: features per row.
-        rank: rank of the adapter.
-
-    Returns:
-        FLOPs; a multiplication and an addition are two.
+    computed. K and E are symmetric, so only one triangle counts. Shapes do not show padding rows or the end of the last
+    block, so every block counts in full.
 
     Example:
         >>> from safe_kernels.flops import statistics_flop

@@ -87,12 +87,7 @@ def marks(tensor: Tensor) -> tuple[int, ...] | None:
 
     They are the tensor's identity, version counter, address, dtype, and number of aliases, since a write through
     ``tensor.data`` does not change the version counter. A write by a kernel that has only the address is not detected.
-
-    Args:
-        tensor: any tensor; from now on its aliases are counted.
-
-    Returns:
-        Values to compare with those of an earlier call; None if an alias exists, since it may be used for writing.
+    From now on the tensor's aliases are counted. None: an alias exists, and may be used for writing.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(4))
@@ -107,14 +102,8 @@ def marks(tensor: Tensor) -> tuple[int, ...] | None:
 def fingerprint(tensor: Tensor) -> int | None:
     """A number that changes with a tensor's values, also after a write through ``tensor.data``.
 
-    It reads all values, so it is meant for small tensors: the weights of norms, and biases.
-
-    Args:
-        tensor: any tensor.
-
-    Returns:
-        A number to compare with that of an earlier call; None if the values cannot be read without waiting for a device
-        or making a copy.
+    It reads all values, so it is meant for small tensors: the weights of norms, and biases. None: the values cannot be
+    read without waiting for a device or making a copy.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(4))
@@ -126,13 +115,9 @@ def fingerprint(tensor: Tensor) -> int | None:
 
 
 def leave_hooks(x: Tensor, unpack: Callable[..., Any]) -> None:
-    """Records that `x` left the saved-tensor hooks under which it was made: its next readers are not under them.
+    """Records that `x` left the saved-tensor hooks with this unpacking function: its next readers are not under them.
 
     If `x` is the output of a norm, a reader under the current hooks then counts like a reader under the norm's hooks.
-
-    Args:
-        x: any tensor; without effect unless it is the output of a norm.
-        unpack: the unpacking function that was passed to `torch.autograd.graph.saved_tensors_hooks`.
 
     Example:
         >>> import safe_kernels

@@ -7,6 +7,7 @@ a hook. Storages that the graph still holds when the measured function returns a
 from __future__ import annotations
 
 import inspect
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,49 +26,29 @@ __all__ = ["Recorder", "RetainedTensor", "Retention", "Save", "announce_reader",
 
 
 class RetainedTensor(NamedTuple):
-    """One storage that autograd holds.
+    """One storage that autograd holds. A saved slice keeps the whole storage alive."""
 
-    Attributes:
-        shape: shape of the largest tensor saved from this storage.
-        dtype: its dtype.
-        bytes: size of the whole storage in bytes: a saved slice keeps the whole tensor alive.
-        uses: number of times it was saved.
-    """
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    bytes: int
-    uses: int
+    shape: tuple[int, ...]  # of the largest tensor that was saved from this storage
+    dtype: torch.dtype  # of that tensor
+    bytes: int  # of the whole storage
+    uses: int  # number of times it was saved
 
 
 class Save(NamedTuple):
-    """One tensor that one node of the graph holds.
+    """One tensor that one node of the graph holds."""
 
-    Attributes:
-        tensor: the tensor, detached; its storage is the node's own.
-        note: the result of `note()` when it was saved.
-        made_by: sequence number of the node that made the tensor; -1 for a leaf or a tensor outside the graph.
-    """
-
-    tensor: Tensor
-    note: Any
-    made_by: int = -1
+    tensor: Tensor  # detached; its storage is the node's own
+    note: Any  # the result of `note()` when it was saved
+    made_by: int = -1  # sequence number of the node that made it; -1 for a leaf or a tensor outside the graph
 
 
 class Dropped(NamedTuple):
-    """One tensor that a node held before: the node has released it, or is dead.
-
-    Attributes:
-        storage: a weak reference to its storage.
-        key: the storage's identity, valid while the storage lives.
-        bytes: the storage's size.
-        note: the result of `note()` when it was saved.
-    """
+    """One tensor that a node held before: the node has released it, or is dead."""
 
     storage: weakref.ref[Any]
-    key: int
-    bytes: int
-    note: Any
+    key: int  # the storage's identity, valid while the storage lives
+    bytes: int  # of the storage
+    note: Any  # the result of `note()` when it was saved
 
 
 @dataclass(frozen=True, repr=False)
@@ -148,15 +129,8 @@ def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Ten
 def record(fn: Callable[[], Any], note: Callable[[], Any] = lambda: None) -> tuple[Any, list[Save]]:
     """Runs ``fn()`` and returns its output and every save that the output's graph still holds, in their order.
 
-    `measure` counts these saves. This function returns them, with parameters, and with a note for each. It has the same
-    limits.
-
-    Args:
-        fn: called once, without arguments, in this thread.
-        note: called at each save; its result becomes that save's `note`.
-
-    Returns:
-        The function's output, and the saves. While these live, their storages have different identities.
+    `measure` counts these saves. This function returns them, with parameters, and with the result of `note()` at each
+    save. It has the same limits. While the saves live, their storages have different identities.
 
     Example:
         >>> x = torch.ones(3, requires_grad=True)
@@ -214,8 +188,7 @@ class Recorder:
 def storages(tensor: Tensor) -> Iterator[tuple[int, int]]:
     """Yields identity and size in bytes of a tensor's storages: one, except for a subclass or a sparse tensor.
 
-    Args:
-        tensor: any tensor. An identity is valid while a tensor with that storage lives.
+    An identity is valid while a tensor with that storage lives.
 
     Example:
         >>> x = torch.ones(4, 4)
@@ -229,10 +202,7 @@ def announce_reader(x: Tensor) -> None:
     """Announces that autograd will keep `x` for a layer that is not an op of this package.
 
     If `x` is the output of `rms_norm` or `layer_norm`, that op releases its input and keeps `x` too. The ops of this
-    package call this themselves.
-
-    Args:
-        x: any tensor; without effect unless it is such an output.
+    package call this themselves. For any other tensor it has no effect.
 
     Example:
         >>> import safe_kernels
@@ -331,10 +301,6 @@ def _by_storage(tensors: Iterable[Tensor], known: set[int]) -> tuple[RetainedTen
             continue
         new = RetainedTensor(tuple(leaf.shape), leaf.dtype, size, 1)
         old = found.get(key, new._replace(uses=0))
-        widest = max(old, new, key=lambda item: _numel(item.shape))
+        widest = max(old, new, key=lambda item: math.prod(item.shape))
         found[key] = widest._replace(uses=old.uses + 1)
     return tuple(sorted(found.values(), key=lambda item: -item.bytes))
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()

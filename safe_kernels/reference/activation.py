@@ -61,34 +61,13 @@ def pull_back(grad: Tensor, x: Tensor, kind: str) -> Tensor:
 
 
 def activation(x: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor | None = None) -> Tensor:
-    """Return ``dropout(act(x))``.
-
-    Args:
-        x: [..., d], the pre-activation.
-        kind: one of `KINDS`.
-        dropout_p: probability that an element is dropped.
-        rng_state: int64 [2] = (seed, offset); needed when ``dropout_p > 0``.
-
-    Returns:
-        A contiguous tensor shaped and typed like x.
-    """
+    """Return ``dropout(act(x))`` of x [..., d], contiguous; `kind` is one of `KINDS`, and `rng_state` int64 [2]."""
     dtype = compute_dtype(x)
     return dropout_of(value(x.to(dtype), kind), dropout_p, rng_state).to(x.dtype).contiguous()
 
 
 def activation_backward(grad: Tensor, x: Tensor, kind: str, dropout_p: float, rng_state: Tensor | None) -> Tensor:
-    """Return the gradient of `activation` for x.
-
-    Args:
-        grad: [..., d], gradient of the output.
-        x: [..., d], the pre-activation.
-        kind: as in `activation`.
-        dropout_p: as in `activation`.
-        rng_state: as in `activation`; the mask is computed again from it.
-
-    Returns:
-        A contiguous tensor shaped and typed like x.
-    """
+    """Return the gradient of `activation` for x; dropout's mask is computed again from `rng_state`."""
     dtype = compute_dtype(x)
     grad_act = dropout_of(grad.to(dtype), dropout_p, rng_state)
     return pull_back(grad_act, x.to(dtype), kind).to(x.dtype).contiguous()

@@ -14,21 +14,12 @@ MOST_BLOCK_ROWS = 8192
 def cka_sums(
     base: Tensor, delta: Tensor, block_starts: Tensor, block_rows: int, row_weight: Tensor | None = None
 ) -> Tensor:
-    """Return the sums from which `one_minus_cka` computes the importance of an adapter.
+    """Return the sums (a, b, c, number of rows) from which `one_minus_cka` computes the importance of an adapter.
 
-    X = base and Y = base + delta, centred over the rows of each block; K = Xc Xc' and E = Yc Yc' - K. The sums are
-    a = |K|^2, b = <K, E> and c = |E|^2, added over all blocks. So the sums of several calls, micro-batches or processes
-    can be added (minibatch CKA, Nguyen et al. 2021, arXiv 2010.15327).
-
-    Args:
-        base: [N, d_out], features without the adapter.
-        delta: [N, d_out], the adapter's output, which is added to base.
-        block_starts: int64 [n], the first row of each block.
-        block_rows: rows in a block; a block ends at row N at the latest.
-        row_weight: [N], zero for rows that must not count.
-
-    Returns:
-        float64 [4] = (a, b, c, number of rows that counted).
+    X = base and Y = base + delta [N, d_out], centred over the rows of each block; K = Xc Xc' and E = Yc Yc' - K. The
+    sums are a = |K|^2, b = <K, E> and c = |E|^2, added over all blocks. So the sums of several calls, micro-batches or
+    processes can be added (minibatch CKA, Nguyen et al. 2021, arXiv 2010.15327). A block ends at row N at the latest; a
+    row whose `row_weight` [N] is zero does not count.
     """
     check_blocks(base, block_starts, block_rows, row_weight)
     sums = base.new_zeros(4, dtype=torch.float64)
@@ -53,18 +44,7 @@ def cka_sums(
 
 
 def check_blocks(base: Tensor, block_starts: Tensor, block_rows: int, row_weight: Tensor | None) -> None:
-    """Check the blocks that are to be scored. The GPU code uses this too; the CPU kernel has the same messages.
-
-    Args:
-        base: [N, d_out].
-        block_starts: as for `cka_sums`.
-        block_rows: as for `cka_sums`.
-        row_weight: as for `cka_sums`.
-
-    Raises:
-        ValueError: `block_starts` is not int64 [n], `row_weight` not [N], or a block has more than `MOST_BLOCK_ROWS`
-            rows of `base`.
-    """
+    """Check the blocks that are to be scored. The GPU code uses this too; the CPU kernel has the same messages."""
     if block_starts.dtype != torch.int64 or block_starts.dim() != 1:
         raise ValueError(f"block_starts must be int64 [n], got {block_starts.dtype} {list(block_starts.shape)}")
     if row_weight is not None and row_weight.shape != base.shape[:1]:
@@ -77,17 +57,13 @@ def check_blocks(base: Tensor, block_starts: Tensor, block_rows: int, row_weight
 
 
 def one_minus_cka(sums: Tensor) -> float:
-    """Return 1 - CKA from the sums (a, b, c, rows), without the cancellation of a subtraction from 1.
+    """Return 1 - CKA from the sums (a, b, c[, rows]) of `cka_sums`, without the cancellation of a subtraction from 1.
 
-    CKA = (a + b) / sqrt(a (a + 2 b + c)) is the cosine between K and K + E. Its sine follows:
-    sin^2 = (a c - b^2) / (a (a + 2 b + c)), and 1 - cos = sin^2 / (1 + cos).
+    CKA = (a + b) / sqrt(a (a + 2 b + c)) is the cosine between K and K + E. Its sine follows: sin^2 = (a c - b^2) / (a
+    (a + 2 b + c)), and 1 - cos = sin^2 / (1 + cos).
 
-    Args:
-        sums: float64 [4], or [3]: (a, b, c[, rows]), from `cka_sums`.
-
-    Returns:
-        A number in [0, 1]; exactly 0.0 for an adapter that changes nothing; nan if the features are constant, if no row
-        was scored, or if a sum is not finite.
+    The result is in [0, 1], and exactly 0.0 for an adapter that changes nothing. It is nan if the features are
+    constant, if no row was scored, or if a sum is not finite.
     """
     a, b, c = sums[:3].tolist()
     if not all(math.isfinite(value) for value in (a, b, c)) or a <= 0.0:

@@ -13,15 +13,9 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(x - mean) * rstd * weight + bias``, ``rstd = 1 / sqrt(mean((x - mean)^2) + eps)``, rounded once.
 
-    Args:
-        x: [..., d].
-        weight: [d]; None for ones.
-        bias: [d]; None for zeros.
-        eps: added to the variance, at least 0.
-        retain_output: whether autograd may retain out instead of x; the values do not depend on it.
-
-    Returns:
-        out, shaped and typed like x, and mean and rstd [...], in float32, or float64 if an argument is float64.
+    x is [..., d]; weight and bias are [d], or None for ones and zeros. Mean and rstd [...] are returned too, in the
+    dtype of sums. Nothing depends on `retain_output`, which only autograd reads: whether out may be retained instead of
+    x.
     """
     dtype = _dtype(x, weight, bias)
     values = x.to(dtype)
@@ -46,26 +40,14 @@ def layer_norm_backward(
     from_output: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `layer_norm` for x, weight and bias.
+    """Return the gradients of `layer_norm` for x, weight and bias; one that `output_mask` excludes has shape [0].
 
+    `retained` is x, or the output if `from_output`; then the mean is not needed, and no element of weight may be zero.
     With ``x_hat = (x - mean) * rstd``, or ``(out - bias) / weight``, and ``g = grad * weight``::
 
         grad_x = rstd * (g - mean(g) - x_hat * mean(g * x_hat))
         grad_weight = sum over rows of grad * x_hat
         grad_bias = sum over rows of grad
-
-    Args:
-        grad: [..., d], gradient of the output.
-        retained: [..., d], the output if `from_output`, otherwise x.
-        weight: [d] or None, as in `layer_norm`.
-        bias: [d] or None, as in `layer_norm`.
-        mean: [...], as `layer_norm` returned it; None if `from_output`, which does not need it.
-        rstd: [...], as `layer_norm` returned it.
-        from_output: whether `retained` is the output; then no element of weight may be zero.
-        output_mask: which of (grad_x, grad_weight, grad_bias) are requested.
-
-    Returns:
-        grad_x [..., d], grad_weight [d], grad_bias [d]; a gradient that is not requested has shape [0].
     """
     dtype = _dtype(retained, weight, bias)
     row_rstd = rstd.to(dtype).unsqueeze(-1)

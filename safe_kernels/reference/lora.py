@@ -21,22 +21,11 @@ def lora(
     block_rows: int = 0,
     row_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return ``out = base + scaling * (dropout(x) A') B'`` and the sums that score the adapter.
+    """Return ``out = base + scaling * (dropout(x) A') B'`` and the sums that score the adapter (see `cka_sums`).
 
-    Args:
-        x: [..., d_in], the layer's input.
-        base: [..., d_out], the base layer's output for x.
-        lora_A: [r, d_in].
-        lora_B: [d_out, r].
-        scaling: lora_alpha / r, or / sqrt(r) for rsLoRA.
-        dropout_p: probability that an element of x is dropped.
-        rng_state: int64 [2] = (seed, offset); needed when ``dropout_p > 0``.
-        block_starts: int64 [n], the first flattened row of each scored block; None: nothing is scored.
-        block_rows: rows in a block.
-        row_weight: [N], zero for rows of padding, which must not be scored.
-
-    Returns:
-        out, shaped and typed like `base`, and float64 [4] = (a, b, c, rows), or [0] if nothing was scored.
+    x is [..., d_in], base and out [..., d_out], lora_A [r, d_in], lora_B [d_out, r], and `rng_state` int64 [2]. Each of
+    the scored blocks begins at a flattened row in `block_starts`, int64 [n]; None scores nothing, and the sums have
+    shape [0].
     """
     dtype = compute_dtype(x, base, lora_A, lora_B)
     rows = rows_of(x)
@@ -59,20 +48,10 @@ def lora_backward(
     rng_state: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of `lora` for x, lora_A and lora_B; the gradient for base is `grad` itself.
+    """Return the gradients of `lora` for x, lora_A and lora_B; one that `output_mask` excludes has shape [0].
 
-    Args:
-        grad: [..., d_out], gradient of the output.
-        x: [..., d_in], the layer's input; None if only grad_x is requested, which does not depend on x.
-        lora_A: [r, d_in].
-        lora_B: [d_out, r].
-        scaling: as in `lora`.
-        dropout_p: as in `lora`.
-        rng_state: as in `lora`; the mask is computed again from it.
-        output_mask: which of (grad_x, grad_A, grad_B) are requested.
-
-    Returns:
-        grad_x [..., d_in], grad_A [r, d_in], grad_B [d_out, r]; a gradient that is not requested has shape [0].
+    The gradient for base is grad [..., d_out] itself. x may be None if only grad_x is requested, which does not depend
+    on it. Dropout's mask is computed again from `rng_state`.
     """
     want_x, want_A, want_B = output_mask
     like_x = grad if x is None else x

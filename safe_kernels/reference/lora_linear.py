@@ -23,21 +23,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor]:
     """Return ``x W' + bias + scaling * (dropout(x) A') B'``, rounded once, and the sums that score the adapter.
 
-    Args:
-        x: [..., d_in], of the dtype of weight.
-        weight: [d_out, d_in].
-        bias: [d_out], or None.
-        lora_A: [r, d_in].
-        lora_B: [d_out, r].
-        scaling: as in `lora`.
-        dropout_p: as in `lora`.
-        rng_state: as in `lora`.
-        block_starts: as in `lora`.
-        block_rows: as in `lora`.
-        row_weight: as in `lora`.
-
-    Returns:
-        out [..., d_out], contiguous and typed like x, and float64 [4] = (a, b, c, rows), or [0].
+    The weight is [d_out, d_in], and the bias [d_out]; x and both have one dtype. The rest is as in `lora`.
     """
     dtype = compute_dtype(x, weight, lora_A, lora_B)
     _check(x, weight, bias)
@@ -68,22 +54,9 @@ def lora_linear_backward(
     rng_state: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of `lora_linear`.
+    """Return the gradients for (x, weight, bias, lora_A, lora_B); one that `output_mask` excludes has shape [0].
 
-    Args:
-        grad: [..., d_out], gradient of the output.
-        x: [..., d_in], the layer's input; None if only the gradients of x and bias are requested.
-        weight: [d_out, d_in].
-        lora_A: [r, d_in].
-        lora_B: [d_out, r].
-        scaling: as in `lora`.
-        dropout_p: as in `lora`.
-        rng_state: as in `lora`; the mask is computed again from it.
-        output_mask: which of (grad_x, grad_weight, grad_bias, grad_A, grad_B) are requested.
-
-    Returns:
-        grad_x [..., d_in], grad_weight [d_out, d_in], grad_bias [d_out], grad_A [r, d_in], grad_B [d_out, r]; a
-        gradient that is not requested has shape [0].
+    x may be None if only the gradients of x and bias are requested. The rest is as in `lora_backward`.
     """
     want_x, want_weight, want_bias, want_A, want_B = output_mask
     dtype = compute_dtype(grad, weight, lora_A, lora_B)

@@ -13,15 +13,8 @@ def rms_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return ``x * rstd * (weight + weight_offset)``, ``rstd = 1 / sqrt(mean(x^2) + eps)``, rounded once at the end.
 
-    Args:
-        x: [..., d].
-        weight: [d].
-        eps: added to the mean of the squares, at least 0.
-        weight_offset: added to the weight; 1 for models such as Gemma, which store the difference from 1.
-        retain_output: whether autograd may retain out instead of x; the values do not depend on it.
-
-    Returns:
-        out, shaped and typed like x, and rstd [...], in float32, or float64 if x or weight is float64.
+    x is [..., d], and weight [d]. rstd [...] is returned too, in the dtype of sums. Nothing depends on `retain_output`,
+    which only autograd reads: whether out may be retained instead of x.
     """
     dtype = compute_dtype(x, weight)
     values = x.to(dtype)
@@ -39,24 +32,13 @@ def rms_norm_backward(
     from_output: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """Return the gradients of `rms_norm` for x and weight.
+    """Return the gradients of `rms_norm` for x and weight; one that `output_mask` excludes has shape [0].
 
-    With ``x_hat = x * rstd``, or ``out / (weight + weight_offset)``, and ``g = grad * (weight + weight_offset)``::
+    `retained` is x, or the output if `from_output`; then no element of ``weight + weight_offset`` may be zero. With
+    ``x_hat = x * rstd``, or ``out / (weight + weight_offset)``, and ``g = grad * (weight + weight_offset)``::
 
         grad_x = rstd * (g - x_hat * mean(g * x_hat))
         grad_weight = sum over rows of grad * x_hat
-
-    Args:
-        grad: [..., d], gradient of the output.
-        retained: [..., d], the output if `from_output`, otherwise x.
-        weight: [d].
-        rstd: [...], as `rms_norm` returned it.
-        weight_offset: as in `rms_norm`.
-        from_output: whether `retained` is the output; then no element of ``weight + weight_offset`` may be zero.
-        output_mask: which of (grad_x, grad_weight) are requested.
-
-    Returns:
-        grad_x [..., d], grad_weight [d]; a gradient that is not requested has shape [0].
     """
     dtype = compute_dtype(retained, weight)
     scale = weight.to(dtype) + weight_offset
