@@ -65,25 +65,24 @@ struct Dropper {
   const Dropout& dropout;
   const int64_t columns;
   const bool drops;
-  std::unique_ptr<uint32_t[]> words;
+  std::unique_ptr<uint16_t[]> bits;
   std::unique_ptr<T[]> product;
 
   Dropper(const Dropout& dropout, int64_t columns)
       : dropout(dropout),
         columns(columns),
         drops(dropout.threshold > 0),
-        words(scratch<uint32_t>(drops ? columns + kWordsAtOnce : 0)),
+        bits(scratch<uint16_t>(drops ? columns + kColumnsAtOnce : 0)),
         product(scratch<T>(drops ? columns : 0)) {}
 
   // `out` may be `values` itself.
   SAFE_KERNELS_INLINE void apply(int64_t row, const T* values, T* out) const {
-    philox_row(dropout, static_cast<uint32_t>(row), columns, words.get());
-    const uint32_t* word = words.get();
-    const auto threshold = static_cast<int32_t>(dropout.threshold);
+    philox_row(dropout, static_cast<uint32_t>(row), columns, bits.get());
+    const uint16_t* bit = bits.get();
+    const int32_t threshold = dropout.threshold;
     const T scale = static_cast<T>(dropout.scale);
 #pragma GCC ivdep
-    for (int64_t j = 0; j < columns; ++j)
-      out[j] = values[j] * (static_cast<int32_t>(word[j] >> 8) < threshold ? T(0) : scale);
+    for (int64_t j = 0; j < columns; ++j) out[j] = values[j] * (bit[j] < threshold ? T(0) : scale);
   }
 
   SAFE_KERNELS_INLINE void in_place(int64_t row, T* values) const {

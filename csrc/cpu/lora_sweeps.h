@@ -28,9 +28,9 @@ SAFE_KERNELS_INLINE void scale_by(T* values, T factor, int64_t count) {
 
 template <typename T>
 SAFE_KERNELS_INLINE void block_factors(const Dropout& dropout, int64_t begin, int64_t end, int64_t columns,
-                                       uint32_t* words, T* factors) {
+                                       uint16_t* bits, T* factors) {
   for (int64_t row = begin; row < end; ++row)
-    dropout_factors(dropout, row, columns, words, factors + (row - begin) * columns);
+    dropout_factors(dropout, row, columns, bits, factors + (row - begin) * columns);
 }
 
 // dropout(x) for a block of rows; `factors` is null without dropout.
@@ -63,13 +63,13 @@ SAFE_KERNELS_INLINE void lora_forward_body(const LoraForwardArgs<T>& args, int64
   const bool drops = args.dropout.threshold > 0;
   const bool direct = args.out.dtype == c10::CppTypeToScalarType<T>::value;
   const auto factors = scratch<T>(drops ? step * d_in : 0);
-  const auto words = scratch<uint32_t>(drops ? d_in + kWordsAtOnce : 0);
+  const auto bits = scratch<uint16_t>(drops ? d_in + kColumnsAtOnce : 0);
   const auto x_copy = scratch<T>(step * d_in);
   const auto base_copy = scratch<T>(step * d_out);
   const auto h_block = scratch<T>(step * stride);
   for (int64_t row = begin; row < end; row += step) {
     const int64_t last = std::min(row + step, end), rows = last - row;
-    if (drops) block_factors(args.dropout, row, last, d_in, words.get(), factors.get());
+    if (drops) block_factors(args.dropout, row, last, d_in, bits.get(), factors.get());
     const Block<T> x = dropped_block<T>(args.x, row, last, drops ? factors.get() : nullptr, x_copy.get());
     T* h = args.h != nullptr ? args.h + row * stride : h_block.get();
     gemm<T>({rows, stride, d_in, x.data, x.stride, 1, args.lora_At, stride, nullptr, 0, h, stride});
@@ -109,7 +109,7 @@ SAFE_KERNELS_INLINE void backward_chunk(const LoraBackwardArgs<T>& args, int64_t
   const bool reads_x = args.grad_A != nullptr || args.grad_Bt != nullptr;
   const bool direct = args.grad_x.dtype == c10::CppTypeToScalarType<T>::value;
   const auto factors = scratch<T>(drops ? step * d_in : 0);
-  const auto words = scratch<uint32_t>(drops ? d_in + kWordsAtOnce : 0);
+  const auto bits = scratch<uint16_t>(drops ? d_in + kColumnsAtOnce : 0);
   const auto x_copy = scratch<T>(step * d_in);
   const auto grad_copy = scratch<T>(step * d_out);
   const auto h = scratch<T>(step * stride);
@@ -117,7 +117,7 @@ SAFE_KERNELS_INLINE void backward_chunk(const LoraBackwardArgs<T>& args, int64_t
   for (int64_t row = begin; row < end; row += step) {
     const int64_t last = std::min(row + step, end), rows = last - row;
     const bool first = row == begin;
-    if (drops) block_factors(args.dropout, row, last, d_in, words.get(), factors.get());
+    if (drops) block_factors(args.dropout, row, last, d_in, bits.get(), factors.get());
     const T* factor = drops ? factors.get() : nullptr;
     const Block<T> grad = read_block(args.grad, row, last, grad_copy.get());
     if (wants_x || args.grad_A != nullptr) {

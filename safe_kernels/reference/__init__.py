@@ -14,7 +14,7 @@ from safe_kernels.reference.importance import cka_sums, one_minus_cka
 from safe_kernels.reference.layer_norm import layer_norm, layer_norm_backward
 from safe_kernels.reference.lora import lora, lora_backward
 from safe_kernels.reference.lora_linear import lora_linear, lora_linear_backward
-from safe_kernels.reference.philox import dropout_keep, philox
+from safe_kernels.reference.philox import MASK_VERSION, dropout_keep, dropout_scale, dropout_threshold, philox
 from safe_kernels.reference.rms_norm import rms_norm, rms_norm_backward
 
 OPS = (
@@ -35,12 +35,15 @@ OPS = (
 """The functions that are registered as ops, under their own names."""
 
 __all__ = [
+    "MASK_VERSION",
     "OPS",
     "activation",
     "activation_backward",
     "cka_sums",
     "dropout",
     "dropout_keep",
+    "dropout_scale",
+    "dropout_threshold",
     "gated_activation",
     "gated_activation_backward",
     "layer_norm",

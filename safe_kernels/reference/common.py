@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from safe_kernels.reference.philox import dropout_keep
+from safe_kernels.reference.philox import dropout_keep, dropout_scale
 
 
 def compute_dtype(*tensors: Tensor) -> torch.dtype:
@@ -32,7 +32,7 @@ def dropout_factor(x: Tensor, dropout_p: float, rng_state: Tensor | None, dtype:
         got = None if rng_state is None else f"{rng_state.dtype} {list(rng_state.shape)}"
         raise ValueError(f"rng_state must be an int64 tensor [2] when dropout_p > 0, got {got}")
     keep = dropout_keep(x.shape[0], x.shape[1], dropout_p, rng_state)
-    return keep.to(dtype) * (0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p))
+    return keep.to(dtype) * dropout_scale(dropout_p)
 
 
 def dropped(x: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:

@@ -23,7 +23,7 @@ from torch import Tensor
 from safe_kernels import reference
 from safe_kernels.triton.lib.cka import block_sums
 from safe_kernels.triton.lib.lora_gradients import NOTHING_DROPPED, adapter_gradients, at_the_input
-from safe_kernels.triton.lib.philox import _keep
+from safe_kernels.triton.lib.philox import _keep, _rng_words
 from safe_kernels.triton.lib.skinny_matmul import _load_narrow, _load_parts, padded, sweep
 from safe_kernels.triton.lora import apply
 from safe_kernels.triton.runtime.configs import NO_TILES, Config, rank_tile
@@ -97,7 +97,7 @@ def _lora_linear_kernel(
             short = _load_narrow(narrow_right, start_r + offs_r, offs_n64, R, stride_narrow_r, stride_narrow_n, mask_n)
             acc = tl.dot(thin, short.to(OPERAND), acc, input_precision=PRECISION)
     if HAS_DROPOUT:
-        acc *= _keep(rng, offs_m, start_n, threshold, BLOCK_N).to(tl.float32) * dropout_scale
+        acc *= _keep(_rng_words(rng), offs_m, start_n, threshold, BLOCK_N).to(tl.float32) * dropout_scale
     if bias is not None:
         acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     offs_k = tl.arange(0, BLOCK_K)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracle import DTYPES, Dtypes, Shape, assert_results, keep_mask, ours, philox, problem, rng_state, shapes
+from oracle import DTYPES, Dtypes, Shape, assert_results, keep_mask, ours, philox, problem, rng_state, rounded, shapes
 
 import safe_kernels
 from safe_kernels import functional, reference
@@ -36,30 +36,56 @@ def kept_by_the_op(rows: int, columns: int, dropout_p: float, state: torch.Tenso
     """Reads the mask off the op: with A = B = identity and base = 0, out is x with dropout."""
     x, eye = torch.ones(rows, columns), torch.eye(columns)
     out = safe_kernels.lora(x, torch.zeros(rows, columns), eye, eye, 1.0, dropout_p=dropout_p, rng_state=state)
-    scale = 1 / (1 - dropout_p)
+    scale = 1 / (1 - rounded(dropout_p))
     kept = out.numpy() != 0
     np.testing.assert_allclose(out.numpy(), kept * scale, rtol=1e-6)
     return kept
 
 
+def kept_by_the_reference(rows: int, columns: int, dropout_p: float, state: torch.Tensor) -> np.ndarray:
+    return reference.dropout_keep(rows, columns, dropout_p, state).numpy()
+
+
 @pytest.mark.parametrize("dropout_p", [0.1, 0.5, 0.9])
-@pytest.mark.parametrize("columns", [1, 2, 3, 4, 5, 31, 32, 33, 384])
+@pytest.mark.parametrize("columns", [1, 2, 7, 8, 9, 31, 32, 33, 63, 64, 65, 384])
 def test_the_mask_bit_for_bit(columns: int, dropout_p: float) -> None:
     state = rng_state(columns)
     expected = keep_mask(70, columns, dropout_p, state)
     assert np.array_equal(kept_by_the_op(70, columns, dropout_p, state), expected)
-    assert np.array_equal(reference.dropout_keep(70, columns, dropout_p, state).numpy(), expected)
+    assert np.array_equal(kept_by_the_reference(70, columns, dropout_p, state), expected)
 
 
-@pytest.mark.parametrize("column", [0, 3, 5, 30])
+@pytest.mark.parametrize("column", [0, 1, 6, 7, 13, 30])
 def test_the_threshold_itself_is_kept(column: int) -> None:
-    """One probability on each side of an element's own 24 bits: once in 16 million, so only a chosen one shows it."""
+    """One probability on each side of an element's own 16 bits: few elements show it."""
     state = torch.tensor([11, 12])
-    words = philox([np.arange(8), np.full(8, 2), 12, 0], [11, 0])
-    bits = int(words[column % 4][column // 4]) >> 8
-    assert 0 < bits < 2**24 - 1
-    assert kept_by_the_op(3, 32, bits / 2**24, state)[2, column]
-    assert not kept_by_the_op(3, 32, (bits + 1) / 2**24, state)[2, column]
+    words = philox([np.arange(4), np.full(4, 2), 12, 0], [11, 0])
+    bits = int(words[column // 2 % 4][column // 8]) >> 16 * (column % 2) & 0xFFFF
+    assert 0 < bits < 2**16 - 1
+    for kept in (kept_by_the_op, kept_by_the_reference):
+        assert kept(3, 32, bits / 2**16, state)[2, column]
+        assert not kept(3, 32, (bits + 1) / 2**16, state)[2, column]
+
+
+@pytest.mark.parametrize(
+    "dropout_p", [0.3 * 2**-16, 0.7 * 2**-16, 2**-16, 0.1, 1 / 3, 0.7, 1 - 1e-5, 1 - 2**-16, 1 - 2**-40]
+)
+def test_the_probability_is_rounded_for_mask_and_scale_alike(dropout_p: float) -> None:
+    """So the expectation is the input even where rounding is coarse; only a probability of 1 drops everything."""
+    threshold, scale = reference.dropout_threshold(dropout_p), reference.dropout_scale(dropout_p)
+    assert abs(threshold - dropout_p * 2**16) <= (0.5 if dropout_p < 1 - 2**-17 else 1)
+    assert threshold < 2**16 and scale * (1 - threshold / 2**16) == pytest.approx(1, abs=2**-52)
+    state = rng_state(7)
+    kept = kept_by_the_op(40, 4096, dropout_p, state)
+    assert np.array_equal(kept, keep_mask(40, 4096, dropout_p, state))
+    assert np.array_equal(kept, kept_by_the_reference(40, 4096, dropout_p, state))
+    assert kept.any() and kept.all() == (threshold == 0)
+
+
+def test_all_is_dropped_at_1_alone() -> None:
+    assert (reference.dropout_threshold(1.0), reference.dropout_scale(1.0)) == (2**16, 0.0)
+    assert not kept_by_the_reference(9, 33, 1.0, rng_state(7)).any()
+    assert not safe_kernels.dropout(torch.ones(9, 33), 1.0, rng_state=rng_state(7)).any()
 
 
 @pytest.mark.parametrize("words", [(0, 0), (-1, -1), (1, 0), (0, 1), (2**40, -(2**40)), (-(2**63), 2**63 - 1)])

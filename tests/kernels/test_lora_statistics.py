@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracle import DTYPES, Dtypes, Problem, Shape, keep_mask, one_minus_cka, problem
+from oracle import DTYPES, Dtypes, Problem, Shape, keep_mask, one_minus_cka, problem, rounded
 
 import safe_kernels
 from safe_kernels import AdapterStatistics, RowBlocks, reference
@@ -185,7 +185,8 @@ def test_the_score_sees_the_features_that_training_sees(dropout_p: float) -> Non
     p = realistic(DTYPES[0], 1e-2)
     p.dropout_p, p.rng_state = dropout_p, torch.tensor([3, 4])
     keep = torch.from_numpy(keep_mask(SHAPE.rows, SHAPE.d_in, dropout_p, p.rng_state))
-    dropped = Problem(p.x.double() * keep / (1 - dropout_p), p.base.double(), p.A.double(), p.B.double(), p.grad, 2.0)
+    x = p.x.double() * keep / (1 - rounded(dropout_p))
+    dropped = Problem(x, p.base.double(), p.A.double(), p.B.double(), p.grad, 2.0)
     expected = one_minus_cka(dropped, [0, 128], 128)
     assert score(p, blocks_of(p, [0, 128], 128)).one_minus_cka() == pytest.approx(expected, rel=1e-4)
 

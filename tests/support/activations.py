@@ -9,7 +9,7 @@ from functools import partial
 import mpmath
 import torch
 import torch.nn.functional as F
-from oracle import Truth, assert_as_good, keep_mask
+from oracle import Truth, assert_as_good, keep_mask, rounded
 from torch import Tensor
 
 KINDS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -48,7 +48,7 @@ def factor_of(like: Tensor, dropout_p: float, rng_state: Tensor | None) -> Tenso
     keep = torch.from_numpy(keep_mask(math.prod(like.shape[:-1]), like.shape[-1], dropout_p, rng_state)).reshape(
         like.shape
     )
-    return keep.double() * (0.0 if dropout_p == 1 else 1 / (1 - dropout_p))
+    return keep.double() * (0.0 if dropout_p == 1 else 1 / (1 - rounded(dropout_p)))
 
 
 def by_pytorch(kind: str, inputs: Sequence[Tensor], grad: Tensor, factor: Tensor | None) -> list[Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from oracle import DTYPES, Dtypes, Results, Shape, Truth, assert_as_good, keep_mask, problem
+from oracle import DTYPES, Dtypes, Results, Shape, Truth, assert_as_good, keep_mask, problem, rounded
 from torch import Tensor
 
 import safe_kernels
@@ -68,7 +68,7 @@ def formula(p: Linear) -> Callable[..., Tensor]:
         dropped = x.to(A.dtype)
         if p.dropout_p > 0:
             keep = torch.from_numpy(keep_mask(x[..., 0].numel(), x.shape[-1], p.dropout_p, p.rng_state))
-            dropped = dropped * (keep.reshape(x.shape).to(A.dtype) / (1 - p.dropout_p))
+            dropped = dropped * (keep.reshape(x.shape).to(A.dtype) / (1 - rounded(p.dropout_p)))
         base = torch.nn.functional.linear(x, weight, bias)
         return (base + (dropped @ A.t()) @ B.t() * p.scaling).to(x.dtype)
 

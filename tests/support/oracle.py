@@ -139,13 +139,19 @@ def philox(counter: list[np.ndarray], key: list[int]) -> list[np.ndarray]:
 
 
 def keep_mask(rows: int, columns: int, dropout_p: float, state: Tensor) -> np.ndarray:
-    """True where dropout keeps an element: word (col % 4) of counter (col // 4, row, offset), 24 bits of it."""
+    """True where dropout keeps an element, by 16 bits: half col % 2 of word col // 2 % 4 of counter (col // 8, ...)."""
     seed, offset = (int(word) & (2**64 - 1) for word in state)
     column, row = np.meshgrid(np.arange(columns), np.arange(rows))
-    counter = [column // 4, row, np.full_like(row, offset & 0xFFFFFFFF), np.full_like(row, offset >> 32)]
+    counter = [column // 8, row, np.full_like(row, offset & 0xFFFFFFFF), np.full_like(row, offset >> 32)]
     words = np.stack(philox(counter, [seed & 0xFFFFFFFF, seed >> 32]))
-    chosen = np.take_along_axis(words, (column % 4)[None], axis=0)[0]
-    return (chosen >> np.uint64(8)) >= round(dropout_p * 2**24)
+    chosen = np.take_along_axis(words, (column // 2 % 4)[None], axis=0)[0]
+    bits = (chosen >> (16 * (column % 2)).astype(np.uint64)) & np.uint64(0xFFFF)
+    return bits >= round(65536 * rounded(dropout_p))
+
+
+def rounded(dropout_p: float) -> float:
+    """The probability with which dropout drops: a multiple of 2**-16, and 1 for 1 alone."""
+    return 1.0 if dropout_p == 1 else min(round(dropout_p * 65536), 65535) / 65536
 
 
 # ---------------------------------------------------------------- the op and its gradients
@@ -179,7 +185,7 @@ def truth(p: Problem) -> Truth:
     factor = real(1)
     if p.dropout_p > 0:
         keep = keep_mask(*rows[0].shape, p.dropout_p, p.rng_state)
-        factor = keep * (real(0) if p.dropout_p == 1 else 1 / (1 - real(p.dropout_p)))
+        factor = keep * (real(0) if p.dropout_p == 1 else 1 / (1 - real(rounded(p.dropout_p))))
     values = formulas(*rows, real(p.scaling), factor)
     # Of terms with random signs, the squares add up.
     squares = formulas(*(t**2 for t in rows), real(p.scaling) ** 2, factor**2)
@@ -197,7 +203,7 @@ def plain(p: Problem) -> Results:
         dropped = x.to(A.dtype)
         if p.dropout_p > 0:
             keep = torch.from_numpy(keep_mask(x[..., 0].numel(), x.shape[-1], p.dropout_p, p.rng_state))
-            scale = 0.0 if p.dropout_p == 1 else 1 / (1 - p.dropout_p)
+            scale = 0.0 if p.dropout_p == 1 else 1 / (1 - rounded(p.dropout_p))
             dropped = dropped * (keep.reshape(x.shape).to(A.dtype) * scale)
         return (base + F.linear(F.linear(dropped, A), B) * p.scaling).to(base.dtype)
 

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.distributed import ProcessGroup
 
+from safe_kernels.reference import MASK_VERSION
+
 from ..binding.adapters import Adapter
 from ..binding.bind import bind
 from ..distributed import DistributedContext
@@ -332,6 +334,10 @@ class AdapterFreezer:
         if saved.total_steps != (total := self.schedule.total_steps):
             what = "the state was saved with %s total steps, now there are %s: the last freeze event is at step %d."
             logger.warning(what, saved.total_steps, total, self.schedule.freeze_end)
+        drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in self.model.modules())
+        if drops and saved.mask_version != MASK_VERSION:
+            what = "the state was saved with version %d of dropout's masks, now it is %d: from here on dropout differs."
+            logger.warning(what, saved.mask_version, MASK_VERSION)
 
     def save(self, path: str | os.PathLike[str], *, files: Iterable[str | os.PathLike[str]] = ()) -> None:
         """Write the state into a JSON file atomically: after a crash either the old file or the new one exists.

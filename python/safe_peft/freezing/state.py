@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from safe_kernels.reference import MASK_VERSION
+
 from ..errors import StateError
 from ..files import jsonio
 from ..planning.inputs import Inputs
@@ -66,7 +68,11 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class FreezerState:
-    """What changes in a training; a state from an earlier safe_peft has no `memory`, the score's own numbers."""
+    """What changes in a training.
+
+    A state from an earlier safe_peft has no `memory`, the score's own numbers, and no `mask_version`, the version of
+    dropout's random bits.
+    """
 
     step: int
     total_steps: int | None
@@ -74,6 +80,7 @@ class FreezerState:
     evidence: PendingScoring
     planned: Planned
     memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    mask_version: int = MASK_VERSION
 
 
 def state_of(owner: RunIdentity, saved: FreezerState) -> dict[str, Any]:
@@ -98,7 +105,7 @@ def check_state(state: Mapping[str, Any], owner: RunIdentity, process: int) -> F
         what = f"the optimizer {was.optimizer}, but this training uses {owner.optimizer}; use the same."
         raise StateError(f"state was saved with {what}")
     _check_adapters(was.adapters, owner.adapters)
-    saved: FreezerState = _part(FreezerState, state)
+    saved: FreezerState = _part(FreezerState, {"mask_version": 1, **state})  # newer than some states
     # If all processes loaded one process's sums, the rows of that process would count several times.
     if (saved.evidence.sums or saved.evidence.importance) and saved.evidence.process != process:
         raise StateError(

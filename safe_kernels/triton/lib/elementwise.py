@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from safe_kernels.triton.lib.philox import _keep
+from safe_kernels.triton.lib.philox import _keep, _rng_words
 
 
 @triton.jit
@@ -46,7 +46,7 @@ def _pull_back(grad, x, KIND: tl.constexpr):
 def _dropped(values, rng, offs_m, start_n, threshold, dropout_scale, HAS_DROPOUT: tl.constexpr):
     """A tile of float32 values after dropout."""
     if HAS_DROPOUT:
-        keep = _keep(rng, offs_m, start_n, threshold, values.shape[1])
+        keep = _keep(_rng_words(rng), offs_m, start_n, threshold, values.shape[1])
         values = values * (keep.to(tl.float32) * dropout_scale)
     return values
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from safe_kernels.triton.lib.philox import _keep
+from safe_kernels.triton.lib.philox import _keep, _rng_words
 from safe_kernels.triton.lib.skinny_matmul import _load_narrow, _load_parts, joined, reduce, sweep
 from safe_kernels.triton.runtime.configs import Config, rank_tile, splits
 from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, flat, product, tuned
@@ -64,13 +64,15 @@ def _lora_input_kernel(
         acc_A = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
     if COMPUTE_X and ONE_TILE:
         right = _load_narrow(lora_A, offs_r, offs_n64, R, stride_a_r, stride_a_n, mask_n).to(OPERAND)
+    if HAS_DROPOUT:
+        words = _rng_words(rng)
     for start_m in range(begin, end, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m, offs_m64 = offs_m < end, offs_m.to(tl.int64)
         mask = mask_m[:, None] & mask_n
         left = _load_parts(grad_h, offs_m, offs_r, end, width, 1).to(OPERAND)
         if HAS_DROPOUT:
-            keep = _keep(rng, offs_m, start_n, threshold, BLOCK_N)
+            keep = _keep(words, offs_m, start_n, threshold, BLOCK_N)
         if COMPUTE_A:
             tile = tl.load(x + offs_m64[:, None] * stride_x_m + offs_n64 * stride_x_n, mask=mask, other=0.0)
             tile = tile.to(OPERAND)

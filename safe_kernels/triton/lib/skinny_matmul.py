@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from safe_kernels.triton.lib.philox import _keep
+from safe_kernels.triton.lib.philox import _keep, _rng_words
 from safe_kernels.triton.runtime.configs import Config, config, rank_tile, splits
 from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, tuned
 from safe_kernels.triton.runtime.launch_replay import empty, launch
@@ -80,6 +80,8 @@ def _lora_sweep_kernel(
     matrix_rows = matrix + offs_m.to(tl.int64)[:, None] * stride_matrix_m
     narrow_rows = narrow + offs_r.to(tl.int64)[None, :] * stride_narrow_r
     acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    if HAS_DROPOUT:
+        words = _rng_words(rng)
     if COMPUTE_TRANSPOSED:
         factor = _load_parts(other, offs_m, offs_r, M, width, OTHER_SPLITS).to(OPERAND)
     for start_k in range(begin, end, BLOCK_K):
@@ -92,7 +94,7 @@ def _lora_sweep_kernel(
         ).to(OPERAND)
         if HAS_DROPOUT:
             # Multiplied, not selected: NaN stays NaN, as in the reference.
-            tile = tile * _keep(rng, offs_m, start_k, threshold, BLOCK_K).to(OPERAND)
+            tile = tile * _keep(words, offs_m, start_k, threshold, BLOCK_K).to(OPERAND)
         weight = tl.load(
             narrow_rows + offs_k.to(tl.int64)[:, None] * stride_narrow_k,
             mask=mask_k[:, None] & mask_r[None, :],

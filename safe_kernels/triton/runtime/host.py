@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from safe_kernels.reference.philox import dropout_scale, dropout_threshold
 from safe_kernels.triton.runtime import configs, tuning
 from safe_kernels.triton.runtime.launch_replay import launch, may_change, unrecorded
 
@@ -114,7 +115,7 @@ def flat(tensor: Tensor) -> Tensor:
 
 
 class Dropout(NamedTuple):
-    """Dropout in a kernel: the random state, the threshold below which 24 random bits drop, the scale of the rest."""
+    """Dropout in a kernel: the random state, the threshold below which 16 random bits drop, the scale of the rest."""
 
     rng_state: Tensor | None
     threshold: int
@@ -128,8 +129,8 @@ def dropout(dropout_p: float, rng_state: Tensor | None) -> Dropout:
     if rng_state is None:
         raise ValueError("rng_state must be an int64 tensor [2] when dropout_p > 0, got None")
     require_shape("rng_state", rng_state, (2,))
-    scale = 0.0 if dropout_p >= 1.0 else 1.0 / (1.0 - dropout_p)
-    return Dropout(rng_state.contiguous(), round(dropout_p * 2**24), scale)
+    threshold = dropout_threshold(dropout_p)
+    return Dropout(rng_state.contiguous() if threshold else None, threshold, dropout_scale(dropout_p))
 
 
 def require_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:

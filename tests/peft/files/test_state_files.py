@@ -17,6 +17,7 @@ from killed import RawLoop, Rows
 from tiny import BERT_TARGETS, EARLY, adamw, batches, bert, gpt2, run, train
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
 
+from safe_kernels.reference import MASK_VERSION
 from safe_peft import AdapterFreezer, SafeCallback, SafeConfig, StateError, last_checkpoint
 from safe_peft.files.checkpoints import checkpoint_files
 from safe_peft.freezing.state import VERSION
@@ -76,9 +77,25 @@ def test_a_state_that_an_earlier_safe_peft_saved_is_loaded(tmp_path: Path) -> No
         "prefix_dropout": True,
     }
     assert own.pop("config") == newer | {n: v for n, v in theirs.pop("config").items() if n != "target"}
-    assert own == theirs | {"memory": {}}
+    assert own == theirs | {"memory": {}, "mask_version": MASK_VERSION}
     loop.run(12)
     assert loop.freezer.state_dict()["step"] > saved["step"]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("saved", [None, 1, MASK_VERSION, MASK_VERSION + 1])
+def test_other_dropout_masks_than_the_saved_ones_are_said(
+    saved: int | None, dropout_p: float, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A state without a version is from before there was one: 1."""
+    freezer = fresh(lora_dropout=dropout_p)
+    state = freezer.state_dict()
+    assert state.pop("mask_version") == MASK_VERSION
+    with caplog.at_level(logging.WARNING, logger="safe_peft"):
+        freezer.load_state_dict(state | ({} if saved is None else {"mask_version": saved}))
+    says = f"version {saved or 1} of dropout's masks, now it is {MASK_VERSION}: from here on dropout differs"
+    assert (says in caplog.text) == (dropout_p > 0 and saved != MASK_VERSION)
+    assert freezer.state_dict() == state | {"mask_version": MASK_VERSION}
 
 
 # ---------------------------------------------------------------- writing

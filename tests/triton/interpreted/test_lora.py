@@ -137,18 +137,32 @@ def kept_by_the_op(rows: int, columns: int, dropout_p: float, state: Tensor) -> 
 
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("columns", [1, 5, 32, 77])
-def test_the_mask_bit_for_bit(columns: int, seed: int) -> None:
+@pytest.mark.parametrize("dropout_p", [0.5, 0.1])
+def test_the_mask_bit_for_bit(dropout_p: float, columns: int, seed: int) -> None:
     state = rng_state(seed)
-    expected = reference.dropout_keep(70, columns, 0.5, state)
-    assert torch.equal(kept_by_the_op(70, columns, 0.5, state), expected)
+    expected = reference.dropout_keep(70, columns, dropout_p, state)
+    assert torch.equal(kept_by_the_op(70, columns, dropout_p, state), expected)
 
 
 def test_the_threshold_itself_is_kept() -> None:
     state = torch.tensor([11, 12])
     counter = tuple(map(torch.tensor, (1, 2, 12, 0)))
-    bits = int(reference.philox(counter, (torch.tensor(11), torch.tensor(0)))[3]) >> 8  # row 2, column 7
-    assert kept_by_the_op(3, 8, bits / 2**24, state)[2, 7]
-    assert not kept_by_the_op(3, 8, (bits + 1) / 2**24, state)[2, 7]
+    words = [int(word) for word in reference.philox(counter, (torch.tensor(11), torch.tensor(0)))]
+    for column in range(8):
+        bits = words[column // 2] >> 16 * (column % 2) & 0xFFFF
+        assert kept_by_the_op(3, 16, bits / 2**16, state)[2, 8 + column]
+        assert not kept_by_the_op(3, 16, (bits + 1) / 2**16, state)[2, 8 + column]
+
+
+@pytest.mark.parametrize("dropout_p", [2**-18, 2**-16, 16 * 2**-16, 1 - 2**-16, 1 - 2**-40])
+def test_probabilities_near_0_and_1(dropout_p: float) -> None:
+    """2**-16 is a threshold of 1, which the compiler makes a constant; below it nothing is dropped."""
+    state = rng_state(3)
+    expected = reference.dropout_keep(70, 77, dropout_p, state)
+    assert torch.equal(kept_by_the_op(70, 77, dropout_p, state), expected)
+    x = torch.ones(70, 77)
+    dropped = safe_kernels.dropout(x, dropout_p, rng_state=state)
+    torch.testing.assert_close(dropped, reference.dropout(x, dropout_p, state))
 
 
 def test_all_dropped_is_the_base() -> None:
