@@ -3,7 +3,7 @@
 The result begins as the rank-r product; in backward dropout's mask multiplies it. Then the large product is added::
 
     forward     out    = (h) B' + bias + x W'                      h = scaling * dropout(x) A'
-    backward    grad_x = mask * (grad_h) A / (1 - p) + grad W      grad_h = scaling * grad B
+    backward    grad_x = mask * (grad_h) A + grad W                grad_h = scaling / (1 - p) * grad B
 
 There are two forms. In the first, the adapter's kernels write the small product, and the vendor's library adds the
 large one to it. Compared with `lora` over a layer, this saves one read of the output, a second output, and autograd's
@@ -62,7 +62,6 @@ def _lora_linear_kernel(
     stride_narrow_r,
     stride_narrow_n,
     scale,
-    dropout_scale,
     threshold,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -97,7 +96,7 @@ def _lora_linear_kernel(
             short = _load_narrow(narrow_right, start_r + offs_r, offs_n64, R, stride_narrow_r, stride_narrow_n, mask_n)
             acc = tl.dot(thin, short.to(OPERAND), acc, input_precision=PRECISION)
     if HAS_DROPOUT:
-        acc *= _keep(_rng_words(rng), offs_m, start_n, threshold, BLOCK_N).to(tl.float32) * dropout_scale
+        acc *= _keep(_rng_words(rng), offs_m, start_n, threshold, BLOCK_N).to(tl.float32)
     if bias is not None:
         acc += tl.load(bias + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
     offs_k = tl.arange(0, BLOCK_K)
@@ -243,7 +242,6 @@ def _multiply(
         *right.stride(),
         *narrow_right.stride(),
         scale,
-        drop.scale,
         drop.threshold,
         BLOCK_R=block_r,
         ONE_TILE=block_r >= R,

@@ -176,6 +176,22 @@ def resources(kernel: Any, target: str) -> Resources:
     )
 
 
+def hottest_loop(kernel: Any) -> int:
+    """How many instructions the longest loop of a CUDA kernel has."""
+    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", _sass(kernel), re.MULTILINE)
+    lines = [(int(address, 16), text) for address, text in code if "NOP" not in text]
+    jumps = [(re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text), at) for at, text in lines]
+    loops = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
+    return max(sum(first <= at <= last for at, _ in lines) for first, last in loops)
+
+
+def _sass(kernel: Any) -> str:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(kernel.asm["cubin"])
+        return _run(_tool("cuobjdump"), "-sass", str(cubin))
+
+
 def _tool(name: str) -> str:
     return str(NVIDIA_TOOLS / name)
 
@@ -197,10 +213,8 @@ def _ptxas(capability: int) -> str:
 def _read_nvidia(kernel: Any) -> dict[str, Any]:
     capability = kernel.metadata.target.arch
     with tempfile.TemporaryDirectory() as folder:
-        cubin, ptx = Path(folder, "kernel.cubin"), Path(folder, "kernel.ptx")
-        cubin.write_bytes(kernel.asm["cubin"])
+        ptx = Path(folder, "kernel.ptx")
         ptx.write_text(kernel.asm["ptx"])
-        code = _run(_tool("cuobjdump"), "-sass", str(cubin))
         # ptxas alone tells spilled bytes, and that it serialized wgmma.
         name = f"sm_{capability}{'a' if capability >= 90 else ''}"
         log = _run(_ptxas(capability), "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder, "kernel.o")))
@@ -210,7 +224,7 @@ def _read_nvidia(kernel: Any) -> dict[str, Any]:
     return {
         "registers": int(registers[1]),
         "spilled": int(spilled[1]),
-        "tensor_core": _counts(re.findall(r"\b(HGMMA|HMMA|DMMA|UTC\w*MMA)\b", code)),
+        "tensor_core": _counts(re.findall(r"\b(HGMMA|HMMA|DMMA|UTC\w*MMA)\b", _sass(kernel))),
         "serialized": "serializ" in log,
     }
 

@@ -39,7 +39,6 @@ def _lora_input_kernel(
     stride_a_r,
     stride_a_n,
     group_m,
-    dropout_scale,
     threshold,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -90,7 +89,10 @@ def _lora_input_kernel(
                     right = _load_narrow(lora_A, offs, offs_n64, R, stride_a_r, stride_a_n, mask_n).to(OPERAND)
                     acc = tl.dot(some, right, acc, input_precision=PRECISION)
             if HAS_DROPOUT:
-                acc = acc * keep.to(tl.float32) * dropout_scale
+                if grad_x.dtype.element_ty == tl.float16:  # may overflow where the mask drops
+                    acc = acc * keep.to(tl.float32)
+                else:  # in the dtype of x: one mask for both
+                    acc = acc.to(grad_x.dtype.element_ty) * keep.to(grad_x.dtype.element_ty)
             tl.store(
                 grad_x + offs_m64[:, None] * N + offs_n64,
                 acc.to(grad_x.dtype.element_ty),
@@ -115,12 +117,13 @@ def adapter_gradients(
 
     `wanted` says which of the last three are wanted; an unwanted one is empty. `wants_h`: the gradient of h is wanted
     even if no other gradient needs it. Those of lora_A and lora_B need x.
+    Dropout's scale is in the gradient of h, which is the smallest.
     """
     wants_x, wants_A, wants_B = wanted
     grad_h, grad_B = empty(grad, 0), empty(lora_B, 0)
     h = _h(x, lora_A, drop) if x is not None and wants_B else None
     if wants_h or wants_x or wants_A:
-        grad_h, grad_B = _at_the_output(grad, lora_B, scaling, h)
+        grad_h, grad_B = _at_the_output(grad, lora_B, scaling, drop.scale, h)
     elif h is not None:
         grad_B = _summed_over_rows(grad, h, lora_B, scaling)
     del h
@@ -134,11 +137,14 @@ def _h(x: Tensor, lora_A: Tensor, drop: Dropout) -> Tensor:
     return sweep(flat(x), lora_A, product(x.dtype, lora_A.dtype), drop, drop.scale)[0]
 
 
-def _at_the_output(grad: Tensor, lora_B: Tensor, scaling: float, h: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The gradients of h and, where h is given, of lora_B."""
+def _at_the_output(
+    grad: Tensor, lora_B: Tensor, scaling: float, drop_scale: float, h: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """The gradients of h before dropout's scale and, where h is given, of lora_B."""
     arithmetic, rank = product(grad.dtype, lora_B.dtype), lora_B.shape[1]
     together = h is not None and in_one_sweep(arithmetic.operand, rank)
-    grad_h, parts = sweep(flat(grad), lora_B.t(), arithmetic, NOTHING_DROPPED, scaling, h if together else None)
+    other, scale = h if together else None, scaling * drop_scale
+    grad_h, parts = sweep(flat(grad), lora_B.t(), arithmetic, NOTHING_DROPPED, scale, other)
     if h is None:
         return grad_h, empty(lora_B, 0)
     if together:
@@ -168,14 +174,15 @@ def _summed_over_rows(grad: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -
 def at_the_input(
     grad: Tensor, x: Tensor | None, lora_A: Tensor, grad_h: Tensor, drop: Dropout, wants_x: bool, wants_A: bool
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and lora_A from grad_h [parts, M, padded R], the gradient of h. An unwanted one is empty."""
+    """The gradients of x and lora_A from grad_h [parts, M, padded R], that of (mask x) A'. An unwanted one is empty."""
     (R, N), like = lora_A.shape, grad if x is None else x
     arithmetic = product(like.dtype, lora_A.dtype)
     grad_h = joined(grad_h, arithmetic.operand)
     run = partial(_input_gradients, grad, x, lora_A, grad_h, drop, wants_x, wants_A, arithmetic)
     flags = (wants_x and "x", wants_A and "A", drop.rng_state is not None and "dropout")
-    grad_x, parts = tuned("lora_input", run, (grad_h.shape[0], N, R), arithmetic, like, *flags)
-    return grad_x, reduce(parts, R, drop.scale, lora_A.dtype, transpose=True) if wants_A else empty(lora_A, 0)
+    name = "lora_input_dropped" if all(flags) else "lora_input"
+    grad_x, parts = tuned(name, run, (grad_h.shape[0], N, R), arithmetic, like, *flags)
+    return grad_x, reduce(parts, R, 1.0, lora_A.dtype, transpose=True) if wants_A else empty(lora_A, 0)
 
 
 def _input_gradients(
@@ -214,7 +221,6 @@ def _input_gradients(
         *x_rows.stride(),
         *lora_A.stride(),
         group_m,
-        drop.scale,
         drop.threshold,
         BLOCK_R=block_r,
         OPERAND=TYPES[arithmetic.operand],

@@ -80,6 +80,16 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, 64, stages=1, rank=16),
         Config(16, 64, stages=1),
     ),
+    # With dropout a thread has more to compute, so registers limit the programs that run at a time.
+    "lora_input_dropped": (
+        Config(32, 64, stages=1, half=True, rank=16),
+        Config(64, 64, warps=8, stages=2, shared=200, half=True),
+        Config(64, 64, stages=2, shared=200, half=True, rank=128),
+        Config(32, 64, stages=2, shared=90, half=True),
+        Config(32, 64, stages=1, half=True, rank=128),
+        Config(32, 64, stages=1, rank=16),
+        Config(16, 64, stages=1),
+    ),
     "lora_linear": (NO_TILES,),  # the vendor's library multiplies
     "reduce": (Config(16, 64, stages=1),),
     # A whole block needs the registers of sm_90, or sm_100's tensor memory. On other GPUs four kernels work by tiles.
@@ -109,6 +119,12 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
         Config(32, 64, stages=1, shared=90, half=True),
         Config(16, 32, stages=1),
     ),
+    "lora_input_dropped": (
+        Config(64, 64, stages=2, shared=200, half=True),
+        Config(64, 64, warps=8, stages=1, half=True),
+        Config(32, 128, stages=2, shared=200, half=True),
+        Config(16, 32, stages=1),
+    ),
     # 128 x 256 would read less, but there Triton 3.6 waits for each wgmma.
     "lora_linear": (
         Config(128, 128, block_k=64, warps=8, stages=3, shared=160, half=True),
@@ -120,7 +136,7 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
     ),
 }
 """Configurations that tuning tries in addition to the table's choice. The same tests check their limits."""
-SWEEPS = ("lora_sweep", "lora_sweep_dropped", "lora_sweep_both", "lora_apply", "lora_input")
+SWEEPS = ("lora_sweep", "lora_sweep_dropped", "lora_sweep_both", "lora_apply", "lora_input", "lora_input_dropped")
 """Kernels that are bound by reading: twice the rank per tile halves the reads."""
 
 

@@ -37,8 +37,11 @@ def launches(kernel: str, operand: torch.dtype, rank: int) -> Iterator[Launch]:
     elif kernel == "lora_apply":
         yield partial(lora._apply, x, None, x, B, h, 2.0, arithmetic)
         yield partial(lora._apply, None, meta(WIDTH), x, B, h, 2.0, arithmetic)
-    elif kernel == "lora_input":
+    elif kernel == "lora_input_dropped":
         yield partial(lora_gradients._input_gradients, x, x, A, grad_h, drop, True, True, arithmetic)
+    elif kernel == "lora_input":
+        yield partial(lora_gradients._input_gradients, x, x, A, grad_h, drop, False, True, arithmetic)
+        yield partial(lora_gradients._input_gradients, x, x, A, grad_h, keep, True, True, arithmetic)
         yield partial(lora_gradients._input_gradients, x, x, A, grad_h, keep, False, True, arithmetic)
     else:
         weight: Tensor = meta(WIDTH, WIDTH)
