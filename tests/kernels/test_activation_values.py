@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from activations import DTYPES, KINDS, assert_results, by_pytorch, expanded, normal, strided, transposed
-from oracle import rng_state
+from oracle import rng_state, taking_turns
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -26,10 +26,9 @@ def check(kind: str, x: Tensor, grad: Tensor, dropout_p: float = 0.0) -> None:
     assert_results(ours(kind, x, grad, dropout_p, state), kind, (x,), grad, dropout_p, state)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "shape", "dropout_p"), taking_turns(list(KINDS), DTYPES, SHAPES, (0.0, 0.3)), ids=str
+)
 def test_values(kind: str, dtype: torch.dtype, shape: tuple[int, ...], dropout_p: float) -> None:
     check(kind, normal(*shape, dtype=dtype), normal(*shape, dtype=dtype, seed=1), dropout_p)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from activations import DTYPES, KINDS, assert_results, by_pytorch, expanded, normal, strided, transposed
-from oracle import rng_state
+from oracle import rng_state, taking_turns
 from torch import Tensor
 from torch.autograd import gradcheck
 
@@ -42,10 +42,9 @@ def check(kind: str, gate: Tensor, up: Tensor, grad: Tensor, dropout_p: float = 
     assert_results(ours(kind, (gate, up), grad, dropout_p, state), kind, (gate, up), grad, dropout_p, state)
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.3])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "shape", "dropout_p"), taking_turns(list(KINDS), DTYPES, SHAPES, (0.0, 0.3)), ids=str
+)
 def test_values(kind: str, dtype: torch.dtype, shape: tuple[int, ...], dropout_p: float) -> None:
     check(kind, *problem(*shape, dtype=dtype), dropout_p)
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import oracle
 import pytest
 import torch
-from oracle import DTYPES, Dtypes, Shape, assert_results, keep_mask, ours, philox, problem, rng_state, rounded, shapes
+from oracle import Shape, keep_mask, philox, problem, rng_state, rounded
 
 import safe_kernels
 from safe_kernels import functional, reference
@@ -109,12 +110,15 @@ def test_the_share_that_is_dropped(dropout_p: float) -> None:
     assert abs(dropped.mean(1) - dropout_p).max() < 6.5 * deviation * 2000**0.5 + 1 / 256
 
 
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("dropout_p", [0.1, 0.9, 1.0])
-@pytest.mark.parametrize("shape", [s for s in shapes() if s.rows in (1, 37, 130)][::2], ids=str)
-def test_values_and_gradients(shape: Shape, dropout_p: float, dtypes: Dtypes) -> None:
+SHAPES = [shape for shape in oracle.shapes() if shape.rows in (1, 37, 130)][::2]
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtypes", "dropout_p"), oracle.taking_turns(SHAPES, oracle.DTYPES, (0.1, 0.9, 1.0)), ids=str
+)
+def test_values_and_gradients(shape: Shape, dtypes: oracle.Dtypes, dropout_p: float) -> None:
     p = problem(shape, dtypes, dropout_p=dropout_p)
-    assert_results(p, ours(p, safe_kernels.lora))
+    oracle.assert_results(p, oracle.ours(p, safe_kernels.lora))
 
 
 def test_the_row_is_the_flattened_row() -> None:

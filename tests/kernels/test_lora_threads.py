@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import threading
 import time
@@ -15,6 +16,11 @@ from oracle import DTYPES, Problem, Shape, problem
 import safe_kernels
 
 BIG = Shape(24000, 768, 768, 64)
+
+
+@functools.cache
+def big() -> Problem:
+    return problem(BIG, dropout_p=0.1)
 
 
 def longest_pause_while(call: Callable[[], object]) -> tuple[float, float]:
@@ -44,7 +50,7 @@ def longest_pause_while(call: Callable[[], object]) -> tuple[float, float]:
 
 @pytest.mark.parametrize("direction", ["forward", "statistics", "backward"])
 def test_other_threads_run_meanwhile(direction: str) -> None:
-    p = problem(BIG, dropout_p=0.1)
+    p = big()
     blocks = (torch.arange(0, BIG.rows - 512, 512), 512)
     calls: dict[str, Callable[[], object]] = {
         "forward": lambda: p.call(safe_kernels.lora),
@@ -55,7 +61,7 @@ def test_other_threads_run_meanwhile(direction: str) -> None:
     }
     # A busy machine may hold the ticking thread back for its own reasons; a held GIL does so every time.
     shares = []
-    for _ in range(4):
+    while len(shares) < 4 and min(shares, default=1.0) >= 0.5:
         longest, took = longest_pause_while(calls[direction])
         assert took > 5 * sys.getswitchinterval(), "too small a call to tell"
         shares.append(longest / took)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from norm_cases import CASES, subsets
 from norms import KINDS, MIDDLE, SHAPES, Norm, assert_results, backward_op, norm, plain, results
-from oracle import DTYPES, Dtypes
+from oracle import DTYPES, Dtypes, taking_turns
 from torch.autograd import gradcheck
 from torch.utils.checkpoint import checkpoint
 
@@ -32,10 +32,9 @@ def gradients(p: Norm, names: tuple[str, ...], retain_output: bool) -> dict[str,
     return {"out": out.detach(), **{name: p.inputs[name].grad for name in names}}
 
 
-@pytest.mark.parametrize("retain_output", [True, False])
-@pytest.mark.parametrize("dtypes", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "shape", "dtypes", "retain_output"), taking_turns(KINDS, SHAPES, DTYPES, (True, False)), ids=str
+)
 def test_the_inputs_gradient(kind: str, shape: tuple[int, int], dtypes: Dtypes, retain_output: bool) -> None:
     p = norm(kind, shape, dtypes)
     assert_results(p, gradients(p, ("x",), retain_output))
@@ -46,7 +45,9 @@ def test_the_inputs_gradient(kind: str, shape: tuple[int, int], dtypes: Dtypes, 
 @pytest.mark.parametrize("kind", KINDS)
 def test_all_gradients(kind: str, shape: tuple[int, int], dtypes: Dtypes) -> None:
     p = norm(kind, shape, dtypes)
-    assert_results(p, results(p, p.apply))
+    got = results(p, p.apply)
+    assert_results(p, got)
+    assert torch.equal(p.call(), got["out"]), "the same without a graph"
 
 
 @pytest.mark.parametrize("retain_output", [True, False])

@@ -6,8 +6,10 @@ An op passes when its error is at most twice that of the same formula evaluated 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +32,13 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.d_in}-{self.rank}-{self.d_out}"
+
+
+def taking_turns(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """The product of all axes but the last, whose values take turns, so that every pair of values is there."""
+    *crossed, last = axes
+    numbers = product(*map(range, map(len, crossed)))
+    return [(*(axis[i] for axis, i in zip(crossed, n, strict=True)), last[sum(n) % len(last)]) for n in numbers]
 
 
 def shapes() -> list[Shape]:

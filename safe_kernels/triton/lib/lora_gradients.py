@@ -113,7 +113,7 @@ def adapter_gradients(
     wanted: tuple[bool, bool, bool],
     wants_h: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of h = dropout(x) A' (in parts [splits, M, padded R]), x, lora_A and lora_B.
+    """The gradients of h = (mask x) A' (in parts [splits, M, padded R]), x, lora_A and lora_B.
 
     `wanted` says which of the last three are wanted; an unwanted one is empty. `wants_h`: the gradient of h is wanted
     even if no other gradient needs it. Those of lora_A and lora_B need x.
