@@ -34,6 +34,12 @@ def freeze(model: nn.Module, which: str) -> None:
         layers[index].lora_B.requires_grad_(False)
 
 
+def thaw(model: nn.Module) -> None:
+    for layer in adapter_layers(model):
+        layer.lora_A.requires_grad_(True)
+        layer.lora_B.requires_grad_(True)
+
+
 def loss_and_gradients(model: nn.Module, batch: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
     loss = model(**batch).loss
     if loss.requires_grad:
@@ -54,7 +60,7 @@ def together(grads: dict[str, Tensor]) -> Tensor:
 def freeze_block(model: nn.Module, path: str) -> None:
     """All adapters of one block."""
     for name, module in model.named_modules():
-        if path in name and module in adapter_layers(model):
+        if path in name and hasattr(module, "lora_A"):
             module.requires_grad_(False)
 
 

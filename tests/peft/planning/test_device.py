@@ -24,7 +24,6 @@ WORKSPACES = 96 * 2**20
 """What CUDA's libraries allocate for themselves, at most; 64 MiB of it were there."""
 ON_A_GPU = [
     ("1B", "peft", "nothing"),
-    ("1B", "safe", "nothing"),
     ("1B", "peft", "lower half"),
     ("1B", "safe", "every other"),
     ("1B", "safe, float32", "nothing"),
@@ -41,10 +40,10 @@ def test_the_peak_is_the_one_that_a_gpu_measured(size: str, provider: str, froze
 
 def test_the_table_of_plans(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["planned", "--sizes", "tiny"])
-    monkeypatch.setattr(planned, "LAYOUTS", ("nothing", "lower half"))
+    monkeypatch.setattr(planned, "LAYOUTS", ("lower half",))
     planned.main()
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == len(planned.PROVIDERS) * len(planned.LAYOUTS)
+    assert len(lines) == len(planned.PROVIDERS)
     assert all(" MiB " in line and "measured" not in line for line in lines), "nobody measures the tiny one"
 
 
@@ -52,7 +51,7 @@ def test_the_table_of_plans(capsys: pytest.CaptureFixture[str], monkeypatch: pyt
 
 
 def stock(name: str, device: str, p: float) -> int:
-    model = family(name).model(p=p, lora_dropout=p, dtype=torch.bfloat16)
+    model = family(name).model(layers=1, p=p, lora_dropout=p, dtype=torch.bfloat16)
     return trace(model, inputs_for(model, ROWS, LENGTH), fast=False, device=device).retained
 
 
@@ -102,7 +101,7 @@ def test_dropout_that_does_nothing_is_left_alone() -> None:
 @pytest.mark.parametrize(("device", "kind"), [(None, ""), ("cuda:1", "cuda"), (torch.device("cpu"), "cpu")])
 def test_kinds_of_devices(device: Any, kind: str) -> None:
     assert device_kind(device) == kind
-    model = family("llama").model(lora_dropout=0.1)
+    model = family("llama").model(layers=1, lora_dropout=0.1)
     plan = plan_memory(model, ROWS, LENGTH, device=device)
     assert plan.device == (kind or "cpu") and f", {plan.device}: 0 of" in str(plan)
 
@@ -128,7 +127,7 @@ def chunked(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def test_a_loss_of_ones_own() -> None:
-    model = family("llama").model()
+    model = family("llama").model(layers=1)
     plain = plan_memory(model, ROWS, LENGTH)
     assert plan_memory(model, ROWS, LENGTH, loss=own_loss) == plain
     in_chunks = plan_memory(model, ROWS, LENGTH, loss=chunked)
@@ -139,7 +138,7 @@ def test_a_loss_of_ones_own() -> None:
 
 
 def test_a_loss_that_cannot_be_planned_is_refused() -> None:
-    model = family("llama").model()
+    model = family("llama").model(layers=1)
     with pytest.raises(ConfigError, match=r"loss: expected a function of a model and a batch, got 0\.5"):
         plan_memory(model, ROWS, LENGTH, loss=0.5)
     with pytest.raises(PlanError, match="does not run without values"):
