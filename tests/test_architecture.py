@@ -283,10 +283,10 @@ def test_every_op_has_its_kernels(op: str, key: str) -> None:
 # ---------------------------------------------------------------- sizes
 
 
-@pytest.mark.parametrize("path", [*PYTHON, *CPP], ids=name_of)
-def test_files_are_small(path: Path) -> None:
-    lines = len(path.read_text().splitlines())
-    assert lines <= MAX_FILE, f"{lines} lines; split it, at most {MAX_FILE}"
+def test_files_are_small() -> None:
+    sizes = {name_of(path): len(path.read_text().splitlines()) for path in (*PYTHON, *CPP)}
+    long = {name: lines for name, lines in sizes.items() if lines > MAX_FILE}
+    assert not long, f"split them, at most {MAX_FILE} lines"
 
 
 def python_functions(path: Path) -> Iterator[tuple[str, int]]:
@@ -308,25 +308,17 @@ def cpp_functions(path: Path) -> Iterator[tuple[str, int]]:
             head = ""
 
 
-@pytest.mark.parametrize("path", PYTHON, ids=name_of)
-def test_python_functions_are_short(path: Path) -> None:
-    most = {name: MAX_KERNEL if name.endswith("_kernel") else MAX_FUNCTION for name, _ in python_functions(path)}
-    long = {name: lines for name, lines in python_functions(path) if lines > most[name]}
+def test_functions_are_short() -> None:
+    python = {path: list(python_functions(path)) for path in PYTHON}
+    cpp = {path: list(cpp_functions(path)) for path in CPP}
+    assert any(cpp.values())
+    long = [
+        (name_of(path), name, lines)
+        for path, functions in {**python, **cpp}.items()
+        for name, lines in functions
+        if lines > (MAX_KERNEL if path.suffix == ".py" and name.endswith("_kernel") else MAX_FUNCTION)
+    ]
     assert not long, f"at most {MAX_FUNCTION} lines a function"
-
-
-@pytest.mark.parametrize("path", CPP, ids=name_of)
-def test_cpp_functions_are_short(path: Path) -> None:
-    long = {name: lines for name, lines in cpp_functions(path) if lines > MAX_FUNCTION}
-    assert not long, f"at most {MAX_FUNCTION} lines a function"
-
-
-def test_functions_are_short_as_a_rule() -> None:
-    sizes = sorted(
-        lines
-        for path in PYTHON
-        if KERNELS in path.parents or POLICY in path.parents
-        for _, lines in python_functions(path)
-    )
-    assert sizes[len(sizes) // 2] <= 15
-    assert any(cpp_functions(path) for path in CPP)
+    source = [path for path in PYTHON if KERNELS in path.parents or POLICY in path.parents]
+    sizes = sorted(lines for path in source for _, lines in python[path])
+    assert sizes[len(sizes) // 2] <= 15, "as a rule"

@@ -42,11 +42,11 @@ def public_functions(module: ModuleType) -> Iterator[tuple[str, Callable]]:
                     yield f"{name}.{key}", function
 
 
-EXPORTED = [
-    pytest.param(getattr(importlib.import_module(package), name), id=f"{package}.{name}")
+EXPORTED = {
+    f"{package}.{name}": getattr(importlib.import_module(package), name)
     for package in PACKAGES
     for name in importlib.import_module(package).__all__
-]
+}
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -66,14 +66,14 @@ def test_dir_and_star_give_the_surface(package: str) -> None:
     assert expected <= set(dir(importlib.import_module(package)))
 
 
-@pytest.mark.parametrize("item", EXPORTED)
-def test_what_is_exported_is_documented(item: object) -> None:
-    doc = inspect.getdoc(item) or ""
-    assert len(doc.splitlines()[0]) > 10 if doc else False, "a sentence that says what it is"
-    if inspect.isfunction(item) or (inspect.isclass(item) and not issubclass(item, Exception)):
-        assert "Example:" in doc
-    if inspect.isfunction(item):
-        assert not missing_sections(item, doc)
+def test_what_is_exported_is_documented() -> None:
+    for name, item in EXPORTED.items():
+        doc = inspect.getdoc(item) or ""
+        assert doc and len(doc.splitlines()[0]) > 10, f"{name}: a sentence that says what it is"
+        if inspect.isfunction(item) or (inspect.isclass(item) and not issubclass(item, Exception)):
+            assert "Example:" in doc, name
+        if inspect.isfunction(item):
+            assert not missing_sections(item, doc), name
 
 
 def missing_sections(function: Callable, doc: str) -> list[str]:
@@ -89,21 +89,20 @@ def missing_sections(function: Callable, doc: str) -> list[str]:
     return missing
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_docstrings_that_list_arguments_list_them_all(name: str) -> None:
-    module = importlib.import_module(name)
-    assert module.__doc__
+def test_docstrings_that_list_arguments_list_them_all() -> None:
     stale = {}
-    for key, function in public_functions(module):
-        doc = inspect.getdoc(function) or ""
-        if "Args:" in doc and (missing := [part for part in missing_sections(function, doc) if part != "Returns:"]):
-            stale[key] = missing
+    for name in MODULES:
+        module = importlib.import_module(name)
+        assert module.__doc__, name
+        for key, function in public_functions(module):
+            doc = inspect.getdoc(function) or ""
+            if "Args:" in doc and (missing := [part for part in missing_sections(function, doc) if part != "Returns:"]):
+                stale[name, key] = missing
     assert not stale
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_annotations_are_everywhere(name: str) -> None:
-    for key, function in public_functions(importlib.import_module(name)):
+def test_annotations_are_everywhere() -> None:
+    for name, key, function in ((m, *found) for m in MODULES for found in public_functions(importlib.import_module(m))):
         signature = inspect.signature(function)
         bare = [
             parameter.name
