@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from blocks import retained
 from peft import LoraConfig, get_peft_model
-from step_bytes import retained
 from tiny import EARLY, adamw, batches, bert, randomise_adapters
 from torch import nn
 

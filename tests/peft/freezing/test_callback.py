@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from blocks import retained
 from peft.tuners.lora.layer import Linear as PeftLinear
-from step_bytes import retained
 from tiny import batches, bert, train
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -61,7 +61,7 @@ def trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, **opti
     )
     data = [{name: batch[name][row] for name in batch} for batch in batches(STEPS) for row in range(8)]
     model = bert(lora_dropout=0.1) if model is None else model
-    return InOrder(model=model, args=args, train_dataset=data, eval_dataset=data, callbacks=list(callbacks))  # type: ignore[arg-type]
+    return InOrder(model=model, args=args, train_dataset=data, eval_dataset=data[:16], callbacks=list(callbacks))  # type: ignore[arg-type]
 
 
 def test_a_trainer_and_a_custom_loop_freeze_alike(tmp_path: Path) -> None:
@@ -166,22 +166,28 @@ def test_resuming_gives_the_same_events(tmp_path: Path, restore: bool) -> None:
     assert len(resumed.freezer.frozen) == 9
 
 
-def test_a_checkpoint_carries_a_state_a_custom_loop_can_load(tmp_path: Path) -> None:
-    trainer(tmp_path, SafeCallback(CONFIG), save_strategy="steps", save_steps=10).train()
-    state = json.loads((tmp_path / "checkpoint-10" / "safe_state.json").read_text())
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a training at its tenth step."""
+    folder = tmp_path_factory.mktemp("trained")
+    trainer(folder, SafeCallback(CONFIG), save_strategy="steps", save_steps=10).train()
+    return folder / "checkpoint-10"
+
+
+def test_a_checkpoint_carries_a_state_a_custom_loop_can_load(checkpoint: Path) -> None:
+    state = json.loads((checkpoint / "safe_state.json").read_text())
     model = bert()
     freezer = AdapterFreezer(model, torch.optim.AdamW(model.parameters()), CONFIG, total_steps=STEPS)
     freezer.load_state_dict(state)
     assert freezer.metrics()["safe/step"] == 10.0
     assert 0 < len(freezer.frozen) < 9
-    assert (tmp_path / "checkpoint-10" / "adapter_model.safetensors").exists()
+    assert (checkpoint / "adapter_model.safetensors").exists()
 
 
-def test_resuming_with_other_options_is_refused(tmp_path: Path) -> None:
-    trainer(tmp_path, SafeCallback(CONFIG), save_strategy="steps", save_steps=10).train()
+def test_resuming_with_other_options_is_refused(checkpoint: Path, tmp_path: Path) -> None:
     other = SafeCallback(SafeConfig.from_dict({**CONFIG.to_dict(), "target_fraction": 0.5}))
     with pytest.raises(StateError, match=r"target_fraction=0\.75 \(here 0\.5\)"):
-        trainer(tmp_path, other).train(resume_from_checkpoint=str(tmp_path / "checkpoint-10"))
+        trainer(tmp_path, other).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_a_checkpoint_from_before_the_method_was_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -19,22 +19,29 @@ def weights(freezer: AdapterFreezer, names: tuple[str, ...]) -> list[torch.Tenso
     return [p.detach().clone() for a in freezer.adapters if a.name in names for p in a.parameters()]
 
 
-@pytest.mark.parametrize("score", ["cka", "relative_norm", "gradient_sensitivity", "random"])
-@pytest.mark.parametrize("fraction", [0.25, 0.75, 0.9])
+@pytest.fixture(scope="module")
+def trained() -> AdapterFreezer:
+    """After a whole training, to be looked at."""
+    return run()[2]
+
+
+@pytest.mark.parametrize(
+    ("score", "fraction"),
+    [("cka", 0.25), ("cka", 0.9), ("relative_norm", 0.75), ("gradient_sensitivity", 0.75), ("random", 0.75)],
+)
 def test_the_fraction_is_reached_exactly(score: str, fraction: float) -> None:
     _, _, freezer, _ = run(score=score, target_fraction=fraction)
     assert len(freezer.frozen) == math.floor(fraction * 12 + 0.5)
     assert not freezer.unscored
 
 
-def test_freezing_follows_the_schedule() -> None:
-    _, _, freezer, _ = run()
-    start = freezer.ledger.warmup_end
+def test_freezing_follows_the_schedule(trained: AdapterFreezer) -> None:
+    start = trained.ledger.warmup_end
     assert start is not None and 2 <= start <= 4
-    steps = [freezing.step for freezing in freezer.ledger.freezings]
+    steps = [freezing.step for freezing in trained.ledger.freezings]
     assert steps == sorted(steps) and steps[-1] == 14 and steps[0] > start
     assert all((step - start) % 2 == 0 or step == 14 for step in steps)
-    assert [scoring.step for scoring in freezer.ledger.scorings] == list(range(1, 15))
+    assert [scoring.step for scoring in trained.ledger.scorings] == list(range(1, 15))
 
 
 def test_the_least_important_go_first() -> None:
@@ -215,21 +222,19 @@ def test_training_while_freezing_equals_stock_peft_frozen_by_hand() -> None:
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
-def test_metrics_are_finite_numbers() -> None:
-    _, _, freezer, _ = run()
-    metrics = freezer.metrics()
+def test_metrics_are_finite_numbers(trained: AdapterFreezer) -> None:
+    metrics = trained.metrics()
     names = ["step", "frozen", "frozen_fraction", "threshold", "importance_min", "importance_median", "importance_max"]
     assert set(metrics) == {f"safe/{name}" for name in names}
     assert all(isinstance(value, float) and math.isfinite(value) for value in metrics.values())
     assert metrics["safe/frozen_fraction"] == 0.75
 
 
-def test_the_report_is_the_ledger() -> None:
-    _, _, freezer, _ = run()
-    report = freezer.report(retained=[(0, 100), (16, 40)])
-    assert [adapter.name for adapter in report.adapters] == [adapter.name for adapter in freezer.adapters]
+def test_the_report_is_the_ledger(trained: AdapterFreezer) -> None:
+    report = trained.report(retained=[(0, 100), (16, 40)])
+    assert [adapter.name for adapter in report.adapters] == [adapter.name for adapter in trained.adapters]
     assert report.adapters[0].parameters == 4 * 32 + 32 * 4
-    assert list(report.freezings) == freezer.ledger.freezings and list(report.scorings) == freezer.ledger.scorings
+    assert list(report.freezings) == trained.ledger.freezings and list(report.scorings) == trained.ledger.scorings
     assert (report.total_steps, report.retained) == (16, ((0, 100), (16, 40)))
     assert type(report).from_dict(json.loads(json.dumps(report.to_dict()))) == report
 

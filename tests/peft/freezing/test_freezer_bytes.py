@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import threading
@@ -10,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from blocks import retained
 from peft import PeftModel
-from step_bytes import retained
 from tiny import EARLY, adamw, batches, bert, causal_batches, gpt2, train
 from torch import Tensor
 
@@ -40,12 +41,21 @@ def now(model: PeftModel) -> int:
     return retained(model.train(), next(full_batches(1, seed=5)))
 
 
-FULL = plan_memory(bert(layers=3, lora_dropout=0.1), 8, 12).ours.retained
+@functools.cache
+def full() -> int:
+    """Bytes of a step while everything trains."""
+    return plan_memory(bert(layers=3, lora_dropout=0.1), 8, 12).ours.retained
+
+
+@functools.cache
+def spared() -> int:
+    """Bytes that freezing everything saves."""
+    return full() - plan_memory(bert(layers=3, lora_dropout=0.1), 8, 12, frozen=1.0).ours.retained
 
 
 @pytest.mark.parametrize(("recompute", "share"), [("off", 0.9), ("frozen", 0.55), ("auto", 0.55), ("auto", 0.3)])
 def test_a_budget_is_met_from_freeze_end_on(share: float, recompute: str) -> None:
-    budget = int(share * FULL)
+    budget = int(share * full())
     model, freezer = trained(memory_budget=budget, recompute=recompute)
     assert now(model) <= budget
     assert freezer.frozen and len(freezer.frozen) < 18
@@ -57,11 +67,11 @@ def test_a_budget_is_met_from_freeze_end_on(share: float, recompute: str) -> Non
 
 
 def test_the_budget_comes_on_top_of_the_fraction() -> None:
-    model, freezer = trained(memory_budget=FULL, target_fraction=0.5)
+    model, freezer = trained(memory_budget=full(), target_fraction=0.5)
     assert len(freezer.frozen) == 9
-    model, tight = trained(memory_budget=FULL // 3, target_fraction=0.25)
+    model, tight = trained(memory_budget=full() // 3, target_fraction=0.25)
     by_curve = [freezing for freezing in tight.ledger.freezings if freezing.threshold is not None]
-    assert now(model) <= FULL // 3 and 0 < len(by_curve) < len(tight.frozen)
+    assert now(model) <= full() // 3 and 0 < len(by_curve) < len(tight.frozen)
 
 
 def test_a_budget_above_all_needs_nothing() -> None:
@@ -80,17 +90,17 @@ def test_a_budget_that_cannot_be_met_is_said_once(caplog: pytest.LogCaptureFixtu
 def test_padding_counts() -> None:
     model = bert(layers=3)
     optimizer = adamw(model)
-    config = SafeConfig(**FEW, score="relative_norm", memory_budget=FULL // 2)
+    config = SafeConfig(**FEW, score="relative_norm", memory_budget=full() // 2)
     freezer = AdapterFreezer(model, optimizer, config)
     train(model, optimizer, batches(16), freezer)
     assert freezer.planner.planned.inputs.padded
-    assert retained(model, next(batches(1, seed=9))) <= FULL // 2
+    assert retained(model, next(batches(1, seed=9))) <= full() // 2
 
 
 def test_it_plans_for_the_largest_batch_so_far() -> None:
     model = bert(layers=3)
     optimizer = adamw(model)
-    freezer = AdapterFreezer(model, optimizer, SafeConfig(**FEW, score="relative_norm", memory_budget=FULL // 2))
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(**FEW, score="relative_norm", memory_budget=full() // 2))
     for rows in (2, 16, 8):
         train(model, optimizer, full_batches(1, rows=rows), freezer)
     assert freezer.planner.planned.inputs.rows == 16
@@ -107,9 +117,7 @@ def test_it_plans_for_the_largest_batch_so_far() -> None:
 @pytest.mark.parametrize("recompute", ["off", "frozen"])
 def test_the_target_may_be_a_share_of_bytes(recompute: str) -> None:
     model, freezer = trained(freeze_by="bytes", target_fraction=0.6, recompute=recompute)
-    everything = FULL - plan_memory(bert(layers=3, lora_dropout=0.1), 8, 12, frozen=1.0).ours.retained
-    saved = FULL - now(model)
-    assert saved >= 0.6 * everything
+    assert full() - now(model) >= 0.6 * spared()
     assert freezer.binding.recompute == (set(freezer.binding.blocks) if recompute == "frozen" else set())
 
 
@@ -121,8 +129,7 @@ def test_a_target_in_bytes_is_met_though_the_lowest_adapter_is_the_most_importan
     model, freezer = trained(model=model, freeze_by="bytes", target_fraction=0.6)
     importance = freezer.ledger.scorings[0].importance
     assert max(importance, key=importance.get) == freezer.adapters[0].name
-    spared = FULL - plan_memory(bert(layers=3, lora_dropout=0.1), 8, 12, frozen=1.0).ours.retained
-    assert FULL - now(model) >= 0.6 * spared
+    assert full() - now(model) >= 0.6 * spared()
     assert freezer.adapters[0].name in freezer.frozen and len(freezer.frozen) < len(freezer.adapters) - 1
 
 
@@ -180,8 +187,8 @@ def test_steps_without_a_forward_do_not_pass_in_silence() -> None:
 def test_a_model_that_cannot_be_copied_is_measured() -> None:
     model = bert(layers=3, lora_dropout=0.1)
     model.lock = threading.Lock()
-    _, freezer = trained(model=model, memory_budget=int(0.9 * FULL))
-    assert freezer.frozen and now(model) <= 0.9 * FULL
+    _, freezer = trained(model=model, memory_budget=int(0.9 * full()))
+    assert freezer.frozen and now(model) <= 0.9 * full()
     model = bert()
     model.lock = threading.Lock()
     optimizer = adamw(model)
@@ -202,10 +209,10 @@ def test_a_plan_in_the_middle_of_a_training_is_not_observed() -> None:
 def test_processes_plan_for_the_largest_batch_of_all(tmp_path: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
-        _, freezer = trained(memory_budget=FULL // 2)
+        _, freezer = trained(memory_budget=full() // 2)
     finally:
         torch.distributed.destroy_process_group()
-    assert freezer.frozen == trained(memory_budget=FULL // 2)[1].frozen
+    assert freezer.frozen == trained(memory_budget=full() // 2)[1].frozen
 
 
 def test_the_report_says_where_each_byte_goes(tmp_path: Any) -> None:
@@ -213,7 +220,7 @@ def test_the_report_says_where_each_byte_goes(tmp_path: Any) -> None:
     report = freezer.report(memory=True)
     (first, start), (last, end) = report.plans
     assert (first, last) == ("start", "end")
-    assert start.frozen == () and start.ours.retained == FULL
+    assert start.frozen == () and start.ours.retained == full()
     assert set(end.frozen) == set(freezer.frozen) and end.ours.retained == now(model) < end.stock.retained
     assert start.stock.by_part["LoRA dropout"] >= end.stock.by_part["LoRA dropout"] > 0, "stock leaves dropout on"
     assert "LoRA dropout" not in end.ours.by_part or end.ours.by_part["LoRA dropout"] == 0

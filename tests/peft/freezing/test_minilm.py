@@ -40,17 +40,17 @@ def sentences(weights: Path, count: int, rows: int = 4) -> Iterator[dict[str, Te
 
 def test_wrapped_but_never_freezing_trains_like_stock_peft(weights: Path) -> None:
     stock, wrapped = minilm(weights), minilm(weights)
-    expected = train(stock, adamw(stock, 1e-3), sentences(weights, 32))
+    expected = train(stock, adamw(stock, 1e-3), sentences(weights, 12))
     optimizer = adamw(wrapped, 1e-3)
-    freezer = AdapterFreezer(wrapped, optimizer, SafeConfig(target_fraction=0.0), total_steps=32)
-    assert train(wrapped, optimizer, sentences(weights, 32), freezer) == pytest.approx(expected, rel=1e-5)
+    freezer = AdapterFreezer(wrapped, optimizer, SafeConfig(target_fraction=0.0), total_steps=12)
+    assert train(wrapped, optimizer, sentences(weights, 12), freezer) == pytest.approx(expected, rel=1e-5)
 
 
 def test_it_learns_while_three_quarters_freeze(weights: Path) -> None:
     model = minilm(weights, lora_dropout=0.1)
     optimizer = adamw(model, 1e-3)
-    freezer = AdapterFreezer(model, optimizer, SafeConfig(freeze_by="adapters"), total_steps=40)
-    losses = train(model, optimizer, sentences(weights, 40), freezer)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(freeze_by="adapters"), total_steps=24)
+    losses = train(model, optimizer, sentences(weights, 24), freezer)
     assert losses[-1] < 0.1 < losses[0]
     assert len(freezer.frozen) == 27 and not freezer.unscored
     assert all(row.path == "safe_kernels::lora_linear" for row in explain(model))

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any
 
 import pytest
-from step_bytes import retained
+from blocks import retained
 from tiny import EARLY, adamw, batches, bert, run, train
 
 from safe_peft import AdapterFreezer, ConfigError, PlanError, SafeConfig
