@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,14 +37,13 @@ _context.set_forkserver_preload(
 )
 
 
-def together(function: Callable[..., Any], *args: Any, world: int = 2, gloo_seconds: float = 20) -> list[Any]:
+def together(function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
     """Call `function(rank, *args)` in processes 0 .. world - 1 of a gloo group.
 
     Args:
         function: at the top level of a test's file; it returns plain values.
         args: plain values.
-        world: how many processes.
-        gloo_seconds: how long one waits for another.
+        options: of `outcomes_of`: how many processes, and how many seconds one waits for another.
 
     Returns:
         What each returned, by rank.
@@ -52,18 +51,23 @@ def together(function: Callable[..., Any], *args: Any, world: int = 2, gloo_seco
     Raises:
         AssertionError: One failed or hung; the message has every traceback.
     """
-    outcomes = outcomes_of(function, *args, world=world, gloo_seconds=gloo_seconds)
+    outcomes = outcomes_of(function, *args, **options)
     failed = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(outcomes) if error is not None]
     assert not failed, "\n".join(failed)
     return [value for value, _ in outcomes]
 
 
+def each_together(function: Callable[..., Any], cases: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    """Call it with each of several arguments in one group: what each case returned, by rank."""
+    return [list(case) for case in zip(*together(function, list(cases), each=True), strict=True)]
+
+
 def outcomes_of(
-    function: Callable[..., Any], *args: Any, world: int = 2, gloo_seconds: float = 20
+    function: Callable[..., Any], *args: Any, world: int = 2, gloo_seconds: float = 20, each: bool = False
 ) -> list[tuple[Any, str | None]]:
     """The same, with each process's result and traceback; a process that died or hung says so in its place."""
     with tempfile.TemporaryDirectory() as folder:
-        place = (function.__code__.co_filename, function.__name__, f"{folder}/store", gloo_seconds)
+        place = (function.__code__.co_filename, function.__name__, f"{folder}/store", gloo_seconds, each)
         pipes = [_context.Pipe(duplex=False) for _ in range(world)]
         processes = [
             _context.Process(target=_work, args=(sender, rank, world, place, args), daemon=True)
@@ -72,7 +76,7 @@ def outcomes_of(
         for process, (_, sender) in zip(processes, pipes, strict=True):
             process.start()
             sender.close()
-        deadline = time.monotonic() + LIMIT
+        deadline = time.monotonic() + LIMIT * (len(args[0]) if each else 1)
         try:
             return [_receive(reader, deadline) for reader, _ in pipes]
         finally:
@@ -90,8 +94,8 @@ def _receive(reader: Connection, deadline: float) -> tuple[Any, str | None]:
     return None, "hung"
 
 
-def _work(sender: Connection, rank: int, world: int, place: tuple[str, str, str, float], args: Any) -> None:
-    path, name, store, seconds = place
+def _work(sender: Connection, rank: int, world: int, place: tuple[str, str, str, float, bool], args: Any) -> None:
+    path, name, store, seconds, each = place
     gc.freeze()  # or a collection would write to, and so copy, all that was imported before the fork
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -105,7 +109,8 @@ def _work(sender: Connection, rank: int, world: int, place: tuple[str, str, str,
         torch.distributed.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
         )
-        outcome = getattr(module, name)(rank, *args), None
+        call = getattr(module, name)
+        outcome = [call(rank, *case) for case in args[0]] if each else call(rank, *args), None
     except BaseException:
         outcome = None, traceback.format_exc()
     sender.send(outcome)

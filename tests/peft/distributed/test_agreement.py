@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from ranks import outcomes_of, together
+from ranks import each_together, outcomes_of, together
 from shares import digest, events, shares
 from tiny import adamw, batches, bert, train
 from torch.nn.parallel import DistributedDataParallel
@@ -32,11 +32,7 @@ SHORT |= {"freeze_by": "adapters"}
 # ---------------------------------------------------------------- at construction
 
 
-def differ(rank: int, *whats: str) -> list[str]:
-    return [differ_in(rank, what) for what in whats]
-
-
-def differ_in(rank: int, what: str) -> str:
+def differ(rank: int, what: str) -> str:
     layers, config, steps, first = 2, dict(SHORT), None, 0
     if rank == 1:
         if what == "adapters":
@@ -59,13 +55,13 @@ def differ_in(rank: int, what: str) -> str:
 
 def test_processes_that_differ_are_told_so_by_name() -> None:
     whats = ["config", "adapters", "schedule", "first_step"]
-    for messages in together(differ, *whats):
-        for what, message in zip(whats, messages, strict=True):
+    for what, messages in zip(whats, each_together(differ, [(what,) for what in whats]), strict=True):
+        for message in messages:
             assert message.startswith(f"{what}: every process must have the same value, but 0 has")
 
 
 def test_a_process_that_cannot_begin_stops_the_others() -> None:
-    (first,), (second,) = together(differ, "model")
+    first, second = together(differ, "model")
     assert first.startswith("process 1 of 2 cannot freeze adapters: Linear has no adapter layer")
     assert second.startswith("Linear has no adapter layer")
 
@@ -73,11 +69,7 @@ def test_a_process_that_cannot_begin_stops_the_others() -> None:
 # ---------------------------------------------------------------- at a scoring step
 
 
-def count_collectives(rank: int, scores: list[str]) -> list[tuple[list[int], list[int], int]]:
-    return [collectives_of(rank, score) for score in scores]
-
-
-def collectives_of(rank: int, score: str) -> tuple[list[int], list[int], int]:
+def count_collectives(rank: int, score: str) -> tuple[list[int], list[int], int]:
     model = bert()
     ddp = DistributedDataParallel(model)
     optimizer = adamw(model)
@@ -94,8 +86,8 @@ def collectives_of(rank: int, score: str) -> tuple[list[int], list[int], int]:
 
 
 def test_a_scoring_is_one_all_reduce_and_another_step_is_none() -> None:
-    ranks = together(count_collectives, ["cka", "relative_norm", "gradient_sensitivity", "random"])
-    for steps, scorings, frozen in itertools.chain(*ranks):
+    scores = ("cka", "relative_norm", "gradient_sensitivity", "random")
+    for steps, scorings, frozen in itertools.chain(*each_together(count_collectives, [(name,) for name in scores])):
         assert scorings == [2, 4, 6, 8, 10, 12] and frozen == 9
         assert steps == [1 if step in scorings else 0 for step in range(1, 15)]
 
@@ -131,14 +123,14 @@ def train_in_groups_of_one(rank: int, explicit: bool) -> list[list[Any]]:
     return events(freezer)
 
 
-@pytest.mark.parametrize("explicit", [False, True])
-def test_only_the_group_that_shares_the_batch_decides_together(explicit: bool) -> None:
-    for rank, found in enumerate(together(train_in_groups_of_one, explicit)):
+def test_only_the_group_that_shares_the_batch_decides_together() -> None:
+    found, explicit = each_together(train_in_groups_of_one, [(False,), (True,)])
+    for rank in (0, 1):
         model = bert(layers=1 + rank)
         optimizer = adamw(model)
         freezer = AdapterFreezer(model, optimizer, SafeConfig(**SHORT))
         train(model, optimizer, batches(14), freezer)
-        assert found == events(freezer) and found
+        assert found[rank] == explicit[rank] == events(freezer) != []
 
 
 def longer_on_one(rank: int) -> Iterator[dict[str, torch.Tensor]]:
@@ -160,19 +152,12 @@ def train_by_bytes(rank: int, options: dict[str, Any]) -> dict[str, Any]:
     return {"events": events(freezer), "recompute": sorted(freezer.binding.recompute), "elements": inputs.elements}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"freeze_by": "bytes", "target_fraction": 0.6},
-        {"memory_budget": 60_000},
-        {"memory_budget": 60_000, "recompute": "auto"},
-    ],
-    ids=["target", "budget", "budget and recompute"],
-)
-def test_decisions_by_bytes_are_for_the_largest_batch_of_all(options: dict[str, Any]) -> None:
-    first, second = together(train_by_bytes, options)
-    assert first == second and first["events"]
-    assert first["elements"] == 4 * 11, "rank 1's"
+def test_decisions_by_bytes_are_for_the_largest_batch_of_all() -> None:
+    budget = {"memory_budget": 60_000}
+    options = [{"freeze_by": "bytes", "target_fraction": 0.6}, budget, {**budget, "recompute": "auto"}]
+    for first, second in each_together(train_by_bytes, [(one,) for one in options]):
+        assert first == second and first["events"]
+        assert first["elements"] == 4 * 11, "rank 1's"
 
 
 def train_with_nan(rank: int, score: str) -> dict[str, Any]:
@@ -220,9 +205,9 @@ def come_apart(rank: int, how: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("how", ["older checkpoint", "other adapters frozen"])
-def test_processes_that_have_come_apart_are_told_so(how: str) -> None:
-    assert all("have diverged" in message for message in together(come_apart, how))
+def test_processes_that_have_come_apart_are_told_so() -> None:
+    for messages in each_together(come_apart, [("older checkpoint",), ("other adapters frozen",)]):
+        assert all("have diverged" in message for message in messages)
 
 
 # ---------------------------------------------------------------- engines that cannot follow

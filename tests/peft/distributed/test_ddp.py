@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import together
+from ranks import each_together, together
 from shares import LONG, LONG_STEPS, OPTIONS, STEPS, alone, assert_equal, digest, events, shares
 from tiny import adamw, batches, bert, train
 from torch import nn
@@ -45,17 +45,11 @@ def test_losses_and_freezings_of_64_steps_equal_one_process() -> None:
     assert_equal(together(train_wrapped, {}, False, LONG_STEPS, LONG), expected_long())
 
 
-@pytest.mark.parametrize(
-    "options",
-    [{"find_unused_parameters": True}, {"static_graph": True}, {"gradient_as_bucket_view": True}],
-    ids=["find_unused_parameters", "static_graph", "gradient_as_bucket_view"],
-)
-def test_losses_and_freezings_equal_one_process(options: dict[str, Any]) -> None:
-    assert_equal(together(train_wrapped, options), expected())
-
-
-def test_a_freezer_that_is_given_the_inner_model_finds_ddp() -> None:
-    assert_equal(together(train_wrapped, {}, True), expected())
+def test_losses_and_freezings_equal_one_process() -> None:
+    """With other options of DDP, and if the freezer is given the inner model."""
+    options = ("find_unused_parameters", "static_graph", "gradient_as_bucket_view")
+    for ranks in each_together(train_wrapped, [*(({name: True},) for name in options), ({}, True)]):
+        assert_equal(ranks, expected())
 
 
 def train_accumulating(rank: int) -> dict[str, Any]:
@@ -150,9 +144,11 @@ def test_a_communication_hook_stays_where_it_was(name: str, hook: str) -> None:
 # ---------------------------------------------------------------- resumed, and refused
 
 
-def resume(rank: int, inner: bool, options: dict[str, Any], compiled: bool = False, at: int = 9) -> dict[str, Any]:
+def resume(
+    rank: int, inner: bool, options: dict[str, Any], compiled: bool = False, at: int = 9, steps: int = STEPS
+) -> dict[str, Any]:
     """Half a run, then a new model, DDP and freezer that are given the state of the first."""
-    data = list(shares(STEPS, rank, 2))
+    data = list(shares(steps, rank, 2))
     model = bert()
     ddp = DistributedDataParallel(model)
     optimizer, freezer = start(ddp, model)
@@ -168,16 +164,18 @@ def resume(rank: int, inner: bool, options: dict[str, Any], compiled: bool = Fal
     return outcome(model, freezer, losses + train(outer, optimizer, iter(data[at:]), freezer))
 
 
-@pytest.mark.parametrize("options", [{}, {"static_graph": True}, {"find_unused_parameters": True}], ids=str)
 @pytest.mark.parametrize("inner", [False, True])
-def test_a_resumed_run_equals_one_process(inner: bool, options: dict[str, Any]) -> None:
+def test_a_resumed_run_equals_one_process(inner: bool) -> None:
     """Given the inner model, adapters freeze again before any forward shows the wrapper."""
-    assert_equal(together(resume, inner, options), expected())
+    options: list[dict[str, bool]] = [{}, {"static_graph": True}, {"find_unused_parameters": True}]
+    for ranks in each_together(resume, [(inner, one) for one in options]):
+        assert_equal(ranks, expected())
 
 
 def test_a_resumed_run_whose_freezer_is_not_given_the_compiled_wrapper_equals_one_process() -> None:
     """The step after the restart scores nothing, so that compiled code would run, and show no wrapper."""
-    assert_equal(together(resume, True, {}, True, 8), expected())
+    steps = 11  # one more freeze event; each compiles anew
+    assert_equal(together(resume, True, {}, True, 8, steps), alone(steps))
 
 
 def refuse(rank: int) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import together
+from ranks import each_together, together
 from shares import LONG, LONG_STEPS, OPTIONS, ROWS, STEPS, alone, assert_equal, events, shares
 from tiny import adamw, batches, bert, train
 from torch import nn
@@ -53,19 +53,18 @@ def test_losses_and_freezings_of_64_steps_equal_one_process() -> None:
     assert_equal(together(train_sharded, {}, LONG, False, LONG_STEPS), alone(LONG_STEPS, LONG))
 
 
-@pytest.mark.parametrize("score", ["relative_norm", "gradient_sensitivity", "random"])
-def test_losses_and_freezings_equal_one_process(score: str) -> None:
-    assert_equal(together(train_sharded, {}, {"score": score}, False), expected(score=score))
+@pytest.mark.parametrize(
+    "scores", [("relative_norm", "gradient_sensitivity", "random"), ("velocity", "drift", "progress", "realised")]
+)
+def test_losses_and_freezings_equal_one_process(scores: tuple[str, ...]) -> None:
+    found = each_together(train_sharded, [({}, {"score": score}, False) for score in scores])
+    for score, ranks in zip(scores, found, strict=True):
+        assert_equal(ranks, expected(score=score))
 
 
-@pytest.mark.parametrize("score", ["velocity", "drift", "progress", "realised"])
-def test_scores_over_steps_equal_one_process(score: str) -> None:
-    assert_equal(together(train_sharded, {}, {"score": score}, False), expected(score=score))
-
-
-@pytest.mark.parametrize("reshard", [True, False])
-def test_a_model_bound_before_it_is_sharded_equals_one_process(reshard: bool) -> None:
-    assert_equal(together(train_sharded, {"reshard_after_forward": reshard}, {}, True), expected())
+def test_a_model_bound_before_it_is_sharded_equals_one_process() -> None:
+    for ranks in each_together(train_sharded, [({"reshard_after_forward": on}, {}, True) for on in (True, False)]):
+        assert_equal(ranks, expected())
 
 
 # ---------------------------------------------------------------- with other options
@@ -86,11 +85,11 @@ def train_recomputing(rank: int, sharded: bool, reshard: bool = True) -> dict[st
     return {**result, "blocks": list(safe_peft.explain(model).blocks.values())}
 
 
-@pytest.mark.parametrize("reshard", [True, False])
-def test_blocks_that_run_again_in_backward_equal_one_process(reshard: bool) -> None:
-    ranks = together(train_recomputing, True, reshard)
-    assert ranks[0]["blocks"] == ["trains", "frozen, recomputed in backward", "trains"]
-    assert_equal(ranks, train_recomputing(0, False))
+def test_blocks_that_run_again_in_backward_equal_one_process() -> None:
+    alone = train_recomputing(0, False)
+    for ranks in each_together(train_recomputing, [(True, reshard) for reshard in (True, False)]):
+        assert ranks[0]["blocks"] == ["trains", "frozen, recomputed in backward", "trains"]
+        assert_equal(ranks, alone)
 
 
 def train_in_bfloat16(rank: int) -> dict[str, Any]:
@@ -197,7 +196,7 @@ def detach_and_go_on(rank: int, bound_before: bool) -> tuple[list[bool], list[fl
 
 
 def test_detaching_leaves_the_sharded_model_that_it_was() -> None:
-    before, after = (together(detach_and_go_on, bound_before) for bound_before in (True, False))
+    before, after = each_together(detach_and_go_on, [(True,), (False,)])
     assert before == after and all(all(facts) for facts, _ in before)
 
 
