@@ -41,7 +41,7 @@ def test_epochs_in_other_orders_with_other_padding(make: Callable[[], PeftModel]
 
 @pytest.mark.parametrize("family", FAMILIES, ids=str)
 def test_every_family(family: Family) -> None:
-    model = family.model(4)
+    model = family.model(3)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     pair = Pair(model, cut=2)
@@ -81,7 +81,7 @@ def test_everything_but_the_head_is_frozen() -> None:
 
 
 def test_gradients_of_several_forwards() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     pair.train(epochs(4), accumulate=3)
     batches = list(epochs(1))
     for model in pair.models:
@@ -101,7 +101,7 @@ def test_activation_checkpointing(reentrant: bool) -> None:
 
 
 def test_autocast() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     grads = []
     for model in pair.models:
         for batch in [*epochs(1, rows=6)] * 2:
@@ -115,7 +115,7 @@ def test_autocast() -> None:
 
 
 def test_evaluation_and_suspension_run_all_blocks() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     batch = next(epochs(1))
     before = pair.cache.usage.samples
     with torch.no_grad():
@@ -131,7 +131,7 @@ def test_evaluation_and_suspension_run_all_blocks() -> None:
 
 
 def test_close_runs_all_blocks_again() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     pair.train(epochs(2))
     pair.cache.close()
     known = pair.cache.usage.known
@@ -207,7 +207,7 @@ def _layer_drop(encoder: nn.Module) -> Callable[..., Any]:
 
 @pytest.mark.parametrize("what", ["weight", "scaling", "disabled", "module", "dropout"])
 def test_a_change_below_the_cut_is_noticed_at_once(what: str) -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     pair.train(epochs(2))
     for model in pair.models:
         layer = model.base_model.model.bert.encoder.layer[0].intermediate.dense
@@ -228,7 +228,7 @@ def test_a_change_below_the_cut_is_noticed_at_once(what: str) -> None:
 
 
 def test_a_change_that_autograd_cannot_see_is_noticed_after_some_forwards(caplog: pytest.LogCaptureFixture) -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     pair.train(epochs(2))
     for model in pair.models:
         model.base_model.model.bert.encoder.layer[0].intermediate.dense.base_layer.weight.data.mul_(1.5)
@@ -254,7 +254,7 @@ def test_padding_that_comes_to_have_an_effect_is_an_error() -> None:
 
 
 def test_a_model_without_a_mask() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     batches = [{name: value for name, value in batch.items() if name != "attention_mask"} for batch in epochs(1)]
     pair.train(batches * 3)
     assert pair.cache.usage.known == 48
@@ -284,7 +284,7 @@ def test_the_cache_gives_up_if_samples_never_come_again(caplog: pytest.LogCaptur
 
 
 def test_nothing_is_retained_more_than_without() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     pair.train(epochs(3))
     batch = next(epochs(1))
     sizes = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from killed import callback_of, trainer
-from ranks import together
+from ranks import each_together, together
 from tiny import adamw, batches, bert, train
 from torch import Tensor
 from torch.distributed.fsdp import fully_shard
@@ -82,7 +82,7 @@ def test_a_wrong_option_is_named(name: str, value: Any) -> None:
 
 
 def run(folder: Path, options: dict[str, Any], *callbacks: TrainerCallback, **arguments: Any) -> Trainer:
-    given = {"max_steps": 40, "save_steps": 10, "eval_strategy": "steps", "eval_steps": 7, **arguments}
+    given = {"max_steps": 28, "save_steps": 10, "eval_strategy": "steps", "eval_steps": 9, **arguments}
     return trainer(folder, SafeConfig(**options), *callbacks, **given)
 
 
@@ -101,7 +101,7 @@ def test_a_trainer_with_accumulation_and_evaluation(tmp_path: Path) -> None:
 
 class Dies(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 26:
+        if state.global_step == 22:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -135,7 +135,7 @@ def train_moving(rank: int, options: dict[str, Any]) -> tuple[list[float], int, 
 
 
 def test_samples_that_move_from_process_to_process() -> None:
-    plain, cached = together(train_moving, SCHEDULE), together(train_moving, CACHED)
+    plain, cached = each_together(train_moving, [(SCHEDULE,), (CACHED,)])
     for (losses, _, _), (others, known, samples) in zip(plain, cached, strict=True):
         assert others == pytest.approx(losses, rel=1e-4)
         assert known > 0.2 * samples, (known, samples)

@@ -14,7 +14,6 @@ from peft import LoraConfig, get_peft_model
 from tiny import VOCABULARY, bert, gpt2
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import BertConfig, BertForSequenceClassification
 
 from safe_peft import bind
 from safe_peft.prefix.cache import PrefixCache
@@ -24,7 +23,7 @@ from safe_peft.prefix.store import Store
 
 
 def test_hooks_below_the_cut_are_called() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     pair.train(epochs(2))
     calls: list[int] = []
     for model in pair.models:
@@ -36,7 +35,7 @@ def test_hooks_below_the_cut_are_called() -> None:
 
 @pytest.mark.parametrize("name", ["output_hidden_states", "output_attentions"])
 def test_asked_for_what_blocks_return(name: str) -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     pair.train(epochs(2))
     batch = next(epochs(1))
     one, other = (model(**batch, **{name: True}) for model in pair.models)
@@ -59,18 +58,7 @@ class Collecting(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        torch.manual_seed(0)
-        self.bert = BertForSequenceClassification(
-            BertConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=32,
-                num_hidden_layers=4,
-                num_attention_heads=2,
-                intermediate_size=64,
-                hidden_dropout_prob=0.0,
-                attention_probs_dropout_prob=0.0,
-            )
-        )
+        self.bert = bert(4).unload()
         self.collects: bool | int = True
 
     def forward(self, input_ids: Tensor) -> Tensor:
@@ -112,7 +100,7 @@ def test_a_model_that_keeps_what_the_last_block_below_the_cut_returns() -> None:
 
 
 def test_a_checkpoint_around_the_model() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     for model in pair.models:
         encoder = model.base_model.model.bert.encoder
         encoder.forward = partial(checkpoint, encoder.forward, use_reentrant=False)
@@ -120,14 +108,14 @@ def test_a_checkpoint_around_the_model() -> None:
 
 
 def test_as_many_samples_as_tokens() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     batch = {"input_ids": torch.randint(3, VOCABULARY, (6, 6)), "labels": torch.zeros(6, dtype=torch.long)}
     pair.train([batch] * 3)
     assert "as many samples as tokens" in pair.reason
 
 
 def test_inputs_of_the_user_that_require_grad() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     batch = next(epochs(1))
     grads = []
     for model in pair.models:
@@ -259,7 +247,7 @@ def test_dropout_is_off_without_gradients_too() -> None:
 
 
 def test_losses_that_alternate_between_padding_and_not() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     with pytest.raises(RuntimeError, match="the loss depends on padding now"):
         for number, batch in enumerate(epochs(6)):
             output = pair.cached.base_model.model.bert(batch["input_ids"], batch["attention_mask"])[0]
@@ -267,7 +255,7 @@ def test_losses_that_alternate_between_padding_and_not() -> None:
 
 
 def test_a_replaced_weight() -> None:
-    pair = Pair(bert(4))
+    pair = Pair(bert(3))
     for number in range(4):
         for model in pair.models:
             layer = model.base_model.model.bert.encoder.layer[0].intermediate.dense.base_layer
