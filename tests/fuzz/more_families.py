@@ -13,26 +13,23 @@ from families import (
     _GATED,
     FAMILIES,
     HEADS,
+    SIZES,
+    TOKENS,
     VOCABULARY,
     D,
     F,
     Family,
     _causal,
     _classes,
+    _configured,
     _llama_like,
 )
 from torch import Tensor, nn
 
 
 def _config(config: str, model: str, **options: Any) -> Callable[[int, float], nn.Module]:
-    """A model whose configuration has names of its own; `{"num_layers": "layers"}` says what the depth is called."""
-
     def make(layers: int, p: float) -> nn.Module:
-        given = {
-            name: layers if value == "layers" else p if value == "dropout" else value for name, value in options.items()
-        }
-        tokens = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-        return getattr(hf, model)(getattr(hf, config)(**tokens | given))
+        return _configured(getattr(hf, config), getattr(hf, model), **TOKENS | options)(layers, p)
 
     return make
 
@@ -43,93 +40,40 @@ def _audio() -> dict[str, Tensor]:
     return {"input_features": torch.randn(2, 8, 32, generator=generator), "labels": labels}
 
 
-_OPT = _config(
-    "OPTConfig",
-    "OPTForCausalLM",
-    vocab_size=VOCABULARY,
-    hidden_size=D,
-    ffn_dim=F,
-    num_hidden_layers="layers",
-    num_attention_heads=HEADS,
-    max_position_embeddings=64,
-    word_embed_proj_dim=D,
-    dropout="dropout",
-    attention_dropout=0.0,
-)
-_NEOX = _config(
-    "GPTNeoXConfig",
-    "GPTNeoXForCausalLM",
-    vocab_size=VOCABULARY,
-    hidden_size=D,
-    intermediate_size=F,
-    num_hidden_layers="layers",
-    num_attention_heads=HEADS,
-    max_position_embeddings=64,
-    hidden_dropout="dropout",
-)
+_TEXT = {**SIZES, "max_position_embeddings": 64}
+_TWICE = {
+    "vocab_size": VOCABULARY,
+    "d_model": D,
+    "encoder_layers": "layers",
+    "decoder_layers": "layers",
+    "encoder_attention_heads": HEADS,
+    "decoder_attention_heads": HEADS,
+    "encoder_ffn_dim": F,
+    "decoder_ffn_dim": F,
+    "dropout": "dropout",
+    "decoder_start_token_id": 1,
+}
+_OPT_SIZES = {name: value for name, value in _TEXT.items() if name != "intermediate_size"} | {"ffn_dim": F}
+_OPT_SIZES |= {"word_embed_proj_dim": D, "dropout": "dropout", "attention_dropout": 0.0}
+_OPT = _config("OPTConfig", "OPTForCausalLM", **_OPT_SIZES)
+_NEOX = _config("GPTNeoXConfig", "GPTNeoXForCausalLM", **_TEXT, hidden_dropout="dropout")
+_FALCON_SIZES = {name: value for name, value in _TEXT.items() if name != "intermediate_size"} | {"ffn_hidden_size": F}
+_FALCON = _config("FalconConfig", "FalconForCausalLM", **_FALCON_SIZES, hidden_dropout="dropout")
+_POSITIONS = {"num_mel_bins": 8, "max_source_positions": 16, "max_target_positions": 32}
 _WHISPER = _config(
     "WhisperConfig",
     "WhisperForConditionalGeneration",
-    vocab_size=VOCABULARY,
-    num_mel_bins=8,
-    d_model=D,
-    encoder_layers="layers",
-    decoder_layers="layers",
-    encoder_attention_heads=HEADS,
-    decoder_attention_heads=HEADS,
-    encoder_ffn_dim=F,
-    decoder_ffn_dim=F,
-    max_source_positions=16,
-    max_target_positions=32,
-    dropout="dropout",
-    decoder_start_token_id=1,
-    suppress_tokens=None,
-    begin_suppress_tokens=None,
+    **_TWICE | _POSITIONS | {"suppress_tokens": None, "begin_suppress_tokens": None},
 )
 _BART = _config(
     "BartConfig",
     "BartForConditionalGeneration",
-    vocab_size=VOCABULARY,
-    d_model=D,
-    encoder_layers="layers",
-    decoder_layers="layers",
-    encoder_attention_heads=HEADS,
-    decoder_attention_heads=HEADS,
-    encoder_ffn_dim=F,
-    decoder_ffn_dim=F,
-    max_position_embeddings=64,
-    dropout="dropout",
-    decoder_start_token_id=1,
-    forced_eos_token_id=None,
+    **_TWICE | {"max_position_embeddings": 64, "forced_eos_token_id": None},
 )
-_DEBERTA = _config(
-    "DebertaV2Config",
-    "DebertaV2ForSequenceClassification",
-    vocab_size=VOCABULARY,
-    hidden_size=D,
-    intermediate_size=F,
-    num_hidden_layers="layers",
-    num_attention_heads=HEADS,
-    max_position_embeddings=40,
-    hidden_dropout_prob="dropout",
-    attention_probs_dropout_prob=0.0,
-    relative_attention=True,
-    position_buckets=8,
-    pos_att_type=["p2c", "c2p"],
-    norm_rel_ebd="layer_norm",
-    share_att_key=True,
-)
-_FALCON = _config(
-    "FalconConfig",
-    "FalconForCausalLM",
-    vocab_size=VOCABULARY,
-    hidden_size=D,
-    ffn_hidden_size=F,
-    num_hidden_layers="layers",
-    num_attention_heads=HEADS,
-    max_position_embeddings=64,
-    hidden_dropout="dropout",
-)
+_RELATIVE = {"relative_attention": True, "position_buckets": 8, "pos_att_type": ["p2c", "c2p"]}
+_RELATIVE |= {"norm_rel_ebd": "layer_norm", "share_att_key": True, "max_position_embeddings": 40}
+_DROPOUTS = {"hidden_dropout_prob": "dropout", "attention_probs_dropout_prob": 0.0}
+_DEBERTA = _config("DebertaV2Config", "DebertaV2ForSequenceClassification", **_TEXT | _RELATIVE | _DROPOUTS)
 _MOE = {"num_local_experts": 4, "num_experts_per_tok": 2}
 _QWEN_MOE = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": D // HEADS}
 _GEMMA = {"head_dim": D // HEADS, "query_pre_attn_scalar": D // HEADS, "sliding_window": 8}

@@ -74,54 +74,49 @@ def _pixels() -> dict[str, Tensor]:
     return {"pixel_values": torch.randn(ROWS, 3, 8, 8, generator=generator), "labels": torch.tensor([0, 1])}
 
 
-def _llama_like(config: type, model: type, **extra: Any) -> Callable[[int, float], nn.Module]:
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": D,
+    "intermediate_size": F,
+    "num_hidden_layers": "layers",
+    "num_attention_heads": HEADS,
+}
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+_DECODER = {**SIZES, **TOKENS, "num_key_value_heads": HEADS, "max_position_embeddings": 64, "use_cache": False}
+_ENCODER = {**SIZES, "max_position_embeddings": 40, "hidden_dropout_prob": "dropout"}
+_ENCODER |= {"attention_probs_dropout_prob": 0.0}
+
+
+def _configured(config: type, model: type, **options: Any) -> Callable[[int, float], nn.Module]:
+    """Options whose value is "layers" or "dropout" are the depth and the model's own dropout."""
+
     def make(layers: int, p: float) -> nn.Module:
-        options = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": D,
-            "intermediate_size": F,
-            "num_hidden_layers": layers,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": HEADS,
-            "max_position_embeddings": 64,
-            "bos_token_id": 1,
-            "eos_token_id": 2,
-            "pad_token_id": 0,
-            "use_cache": False,
-        }
-        return model(config(**options | extra))
+        told = {"layers": layers, "dropout": p}
+        return model(config(**{name: told.get(str(value), value) for name, value in options.items()}))
 
     return make
+
+
+def _llama_like(config: type, model: type, **extra: Any) -> Callable[[int, float], nn.Module]:
+    return _configured(config, model, **_DECODER | extra)
 
 
 def _bert_like(config: type, model: type, **extra: Any) -> Callable[[int, float], nn.Module]:
-    def make(layers: int, p: float) -> nn.Module:
-        options = {
-            "vocab_size": VOCABULARY,
-            "hidden_size": D,
-            "intermediate_size": F,
-            "num_hidden_layers": layers,
-            "num_attention_heads": HEADS,
-            "max_position_embeddings": 40,
-            "hidden_dropout_prob": p,
-            "attention_probs_dropout_prob": 0.0,
-        }
-        return model(config(**options | extra))
-
-    return make
+    return _configured(config, model, **_ENCODER | extra)
 
 
-def _distilbert(layers: int, p: float) -> nn.Module:
-    sizes = {"vocab_size": VOCABULARY, "dim": D, "hidden_dim": F, "n_layers": layers, "n_heads": HEADS}
-    config = hf.DistilBertConfig(**sizes, max_position_embeddings=40, dropout=p, attention_dropout=0.0)
-    config.seq_classif_dropout = p
-    return hf.DistilBertForSequenceClassification(config)
-
-
-def _gpt2(layers: int, p: float) -> nn.Module:
-    sizes = {"vocab_size": VOCABULARY, "n_positions": 40, "n_embd": D, "n_layer": layers, "n_head": HEADS, "n_inner": F}
-    config = hf.GPT2Config(**sizes, resid_pdrop=p, embd_pdrop=p, attn_pdrop=0.0, use_cache=False)
-    return hf.GPT2LMHeadModel(config)
+_distilbert = _configured(
+    hf.DistilBertConfig,
+    hf.DistilBertForSequenceClassification,
+    **{"vocab_size": VOCABULARY, "dim": D, "hidden_dim": F, "n_layers": "layers", "n_heads": HEADS},
+    **{"max_position_embeddings": 40, "attention_dropout": 0.0, "dropout": "dropout", "seq_classif_dropout": "dropout"},
+)
+_gpt2 = _configured(
+    hf.GPT2Config,
+    hf.GPT2LMHeadModel,
+    **{"vocab_size": VOCABULARY, "n_positions": 40, "n_embd": D, "n_layer": "layers", "n_head": HEADS, "n_inner": F},
+    **{"resid_pdrop": "dropout", "embd_pdrop": "dropout", "attn_pdrop": 0.0, "use_cache": False},
+)
 
 
 def _t5(feed_forward: str) -> Callable[[int, float], nn.Module]:
