@@ -8,6 +8,7 @@ import pytest
 import torch
 from blocks import error, freeze, freeze_block, frozen_prefix, loss_and_gradients, retained
 from families import family
+from oracle import taking_turns
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
@@ -33,10 +34,10 @@ def test_the_input_hook_builds_no_graph_below(name: str) -> None:
     assert all(error(grad, expected[1][name]) <= 2e-5 for name, grad in grads.items())
 
 
-@pytest.mark.parametrize("hook", [False, True], ids=["no-hook", "hook"])
-@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
-@pytest.mark.parametrize("which", ["none", "prefix", "alternating"])
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "which", "reentrant", "hook"),
+    taking_turns(("llama", "bert", "gpt2"), ("none", "prefix", "alternating"), (False, True), (False, True)),
+)
 def test_checkpointing_of_both_kinds_gives_the_same_gradients(
     name: str, which: str, reentrant: bool, hook: bool
 ) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from blocks import adapter_layers, freeze, retained, thaw
 from families import FAMILIES, HEADS, LENGTH, ROWS, D, F, Family, family
+from oracle import taking_turns
 from torch import Tensor
 
 from safe_peft import bind
@@ -79,9 +80,9 @@ def added_by_one_block(one: Family, p: float, dtype: torch.dtype, frozen: str = 
     return sizes[1] - sizes[0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("p", [0.0, 0.1])
-@pytest.mark.parametrize("name", list(BLOCKS))
+@pytest.mark.parametrize(
+    ("name", "p", "dtype"), taking_turns(list(BLOCKS), (0.0, 0.1), (torch.float32, torch.bfloat16)), ids=str
+)
 def test_a_block_that_trains(name: str, p: float, dtype: torch.dtype) -> None:
     one = family(name)
     tokens = tokens_of(one, one.batch())

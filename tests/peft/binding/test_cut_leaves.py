@@ -10,6 +10,7 @@ import pytest
 import torch
 from blocks import error, frozen_prefix, retained
 from families import Family, family
+from oracle import taking_turns
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -40,9 +41,10 @@ def close(ours: Tensor | None, stock: Tensor | None) -> None:
     assert (ours - stock).abs().max() <= 2e-5 * stock.abs().max()
 
 
-@pytest.mark.parametrize("switched_on", [False, True], ids=["plain", "enable_input_require_grads"])
-@pytest.mark.parametrize("how", ["requires_grad_", "detached", "retain_grad", "autograd.grad", "noise"])
-@pytest.mark.parametrize("one", FAMILIES, ids=str)
+LOOKED_UP = ("requires_grad_", "detached", "retain_grad", "autograd.grad", "noise")
+
+
+@pytest.mark.parametrize(("one", "how", "switched_on"), taking_turns(FAMILIES, LOOKED_UP, (False, True)), ids=str)
 def test_embeddings_that_the_user_looked_up_are_the_users(one: Family, how: str, switched_on: bool) -> None:
     model, batch = frozen_prefix(one)
     if switched_on:

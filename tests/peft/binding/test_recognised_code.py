@@ -9,6 +9,7 @@ import pytest
 import torch
 from blocks import error, loss_and_gradients
 from families import family
+from oracle import taking_turns
 from owners_of_code import NAMES, owners
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import Tensor, nn
@@ -267,10 +268,15 @@ class Halved(nn.Module):
         return x * 0.5
 
 
-@pytest.mark.parametrize("path", ["lora_A.default", "lora_B.default", "base_layer"])
-@pytest.mark.parametrize("how", ["prune", "parametrize"])
-@pytest.mark.parametrize("early", [False, True])
-@pytest.mark.parametrize("name", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize(
+    ("name", "path", "how", "early"),
+    taking_turns(
+        ("llama", "bert", "gpt2"),
+        ("lora_A.default", "lora_B.default", "base_layer"),
+        ("prune", "parametrize"),
+        (False, True),
+    ),
+)
 def test_pruned_and_parametrised_layers(name: str, path: str, how: str, early: bool) -> None:
     one = family(name)
     model, batch = one.model(), one.batch()
