@@ -20,6 +20,7 @@ from safe_kernels.retention import Dropped, Recorder, Save, storages
 from ..binding.adapters import Adapter, peft_kind
 from ..binding.blocks import transformer_blocks
 from ..binding.blocks.checkpointing import is_made
+from ..binding.blocks.stack import replace_hidden
 from ..binding.code import observes
 from ..distributed.wrappers import parameters_of, short_name, walk
 from .autograd_graph import Norms, Reach, latest_node
@@ -108,6 +109,7 @@ class Accounts:
         self.left: str | None = None  # a block that has just ended without a save
         self.saves = 0
         self.arguments: dict[str, list[_Argument]] = {}
+        self.samples: dict[str, int] = {}  # by block, bytes of hidden states per sample
         self.random: set[str] = set()  # blocks that draw random numbers
         self.thread = threading.get_ident()
 
@@ -153,6 +155,11 @@ class Accounts:
             clean = {name: value for name, value in kwargs.items() if name not in _CACHES}
             tensors = [leaf for leaf in tree_leaves((args, clean)) if isinstance(leaf, Tensor)]
             self.arguments[path] = [self._argument(tensor) for tensor in tensors]
+            replace_hidden(args, kwargs, lambda hidden: self._note_sample(path, hidden))
+
+    def _note_sample(self, path: str, hidden: Tensor) -> Tensor:
+        self.samples[path] = hidden[:1].numel() * hidden.element_size()
+        return hidden
 
     def _argument(self, tensor: Tensor) -> _Argument:
         """Describe an argument without keeping it or its graph alive."""
@@ -210,7 +217,8 @@ class Accounts:
         for name, block in self.blocks.items():
             kept = tuple(places[key] for key in inputs.get(name, ()) if key in places)
             state = torch.get_rng_state().numel() if name in self.random else 0
-            blocks.append(BlockFacts(name, self._holds(block), self._passes(name, reach), kept, state))
+            sample = self.samples.get(name, 0)
+            blocks.append(BlockFacts(name, self._holds(block), self._passes(name, reach), kept, state, sample))
         found = tuple(Storage(size, tuple(dict.fromkeys(savers.get(key, ())))) for key, size in sizes.items())
         return RetainedTable(tuple(adapter.name for adapter in self.adapters), tuple(blocks), found)
 

@@ -17,7 +17,7 @@ from ..errors import ConfigError, PlanError
 from .fake_model import FakeModel
 from .inputs import Inputs, inputs_for
 from .plan import GroupRow, MemoryPlan, Side
-from .retained import RetainedTable
+from .retained import BlockFacts, RetainedTable
 from .tracing import Trace, device_kind, live_adapters, trace
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def plan_of(
     ours = step(recompute=recompute, keep_dropout=keep_dropout)
     # A recomputed block retains nothing inside, so a trace without it tells what further freezing would free.
     table = ours.table if not recompute else step(keep_dropout=keep_dropout).table
-    now = table.bytes(recompute=recompute)
+    now, cut = table.bytes(recompute=recompute), _cut(table.blocks)
     names = [adapter.name for adapter in live_adapters(model)]
     return MemoryPlan(
         model=_title(model),
@@ -134,7 +134,14 @@ def plan_of(
         groups=tuple(_groups(table, stock.table, recompute)),
         blocks=tuple((b.name, now - table.bytes(table.names(b.holds), recompute)) for b in table.blocks),
         device=device or parameters_of(model)[0].device.type,
+        prefix=cut,
+        prefix_sample=table.blocks[cut].sample if cut else 0,
     )
+
+
+def _cut(blocks: Sequence[BlockFacts]) -> int:
+    """Return the index of the lowest block that trains or passes a gradient on; at most that of the last block."""
+    return next((i for i, block in enumerate(blocks[:-1]) if block.holds or block.passes), max(0, len(blocks) - 1))
 
 
 def _side(traced: Trace, optimizer_states: int) -> Side:

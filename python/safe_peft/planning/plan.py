@@ -71,6 +71,8 @@ class MemoryPlan:
         groups: bytes that freezing would free, by group of adapters, in the model's order.
         blocks: bytes that freezing all adapters of a block would free.
         device: the kind of device that the plan is for; "" for any.
+        prefix: number of frozen blocks at the bottom, whose output `prefix_cache` keeps.
+        prefix_sample: bytes that it keeps per sample, without padding fewer; they are not part of the peak.
 
     Example:
         >>> print(plan_memory(model, batch_size=8, sequence_length=512, frozen=0.5))  # doctest: +SKIP
@@ -90,6 +92,8 @@ class MemoryPlan:
     groups: tuple[GroupRow, ...] = ()
     blocks: tuple[tuple[str, int], ...] = ()
     device: str = ""
+    prefix: int = 0
+    prefix_sample: int = 0
 
     @property
     def ratio(self) -> float:
@@ -115,7 +119,8 @@ class MemoryPlan:
         again = f", {len(self.recompute)} blocks recomputed" if self.recompute else ""
         where = f", {self.device}" if self.device else ""
         head = f"{self.model}, {self.batch}{where}: {frozen}{again}; MiB of one training step"
-        return "\n\n".join([head, *map(text_table, tables)])
+        cached = f"prefix_cache keeps {self.prefix_sample / 1024:,.1f} KiB per sample, of {self.prefix} blocks"
+        return "\n\n".join([head, *map(text_table, tables), *([cached] if self.prefix else [])])
 
     def groups_table(self) -> str:
         """Return the MiB that freezing each group of adapters would free, as a text table."""

@@ -71,6 +71,7 @@ class BlockFacts:
         passes: bits of the adapters for which a gradient passes through the block.
         inputs: indices of the storages of its arguments.
         random_state: bytes of random state that the block would have to retain.
+        sample: bytes of the hidden states that it receives per sample.
     """
 
     name: str
@@ -78,6 +79,7 @@ class BlockFacts:
     passes: int
     inputs: tuple[int, ...]
     random_state: int = 0
+    sample: int = 0
 
 
 class _Rows(NamedTuple):

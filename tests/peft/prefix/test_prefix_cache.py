@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from safe_kernels import retention
 from safe_peft.binding.blocks import transformer_blocks
+from safe_peft.planning.memory import plan_memory
 from safe_peft.prefix.cache import CHECK_EVERY
 from safe_peft.prefix.store import Store
 
@@ -292,3 +293,15 @@ def test_nothing_is_retained_more_than_without() -> None:
         found = retention.measure(lambda model=model: model(**batch).loss, exclude=[model, *batch.values()])
         sizes.append(found.bytes)
     assert sizes[1] <= sizes[0]
+
+
+@pytest.mark.parametrize("make", [lambda: bert(4), decoder], ids=["encoder", "decoder"])
+def test_the_plan_knows_what_the_cache_keeps(make: Callable[[], PeftModel]) -> None:
+    pair = Pair(make(), cut=2)
+    plan = plan_memory(pair.cached, 3, 7)
+    batch = batch_of([torch.arange(3 + row, 10 + row) for row in range(3)], causal=make is decoder)
+    pair.train([batch] * 3)
+    assert plan.prefix == 2 and pair.cache.store.bytes == 3 * plan.prefix_sample > 0
+    assert f"prefix_cache keeps {plan.prefix_sample / 1024:,.1f} KiB per sample, of 2 blocks" in str(plan)
+    freeze(pair.cached, 0)
+    assert plan_memory(pair.cached, 3, 7).prefix == 0
