@@ -36,7 +36,7 @@ def _keep(words, offs_m, start_n, threshold, BLOCK_N: tl.constexpr):
     rounds work on whole tiles as little as possible. Both halves of a product come from one 64-bit multiplication.
     """
     k0, k1, c2, c3 = words
-    c0 = (start_n // _COLUMNS + tl.arange(0, BLOCK_N // _COLUMNS)).to(tl.uint32)[None, :]
+    c0 = (tl.arange(0, BLOCK_N // _COLUMNS) + start_n // _COLUMNS).to(tl.uint32)[None, :]
     c1 = offs_m.to(tl.uint32)[:, None]
     for _ in tl.static_range(_ROUNDS):
         high0, low0 = _halves(c0.to(tl.uint64) * _MULTIPLIER0)
