@@ -13,6 +13,9 @@ not. With N rows::
                     with h = x A' once more  2 N r d_in     since h is not retained
     lora_linear     as `lora`, and x W'  2 N d_in d_out
     lora_linear_backward   as `lora_backward`, and 2 N d_in d_out for each of grad_x and grad_weight that is wanted
+    dora            as `lora`, 2 N d_in d_out (4 with dropout), and 2 r d_in d_out for the norm
+    dora_backward   as `lora_backward` (grad_magnitude wants what grad_B does), and 2 N d_in d_out for grad_magnitude
+                    and for grad_x (4 with dropout)
     statistics      see `statistics_flop`; nothing if they are not requested
 
 Example:
@@ -34,7 +37,15 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-__all__ = ["lora_backward_flop", "lora_flop", "lora_linear_backward_flop", "lora_linear_flop", "statistics_flop"]
+__all__ = [
+    "dora_backward_flop",
+    "dora_flop",
+    "lora_backward_flop",
+    "lora_flop",
+    "lora_linear_backward_flop",
+    "lora_linear_flop",
+    "statistics_flop",
+]
 
 Shape = Sequence[int]
 
@@ -123,6 +134,50 @@ def lora_linear_backward_flop(
     mask = (wants_x, wants_A, wants_B)
     adapter = lora_backward_flop(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, mask)
     return 2 * (wants_x + wants_weight) * math.prod(grad) * weight[1] + adapter
+
+
+@register_flop_formula(torch.ops.safe_kernels.dora)
+def dora_flop(
+    x: Shape,
+    weight: Shape,
+    bias: Shape | None,
+    lora_A: Shape,
+    lora_B: Shape,
+    magnitude: Shape,
+    scaling: float,
+    dropout_p: float = 0.0,
+    rng_state: Shape | None = None,
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `dora` from its arguments' shapes."""
+    products = 2 if dropout_p > 0.0 else 1
+    adapter = lora_flop(x, (*x[:-1], weight[0]), lora_A, lora_B, scaling)
+    return 2 * (products * math.prod(x) + math.prod(lora_A)) * weight[0] + adapter
+
+
+@register_flop_formula(torch.ops.safe_kernels.dora_backward)
+def dora_backward_flop(
+    grad: Shape,
+    x: Shape | None,
+    weight: Shape,
+    lora_A: Shape,
+    lora_B: Shape,
+    magnitude: Shape,
+    norm: Shape,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Shape | None,
+    output_mask: Sequence[bool],
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `dora_backward` from its arguments' shapes."""
+    wants_x, wants_A, wants_B, wants_magnitude = output_mask
+    mask = (wants_x, wants_A, wants_B or wants_magnitude)
+    adapter = lora_backward_flop(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, mask)
+    products = wants_magnitude + wants_x * (2 if dropout_p > 0.0 else 1)
+    return 2 * products * math.prod(grad) * weight[1] + adapter
 
 
 def statistics_flop(rows: int, d_out: int, rank: int) -> int:

@@ -8,6 +8,14 @@ namespace safe_kernels {
 
 namespace {
 
+// A linear layer does not promote dtypes.
+void check_dtype(const Tensor& tensor, const char* name, const Tensor& weight) {
+  TORCH_CHECK_TYPE(tensor.scalar_type() == weight.scalar_type(), name, " and weight must have one dtype, got ",
+                   tensor.scalar_type(), " and ", weight.scalar_type(), "; cast ", name);
+}
+
+}  // namespace
+
 void check_weight(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B) {
   check_adapter(lora_A, lora_B);
   check_device(lora_B, "lora_B", lora_A, "lora_A");
@@ -18,14 +26,6 @@ void check_weight(const Tensor& weight, const Tensor& lora_A, const Tensor& lora
                     "], d_out of lora_B by d_in of lora_A, got ", weight.sym_sizes());
   check_device(weight, "weight", lora_A, "lora_A");
 }
-
-// A linear layer does not promote dtypes.
-void check_dtype(const Tensor& tensor, const char* name, const Tensor& weight) {
-  TORCH_CHECK_TYPE(tensor.scalar_type() == weight.scalar_type(), name, " and weight must have one dtype, got ",
-                   tensor.scalar_type(), " and ", weight.scalar_type(), "; cast ", name);
-}
-
-}  // namespace
 
 void check_lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
                        const Tensor& lora_B, double dropout_p, const std::optional<Tensor>& rng_state,

@@ -22,7 +22,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
     const Tensor& lora_B, double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
     std::array<bool, 5> output_mask);
 
-// Throws an error that names the argument if a call is wrong on every backend.
+// These throw an error that names the argument if a call is wrong on every backend. `dora` shares the first.
+void check_weight(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B);
+
 void check_lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
                        const Tensor& lora_B, double dropout_p, const std::optional<Tensor>& rng_state,
                        const std::optional<Tensor>& block_starts, int64_t block_rows,

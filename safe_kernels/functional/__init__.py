@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from safe_kernels.functional.activation import activation
+from safe_kernels.functional.dora import dora
 from safe_kernels.functional.dropout import dropout
 from safe_kernels.functional.gated_activation import gated_activation
 from safe_kernels.functional.layer_norm import layer_norm
@@ -13,6 +14,7 @@ from safe_kernels.functional.rms_norm import rms_norm
 
 __all__ = [
     "activation",
+    "dora",
     "draw_rng_state",
     "dropout",
     "gated_activation",

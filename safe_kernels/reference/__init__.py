@@ -8,6 +8,7 @@ Each function has three uses: tests compare kernels with it, devices without the
 from __future__ import annotations
 
 from safe_kernels.reference.activation import activation, activation_backward
+from safe_kernels.reference.dora import dora, dora_backward
 from safe_kernels.reference.dropout import dropout
 from safe_kernels.reference.gated_activation import gated_activation, gated_activation_backward
 from safe_kernels.reference.importance import cka_sums, one_minus_cka
@@ -20,6 +21,8 @@ from safe_kernels.reference.rms_norm import rms_norm, rms_norm_backward
 OPS = (
     activation,
     activation_backward,
+    dora,
+    dora_backward,
     dropout,
     gated_activation,
     gated_activation_backward,
@@ -40,6 +43,8 @@ __all__ = [
     "activation",
     "activation_backward",
     "cka_sums",
+    "dora",
+    "dora_backward",
     "dropout",
     "dropout_keep",
     "dropout_scale",

@@ -49,6 +49,7 @@ def numbers_far_from_finite() -> None:
                 x, base, A, B.t(), 2.0, dropout_p=0.5, statistics=AdapterStatistics(blocks=RowBlocks.spread(9))
             ),
             safe_kernels.lora_linear(x, x, None, A, B.t(), 2.0),
+            safe_kernels.dora(x, x.detach(), None, A, B.t(), x[:, 0].detach(), 2.0, dropout_p=0.5),
             safe_kernels.rms_norm(x, x[0], 0.0),
             safe_kernels.layer_norm(x, x[0], x[1], 0.0),
             safe_kernels.dropout(x, 0.5),

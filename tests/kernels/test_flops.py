@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from doras import dora
 from oracle import Shape, problem
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -53,6 +54,15 @@ def test_backward_makes_only_what_is_wanted(wanted: tuple[bool, bool, bool]) -> 
     p = problem(SHAPE, leading=(4, 6)).require(wanted[0], True, wanted[1], wanted[2])
     out = p.call(safe_kernels.lora)
     assert count(lambda: out.backward(p.grad)) == products(p, wanted)
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_dora(dropout_p: float) -> None:
+    p = dora(SHAPE, dropout_p=dropout_p).require("x", "A", "B", "magnitude")
+    large, products = 2 * N * D_IN * D_OUT, 2 if dropout_p else 1
+    assert count(p.call) == products * large + 2 * R * D_IN * D_OUT + 2 * N * R * (D_IN + D_OUT)
+    out = p.call()
+    assert count(lambda: out.backward(p.grad)) == (products + 1) * large + 2 * N * R * (3 * D_IN + 2 * D_OUT)
 
 
 def test_freezing_saves_flops() -> None:

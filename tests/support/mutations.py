@@ -29,6 +29,7 @@ SHAPES = {
     "base": (ROWS, D_OUT),
     "lora_A": (RANK, D_IN),
     "lora_B": (D_OUT, RANK),
+    **dict.fromkeys(["magnitude", "norm"], (D_OUT,)),
     **dict.fromkeys(["mean", "rstd"], (ROWS,)),
 }
 """Of those tensors that have the same shape in every op."""
@@ -100,8 +101,8 @@ VALUES: dict[str, list[Any]] = {
 
 def shape_of(op: str, name: str) -> tuple[int, ...]:
     if name == "grad":
-        return (ROWS, D_OUT if op.startswith("lora") else D_IN)
-    if name in ("weight", "bias") and op.startswith("lora_linear"):
+        return (ROWS, D_OUT if op.startswith(("lora", "dora")) else D_IN)
+    if name in ("weight", "bias") and op.startswith(("lora_linear", "dora")):
         return (D_OUT, D_IN) if name == "weight" else (D_OUT,)
     return SHAPES.get(name, (D_IN,))
 
@@ -120,7 +121,7 @@ def arguments_of(op: str, random: Random) -> dict[str, Any]:
             found[name] = (torch.arange(ROWS) % 3 != 1).float()
         elif kind in ("Tensor", "Optional[Tensor]"):
             values = torch.randn(shape_of(op, name), generator=generator)
-            found[name] = values.abs() + 0.5 if name in ("rstd", "weight") else values
+            found[name] = values.abs() + 0.5 if name in ("rstd", "weight", "norm") else values
         elif kind.startswith("List"):
             found[name] = [random.random() < 0.7 for _ in range(int(argument.N))]
         else:

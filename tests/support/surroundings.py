@@ -48,6 +48,14 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-3) * weight
 
 
+WEIGHT = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+
+
+def dora(x: Tensor, bias: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
+    scale = magnitude / (WEIGHT + 2.0 * (B @ A).detach()).norm(dim=1)
+    return F.linear(x, WEIGHT, bias) + (scale - 1) * (drop(x) @ WEIGHT.mT) + 2.0 * scale * (drop(x) @ A.mT @ B.mT)
+
+
 X, OUT, FEATURES = (ROWS, D_IN), (ROWS, D_OUT), (D_IN,)
 ADAPTER = ((RANK, D_IN), (D_OUT, RANK))
 
@@ -61,6 +69,11 @@ CASES: dict[str, Case] = {
         lambda x, W, b, A, B: safe_kernels.lora_linear(x, W, b, A, B, 2.0, dropout_p=DROPOUT_P, rng_state=STATE),
         lambda x, W, b, A, B: F.linear(x, W, b) + 2.0 * (drop(x) @ A.mT) @ B.mT,
         (X, (D_OUT, D_IN), (D_OUT,), *ADAPTER),
+    ),
+    "dora": Case(
+        lambda x, b, A, B, m: safe_kernels.dora(x, WEIGHT, b, A, B, m, 2.0, dropout_p=DROPOUT_P, rng_state=STATE),
+        dora,
+        (X, (D_OUT,), *ADAPTER, (D_OUT,)),
     ),
     "rms_norm": Case(lambda x, weight: safe_kernels.rms_norm(x, weight, 1e-3), rms, (X, FEATURES)),
     "layer_norm": Case(

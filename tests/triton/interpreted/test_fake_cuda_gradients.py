@@ -51,6 +51,7 @@ SHAPES = {
     "bias": (D_OUT,),
     "lora_A": (RANK, D_IN),
     "lora_B": (D_OUT, RANK),
+    "magnitude": (D_OUT,),
     "scale": (D_IN,),
     "shift": (D_IN,),
     "up": (2, ROWS // 2, D_IN),
@@ -60,6 +61,10 @@ CALLS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
     "lora_linear": (
         ("x", "weight", "bias", "lora_A", "lora_B"),
         lambda *t: safe_kernels.lora_linear(*t, 2.0, dropout_p=0.1),
+    ),
+    "dora": (
+        ("x", "bias", "lora_A", "lora_B", "magnitude"),
+        lambda x, *t: safe_kernels.dora(x, x.new_full(SHAPES["weight"], 0.5), *t, 2.0, dropout_p=0.1),
     ),
     "rms_norm": (("x", "scale"), lambda *t: safe_kernels.rms_norm(*t, 1e-6)),
     "rms_norm from x": (("x", "scale"), lambda *t: safe_kernels.rms_norm(*t, 1e-6, retain_output=False)),

@@ -1,0 +1,83 @@
+#include "ops/dora.h"
+
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <torch/library.h>
+
+#include "checks.h"
+#include "ops/lora_linear.h"
+
+namespace safe_kernels {
+
+namespace {
+
+void check_per_output(const Tensor& tensor, const char* name, const Tensor& weight) {
+  check_floating(tensor, name);
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_size(0) == weight.sym_size(0), name, " must have shape [",
+                    weight.sym_size(0), "], one number per row of weight, got ", tensor.sym_sizes());
+  check_device(tensor, name, weight, "weight");
+}
+
+}  // namespace
+
+void check_dora(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
+                const Tensor& lora_B, const Tensor& magnitude, double dropout_p,
+                const std::optional<Tensor>& rng_state) {
+  check_weight(weight, lora_A, lora_B);
+  check_features(x, "x", weight, "weight", 1);
+  check_device(x, "x", weight, "weight");
+  if (given(bias)) check_per_output(*bias, "bias", weight);
+  check_per_output(magnitude, "magnitude", weight);
+  check_dropout(dropout_p, rng_state, x, "x");
+}
+
+void check_dora_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
+                         const Tensor& lora_B, const Tensor& magnitude, const Tensor& norm, double /*scaling*/,
+                         double dropout_p, const std::optional<Tensor>& rng_state,
+                         const std::array<bool, 4>& output_mask) {
+  check_weight(weight, lora_A, lora_B);
+  check_features(grad, "grad", weight, "weight", 0);
+  check_per_output(magnitude, "magnitude", weight);
+  check_per_output(norm, "norm", weight);
+  check_dropout(dropout_p, rng_state, grad, "grad");
+  if (given(x)) {
+    check_features(*x, "x", weight, "weight", 1);
+    check_leading(grad, "grad", *x);
+  } else {
+    TORCH_CHECK_VALUE(!output_mask[1] && !output_mask[2] && !output_mask[3],
+                      "x is needed for the gradients of lora_A, lora_B and magnitude, got None");
+  }
+}
+
+std::tuple<Tensor, Tensor> dora(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, double scaling,
+                                double dropout_p, const std::optional<Tensor>& rng_state) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("safe_kernels::dora", "").typed<decltype(dora)>();
+  return op.call(x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout_p, rng_state);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dora_backward(const Tensor& grad, const std::optional<Tensor>& x,
+                                                         const Tensor& weight, const Tensor& lora_A,
+                                                         const Tensor& lora_B, const Tensor& magnitude,
+                                                         const Tensor& norm, double scaling, double dropout_p,
+                                                         const std::optional<Tensor>& rng_state,
+                                                         std::array<bool, 4> output_mask) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("safe_kernels::dora_backward", "")
+                             .typed<decltype(dora_backward)>();
+  return op.call(grad, x, weight, lora_A, lora_B, magnitude, norm, scaling, dropout_p, rng_state, output_mask);
+}
+
+TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
+  m.def(
+      "dora(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, "
+      "float dropout_p=0., Tensor? rng_state=None) -> (Tensor out, Tensor norm)",
+      {at::Tag::pt2_compliant_tag});
+  m.def(
+      "dora_backward(Tensor grad, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
+      "Tensor norm, float scaling, float dropout_p, Tensor? rng_state, bool[4] output_mask) "
+      "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_magnitude)",
+      {at::Tag::pt2_compliant_tag});
+}
+
+}  // namespace safe_kernels
