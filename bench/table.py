@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,12 +60,13 @@ def op_table(results: dict[str, Any]) -> list[str]:
     return table(header, rows)
 
 
-def step_table(results: dict[str, Any]) -> list[str]:
+def step_table(results: dict[str, Any], test: str = "test_step") -> list[str]:
     """A whole training step."""
-    peft, rows = rows_of(results, "test_step", "peft"), []
-    for safe in rows_of(results, "test_step", "safe"):
+    peft, rows = rows_of(results, test, "peft"), []
+    for safe in rows_of(results, test, "safe"):
         stock, params = find(peft, safe), safe["params"]
-        rows.append([f"{params['percent']} %", str(params["p"]), ratio(safe), ratio(stock), mib(stock), mib(safe)])
+        frozen = f"{params.get('percent', 0)} %"
+        rows.append([frozen, str(params["p"]), ratio(safe), ratio(stock), mib(stock), mib(safe)])
     return table(["frozen", "dropout", "**time**", "noise", "PEFT retains MiB", "we retain"], rows)
 
 
@@ -163,6 +165,11 @@ SECTIONS = (
         "lowest adapters are frozen):",
         "test_step",
         step_table,
+    ),
+    (
+        "The same with DoRA on all 36 linear layers:",
+        "test_dora_step",
+        partial(step_table, test="test_dora_step"),
     ),
     ("Scoring, with the default options:", "test_scoring", scoring_table),
     ("`lora` alone, forward and backward:", "test_lora", op_table),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import assets
 import torch
 from peft import LoraConfig, get_peft_model
@@ -12,11 +14,12 @@ TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dens
 LAYERS, ADAPTERS = 6, 36
 
 
-def make_model(lora_dropout: float, frozen: int = 0) -> nn.Module:
+def make_model(lora_dropout: float, frozen: int = 0, **options: Any) -> nn.Module:
     """The model in training mode, its lowest `frozen` adapters frozen as stock PEFT can: by requires_grad."""
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(assets.fetch("minilm"), num_labels=2)
-    lora = LoraConfig(task_type="SEQ_CLS", r=8, lora_alpha=16, lora_dropout=lora_dropout, target_modules=TARGETS)
+    options |= {"r": 8, "lora_alpha": 16, "lora_dropout": lora_dropout, "target_modules": TARGETS}
+    lora = LoraConfig(task_type="SEQ_CLS", **options)
     model = get_peft_model(model, lora).train()
     for name in adapter_names(model)[:frozen]:
         layer = model.get_submodule(name)

@@ -30,14 +30,19 @@ class Family:
         return self.name
 
     def model(
-        self, layers: int = 2, p: float = 0.0, lora_dropout: float = 0.0, dtype: torch.dtype = torch.float32
+        self,
+        layers: int = 2,
+        p: float = 0.0,
+        lora_dropout: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        **lora: Any,
     ) -> PeftModel:
         """With adapters that do something, in training mode, the same every time."""
         torch.manual_seed(0)
         base = self.make(layers, p)
         targets = list(self.targets) if isinstance(self.targets, tuple) else self.targets
         conv1d = {"fan_in_fan_out": True} if self.name == "gpt2" else {}
-        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=lora_dropout, target_modules=targets, **conv1d)
+        config = LoraConfig(r=4, lora_alpha=8, lora_dropout=lora_dropout, target_modules=targets, **conv1d, **lora)
         model = get_peft_model(base, config, autocast_adapter_dtype=False).to(dtype).train()
         randomise_adapters(model)
         _vary_norms(model)

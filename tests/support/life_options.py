@@ -94,7 +94,7 @@ def smollm(count: int) -> list[dict[str, Tensor]]:
 
 
 NO_KERNEL = "lora.Embedding has no kernel"
-DORA, TOKENS = "LoRA variant DoRA", "trainable_tokens.TrainableTokensLayer is not covered"
+TOKENS = "trainable_tokens.TrainableTokensLayer is not covered"
 OPTIONS = (
     bert_with("bias-all", bias="all"),
     bert_with("bias-lora_only", bias="lora_only"),
@@ -107,8 +107,8 @@ OPTIONS = (
     ),
     Option("eva", eva),
     Option("corda", corda),
-    bert_with("dora", DORA, use_dora=True),
-    bert_with("dora-embedding", DORA, NO_KERNEL, use_dora=True, target_modules=["query", "word_embeddings"]),
+    bert_with("dora", use_dora=True),
+    bert_with("dora-embedding", FAST, NO_KERNEL, use_dora=True, target_modules=["query", "word_embeddings"]),
     bert_with("embedding", FAST, NO_KERNEL, target_modules=["query", "word_embeddings"]),
     bert_with("trainable_token_indices", FAST, TOKENS, trainable_token_indices={"word_embeddings": [3, 7]}),
     bert_with("layers_to_transform", layers_to_transform=[1], layers_pattern="layer", target_modules=["query", "key"]),

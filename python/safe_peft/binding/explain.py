@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-FAST = "safe_kernels::lora"
-FUSED = "safe_kernels::lora_linear"
 PEFT = "peft"
 AS_IT_IS = "unchanged"
 _NO_LAYERS = "no adapter layers: the model has no adapter layer of PEFT"
@@ -38,8 +36,8 @@ class PartPath:
 class LayerPath(PartPath):
     """The path of one adapter layer; its `kind` is PEFT's type, such as "lora.Linear".
 
-    `path` is "safe_kernels::lora" or "peft"; "safe_kernels::lora_linear" if one op computed the last call together with
-    the base layer. `reason` is usually empty on the fast path, or a remark about the base layer.
+    `path` is "safe_kernels::lora", "safe_kernels::dora" or "peft"; "safe_kernels::lora_linear" if one op computed the
+    last call together with the base layer. `reason` is usually empty on the fast path, or a remark about the base layer.
 
     Args:
         trainable: whether a parameter of its adapters requires grad.
@@ -219,8 +217,8 @@ def _explain_layer(name: str, layer: nn.Module, kind: str) -> LayerPath:
     elif (refusal := known.refusal(layer)) is not None:
         path, reason = PEFT, refusal
     elif state is None:
-        path, reason = PEFT, f"not bound: bind(model) puts it on {FAST}"
+        path, reason = PEFT, f"not bound: bind(model) puts it on safe_kernels::{known.op(layer)}"
     else:
-        path, reason = FUSED if state.fused else FAST, known.note(layer)
+        path, reason = f"safe_kernels::{known.op(layer)}", known.note(layer)
     trainable = any(p.requires_grad for key in adapter_keys(layer) for p in adapter_parameters(layer, key))
     return LayerPath(name, kind, path, reason, trainable, state is not None and bool(state.frozen))

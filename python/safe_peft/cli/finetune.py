@@ -57,7 +57,7 @@ def finetune(
     modules_to_save: Saved = None,
     bias: Annotated[str, lora("Biases to train: none, all or lora_only.")] = "none",
     use_rslora: Annotated[bool, lora("Scaling is alpha / sqrt(r).", "--use-rslora")] = False,
-    use_dora: Annotated[bool, lora("DoRA; PEFT's path computes it, not the kernels.", "--use-dora")] = False,
+    use_dora: Annotated[bool, lora("DoRA: a magnitude per output feature trains too.", "--use-dora")] = False,
     epochs: Annotated[int, training("Passes over the training file.")] = Run.epochs,
     max_steps: Annotated[int | None, training("Optimizer steps, instead of epochs.")] = None,
     batch_size: Annotated[int, training("Rows per batch.")] = Run.batch_size,

@@ -102,11 +102,11 @@ def test_kinds_without_a_kernel_are_named() -> None:
     }
 
 
-def test_dora_falls_back_bound_or_not() -> None:
+def test_dora_is_an_op_of_its_own() -> None:
     model = bert(use_dora=True)
-    assert {row.reason for row in explain(model)} == {"LoRA variant DoRA"}
+    assert {row.reason for row in explain(model)} == {"not bound: bind(model) puts it on safe_kernels::dora"}
     bind(model)
-    assert {(row.path, row.reason) for row in explain(model)} == {("peft", "LoRA variant DoRA")}
+    assert {(row.path, row.reason) for row in explain(model)} == {("safe_kernels::dora", "")}
 
 
 def test_it_follows_the_models_state() -> None:

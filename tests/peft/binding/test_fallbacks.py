@@ -136,8 +136,22 @@ def test_torch_compile_gives_the_same() -> None:
     torch.testing.assert_close(torch.compile(layer, backend="aot_eager", fullgraph=True)(x), layer(x))
 
 
-def dora() -> PeftLinear:
-    return lora_layer(use_dora=True)
+def dora_in_training() -> PeftLinear:
+    layer = lora_layer(use_dora=True)
+    layer.base_layer.weight.requires_grad_(True)
+    return layer
+
+
+def dora_with_a_hook() -> PeftLinear:
+    layer = lora_layer(use_dora=True)
+    layer.base_layer.register_forward_hook(lambda module, args, out: 2 * out)
+    return layer
+
+
+def dora_of_a_subclass() -> PeftLinear:
+    layer = lora_layer(use_dora=True)
+    layer.base_layer.__class__ = nn.modules.linear.NonDynamicallyQuantizableLinear
+    return layer
 
 
 def with_lora_bias() -> PeftLinear:
@@ -200,7 +214,9 @@ def without_a_parameter() -> PeftLinear:
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (dora, "LoRA variant DoRA"),
+        (dora_in_training, "DoRA over a base weight that trains"),
+        (dora_with_a_hook, "DoRA with hooks on the base layer or on the magnitude"),
+        (dora_of_a_subclass, "DoRA over NonDynamicallyQuantizableLinear"),
         (with_lora_bias, "adapter has a bias"),
         (several_active, "several adapters are active"),
         (none_active, "no active adapter in this layer"),

@@ -238,7 +238,7 @@ def test_dora_runs_pefts_own_path_and_freezes_all_the_same(fast_calls: list[Any]
     layer = quantised_layer("bnb-4bit", use_dora=True)
     stock = results(layer, inputs())
     (adapter,) = bind(layer.owner[0]).live_adapters()
-    assert refusal(layer) == "LoRA variant DoRA"
+    assert refusal(layer) == "DoRA over Linear4bit"
     for got, expected in zip(results(layer, inputs()), stock, strict=True):
         assert torch.equal(got, expected)
     adapter.freeze()

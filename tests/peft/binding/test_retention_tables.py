@@ -18,12 +18,20 @@ from safe_peft import bind
 TOKENS = ROWS * LENGTH
 STATES = ("something trains", "frozen, the gradient passes", "nothing below it trains")
 READERS = 3
-INPUT, WIDE, ROW, RANK, RANDOM = 4 * TOKENS * D, 4 * TOKENS * F, 4 * TOKENS, 4 * TOKENS * 4, 16
-"""Bytes in fp32: d or f elements per token, a number per row, r = 4 numbers per row, a random state."""
+INPUT, WIDE, ROW, RANK, RANDOM, NORM = 4 * TOKENS * D, 4 * TOKENS * F, 4 * TOKENS, 4 * TOKENS * 4, 16, 4 * F
+"""Bytes in fp32: d or f elements per token, a number per row, r = 4 numbers per row, a random state, DoRA's norm."""
 
 WORDS: dict[str, list[int] | None] = {
     "its input, once for all layers that read it; with dropout 16 bytes": [INPUT, INPUT + READERS * RANDOM],
     "nothing; with dropout left on 16 bytes": [0, READERS * RANDOM],
+    "as `lora`, and one norm per output feature of the layer": [
+        INPUT + READERS * NORM,
+        INPUT + READERS * (NORM + RANDOM),
+    ],
+    "one norm per output feature of the layer; with dropout left on 16 bytes more": [
+        READERS * NORM,
+        READERS * (NORM + RANDOM),
+    ],
     "only what that activation retains: its input is recomputed": [0],
     "nothing": [0],
     "x A' (r numbers per row); with dropout 16 bytes more": [READERS * RANK, READERS * (RANK + RANDOM)],
@@ -76,6 +84,19 @@ def lora_behind_an_activation(state: str) -> list[int | None]:
     alone = retained(lambda: safe_kernels.activation(x, "gelu"))
     both = retained(lambda: safe_kernels.lora(safe_kernels.activation(x, "gelu"), base, A, B, 2.0), A, B)
     return [None if both is None or alone is None else both - alone]
+
+
+def dora(state: str) -> list[int | None]:
+    trains, x = state == STATES[0], leaf(D, state)
+    layers = [
+        (weight(F, D), weight(4, D, trains=trains), weight(F, 4, trains=trains), weight(F, trains=trains))
+        for _ in range(READERS)
+    ]
+
+    def forward(p: float) -> Tensor:
+        return torch.stack([safe_kernels.dora(x, W, None, A, B, m, 2.0, dropout_p=p) for W, A, B, m in layers])
+
+    return [retained(lambda: forward(0.0), *layers), retained(lambda: forward(0.1), *layers)]
 
 
 def norms(state: str, trains: bool = False, retain_output: bool = True) -> list[int | None]:
@@ -138,6 +159,7 @@ MEASURED: dict[str, Callable[[str], list[int | None]]] = {
     "`lora`": lora,
     "`lora` with a frozen lora_A (LoRA-FA)": lora_with_a_frozen_A,
     "`lora` behind an activation": lora_behind_an_activation,
+    "`dora`": dora,
     "`rms_norm`, `layer_norm`, weights frozen": norms,
     "the same, a weight trains, is zero, or is far smaller than its bias": norms_that_keep_their_input,
     "`gated_activation` (SwiGLU, GeGLU)": gated,

@@ -95,6 +95,11 @@ class Adapter(ABC):
         """Return why a call of this layer cannot take the fast path, in a few words; None if it can."""
 
     @staticmethod
+    def op(layer: nn.Module) -> str:
+        """Return the op that computes the layer on the fast path; for some layers their last call decides."""
+        return "lora"
+
+    @staticmethod
     def note(layer: nn.Module) -> str:
         """Return a remark for the user about a layer that takes the fast path."""
         return ""

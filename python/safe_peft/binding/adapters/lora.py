@@ -1,6 +1,6 @@
 """PEFT's `lora.Linear` with `safe_kernels.lora` for its adapter. The op reads only the output of the base layer.
 
-Over a plain nn.Linear the whole layer is one op, `safe_kernels.lora_linear`.
+Over a plain nn.Linear the whole layer is one op, `safe_kernels.lora_linear`, or `safe_kernels.dora` (dora.py).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from safe_kernels import AdapterStatistics
 
 from ..class_swap import STATE, autocasts, is_hooked, is_transformed, original_type, own_forward
 from ..code import own_method, watched
+from . import dora
 from .base import Adapter, LayerState, active_keys, register_adapter
 from .observed import ObservedLayer
 from .score_inputs import OptimizerStep, ScoreInputs
@@ -38,8 +39,7 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
     the dicts of modules directly, because nn.Module's attribute lookup costs more than all these checks.
 
     Returns:
-        The reason in a few words, or None if `safe_kernels.lora` can compute the call. Without `args`, only the layer
-        is checked.
+        The reason in a few words, or None if our ops can compute the call. Without `args`, only the layer is checked.
     """
     if layer._disable_adapters:
         return "adapters are disabled"
@@ -54,6 +54,10 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
         return "several adapters are active" if keys else "no active adapter in this layer"
     if "forward" in layer.__dict__:
         return "forward is replaced on the layer itself (device hooks, for instance)"
+    if keys[0] in layer.lora_variant:
+        rest = {name: value for name, value in (kwargs or {}).items() if name not in _ROUTING}
+        if (reason := dora.refusal(layer, keys[0], args, rest)) is not None:
+            return reason
     return _refuse_code(layer) or _refuse_adapter(layer, keys[0]) or _refuse_input(layer, keys[0], args)
 
 
@@ -81,9 +85,6 @@ def _look_at(kind: type, called: tuple[Any, ...]) -> str | None:
 
 
 def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
-    if key in layer.lora_variant:
-        name = type(layer.lora_variant[key]).__name__.removesuffix("LinearVariant")
-        return f"LoRA variant {name.replace('Dora', 'DoRA')}"
     modules = layer._modules
     lora_A, lora_B = modules["lora_A"]._modules[key], modules["lora_B"]._modules[key]
     dropout = modules["lora_dropout"]._modules[key]
@@ -160,15 +161,19 @@ class SafeLoraLinear(ObservedLayer):
         observe = state.observe.get(key) if self.training and not compiling else None  # scoring steps run uncompiled
         dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
         statistics = None if observe is None else observe(x)
-        plain = None if args or kwargs else _plain(own["base_layer"], x)
+        is_dora = key in self.lora_variant
+        plain = None if args or kwargs or is_dora else _plain(own["base_layer"], x)
         if not compiling:
             state.fused = plain is not None
         options: Any = {"dropout_p": dropout_p, "statistics": statistics}
         base: Any = None
-        if plain is None:
+        if plain is None and not is_dora:
             named = {name: value for name, value in kwargs.items() if name not in _ROUTING}
             base = self.base_layer(x, *args, **named)
         try:
+            if is_dora:
+                magnitude = dora.magnitude_of(self, key, key in state.frozen)
+                return dora.forward(self, x, (A, B, magnitude, self.scaling[key]), dropout_p, statistics)
             if plain is not None:
                 return safe_kernels.lora_linear(x, *plain, A, B, self.scaling[key], **options)
             return safe_kernels.lora(x, base, A, B, self.scaling[key], **options)
@@ -194,6 +199,14 @@ class LoraAdapter(Adapter):
     mixin: ClassVar[type[ObservedLayer]] = SafeLoraLinear
     refusal = staticmethod(refusal)
     layer: Any
+
+    @staticmethod
+    def op(layer: nn.Module) -> str:
+        """Return the op that computes the layer on the fast path."""
+        if layer.lora_variant:
+            return "dora"
+        state = layer.__dict__.get(STATE)
+        return "lora_linear" if state is not None and state.fused else "lora"
 
     def traits(self) -> dict[str, Any]:
         return {**super().traits(), "r": self.layer.r[self.key], "scaling": float(self.layer.scaling[self.key])}
