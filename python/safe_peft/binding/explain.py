@@ -37,7 +37,7 @@ class LayerPath(PartPath):
     """The path of one adapter layer; its `kind` is PEFT's type, such as "lora.Linear".
 
     `path` is "safe_kernels::lora", "safe_kernels::dora" or "peft"; "safe_kernels::lora_linear" if one op computed the
-    last call together with the base layer. `reason` is usually empty on the fast path, or a remark about the base layer.
+    last call together with the base layer. On the fast path `reason` is usually empty, or a remark about the base.
 
     Args:
         trainable: whether a parameter of its adapters requires grad.
