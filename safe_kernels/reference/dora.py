@@ -80,10 +80,11 @@ def dora_backward(
         output_mask: which of (grad_x, grad_A, grad_B, grad_magnitude) are requested.
 
     Returns:
-        grad_x [..., d_in], typed like grad, grad_A [r, d_in], grad_B [d_out, r], grad_magnitude [d_out]; a gradient
+        grad_x [..., d_in], typed like x, grad_A [r, d_in], grad_B [d_out, r], grad_magnitude [d_out]; a gradient
         that is not requested has shape [0].
     """
     want_x, want_A, want_B, want_magnitude = output_mask
+    like_x = grad if x is None else x
     dtype = compute_dtype(grad, weight, lora_A, lora_B, magnitude)
     W, A, B, wide = weight.to(dtype), lora_A.to(dtype), lora_B.to(dtype), grad.to(dtype)
     scale = (magnitude.to(dtype) / norm.to(dtype))[:, None]
@@ -97,8 +98,8 @@ def dora_backward(
         grad_magnitude = (summed / norm.to(dtype)).to(magnitude.dtype)
     if want_x:
         part = (wide * (scale[:, 0] - 1)) @ W
-        grad_x = (grad_x + wide @ W + dropout_of(part, dropout_p, rng_state)).to(grad.dtype).contiguous()
+        grad_x = (grad_x + wide @ W + dropout_of(part, dropout_p, rng_state)).to(like_x.dtype).contiguous()
     else:
-        grad_x = grad.new_empty(0)
+        grad_x = like_x.new_empty(0)
     grad_B = (grad_scaled * scale).to(lora_B.dtype).contiguous() if want_B else lora_B.new_empty(0)
     return grad_x, grad_A.to(lora_A.dtype), grad_B, grad_magnitude

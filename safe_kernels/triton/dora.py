@@ -98,7 +98,7 @@ def dora_backward(
             part = (rows * (scale - 1 if dropout_p > 0.0 else scale)).to(W.dtype) @ W
             if dropout_p > 0.0:
                 part = ops.dropout(part, dropout_p, rng_state).addmm_(rows, W)
-            grad_x = grad_x + part.view_as(grad_x)
+            grad_x = grad_x + part.view_as(grad_x).to(grad_x.dtype)
         if wants_B:
             grad_B = (grad_scaled * scale[:, None]).to(lora_B.dtype)
     return grad_x, grad_A.to(lora_A.dtype), grad_B, grad_magnitude

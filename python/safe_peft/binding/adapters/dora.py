@@ -50,7 +50,8 @@ def refusal(layer: PeftLinear, key: str, args: tuple[Any, ...], kwargs: Mapping[
         return f"DoRA over {type(base).__name__}"
     if type(part) is not DoraLinearLayer or is_hooked(part) or is_hooked(base):
         return "DoRA with hooks on the base layer or on the magnitude, which the fast path would not run"
-    weight, magnitude = base._parameters.get("weight"), part._parameters.get("weight")
+    weight: Any = base._parameters.get("weight")
+    magnitude = part._parameters.get("weight")
     if not {type(weight), type(magnitude)} <= _PARAMETERS:
         return "DoRA whose base weight or magnitude is not an ordinary parameter"
     if weight.requires_grad:

@@ -143,6 +143,7 @@ class SafeLoraLinear(ObservedLayer):
     """PEFT's LoRA layer; `safe_kernels.lora` computes its adapter if `refusal` returns None."""
 
     scaling: dict[str, float]
+    lora_variant: dict[str, Any]
     _refusal = staticmethod(refusal)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
