@@ -87,7 +87,8 @@ def test_a_script_that_is_told_to_stop_prints_what_there_is(tmp_path: Path) -> N
 def checks(out: Path, tests: Path, **environment: str) -> subprocess.Popen[str]:
     """The tests of a file or folder, recorded as the script records them."""
     command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.checks", str(tests), "--dry-run", "--out", str(out)]
-    environment = {**ENVIRONMENT, "SAFE_KERNELS_TEST_DEVICE": "cpu", **environment}
+    given = {"SAFE_KERNELS_TEST_DEVICE": "cpu", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    environment = {**ENVIRONMENT, **given, **environment}
     return subprocess.Popen([*command, "--part", "check"], env=environment, cwd=ROOT, text=True)
 
 

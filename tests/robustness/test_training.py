@@ -157,9 +157,9 @@ def test_a_step_may_come_from_another_thread() -> None:
 # ---------------------------------------------------------------- absurd sizes, names and options
 
 
-def test_a_thousand_adapters_with_names_of_any_kind() -> None:
+def test_hundreds_of_adapters_with_names_of_any_kind() -> None:
     torch.manual_seed(0)
-    names = [f"läyer {index} <b>'\"&\n{'x' * 60}" for index in range(1000)]
+    names = [f"läyer {index} <b>'\"&\n{'x' * 60}" for index in range(400)]
     base = nn.Module()
     base.layers = nn.ModuleDict({name: nn.Linear(4, 4) for name in names})
     base.forward = lambda x: sum(layer(x) for layer in base.layers.values())  # type: ignore[method-assign]
@@ -171,7 +171,7 @@ def test_a_thousand_adapters_with_names_of_any_kind() -> None:
         optimizer.step()
         optimizer.zero_grad()
         freezer.step()
-    assert len(freezer.frozen) == 750
+    assert len(freezer.frozen) == 300
 
 
 def test_a_report_escapes_what_a_name_may_hold(tmp_path: Any) -> None:
