@@ -21,7 +21,7 @@ demo: setup ## fine-tune MiniLM on film reviews, with stock PEFT and with SAFE (
 	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: lint ## lint, types and every test (ARGS= goes to pytest)
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile $(ARGS)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-gpu: tools ## the kernels on this machine's GPUs, compared with float64 and with the CPU kernels (ARGS= goes to pytest)
 	@HF_HUB_OFFLINE=1 $(BIN)/pytest tests/gpu $(ARGS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 
@@ -17,6 +18,13 @@ with suppress(ModuleNotFoundError):  # tests/gpu has no property tests, and need
     settings.register_profile("quick", max_examples=50, deadline=None)
     settings.register_profile("thorough", max_examples=5000, deadline=None)
     settings.load_profile("quick")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Among several processes, files of few tests begin: they take long, and none is to be left for one at the end."""
+    if hasattr(config, "workerinput"):
+        tests = Counter(item.path for item in items)
+        items.sort(key=lambda item: tests[item.path])
 
 
 @pytest.fixture(autouse=True)
