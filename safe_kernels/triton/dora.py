@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from safe_kernels import reference
-from safe_kernels.triton.runtime.host import flat, guard, require_shape, served_by
+from safe_kernels.triton.runtime.host import flat, require_shape, served_by
 
 NORM_ELEMENTS = 4 * 2**20
 """Elements of weight whose norms are computed at a time."""
@@ -53,7 +53,7 @@ def dora(
     require_shape("weight", weight, (lora_B.shape[0], x.shape[-1]))
     require_shape("magnitude", magnitude, lora_B.shape[:1])
     ops, W, A, B = torch.ops.safe_kernels, weight.to(x.dtype), lora_A.float(), lora_B.float()
-    with guard(x), torch._C._DisableAutocast():
+    with torch._C._DisableAutocast():
         norm = weight_norm(weight, A, B, scaling).to(lora_A.dtype)
         scale = magnitude.float() / norm.float()
         if dropout_p > 0.0:
@@ -86,7 +86,7 @@ def dora_backward(
     scale = magnitude.float() / norm.float()
     wanted = [wants_x, wants_A, wants_B or wants_magnitude]
     grad_magnitude, grad_B = magnitude.new_empty(0), lora_B.new_empty(0)
-    with guard(grad), torch._C._DisableAutocast():
+    with torch._C._DisableAutocast():
         scaled = (A, B * scale[:, None], scaling, dropout_p, rng_state, wanted)
         grad_x, grad_A, grad_scaled = ops.lora_backward(grad, x, *scaled)
         if wants_magnitude and x is not None:

@@ -159,8 +159,7 @@ class Scorer:
         self._grad_scale = 1.0 if scale is None else float(scale)
         if self._score.needs_update:
             parameters = [p for index in self._live for p in self._adapters[index].parameters()]
-            copy = lambda tensor: None if tensor is None else tensor.detach().clone()  # noqa: E731
-            self._before = {p: (copy(p), copy(p.grad)) for p in parameters}
+            self._before = {p: (_copy(p), None if p.grad is None else _copy(p.grad)) for p in parameters}
         else:
             self._gathered = self._judge_all(None)
 
@@ -205,3 +204,7 @@ class Scorer:
         evidence.step, evidence.memory = self._step, dict(self.memory.get(name, {}))
         evidence.past = lambda: [(one.step, one.importance[name]) for one in scorings if name in one.importance]
         return evidence
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone()
