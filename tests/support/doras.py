@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields
 import torch
 import torch.nn.functional as F
 from linears import linear
-from oracle import DTYPES, Dtypes, Results, Shape, Truth, assert_as_good, keep_mask
+from oracle import DTYPES, Dtypes, Results, Shape, Truth, assert_as_good, keep_mask, rounded
 from torch import Tensor
 
 import safe_kernels
@@ -78,7 +78,7 @@ def formula(p: Dora) -> Callable[..., Tensor]:
         dropped, weight = x.to(A.dtype), p.weight.to(A.dtype)
         if p.dropout_p > 0:
             keep = torch.from_numpy(keep_mask(x[..., 0].numel(), x.shape[-1], p.dropout_p, p.rng_state))
-            dropped = dropped * (keep.reshape(x.shape).to(A.dtype) / (1 - p.dropout_p))
+            dropped = dropped * (keep.reshape(x.shape).to(A.dtype) / (1 - rounded(p.dropout_p)))
             base = F.linear(dropped, weight)
         else:
             base = result if bias is None else result - bias
