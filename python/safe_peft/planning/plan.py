@@ -119,7 +119,8 @@ class MemoryPlan:
         again = f", {len(self.recompute)} blocks recomputed" if self.recompute else ""
         where = f", {self.device}" if self.device else ""
         head = f"{self.model}, {self.batch}{where}: {frozen}{again}; MiB of one training step"
-        cached = f"prefix_cache keeps {self.prefix_sample / 1024:,.1f} KiB per sample, of {self.prefix} blocks"
+        kept = f"{self.prefix_sample / 1024:,.1f} KiB per sample"
+        cached = f"prefix_cache keeps {kept}; frozen blocks below the cut: {self.prefix}"
         return "\n\n".join([head, *map(text_table, tables), *([cached] if self.prefix else [])])
 
     def groups_table(self) -> str:

@@ -297,11 +297,12 @@ def test_nothing_is_retained_more_than_without() -> None:
 
 @pytest.mark.parametrize("make", [lambda: bert(4), decoder], ids=["encoder", "decoder"])
 def test_the_plan_knows_what_the_cache_keeps(make: Callable[[], PeftModel]) -> None:
-    pair = Pair(make(), cut=2)
+    pair = Pair(make(), cut=1)
     plan = plan_memory(pair.cached, 3, 7)
     batch = batch_of([torch.arange(3 + row, 10 + row) for row in range(3)], causal=make is decoder)
     pair.train([batch] * 3)
-    assert plan.prefix == 2 and pair.cache.store.bytes == 3 * plan.prefix_sample > 0
-    assert f"prefix_cache keeps {plan.prefix_sample / 1024:,.1f} KiB per sample, of 2 blocks" in str(plan)
+    assert plan.prefix == 1 and pair.cache.store.bytes == 3 * plan.prefix_sample > 0
+    kept = f"{plan.prefix_sample / 1024:,.1f} KiB per sample"
+    assert f"prefix_cache keeps {kept}; frozen blocks below the cut: 1" in str(plan)
     freeze(pair.cached, 0)
     assert plan_memory(pair.cached, 3, 7).prefix == 0
