@@ -17,7 +17,11 @@ from ..freezing.config import SafeConfig as Safe
 
 def _panel(panel: str) -> Callable[..., Any]:
     """Return a function that makes an option of one panel of the help, from its text and, if needed, its names."""
-    return lambda text, *names: typer.Option(*names, help=text, rich_help_panel=panel)
+
+    def option(text: str, *names: str) -> Any:
+        return typer.Option(*names, help=text, rich_help_panel=panel)
+
+    return option
 
 
 data, lora, training = _panel("Data and model"), _panel("LoRA, by PEFT's own names"), _panel("Training")
