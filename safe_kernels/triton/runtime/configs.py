@@ -122,7 +122,6 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
     "lora_input_dropped": (
         Config(64, 64, stages=2, shared=200, half=True),
         Config(64, 64, warps=8, stages=1, half=True),
-        Config(32, 128, stages=2, shared=200, half=True),
         Config(16, 32, stages=1),
     ),
     # 128 x 256 would read less, but there Triton 3.6 waits for each wgmma.
