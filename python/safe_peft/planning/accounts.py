@@ -20,7 +20,7 @@ from safe_kernels.retention import Dropped, Recorder, Save, storages
 from ..binding.adapters import Adapter, peft_kind
 from ..binding.blocks import transformer_blocks
 from ..binding.blocks.checkpointing import is_made
-from ..binding.blocks.stack import replace_hidden
+from ..binding.blocks.stack import hidden_of
 from ..binding.code import observes
 from ..distributed.wrappers import parameters_of, short_name, walk
 from .autograd_graph import Norms, Reach, latest_node
@@ -155,11 +155,8 @@ class Accounts:
             clean = {name: value for name, value in kwargs.items() if name not in _CACHES}
             tensors = [leaf for leaf in tree_leaves((args, clean)) if isinstance(leaf, Tensor)]
             self.arguments[path] = [self._argument(tensor) for tensor in tensors]
-            replace_hidden(args, kwargs, lambda hidden: self._note_sample(path, hidden))
-
-    def _note_sample(self, path: str, hidden: Tensor) -> Tensor:
-        self.samples[path] = hidden[:1].numel() * hidden.element_size()
-        return hidden
+            if (hidden := hidden_of(args, kwargs)) is not None:
+                self.samples[path] = hidden[:1].numel() * hidden.element_size()
 
     def _argument(self, tensor: Tensor) -> _Argument:
         """Describe an argument without keeping it or its graph alive."""

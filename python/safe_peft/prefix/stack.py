@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..binding.blocks.arguments import leaves
 from ..binding.blocks.recompute import Moment
-from ..binding.blocks.stack import Block, replace_hidden
+from ..binding.blocks.stack import Block, hidden_of, replace_hidden
 from ..binding.blocks.trains import modules_in, trains
 from ..binding.class_swap import is_hooked, saves_by_hooks
 from ..binding.code import watched
@@ -300,10 +300,3 @@ def _value(plan: Plan, values: Tensor, row: int) -> Tensor:
 
 def _first(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) and output else output
-
-
-def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Return the hidden states among a block's arguments; None if there are none."""
-    found: list[Tensor] = []
-    replace_hidden(args, kwargs, lambda hidden: found.append(hidden) or hidden)  # type: ignore[func-returns-value]
-    return found[0] if found else None

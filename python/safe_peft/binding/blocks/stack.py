@@ -132,12 +132,20 @@ class Block:
 def replace_hidden(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Change the hidden states in a block's arguments, which are the first one under any name."""
-    name = "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "")
-    hidden = args[0] if args else kwargs.get(name)
-    if not isinstance(hidden, Tensor) or not hidden.is_floating_point():
+    """Change the hidden states in a block's arguments."""
+    if (hidden := hidden_of(args, kwargs)) is None:
         return args, kwargs
-    return ((change(hidden), *args[1:]), kwargs) if args else (args, {**kwargs, name: change(hidden)})
+    return ((change(hidden), *args[1:]), kwargs) if args else (args, {**kwargs, _hidden_name(kwargs): change(hidden)})
+
+
+def hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Return the hidden states in a block's arguments, which are the first one under any name; None without any."""
+    hidden = args[0] if args else kwargs.get(_hidden_name(kwargs))
+    return hidden if isinstance(hidden, Tensor) and hidden.is_floating_point() else None
+
+
+def _hidden_name(kwargs: dict[str, Any]) -> str:
+    return "hidden_states" if "hidden_states" in kwargs else next(iter(kwargs), "")
 
 
 def graph_states(model: nn.Module) -> dict[str, str]:
