@@ -58,7 +58,6 @@ struct DoraFunction : torch::autograd::Function<DoraFunction> {
                                ctx->needs_input_grad(A + 2)};
     const auto saved = unpack_saved(ctx, ADAPTER_INPUT_WRITTEN_TO);
     const Tensor x = adapter_input(ctx, saved, 7);
-    const auto optional = [](const Tensor& t) { return t.defined() ? std::optional(t) : std::nullopt; };
     const double scaling = ctx->saved_data["scaling"].toDouble();
     if (wanted[2] && keeps_hidden(ctx)) {
       const Tensor scale = (saved[4] / saved[5]).unsqueeze(1);
@@ -67,8 +66,8 @@ struct DoraFunction : torch::autograd::Function<DoraFunction> {
     }
     if (!wanted[0] && !wanted[1] && !wanted[2] && !wanted[3]) return result;
     auto [grad_x, grad_A, grad_B, grad_magnitude] =
-        dora_backward(grad, optional(x), saved[1], saved[2], saved[3], saved[4], saved[5], scaling,
-                      ctx->saved_data["dropout_p"].toDouble(), optional(saved[6]), wanted);
+        dora_backward(grad, or_none(x), saved[1], saved[2], saved[3], saved[4], saved[5], scaling,
+                      ctx->saved_data["dropout_p"].toDouble(), or_none(saved[6]), wanted);
     if (wanted[0]) result[0] = grad_x;
     if (wanted[1]) result[3] = grad_A;
     if (wanted[2]) result[4] = grad_B;

@@ -1,9 +1,7 @@
 #include "ops/dora.h"
 
-#include <ATen/core/dispatch/Dispatcher.h>
-#include <torch/library.h>
-
 #include "checks.h"
+#include "dispatch.h"
 #include "ops/lora_linear.h"
 
 namespace safe_kernels {
@@ -51,9 +49,7 @@ void check_dora_backward(const Tensor& grad, const std::optional<Tensor>& x, con
 std::tuple<Tensor, Tensor> dora(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                 const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, double scaling,
                                 double dropout_p, const std::optional<Tensor>& rng_state) {
-  static const auto op =
-      c10::Dispatcher::singleton().findSchemaOrThrow("safe_kernels::dora", "").typed<decltype(dora)>();
-  return op.call(x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout_p, rng_state);
+  return call_op<dora>("safe_kernels::dora", x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout_p, rng_state);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dora_backward(const Tensor& grad, const std::optional<Tensor>& x,
@@ -62,22 +58,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dora_backward(const Tensor& grad, con
                                                          const Tensor& norm, double scaling, double dropout_p,
                                                          const std::optional<Tensor>& rng_state,
                                                          std::array<bool, 4> output_mask) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("safe_kernels::dora_backward", "")
-                             .typed<decltype(dora_backward)>();
-  return op.call(grad, x, weight, lora_A, lora_B, magnitude, norm, scaling, dropout_p, rng_state, output_mask);
+  return call_op<dora_backward>("safe_kernels::dora_backward", grad, x, weight, lora_A, lora_B, magnitude, norm,
+                                scaling, dropout_p, rng_state, output_mask);
 }
 
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
-  m.def(
+  define_op(
+      m,
       "dora(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, Tensor magnitude, float scaling, "
-      "float dropout_p=0., Tensor? rng_state=None) -> (Tensor out, Tensor norm)",
-      {at::Tag::pt2_compliant_tag});
-  m.def(
-      "dora_backward(Tensor grad, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
-      "Tensor norm, float scaling, float dropout_p, Tensor? rng_state, bool[4] output_mask) "
-      "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_magnitude)",
-      {at::Tag::pt2_compliant_tag});
+      "float dropout_p=0., Tensor? rng_state=None) -> (Tensor out, Tensor norm)");
+  define_op(m,
+            "dora_backward(Tensor grad, Tensor? x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor magnitude, "
+            "Tensor norm, float scaling, float dropout_p, Tensor? rng_state, bool[4] output_mask) "
+            "-> (Tensor grad_x, Tensor grad_A, Tensor grad_B, Tensor grad_magnitude)");
 }
 
 }  // namespace safe_kernels
