@@ -114,7 +114,6 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
         Config(32, 32, stages=2),
     ),
     "lora_input": (
-        Config(64, 64, stages=2, shared=200, half=True),
         Config(64, 64, warps=8, stages=1, half=True),
         Config(32, 64, stages=1, shared=90, half=True),
         Config(16, 32, stages=1),
