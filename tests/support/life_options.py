@@ -98,7 +98,7 @@ TOKENS = "trainable_tokens.TrainableTokensLayer is not covered"
 OPTIONS = (
     bert_with("bias-all", bias="all"),
     bert_with("bias-lora_only", bias="lora_only"),
-    bert_with("lora_bias", "adapter has a bias (lora_bias)", lora_bias=True),
+    bert_with("lora_bias", lora_bias=True),
     bert_with("rank_pattern", rank_pattern={"query": 2, "layer.1.*key": 6}, alpha_pattern={"value": 3}),
     bert_with("rslora", use_rslora=True),
     *(

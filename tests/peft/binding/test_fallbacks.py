@@ -154,14 +154,21 @@ def dora_of_a_subclass() -> PeftLinear:
     return layer
 
 
-def with_lora_bias() -> PeftLinear:
-    return lora_layer(lora_bias=True)
-
-
-def several_active() -> PeftLinear:
+def several_active(**options: Any) -> PeftLinear:
     layer = lora_layer()
-    with_second_adapter(layer)
+    layer.owner[0].add_adapter("second", LoraConfig(r=2, target_modules=["0"], **options))
     layer.set_adapter(["default", "second"])
+    return layer
+
+
+def several_with_dora() -> PeftLinear:
+    return several_active(use_dora=True)
+
+
+def several_of_two_dtypes() -> PeftLinear:
+    layer = several_active()
+    layer.lora_A["second"].bfloat16()
+    layer.lora_B["second"].bfloat16()
     return layer
 
 
@@ -217,8 +224,8 @@ def without_a_parameter() -> PeftLinear:
         (dora_in_training, "DoRA over a base weight that trains"),
         (dora_with_a_hook, "DoRA with hooks on the base layer or on the magnitude"),
         (dora_of_a_subclass, "DoRA over NonDynamicallyQuantizableLinear"),
-        (with_lora_bias, "adapter has a bias"),
-        (several_active, "several adapters are active"),
+        (several_with_dora, "several adapters are active, and one of them is a variant of LoRA"),
+        (several_of_two_dtypes, "several adapters of different dtypes are active"),
         (none_active, "no active adapter in this layer"),
         (merged, "adapters are merged"),
         (disabled, "adapters are disabled"),
@@ -238,10 +245,21 @@ def test_what_is_not_covered_runs_pefts_own_path(
     assert not fast_calls
 
 
-def test_an_adapter_of_two_dtypes_runs_pefts_own_path(fast_calls: list[Any]) -> None:
-    layer = lora_layer()
-    layer.lora_B["default"].bfloat16()
-    assert refusal(layer) == "adapter dtype float32 and bfloat16"
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ("lora_B", "adapter dtype float32 and bfloat16"),
+        ("bias", "bias of lora_B is not an ordinary parameter with lora_B's dtype"),
+    ],
+)
+def test_an_adapter_of_two_dtypes_runs_pefts_own_path(part: str, reason: str, fast_calls: list[Any]) -> None:
+    layer = lora_layer(lora_bias=part == "bias")
+    lora_B = layer.lora_B["default"]
+    if part == "bias":
+        lora_B.bias.data = lora_B.bias.detach().bfloat16()
+    else:
+        lora_B.bfloat16()
+    assert refusal(layer) == reason
     x = torch.randn(3, 16)
     with torch.autocast("cpu", torch.bfloat16):  # the only way in which PyTorch multiplies the two
         assert torch.equal(layer(x), PeftLinear.forward(layer, x))

@@ -6,7 +6,7 @@ Over a plain nn.Linear the whole layer is one op, `safe_kernels.lora_linear`, or
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from peft.tuners.lora.layer import VARIANT_KWARG_KEYS
@@ -21,7 +21,7 @@ from ..class_swap import STATE, autocasts, is_hooked, is_transformed, original_t
 from ..code import own_method, watched
 from . import dora
 from .base import Adapter, LayerState, active_keys, register_adapter
-from .observed import ObservedLayer
+from .observed import ObservedLayer, aside
 from .score_inputs import OptimizerStep, ScoreInputs
 
 _FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -50,15 +50,31 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
             if kwargs.get(name) is not None:
                 return f"the call passes {name}"
     keys = active_keys(layer, layer._modules["lora_A"]._modules)
-    if len(keys) != 1:
-        return "several adapters are active" if keys else "no active adapter in this layer"
+    if not keys:
+        return "no active adapter in this layer"
     if "forward" in layer.__dict__:
         return "forward is replaced on the layer itself (device hooks, for instance)"
+    if len(keys) > 1 and (reason := _refuse_several(layer, keys)) is not None:
+        return reason
     if keys[0] in layer.lora_variant:
         rest = {name: value for name, value in (kwargs or {}).items() if name not in _ROUTING}
         if (reason := dora.refusal(layer, keys[0], args, rest)) is not None:
             return reason
-    return _refuse_code(layer) or _refuse_adapter(layer, keys[0]) or _refuse_input(layer, keys[0], args)
+    if (reason := _refuse_code(layer)) is not None:
+        return reason
+    for key in keys:
+        if (reason := _refuse_adapter(layer, key) or _refuse_input(layer, key, args)) is not None:
+            return reason
+    return None
+
+
+def _refuse_several(layer: PeftLinear, keys: list[str]) -> str | None:
+    """Refuse active adapters of which one changes what the next one reads."""
+    if any(key in layer.lora_variant for key in keys):
+        return "several adapters are active, and one of them is a variant of LoRA"
+    if len({layer.lora_A[key].weight.dtype for key in keys}) > 1:
+        return "several adapters of different dtypes are active, between which PEFT rounds the input"
+    return None
 
 
 def _refuse_code(layer: PeftLinear) -> str | None:
@@ -93,8 +109,13 @@ def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     if A is None or B is None:
         return "lora_A or lora_B is not an ordinary parameter"
-    if lora_A._parameters["bias"] is not None or lora_B._parameters["bias"] is not None:
-        return "adapter has a bias (lora_bias)"
+    if lora_A._parameters["bias"] is not None:
+        return "lora_A has a bias"
+    bias = lora_B._parameters["bias"]
+    if bias is not None and (type(bias) not in _TENSORS or bias.dtype != B.dtype):
+        return "bias of lora_B is not an ordinary parameter with lora_B's dtype"
+    if bias is not None and key in layer.lora_variant:
+        return "a variant of LoRA with a bias"
     if A.dtype not in _FLOATS or A.dtype != B.dtype:
         return f"adapter dtype {str(A.dtype).removeprefix('torch.')} and {str(B.dtype).removeprefix('torch.')}"
     scaling = layer.scaling[key]
@@ -121,9 +142,12 @@ def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | N
         return f"input is a {type(x).__name__}, not a plain tensor"
     if x.dtype not in _FLOATS or x.layout is not torch.strided:
         return f"input is {str(x.dtype).removeprefix('torch.')}, {str(x.layout).removeprefix('torch.')}"
-    A = layer._modules["lora_A"]._modules[key]._parameters["weight"]
-    if x.dtype != A.dtype and not layer.cast_input_dtype_enabled:
-        return "input and adapter differ in dtype, and casting is switched off"
+    lora_B = layer._modules["lora_B"]._modules[key]._parameters
+    if x.dtype != lora_B["weight"].dtype:
+        if not layer.cast_input_dtype_enabled:
+            return "input and adapter differ in dtype, and casting is switched off"
+        if lora_B["bias"] is not None and not autocasts(x):
+            return "adapter has a bias (lora_bias) of another dtype than the input"
     return None
 
 
@@ -137,6 +161,16 @@ def _plain(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != x.dtype):
         return None
     return weight, bias
+
+
+class Factors(NamedTuple):
+    """What an op reads of one adapter."""
+
+    A: Tensor
+    B: Tensor
+    bias: Tensor | None
+    scaling: float
+    dropout_p: float
 
 
 class SafeLoraLinear(ObservedLayer):
@@ -153,33 +187,65 @@ class SafeLoraLinear(ObservedLayer):
         if self._refusal(self, (x, *args), kwargs) is not None:
             return super().forward(x, *args, **kwargs)
         own: Any = self._modules
-        key = active_keys(self, own["lora_A"]._modules)[0]
-        lora_A, lora_B, dropout = (own[name]._modules[key] for name in ("lora_A", "lora_B", "lora_dropout"))
-        A, B = lora_A.weight, lora_B.weight
-        if key in state.frozen and (A.requires_grad or B.requires_grad):
-            A, B = A.detach(), B.detach()  # PEFT has set requires_grad of a frozen adapter again
+        keys = active_keys(self, own["lora_A"]._modules)
         compiling = torch.compiler.is_compiling()
-        observe = state.observe.get(key) if self.training and not compiling else None  # scoring steps run uncompiled
-        dropout_p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
-        statistics = None if observe is None else observe(x)
-        is_dora = key in self.lora_variant
-        plain = None if args or kwargs or is_dora else _plain(own["base_layer"], x)
+        statistics = _observed(state, keys, x) if self.training and not compiling else {}  # scoring is not compiled
+        is_dora, apart = keys[0] in self.lora_variant, len(statistics) > 0 and len(keys) > 1
+        plain = None if args or kwargs or is_dora or apart else _plain(own["base_layer"], x)
         if not compiling:
             state.fused = plain is not None
-        options: Any = {"dropout_p": dropout_p, "statistics": statistics}
-        base: Any = None
+        out: Any = plain
         if plain is None and not is_dora:
             named = {name: value for name, value in kwargs.items() if name not in _ROUTING}
-            base = self.base_layer(x, *args, **named)
+            out = self.base_layer(x, *args, **named)
+        factors = [self._factors(key, key in state.frozen) for key in keys]
         try:
             if is_dora:
-                magnitude = dora.magnitude_of(self, key, key in state.frozen)
-                return dora.forward(self, x, (A, B, magnitude, self.scaling[key]), dropout_p, statistics)
-            if plain is not None:
-                return safe_kernels.lora_linear(x, *plain, A, B, self.scaling[key], **options)
-            return safe_kernels.lora(x, base, A, B, self.scaling[key], **options)
+                A, B, _, scaling, dropout_p = factors[0]
+                magnitude = dora.magnitude_of(self, keys[0], keys[0] in state.frozen)
+                return dora.forward(self, x, (A, B, magnitude, scaling), dropout_p, statistics.get(keys[0]))
+            if apart:  # each adapter is compared with the base layer's output, so it needs a call of its own
+                with aside(self, (x,)):
+                    for key, adapter in zip(keys, factors, strict=True):
+                        if key in statistics:
+                            _add(x, out, adapter, statistics[key])
+                statistics = {}
+            for key, adapter in zip(keys, factors, strict=True):
+                out = _add(x, out, adapter, statistics.get(key))
+            return out
         except (TypeError, ValueError) as refused:
             return _as_peft(super().forward, refused, x, *args, **kwargs)
+
+    def _factors(self, key: str, is_frozen: bool) -> Factors:
+        own: Any = self._modules
+        lora_A, lora_B, dropout = (own[name]._modules[key] for name in ("lora_A", "lora_B", "lora_dropout"))
+        found = lora_A.weight, lora_B.weight, lora_B.bias
+        if is_frozen:  # PEFT may have set requires_grad of a frozen adapter again
+            found = tuple(p.detach() if p is not None and p.requires_grad else p for p in found)
+        drops = dropout.training and type(dropout) is nn.Dropout
+        return Factors(*found, self.scaling[key], dropout.p if drops else 0.0)
+
+
+def _observed(state: LayerState, keys: list[str], x: Tensor) -> dict[str, AdapterStatistics]:
+    """Return the sums to add to, by the adapter; {} except in a scoring step."""
+    if not state.observe:
+        return {}
+    found = {key: state.observe[key](x) for key in keys if key in state.observe}
+    return {key: statistics for key, statistics in found.items() if statistics is not None}
+
+
+def _add(
+    x: Tensor, base: Tensor | tuple[Tensor, Tensor | None], adapter: Factors, statistics: AdapterStatistics | None
+) -> Tensor:
+    """Add an adapter to a layer's output so far, or to that of the base layer with this weight and bias."""
+    A, B, bias, scaling, dropout_p = adapter
+    shift = None if bias is None else scaling * bias
+    if isinstance(base, Tensor):
+        out = base if shift is None else base + shift.to(base.dtype)
+        return safe_kernels.lora(x, out, A, B, scaling, dropout_p=dropout_p, statistics=statistics)
+    weight, own = base
+    total = own if shift is None else shift if own is None else own + shift
+    return safe_kernels.lora_linear(x, weight, total, A, B, scaling, dropout_p=dropout_p, statistics=statistics)
 
 
 def _as_peft(forward: Callable[..., Tensor], refused: Exception, *args: Any, **kwargs: Any) -> Tensor:
@@ -204,7 +270,8 @@ class LoraAdapter(Adapter):
     @staticmethod
     def op(layer: nn.Module) -> str:
         """Return the op that computes the layer on the fast path."""
-        if layer.lora_variant:
+        own: Any = layer
+        if any(key in own.lora_variant for key in active_keys(own, own.lora_A)):
             return "dora"
         state = layer.__dict__.get(STATE)
         return "lora_linear" if state is not None and state.fused else "lora"
