@@ -136,7 +136,6 @@ def test_adapters_injected_into_a_bare_module() -> None:
 
 
 OTHERS = {
-    "ia3.Linear": peft.IA3Config(task_type="SEQ_CLS", target_modules=["query"], feedforward_modules=[]),
     "loha.Linear": peft.LoHaConfig(task_type="SEQ_CLS", target_modules=["query"], r=2),
     "lokr.Linear": peft.LoKrConfig(task_type="SEQ_CLS", target_modules=["query"], r=2),
     "vera.Linear": peft.VeraConfig(task_type="SEQ_CLS", target_modules=["query"], r=2),

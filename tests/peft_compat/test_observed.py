@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
 import torch
 from odd import odd
-from peft import LoraConfig, PeftModel
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tiny import EARLY, adamw, batches, bert, causal_batches, gpt2, randomise_adapters, run, train
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -104,6 +105,51 @@ def test_variants_of_lora_are_scored_so(options: dict[str, Any]) -> None:
     expected = {a.name: oracle.importance(a.name, 1, batch["attention_mask"]) for a in freezer.adapters}
     assert freezer.ledger.importance == pytest.approx(expected, rel=1e-3)
     assert len(expected) == 12 and all(value > 1e-5 for value in expected.values())
+
+
+def ia3() -> PeftModel:
+    """Vectors on the outputs of attention, and on the input of the MLP's second layer."""
+    modules = {"target_modules": ["query", "output.dense"], "feedforward_modules": ["output.dense"]}
+    model = get_peft_model(bert().unload(), IA3Config(task_type="SEQ_CLS", **modules))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3_l" in name:
+                parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    return model.train()
+
+
+def test_ia3_is_scored_so() -> None:
+    batch = next(batches(1))
+    freezer, oracle = scored_once(ia3(), batch)
+    expected = {a.name: oracle.importance(a.name, 1, batch["attention_mask"]) for a in freezer.adapters}
+    assert len(expected) == 6
+    assert freezer.ledger.importance == pytest.approx(expected, rel=1e-3)
+    assert all(value > 1e-5 for value in expected.values())
+
+
+@pytest.mark.parametrize("score", ["gradient_sensitivity", "progress", "realised"])
+def test_ia3_has_scores_of_its_parameters(score: str) -> None:
+    model = ia3()
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(model, optimizer, SafeConfig(score=score, threshold=0.0, **EARLY))
+    train(model, optimizer, batches(3), freezer)
+    assert len(freezer.ledger.importance) == 6 and all(map(math.isfinite, freezer.ledger.importance.values()))
+
+
+def test_ia3_trains_as_with_stock_peft_until_it_freezes_and_then_retains_less() -> None:
+    stock, safe = ia3(), ia3()
+    train(stock, adamw(stock), batches(2))
+    binding = bind(safe)
+    train(safe, adamw(safe), batches(2))
+    for one, other in zip(stock.parameters(), safe.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    before = retention.measure(lambda: safe(**next(batches(1))).loss, exclude=safe).bytes
+    assert before <= retention.measure(lambda: stock(**next(batches(1))).loss, exclude=stock).bytes
+    for adapter in binding.live_adapters():
+        adapter.freeze()
+    after = retention.measure(lambda: safe(**next(batches(1))).loss, exclude=safe).bytes
+    assert after < before / 2
+    assert not any(p.requires_grad for name, p in safe.named_parameters() if "ia3_l" in name)
 
 
 def two_active(**lora: Any) -> PeftModel:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, PeftModel, get_peft_model
+from peft import LoHaConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from tiny import adamw, batches, bert, causal_batches, gpt2, randomise_adapters, train
 from torch import nn
@@ -97,10 +97,8 @@ def test_a_model_without_adapters_is_refused() -> None:
 
 
 def test_a_model_with_other_adapters_only_is_refused_and_they_are_named() -> None:
-    model = get_peft_model(
-        bert().unload(), IA3Config(task_type="SEQ_CLS", target_modules=["query", "value"], feedforward_modules=[])
-    )
-    with pytest.raises(BindingError, match=r"expected lora\.Linear, found 4 ia3\.Linear"):
+    model = get_peft_model(bert().unload(), LoHaConfig(task_type="SEQ_CLS", target_modules=["query", "value"], r=2))
+    with pytest.raises(BindingError, match=r"expected lora\.Linear, found 4 loha\.Linear"):
         bind(model)
 
 

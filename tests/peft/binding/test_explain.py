@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PromptTuningConfig, get_peft_model
+from peft import LoHaConfig, LoraConfig, PromptTuningConfig, get_peft_model
 from tiny import adamw, batches, bert, gpt2, train
 from torch import nn
 from transformers import (
@@ -137,9 +137,9 @@ def test_it_tells_frozen_from_fixed() -> None:
 
 def test_other_methods_and_plain_models() -> None:
     plain = bert().unload()
-    ia3 = get_peft_model(plain, IA3Config(task_type="SEQ_CLS", target_modules=["query"], feedforward_modules=[]))
-    assert {(row.kind, row.path, row.reason) for row in explain(ia3)} == {
-        ("ia3.Linear", "peft", "ia3.Linear is not covered")
+    loha = get_peft_model(plain, LoHaConfig(task_type="SEQ_CLS", target_modules=["query"], r=2))
+    assert {(row.kind, row.path, row.reason) for row in explain(loha)} == {
+        ("loha.Linear", "peft", "loha.Linear is not covered")
     }
     assert str(explain(torch.nn.Linear(2, 2))).startswith("no adapter layers")
     base = BertForSequenceClassification(plain.config)

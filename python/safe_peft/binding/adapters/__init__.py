@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from . import lora as lora  # each registers its layer types
-from . import lora_without_kernel as lora_without_kernel
 from . import quantised as quantised
+from . import without_kernel as without_kernel
 from .base import Adapter, LayerState, adapter_of, peft_kind, register_adapter
 from .score_inputs import Evidence, ScoreInputs
 

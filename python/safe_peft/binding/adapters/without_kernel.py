@@ -1,16 +1,20 @@
-"""LoRA layers on PEFT's own path: convolutions, embeddings, and single parameters such as the experts of a mixture."""
+"""Adapters on PEFT's own path: LoRA of convolutions, embeddings and single parameters such as experts; and IA3."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+from peft.tuners.ia3.layer import Linear as Ia3Linear
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, ParamWrapper
 from torch import Tensor, nn
 
-from .base import dotted_name, register_adapter
+from safe_kernels import AdapterStatistics
+
+from .base import Adapter, dotted_name, register_adapter
 from .lora import LoraAdapter
 from .observed import Call, ObservedLayer, Sample, aside, no_kernel
+from .score_inputs import OptimizerStep, ScoreInputs
 
 
 class SafeConv(ObservedLayer):
@@ -51,8 +55,8 @@ class LoraEmbeddingAdapter(LoraAdapter):
         return self.layer.lora_embedding_A[self.key], self.layer.lora_embedding_B[self.key]
 
 
-class SafeParamWrapper(ObservedLayer):
-    """The base module runs with the changed parameter, so its output without the adapter needs a separate run."""
+class BaseRunsApart(ObservedLayer):
+    """The base module runs with a changed parameter or input, so its output without the adapter needs another run."""
 
     def _sample_base(self, due: Mapping[str, Sample], call: Call, args: Any, kwargs: Mapping[str, Any]) -> Any:
         with aside(self, args):
@@ -67,7 +71,7 @@ class LoraParameterAdapter(LoraAdapter):
     """One LoRA adapter of one parameter, a matrix or a stack of them."""
 
     layer_type = ParamWrapper
-    mixin = SafeParamWrapper
+    mixin = BaseRunsApart
 
     @staticmethod
     def refusal(layer: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> str:
@@ -83,3 +87,27 @@ class LoraParameterAdapter(LoraAdapter):
 
     def base_weight(self) -> Tensor:
         return self.layer.get_param().detach()
+
+
+@register_adapter
+class Ia3Adapter(Adapter):
+    """One IA3 adapter: a vector that scales the input or the output of one linear layer.
+
+    Scores read the vector and its gradient as `lora_A`. There is no product, so `relative_norm` and `drift` give nan.
+    PEFT's code retains no more than is needed: what the vector scales while it trains, and nothing once it is frozen.
+    """
+
+    layer_type: ClassVar[type[nn.Module]] = Ia3Linear
+    mixin: ClassVar[type[ObservedLayer]] = BaseRunsApart
+    refusal = staticmethod(no_kernel)
+
+    def evidence(self, statistics: AdapterStatistics | None = None) -> ScoreInputs:
+        step, vector = OptimizerStep(), self.parameters()[0]
+        return ScoreInputs(
+            statistics=statistics,
+            lora_A=vector.detach(),
+            grad_A=lambda: step.grad(vector),
+            update_A=lambda: step.update(vector),
+            optimizer_state_A=lambda: step.state(vector),
+            optimizer=step,
+        )
