@@ -31,9 +31,9 @@ def lora_layer(base: nn.Module | None = None, **options: Any) -> PeftLinear:
     return layer.train()
 
 
-def with_second_adapter(layer: PeftLinear) -> PeftModel:
+def with_second_adapter(layer: PeftLinear, **options: Any) -> PeftModel:
     model = layer.owner[0]
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["0"]))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["0"], **options))
     return model
 
 
@@ -156,7 +156,7 @@ def dora_of_a_subclass() -> PeftLinear:
 
 def several_active(**options: Any) -> PeftLinear:
     layer = lora_layer()
-    layer.owner[0].add_adapter("second", LoraConfig(r=2, target_modules=["0"], **options))
+    with_second_adapter(layer, **options)
     layer.set_adapter(["default", "second"])
     return layer
 

@@ -244,8 +244,9 @@ def _add(
         out = base if shift is None else base + shift.to(base.dtype)
         return safe_kernels.lora(x, out, A, B, scaling, dropout_p=dropout_p, statistics=statistics)
     weight, own = base
-    total = own if shift is None else shift if own is None else own + shift
-    return safe_kernels.lora_linear(x, weight, total, A, B, scaling, dropout_p=dropout_p, statistics=statistics)
+    if own is not None:
+        shift = own if shift is None else own + shift
+    return safe_kernels.lora_linear(x, weight, shift, A, B, scaling, dropout_p=dropout_p, statistics=statistics)
 
 
 def _as_peft(forward: Callable[..., Tensor], refused: Exception, *args: Any, **kwargs: Any) -> Tensor:
