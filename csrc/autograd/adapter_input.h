@@ -2,7 +2,7 @@
 //   x is the output of an activation    the activation's inputs, which the activation retains anyway
 //   only lora_B trains                  h = dropout(x) A', r numbers per row
 //   dropout, and x is a slice of a larger tensor    a copy; PEFT keeps only the dropped copy and its mask
-//   x is wider than autocast's dtype, and no norm keeps it    one copy in that dtype; PEFT keeps one per reader
+//   x is wider than what PEFT's lora_A reads, and no norm keeps it    one copy in that dtype; PEFT keeps one per reader
 //   otherwise                           x itself, shared with every other reader
 
 #pragma once
@@ -17,22 +17,22 @@
 
 namespace safe_kernels {
 
-// Autocast's dtype if autocast is on. Some devices have none, such as meta.
-inline std::optional<at::ScalarType> autocast_dtype(c10::DeviceType device) {
-  if (!at::autocast::is_autocast_available(device) || !at::autocast::is_autocast_enabled(device)) return std::nullopt;
-  return at::autocast::get_autocast_dtype(device);
+// The dtype in which PEFT's lora_A reads its input: autocast's if that is on (it leaves float64 alone, and some devices
+// have none, such as meta), otherwise the adapter's, to which PEFT casts x.
+inline at::ScalarType dtype_that_peft_reads(const Tensor& lora_A) {
+  const auto device = lora_A.device().type();
+  const bool is_cast = lora_A.scalar_type() != at::kDouble && at::autocast::is_autocast_available(device) &&
+                       at::autocast::is_autocast_enabled(device);
+  return is_cast ? at::autocast::get_autocast_dtype(device) : lora_A.scalar_type();
 }
 
 // h, in the dtype in which PEFT's lora_B would keep it.
 inline Tensor make_hidden(const Tensor& x, const Tensor& lora_A, double dropout_p,
                           const std::optional<Tensor>& rng_state) {
-  auto dtype = lora_A.scalar_type();
-  const auto cast = autocast_dtype(x.device().type());
-  if (cast.has_value() && c10::elementSize(*cast) < c10::elementSize(dtype)) dtype = *cast;
   const auto rank = lora_A.sym_size(0);
   c10::SymDimVector sizes(x.sym_sizes().begin(), x.sym_sizes().end());
   sizes.back() = rank;
-  const Tensor base = x.new_zeros_symint(sizes, x.options().dtype(dtype));
+  const Tensor base = x.new_zeros_symint(sizes, x.options().dtype(dtype_that_peft_reads(lora_A)));
   const Tensor identity = at::diag_embed(lora_A.new_ones_symint({rank}));
   return std::get<0>(lora(x, base, lora_A, identity, 1.0, dropout_p, rng_state, std::nullopt, 0, std::nullopt));
 }
@@ -82,18 +82,16 @@ inline bool is_traced() {
 }
 
 // Undefined if x itself must be saved.
-inline Tensor find_cast_copy(const Tensor& x) {
-  const auto dtype = autocast_dtype(x.device().type());
-  if (x.is_inference() || !dtype.has_value()) return {};
-  if (!x.is_floating_point() || c10::elementSize(*dtype) >= static_cast<size_t>(x.element_size())) return {};
-  if (is_traced()) return x.to(*dtype);
+inline Tensor find_cast_copy(const Tensor& x, at::ScalarType dtype) {
+  if (x.is_inference() || c10::elementSize(dtype) >= static_cast<size_t>(x.element_size())) return {};
+  if (is_traced()) return x.to(dtype);
   if (const auto* note = find_note<CastCopy>(x)) {
-    if (const Tensor copy = note->of(x, *dtype); copy.defined()) return copy;
+    if (const Tensor copy = note->of(x, dtype); copy.defined()) return copy;
     x.unsafeGetTensorImpl()->set_backend_meta(nullptr);
   }
   const bool has_memory = storage_of(x) != nullptr && !x.unsafeGetTensorImpl()->has_symbolic_sizes_strides();
   if (has_memory && x.unsafeGetTensorImpl()->get_backend_meta() != nullptr) return {};  // the note's slot is taken
-  const Tensor copy = x.to(*dtype);
+  const Tensor copy = x.to(dtype);
   if (has_memory) attach_note(x, c10::make_intrusive<CastCopy>(copy, x._version()));
   return copy;
 }
@@ -113,7 +111,7 @@ inline void keep_adapter_input(torch::autograd::AutogradContext* ctx, torch::aut
     saved[0] = x.clone(at::MemoryFormat::Contiguous);
   } else {
     const bool is_kept = announce_reader(x);
-    saved[0] = may_cast && !is_kept ? find_cast_copy(x) : Tensor();
+    saved[0] = may_cast && !is_kept ? find_cast_copy(x, dtype_that_peft_reads(lora_A)) : Tensor();
     if (!saved[0].defined()) saved[0] = x;
   }
 }

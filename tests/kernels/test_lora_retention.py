@@ -78,6 +78,42 @@ def test_under_autocast_readers_share_one_copy(dropout_p: float, readers: int, h
                 assert (a - b).abs().max() <= 3e-2 * b.abs().max()
 
 
+@pytest.mark.parametrize("has_graph", [False, True])
+@pytest.mark.parametrize("readers", [1, 3])
+@pytest.mark.parametrize(("wide", "narrow"), [(torch.float32, torch.bfloat16), (torch.float64, torch.float32)])
+def test_readers_share_one_copy_in_the_dtype_of_narrower_adapters(
+    wide: torch.dtype, narrow: torch.dtype, readers: int, has_graph: bool
+) -> None:
+    """PEFT casts x to the adapter's dtype, once per layer."""
+    x = torch.randn(MIDDLE.rows, MIDDLE.d_in, dtype=wide, requires_grad=has_graph)
+    base = torch.randn(MIDDLE.rows, MIDDLE.d_out, dtype=wide)
+    pairs = [problem(MIDDLE, DTYPES[0], seed=seed) for seed in range(readers)]
+    adapters = [(p.A.to(narrow).requires_grad_(), p.B.to(narrow).requires_grad_()) for p in pairs]
+
+    def stock(A: Tensor, B: Tensor) -> Tensor:
+        return base + 2.0 * nn.functional.linear(nn.functional.linear(x.to(narrow), A), B)
+
+    parameters = [tensor for pair in adapters for tensor in pair]
+    retained = measure(lambda: [safe_kernels.lora(x, base, A, B, 2.0) for A, B in adapters], exclude=parameters)
+    assert retained.bytes == narrow.itemsize * x.numel(), str(retained)
+    for (A, B), out in zip(adapters, retained.output, strict=True):
+        got = torch.autograd.grad(out.square().sum(), (A, B), retain_graph=True)
+        for a, b in zip(got, torch.autograd.grad(stock(A, B).square().sum(), (A, B)), strict=True):
+            assert (a - b).abs().max() <= 8 * torch.finfo(narrow).eps * b.abs().max()
+
+
+def test_float64_keeps_its_digits_under_autocast() -> None:
+    """PyTorch's autocast leaves float64 alone."""
+    x = torch.randn(MIDDLE.rows, MIDDLE.d_in, dtype=torch.float64)
+    p = problem(MIDDLE, DTYPES[1])
+    A, B = p.A.requires_grad_(), p.B.requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = safe_kernels.lora(x, p.base, A, B, 2.0)
+        stock = p.base + 2.0 * nn.functional.linear(nn.functional.linear(x, A), B)
+    for got, expected in zip(*(torch.autograd.grad(out.sum(), (A, B)) for out in (ours, stock)), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("flags", [(True, False, True, True), (False, False, False, True)], ids=subset_id)
 def test_statistics_retain_nothing(flags: tuple[bool, ...]) -> None:
     p = problem(Shape(300, 33, 20, 8)).require(*flags)
