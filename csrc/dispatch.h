@@ -13,10 +13,15 @@ inline void define_op(torch::Library& m, const char* schema) { m.def(schema, {at
 
 // `declared` is the function that makes this call; it has the op's signature.
 template <auto declared, class... Args>
-auto call_op(const char* name, const Args&... args) {
+auto call_overload(const char* name, const char* overload, const Args&... args) {
   using Signature = std::remove_pointer_t<decltype(declared)>;
-  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>();
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow(name, overload).typed<Signature>();
   return op.call(args...);
+}
+
+template <auto declared, class... Args>
+auto call_op(const char* name, const Args&... args) {
+  return call_overload<declared>(name, "", args...);
 }
 
 }  // namespace safe_kernels

@@ -8,7 +8,6 @@
 #pragma once
 
 #include <ATen/autocast_mode.h>
-#include <c10/core/impl/TorchDispatchModeTLS.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "autograd/norm_output.h"
@@ -74,17 +73,10 @@ struct CastCopy : Note {
   }
 };
 
-// A compiler that traces the call has no memory to share yet, and merges equal copies itself.
-inline bool is_traced() {
-  using c10::impl::TorchDispatchModeKey;
-  return c10::impl::TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::FUNCTIONAL).has_value() ||
-         c10::impl::TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value();
-}
-
 // Undefined if x itself must be saved.
 inline Tensor find_cast_copy(const Tensor& x, at::ScalarType dtype) {
   if (x.is_inference() || c10::elementSize(dtype) >= static_cast<size_t>(x.element_size())) return {};
-  if (is_traced()) return x.to(dtype);
+  if (is_traced()) return x.to(dtype);  // the compiler merges equal copies
   if (const auto* note = find_note<CastCopy>(x)) {
     if (const Tensor copy = note->of(x, dtype); copy.defined()) return copy;
     x.unsafeGetTensorImpl()->set_backend_meta(nullptr);

@@ -6,6 +6,7 @@
 #include <ATen/SavedTensorHooks.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/core/grad_mode.h>
+#include <c10/core/impl/TorchDispatchModeTLS.h>
 
 #include <atomic>
 #include <optional>
@@ -43,6 +44,13 @@ inline bool attach_note(const Tensor& tensor, c10::intrusive_ptr<c10::BackendMet
 
 inline c10::StorageImpl* storage_of(const Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->unsafe_storage().unsafeGetStorageImpl();
+}
+
+// Whether a compiler traces the call. The tensors have no memory to share yet, and equal calls become one.
+inline bool is_traced() {
+  using c10::impl::TorchDispatchModeKey;
+  return c10::impl::TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::FUNCTIONAL).has_value() ||
+         c10::impl::TorchDispatchModeTLS::get_mode(TorchDispatchModeKey::PROXY).has_value();
 }
 
 // A note on the direct output of an op, attached directly after the output gets its node.

@@ -53,10 +53,14 @@ inline const Recipe* find_recipe(const Tensor& x) {
   return recipe;
 }
 
-// In a recorded backward (create_graph=True) the output has a graph, like a retained output.
+// In a recorded backward (create_graph=True) the output has a graph, like a retained output. A compiler gets a call
+// that differs from forward's: it would merge equal calls, and retain the output from forward to backward.
 inline Tensor follow_recipe(const Tensor& gate, const Tensor& up, const Tensor& rng_state, std::string_view kind,
                             double dropout_p) {
   const std::optional<Tensor> state = or_none(rng_state);
+  if (is_traced())
+    return up.defined() ? gated_activation_again(gate, up, kind, dropout_p, state)
+                        : activation_again(gate, kind, dropout_p, state);
   return up.defined() ? gated_activation(gate, up, kind, dropout_p, state) : activation(gate, kind, dropout_p, state);
 }
 

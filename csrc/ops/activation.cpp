@@ -27,6 +27,11 @@ Tensor activation(const Tensor& x, std::string_view kind, double dropout_p, cons
   return call_op<activation>("safe_kernels::activation", x, kind, dropout_p, rng_state);
 }
 
+Tensor activation_again(const Tensor& x, std::string_view kind, double dropout_p,
+                        const std::optional<Tensor>& rng_state) {
+  return call_overload<activation_again>("safe_kernels::activation", "again", x, kind, dropout_p, rng_state);
+}
+
 Tensor activation_backward(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
                            const std::optional<Tensor>& rng_state) {
   return call_op<activation_backward>("safe_kernels::activation_backward", grad, x, kind, dropout_p, rng_state);
@@ -34,6 +39,8 @@ Tensor activation_backward(const Tensor& grad, const Tensor& x, std::string_view
 
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m, "activation(Tensor x, str kind, float dropout_p=0., Tensor? rng_state=None) -> Tensor");
+  define_op(m, "activation.again(Tensor x, str kind, float dropout_p, Tensor? rng_state) -> Tensor");
+  m.impl("activation.again", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(activation));
   define_op(m, "activation_backward(Tensor grad, Tensor x, str kind, float dropout_p, Tensor? rng_state) -> Tensor");
 }
 

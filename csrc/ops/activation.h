@@ -12,6 +12,10 @@ using at::Tensor;
 // Calls through the dispatcher. The formulas and shapes are in safe_kernels/reference/.
 Tensor activation(const Tensor& x, std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state);
 
+// The same values. A compiler merges equal calls, but not this one with `activation`.
+Tensor activation_again(const Tensor& x, std::string_view kind, double dropout_p,
+                        const std::optional<Tensor>& rng_state);
+
 Tensor activation_backward(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
                            const std::optional<Tensor>& rng_state);
 

@@ -27,6 +27,12 @@ Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string_view k
   return call_op<gated_activation>("safe_kernels::gated_activation", gate, up, kind, dropout_p, rng_state);
 }
 
+Tensor gated_activation_again(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
+                              const std::optional<Tensor>& rng_state) {
+  return call_overload<gated_activation_again>("safe_kernels::gated_activation", "again", gate, up, kind, dropout_p,
+                                               rng_state);
+}
+
 std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up,
                                                      std::string_view kind, double dropout_p,
                                                      const std::optional<Tensor>& rng_state,
@@ -38,6 +44,9 @@ std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad, const T
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m,
             "gated_activation(Tensor gate, Tensor up, str kind, float dropout_p=0., Tensor? rng_state=None) -> Tensor");
+  define_op(m,
+            "gated_activation.again(Tensor gate, Tensor up, str kind, float dropout_p, Tensor? rng_state) -> Tensor");
+  m.impl("gated_activation.again", c10::DispatchKey::CompositeExplicitAutograd, TORCH_FN(gated_activation));
   define_op(
       m,
       "gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str kind, float dropout_p, Tensor? rng_state, "
