@@ -18,7 +18,9 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend, get_ptxas
 from triton.runtime.jit import JITFunction
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -107,9 +109,9 @@ class Resources:
 
 @contextmanager
 def collecting(target: str) -> Iterator[list[Any]]:
-    """Makes launches compile for `target` instead, and lists what was compiled."""
+    """Makes launches compile for `target` instead, and lists what was compiled; a cubin is what ptxas says about it."""
     compiled: list[Any] = []
-    run = JITFunction.run
+    run, make_cubin, cache = JITFunction.run, CUDABackend.make_cubin, knobs.cache.dir
 
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
@@ -118,11 +120,12 @@ def collecting(target: str) -> Iterator[list[Any]]:
         return kernel
 
     triton.runtime.driver.set_active(FakeDriver(TARGETS[target]))
-    JITFunction.run = compile_only
+    JITFunction.run, CUDABackend.make_cubin = compile_only, _log_of_ptxas
+    knobs.cache.dir = str(Path(cache, "logs_of_ptxas"))  # nobody is to find one where a cubin belongs
     try:
         yield compiled
     finally:
-        JITFunction.run = run
+        JITFunction.run, CUDABackend.make_cubin, knobs.cache.dir = run, make_cubin, cache
 
 
 def compile_call(target: str, call: Callable[[], Any]) -> list[Resources]:
@@ -178,22 +181,28 @@ def resources(kernel: Any, target: str) -> Resources:
 
 def hottest_loop(kernel: Any) -> int:
     """How many instructions the longest loop of a CUDA kernel has."""
-    code = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", _sass(kernel), re.MULTILINE)
-    lines = [(int(address, 16), text) for address, text in code if "NOP" not in text]
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        _run_ptxas(kernel.asm["ptx"], kernel.metadata.target.arch, cubin)
+        code = _run(str(NVIDIA_TOOLS / "cuobjdump"), "-sass", str(cubin))
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", code, re.MULTILINE)
+    lines = [(int(address, 16), text) for address, text in found if "NOP" not in text]
     jumps = [(re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text), at) for at, text in lines]
     loops = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
     return max(sum(first <= at <= last for at, _ in lines) for first, last in loops)
 
 
-def _sass(kernel: Any) -> str:
+def _log_of_ptxas(backend: CUDABackend, ptx: str, metadata: Any, options: Any, capability: int) -> bytes:
+    """In place of Triton's call, which throws away the log: it alone tells spills, and that wgmma was serialized."""
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        return _run(_tool("cuobjdump"), "-sass", str(cubin))
+        return _run_ptxas(ptx, capability, Path(folder, "kernel.cubin")).encode()
 
 
-def _tool(name: str) -> str:
-    return str(NVIDIA_TOOLS / name)
+def _run_ptxas(ptx: str, capability: int, cubin: Path) -> str:
+    source = cubin.with_suffix(".ptx")
+    source.write_text(ptx)
+    name = f"sm_{capability}{'a' if capability >= 90 else ''}"
+    return _run(_ptxas(capability), "-v", f"--gpu-name={name}", str(source), "-o", str(cubin))
 
 
 def _run(*command: str) -> str:
@@ -202,8 +211,6 @@ def _run(*command: str) -> str:
 
 
 def _ptxas(capability: int) -> str:
-    from triton.backends.nvidia.compiler import get_ptxas
-
     try:
         return str(get_ptxas(capability).path)
     except TypeError:
@@ -211,20 +218,15 @@ def _ptxas(capability: int) -> str:
 
 
 def _read_nvidia(kernel: Any) -> dict[str, Any]:
-    capability = kernel.metadata.target.arch
-    with tempfile.TemporaryDirectory() as folder:
-        ptx = Path(folder, "kernel.ptx")
-        ptx.write_text(kernel.asm["ptx"])
-        # ptxas alone tells spilled bytes, and that it serialized wgmma.
-        name = f"sm_{capability}{'a' if capability >= 90 else ''}"
-        log = _run(_ptxas(capability), "-v", f"--gpu-name={name}", str(ptx), "-o", str(Path(folder, "kernel.o")))
+    log = kernel.asm["cubin"].decode()
     spilled = re.search(r"(\d+) bytes spill stores", log)
     registers = re.search(r"Used (\d+) registers", log)
     assert spilled and registers, log
+    products = re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\.", kernel.asm["ptx"])
     return {
         "registers": int(registers[1]),
         "spilled": int(spilled[1]),
-        "tensor_core": _counts(re.findall(r"\b(HGMMA|HMMA|DMMA|UTC\w*MMA)\b", _sass(kernel))),
+        "tensor_core": _counts([name.split(".")[0] for name in products]),
         "serialized": "serializ" in log,
     }
 

@@ -62,7 +62,7 @@ def ranks(kernel: str, operand: torch.dtype, target: str) -> tuple[int, ...]:
     return (32, 64) if operand == SINGLE else (16, 64) if target == "sm_90" else (64,)
 
 
-NEWEST_UNITS = {"sm_90": "HGMMA", "sm_100": "UTC"}
+NEWEST_UNITS = {"sm_90": "WGMMA", "sm_100": "TCGEN05"}
 RUNS = [
     (kernel, operand, target)
     for kernel in configs.NEIGHBOURS
