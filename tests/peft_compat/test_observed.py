@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from adapter_families import ia3, several
 from odd import odd
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
-from tiny import EARLY, adamw, batches, bert, causal_batches, gpt2, randomise_adapters, run, train
+from peft import PeftModel
+from tiny import EARLY, adamw, batches, bert, causal_batches, randomise_adapters, run, train
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -107,17 +108,6 @@ def test_variants_of_lora_are_scored_so(options: dict[str, Any]) -> None:
     assert len(expected) == 12 and all(value > 1e-5 for value in expected.values())
 
 
-def ia3() -> PeftModel:
-    """Vectors on the outputs of attention, and on the input of the MLP's second layer."""
-    modules = {"target_modules": ["query", "output.dense"], "feedforward_modules": ["output.dense"]}
-    model = get_peft_model(bert().unload(), IA3Config(task_type="SEQ_CLS", **modules))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "ia3_l" in name:
-                parameter.add_(torch.randn_like(parameter), alpha=0.3)
-    return model.train()
-
-
 def test_ia3_is_scored_so() -> None:
     batch = next(batches(1))
     freezer, oracle = scored_once(ia3(), batch)
@@ -152,17 +142,9 @@ def test_ia3_trains_as_with_stock_peft_until_it_freezes_and_then_retains_less() 
     assert not any(p.requires_grad for name, p in safe.named_parameters() if "ia3_l" in name)
 
 
-def two_active(**lora: Any) -> PeftModel:
-    model = gpt2(**lora)
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, **lora))
-    randomise_adapters(model)
-    model.base_model.set_adapter(["default", "second"])
-    return model
-
-
 def test_several_active_adapters_are_scored_each_by_itself() -> None:
     batch = next(causal_batches(1))
-    freezer, oracle = scored_once(two_active(), batch)
+    freezer, oracle = scored_once(several(), batch)
     assert len(freezer.adapters) == 10
     expected = {a.name: oracle.importance(a.name, 1, batch["attention_mask"]) for a in freezer.adapters}
     assert freezer.ledger.importance == pytest.approx(expected, rel=1e-3)
@@ -173,7 +155,7 @@ def test_several_active_adapters_are_scored_each_by_itself() -> None:
 
 def test_scoring_leaves_outputs_and_random_numbers_as_they_were() -> None:
     def losses(freezing: bool) -> list[float]:
-        model = two_active(lora_dropout=0.3)
+        model = several(lora_dropout=0.3)
         optimizer = adamw(model)
         bind(model)
         options = SafeConfig(**EARLY | {"warmup": 6, "max_warmup": 8})

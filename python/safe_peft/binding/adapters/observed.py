@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as global_hooks
+from torch.nn.utils import parametrize
 from torch.utils.checkpoint import get_device_states
 
 from safe_kernels import AdapterStatistics
@@ -163,10 +164,11 @@ def aside(layer: Any, args: tuple[Any, ...], *, only: str | None = None) -> Iter
     `only` is then the only active adapter of the layer. PEFT's own function would set requires_grad too.
     """
     devices, _ = get_device_states(*args)
-    active = layer._active_adapter
+    active, caches = layer._active_adapter, parametrize._cache_enabled
     with unscored(layer.modules()), torch.no_grad(), torch.random.fork_rng(devices=devices):
         try:
             layer._active_adapter = active if only is None else [only]
+            parametrize._cache_enabled = 0  # a value without a graph would give no gradient later
             yield
         finally:
-            layer._active_adapter = active
+            layer._active_adapter, parametrize._cache_enabled = active, caches

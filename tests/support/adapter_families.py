@@ -1,0 +1,76 @@
+"""A small model of every family of adapters, as docs/adapters.md lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from odd import odd
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from tiny import batches, bert, gpt2, randomise_adapters
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class AdapterFamily:
+    """One row of docs/adapters.md.
+
+    Args:
+        name: the row's first cell.
+        make: a model with adapters of this family; the same every time.
+        op: what computes its layers on the fast path; "" if PEFT's own code does.
+        data: gives batches for it.
+    """
+
+    name: str
+    make: Callable[[], PeftModel]
+    op: str
+    data: Callable[..., Iterator[dict[str, Tensor]]] = batches
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def causal(count: int, rows: int = 8) -> Iterator[dict[str, Tensor]]:
+    """Every token has a label, so that two halves of a batch weigh the same."""
+    for batch in batches(count, rows=rows):
+        yield {**batch, "labels": batch["input_ids"]}
+
+
+def with_random(model: PeftModel) -> PeftModel:
+    randomise_adapters(model)
+    return model
+
+
+def several(**lora: Any) -> PeftModel:
+    """Two active adapters of different ranks in the attention; one in each other layer."""
+    model = gpt2(**lora)
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, **lora))
+    model.base_model.set_adapter(["default", "second"])
+    return with_random(model)
+
+
+def ia3() -> PeftModel:
+    """Vectors on the outputs of attention, and on the input of the MLP's second layer."""
+    modules = {"target_modules": ["query", "output.dense"], "feedforward_modules": ["output.dense"]}
+    model = get_peft_model(bert().unload(), IA3Config(task_type="SEQ_CLS", **modules))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "ia3_l" in name:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.3)
+    return model.train()
+
+
+FAMILIES = (
+    AdapterFamily("LoRA on `nn.Linear`", lambda: with_random(bert()), "lora_linear"),
+    AdapterFamily("LoRA on transformers' `Conv1D`", lambda: with_random(gpt2()), "lora", causal),
+    AdapterFamily("rsLoRA", lambda: with_random(bert(use_rslora=True)), "lora_linear"),
+    AdapterFamily("LoRA with a bias (`lora_bias`)", lambda: with_random(bert(lora_bias=True)), "lora_linear"),
+    AdapterFamily("several active adapters", several, "lora", causal),
+    AdapterFamily("DoRA on `nn.Linear`", lambda: with_random(bert(use_dora=True)), "dora"),
+    AdapterFamily("IA3 on linear layers", ia3, ""),
+    AdapterFamily("LoRA on embeddings, convolutions and `target_parameters`", odd, ""),
+)
