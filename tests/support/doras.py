@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from linears import linear
-from oracle import DTYPES, Dtypes, Results, Shape, Truth, assert_as_good, keep_mask, rounded
+from linears import Linear, linear
+from oracle import DTYPES, Dtypes, Shape
 from torch import Tensor
 
 import safe_kernels
@@ -17,41 +18,31 @@ NAMES = ("x", "bias", "A", "B", "magnitude")
 
 
 @dataclass
-class Dora:
-    """Inputs of one call, and the gradient that comes back to it."""
+class Dora(Linear):
+    """Inputs of one call, and the gradient that comes back to it; the weight is no leaf."""
 
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    A: Tensor
-    B: Tensor
     magnitude: Tensor
-    grad: Tensor
-    scaling: float
-    dropout_p: float
-    rng_state: Tensor | None
 
-    @property
-    def inputs(self) -> dict[str, Tensor]:
-        """Those that may require grad."""
-        return {name: tensor for name in NAMES if (tensor := getattr(self, name)) is not None}
-
-    def require(self, *names: str) -> Dora:
-        for name, tensor in self.inputs.items():
-            tensor.requires_grad_(name in names)
-        return self
+    names: ClassVar = NAMES
 
     def apply(self, x: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, bias: Tensor | None = None) -> Tensor:
         options = {"dropout_p": self.dropout_p, "rng_state": self.rng_state}
         return safe_kernels.dora(x, self.weight, bias, A, B, magnitude, self.scaling, **options)
 
-    def call(self) -> Tensor:
-        return self.apply(**self.inputs)
+    def formula(self) -> Callable[..., Tensor]:
+        """What PEFT's DoraLinearVariant computes, by plain PyTorch in the inputs' dtypes."""
 
-    def double(self) -> Dora:
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        tensors = {n: v.detach().double() for n, v in values.items() if isinstance(v, Tensor) and v.is_floating_point()}
-        return Dora(**{**values, **tensors})
+        def run(x: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, bias: Tensor | None = None) -> Tensor:
+            result = F.linear(x, self.weight, bias)
+            dropped, weight = self.dropped(x, A.dtype), self.weight.to(A.dtype)
+            plain = result if bias is None else result - bias
+            base = F.linear(dropped, weight) if self.dropout_p > 0 else plain
+            norm = torch.linalg.norm(weight + self.scaling * (B @ A).detach(), dim=1)
+            scale = magnitude / norm
+            added = (scale - 1) * base + scale * F.linear(F.linear(dropped, A), B) * self.scaling
+            return (result + added).to(x.dtype)
+
+        return run
 
 
 def dora(
@@ -66,41 +57,4 @@ def dora(
     p = linear(shape, dtypes, leading=leading, dropout_p=dropout_p, has_bias=has_bias)
     generator = torch.Generator().manual_seed(6)
     moved = 1 + 0.1 * torch.randn(shape.d_out, generator=generator, dtype=torch.float64)
-    magnitude = (p.weight.double().norm(dim=1) * moved).to(dtypes.adapter)
-    return Dora(p.x, p.weight, p.bias, p.A, p.B, magnitude, p.grad, p.scaling, dropout_p, p.rng_state)
-
-
-def formula(p: Dora) -> Callable[..., Tensor]:
-    """What PEFT's DoraLinearVariant computes, by plain PyTorch in the inputs' dtypes."""
-
-    def run(x: Tensor, A: Tensor, B: Tensor, magnitude: Tensor, bias: Tensor | None = None) -> Tensor:
-        result = F.linear(x, p.weight, bias)
-        dropped, weight = x.to(A.dtype), p.weight.to(A.dtype)
-        if p.dropout_p > 0:
-            keep = torch.from_numpy(keep_mask(x[..., 0].numel(), x.shape[-1], p.dropout_p, p.rng_state))
-            dropped = dropped * (keep.reshape(x.shape).to(A.dtype) / (1 - rounded(p.dropout_p)))
-            base = F.linear(dropped, weight)
-        else:
-            base = result if bias is None else result - bias
-        norm = torch.linalg.norm(weight + p.scaling * (B @ A).detach(), dim=1)
-        scale = magnitude / norm
-        return (result + ((scale - 1) * base + scale * F.linear(F.linear(dropped, A), B) * p.scaling)).to(x.dtype)
-
-    return run
-
-
-def results(p: Dora, run: Callable[..., Tensor]) -> Results:
-    """The output and the gradients of all inputs."""
-    leaves = {name: tensor.detach().requires_grad_() for name, tensor in p.inputs.items()}
-    out = run(**leaves)
-    grads = torch.autograd.grad(out, list(leaves.values()), p.grad.to(out.dtype))
-    return {"out": out.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
-def assert_results(p: Dora, got: Results) -> None:
-    """Judges those results that are there."""
-    double = p.double()
-    exact, incumbent = results(double, formula(double)), results(p, formula(p))
-    size = {name: value.abs().max().item() if value.numel() else 0.0 for name, value in exact.items()}
-    for name, tensor in got.items():
-        assert_as_good(name, tensor, incumbent[name], Truth(exact, size))
+    return Dora(**vars(p), magnitude=(p.weight.double().norm(dim=1) * moved).to(dtypes.adapter))

@@ -1,7 +1,7 @@
-"""Trainings that are killed, and how they go on. As a script: one raw loop and one Trainer, killed at many points.
+"""Trainings that are killed, and how they go on: `main` runs one raw loop and one Trainer, killed at many points.
 
-A process costs seconds to start and a fork nothing, so the script forks itself once for every operation on files that a
-save makes, and each fork dies by SIGKILL just before its own.
+A process costs seconds to start and a fork nothing, so it forks itself once for every operation on files that a save
+makes, and each fork dies by SIGKILL just before its own.
 """
 
 from __future__ import annotations
@@ -200,7 +200,3 @@ def main(folder: Path) -> None:
         loop.save()
         die()
     trainer(folder / "trainer", CONFIG, Dying(), save_total_limit=1).train()  # the older one goes before ours is whole
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar, Self
 
 import torch
+import torch.nn.functional as F
 from oracle import DTYPES, Dtypes, Results, Shape, Truth, assert_as_good, keep_mask, problem, rounded
 from torch import Tensor
 
@@ -28,11 +30,14 @@ class Linear:
     dropout_p: float
     rng_state: Tensor | None
 
+    names: ClassVar = NAMES
+
     @property
     def inputs(self) -> dict[str, Tensor]:
-        return {name: tensor for name in NAMES if (tensor := getattr(self, name)) is not None}
+        """Those that may require grad."""
+        return {name: tensor for name in self.names if (tensor := getattr(self, name)) is not None}
 
-    def require(self, *names: str) -> Linear:
+    def require(self, *names: str) -> Self:
         for name, tensor in self.inputs.items():
             tensor.requires_grad_(name in names)
         return self
@@ -43,6 +48,27 @@ class Linear:
 
     def call(self, **options) -> Tensor:
         return self.apply(**self.inputs, **options)
+
+    def double(self) -> Self:
+        values = vars(self).items()
+        tensors = {n: v.detach().double() for n, v in values if isinstance(v, Tensor) and v.is_floating_point()}
+        return type(self)(**{**vars(self), **tensors})
+
+    def dropped(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """What the adapter reads."""
+        if self.dropout_p == 0:
+            return x.to(dtype)
+        keep = torch.from_numpy(keep_mask(x[..., 0].numel(), x.shape[-1], self.dropout_p, self.rng_state))
+        return x.to(dtype) * (keep.reshape(x.shape).to(dtype) / (1 - rounded(self.dropout_p)))
+
+    def formula(self) -> Callable[..., Tensor]:
+        """What PEFT computes, by plain PyTorch in the inputs' dtype."""
+
+        def run(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
+            delta = (self.dropped(x, A.dtype) @ A.t()) @ B.t() * self.scaling
+            return (F.linear(x, weight, bias) + delta).to(x.dtype)
+
+        return run
 
 
 def linear(
@@ -61,20 +87,6 @@ def linear(
     return Linear(p.x, weight.to(dtypes.x), bias, p.A, p.B, p.grad, p.scaling, dropout_p, p.rng_state)
 
 
-def formula(p: Linear) -> Callable[..., Tensor]:
-    """What PEFT computes, by plain PyTorch in the inputs' dtype."""
-
-    def run(x: Tensor, weight: Tensor, A: Tensor, B: Tensor, bias: Tensor | None = None) -> Tensor:
-        dropped = x.to(A.dtype)
-        if p.dropout_p > 0:
-            keep = torch.from_numpy(keep_mask(x[..., 0].numel(), x.shape[-1], p.dropout_p, p.rng_state))
-            dropped = dropped * (keep.reshape(x.shape).to(A.dtype) / (1 - rounded(p.dropout_p)))
-        base = torch.nn.functional.linear(x, weight, bias)
-        return (base + (dropped @ A.t()) @ B.t() * p.scaling).to(x.dtype)
-
-    return run
-
-
 def results(p: Linear, run: Callable[..., Tensor]) -> Results:
     """The output and the gradients of all inputs."""
     leaves = {name: tensor.detach().requires_grad_() for name, tensor in p.inputs.items()}
@@ -85,9 +97,8 @@ def results(p: Linear, run: Callable[..., Tensor]) -> Results:
 
 def assert_results(p: Linear, got: Results) -> None:
     """Judges those results that are there."""
-    double = {name: tensor.detach().double() for name, tensor in p.inputs.items()}
-    exact = results(Linear(**{**vars(p), **double, "grad": p.grad.double()}), formula(p))
-    incumbent = results(p, formula(p))
+    double = p.double()
+    exact, incumbent = results(double, double.formula()), results(p, p.formula())
     size = {name: value.abs().max().item() if value.numel() else 0.0 for name, value in exact.items()}
     for name, tensor in got.items():
         assert_as_good(name, tensor, incumbent[name], Truth(exact, size))

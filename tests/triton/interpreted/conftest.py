@@ -13,6 +13,7 @@ from dataclasses import replace
 import pytest
 import shim_memory
 import shim_numbers
+import shim_speed
 import torch
 
 from safe_kernels import triton
@@ -21,6 +22,7 @@ from safe_kernels.triton.runtime import configs
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before Python starts: make kernels does"
 shim_numbers.install()
 shim_memory.install()
+shim_speed.install()
 
 
 def small(kernel: str, entry: configs.Config) -> configs.Config:
