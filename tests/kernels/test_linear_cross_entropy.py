@@ -109,6 +109,19 @@ def test_the_reference(dtype: torch.dtype, options: dict[str, float]) -> None:
     check(p, {"loss": loss, "x": (grad_x * p.grad.unsqueeze(-1)).to(dtype)})
 
 
+@pytest.mark.parametrize("leading", [(3, 13), (0,)], ids=str)
+@pytest.mark.parametrize("dtype", KINDS, ids=str)
+def test_the_code_for_gpus_by_itself(dtype: torch.dtype, leading: tuple[int, ...]) -> None:
+    """The same ATen calls, here on CPU tensors: ignored rows are computed too."""
+    p = head(*leading, dtype=dtype)
+    key = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    arguments = (p.x, p.weight, p.bias, p.target, IGNORED, 0.5, 2.0)
+    expected = ops.linear_cross_entropy_backward(*arguments)
+    got = ops.linear_cross_entropy_backward.default.redispatch(key, *arguments)
+    torch.testing.assert_close(got, expected)
+    assert torch.equal(ops.linear_cross_entropy.default.redispatch(key, *arguments), got[0])
+
+
 @pytest.mark.parametrize(
     ("leading", "sizes"),
     [((1,), {"classes": 1}), ((0,), {}), ((4, 0), {}), ((7,), {"d": 1}), ((2, 3, 4), {}), ((9,), {"classes": 257})],
