@@ -30,7 +30,7 @@ GUESSED_WARNINGS = (
 )
 
 # Folders of csrc that are compiled with another, by the headers that they share. No unit may be called as a source is.
-UNITS = {"": "python", "launch_replay": "python", "ops": "autograd"}
+UNITS = {"": "python", "launch_replay": "python", "ops": "autograd", "aten": "autograd"}
 
 
 def fail(sentence: str) -> None:

@@ -16,6 +16,8 @@ not. With N rows::
     dora            as `lora`, 2 N d_in d_out (4 with dropout), and 2 r d_in d_out for the norm
     dora_backward   as `lora_backward` (grad_magnitude wants what grad_B does), and 2 N d_in d_out for grad_magnitude
                     and for grad_x (4 with dropout)
+    linear_cross_entropy             2 N d classes, ignored rows included
+    linear_cross_entropy_backward    twice that: the losses, and the gradient of x
     statistics      see `statistics_flop`; nothing if they are not requested
 
 Example:
@@ -40,6 +42,8 @@ from torch.utils.flop_counter import register_flop_formula
 __all__ = [
     "dora_backward_flop",
     "dora_flop",
+    "linear_cross_entropy_backward_flop",
+    "linear_cross_entropy_flop",
     "lora_backward_flop",
     "lora_flop",
     "lora_linear_backward_flop",
@@ -178,6 +182,38 @@ def dora_backward_flop(
     adapter = lora_backward_flop(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, mask)
     products = wants_magnitude + wants_x * (2 if dropout_p > 0.0 else 1)
     return 2 * products * math.prod(grad) * weight[1] + adapter
+
+
+@register_flop_formula(torch.ops.safe_kernels.linear_cross_entropy)
+def linear_cross_entropy_flop(
+    x: Shape,
+    weight: Shape,
+    bias: Shape | None,
+    target: Shape,
+    ignore_index: int = -100,
+    scaling: float = 1.0,
+    softcap: float = 0.0,
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `linear_cross_entropy` from its arguments' shapes."""
+    return 2 * math.prod(x) * weight[0]
+
+
+@register_flop_formula(torch.ops.safe_kernels.linear_cross_entropy_backward)
+def linear_cross_entropy_backward_flop(
+    x: Shape,
+    weight: Shape,
+    bias: Shape | None,
+    target: Shape,
+    ignore_index: int,
+    scaling: float,
+    softcap: float,
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `linear_cross_entropy_backward` from its arguments' shapes."""
+    return 2 * linear_cross_entropy_flop(x, weight, bias, target)
 
 
 def statistics_flop(rows: int, d_out: int, rank: int) -> int:

@@ -175,17 +175,23 @@ def stems(folder: str) -> set[str]:
 
 def test_an_op_has_the_same_stem_everywhere() -> None:
     assert stems("ops") == stems("autograd")
-    assert stems("ops") <= stems("cpu"), "besides the ops, building blocks that several of them use"
+    assert stems("ops") <= stems("cpu") | stems("aten"), "besides the ops, building blocks that several of them use"
+    assert not stems("cpu") & stems("aten"), "one kernel of PyTorch's own ops serves CPUs and GPUs"
     assert {path.stem for path in (NATIVE / "ops").glob("*.h")} == stems("ops")
 
 
 def test_a_kernels_file_registers_it() -> None:
     """Registration is the last block of the kernel's own file; building blocks register nothing."""
-    for folder, key in (("cpu", "CPU"), ("autograd", "Autograd")):
+    kernels = stems("ops") - stems("aten")
+    for folder, keys, served in (
+        ("cpu", ["CPU"], kernels),
+        ("aten", ["CPU", "CUDA"], stems("aten")),
+        ("autograd", ["Autograd"], stems("ops")),
+    ):
         registering = {p.stem for p in (NATIVE / folder).glob("*.cpp") if "TORCH_LIBRARY_IMPL" in p.read_text()}
-        assert registering == stems("ops")
+        assert registering == served
         for path in (NATIVE / folder).glob("*.cpp"):
-            assert re.findall(r"TORCH_LIBRARY_IMPL\(safe_kernels, (\w+),", path.read_text()) in ([], [key])
+            assert re.findall(r"TORCH_LIBRARY_IMPL\(safe_kernels, (\w+),", path.read_text()) in ([], keys)
 
 
 def ops() -> list[str]:
@@ -213,6 +219,10 @@ def test_schema_and_reference_name_the_same_arguments(op: str) -> None:
     assert list(inspect.signature(getattr(reference, op)).parameters) == argument_names(op)
 
 
+def triton_ops() -> list[str]:
+    return [op for op in ops() if op.removesuffix("_backward") not in stems("aten")]
+
+
 def triton_function(op: str) -> ast.FunctionDef:
     """The host function's source: the rules hold where Triton is not installed, too."""
     stem = op.removesuffix("_backward")
@@ -222,12 +232,12 @@ def triton_function(op: str) -> ast.FunctionDef:
 
 
 def test_triton_serves_every_op_from_the_file_of_its_stem() -> None:
-    assert sorted(op for served in triton.STEMS.values() for op in served) == ops()
+    assert sorted(op for served in triton.STEMS.values() for op in served) == triton_ops()
     for stem, served in triton.STEMS.items():
         assert {op.removesuffix("_backward") for op in served} == {stem}
 
 
-@pytest.mark.parametrize("op", ops())
+@pytest.mark.parametrize("op", triton_ops())
 def test_schema_and_triton_function_name_the_same_arguments(op: str) -> None:
     arguments = triton_function(op).args
     assert [argument.arg for argument in arguments.args] == argument_names(op)

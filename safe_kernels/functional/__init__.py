@@ -7,6 +7,7 @@ from safe_kernels.functional.dora import dora
 from safe_kernels.functional.dropout import dropout
 from safe_kernels.functional.gated_activation import gated_activation
 from safe_kernels.functional.layer_norm import layer_norm
+from safe_kernels.functional.linear_cross_entropy import linear_cross_entropy
 from safe_kernels.functional.lora import lora
 from safe_kernels.functional.lora_linear import lora_linear
 from safe_kernels.functional.random import draw_rng_state
@@ -19,6 +20,7 @@ __all__ = [
     "dropout",
     "gated_activation",
     "layer_norm",
+    "linear_cross_entropy",
     "lora",
     "lora_linear",
     "rms_norm",

@@ -13,6 +13,7 @@ from safe_kernels.reference.dropout import dropout
 from safe_kernels.reference.gated_activation import gated_activation, gated_activation_backward
 from safe_kernels.reference.importance import cka_sums, one_minus_cka
 from safe_kernels.reference.layer_norm import layer_norm, layer_norm_backward
+from safe_kernels.reference.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_backward
 from safe_kernels.reference.lora import lora, lora_backward
 from safe_kernels.reference.lora_linear import lora_linear, lora_linear_backward
 from safe_kernels.reference.philox import MASK_VERSION, dropout_keep, dropout_scale, dropout_threshold, philox
@@ -28,6 +29,8 @@ OPS = (
     gated_activation_backward,
     layer_norm,
     layer_norm_backward,
+    linear_cross_entropy,
+    linear_cross_entropy_backward,
     lora,
     lora_backward,
     lora_linear,
@@ -53,6 +56,8 @@ __all__ = [
     "gated_activation_backward",
     "layer_norm",
     "layer_norm_backward",
+    "linear_cross_entropy",
+    "linear_cross_entropy_backward",
     "lora",
     "lora_backward",
     "lora_linear",

@@ -53,6 +53,7 @@ def numbers_far_from_finite() -> None:
             safe_kernels.rms_norm(x, x[0], 0.0),
             safe_kernels.layer_norm(x, x[0], x[1], 0.0),
             safe_kernels.dropout(x, 0.5),
+            safe_kernels.linear_cross_entropy(x, x.detach(), None, torch.arange(9))[:, None].expand(9, 9),
             *(safe_kernels.activation(x, kind) for kind in ("silu", "gelu", "gelu_tanh", "relu")),
             *(safe_kernels.gated_activation(x, base, kind) for kind in ("silu", "gelu", "gelu_tanh", "relu")),
         ]

@@ -99,6 +99,19 @@ def fused(over: Case, bias: bool = False) -> Case:
     return Case(over.name.replace("lora", "lora_linear"), linear, [x, weight, A, B], over.options)
 
 
+def head_and_loss(x: Tensor, weight: Tensor) -> Tensor:
+    target = torch.arange(len(x), device=x.device) % len(weight)
+    target[::3] = -100
+    return safe_kernels.linear_cross_entropy(x, weight, None, target, softcap=4.0)
+
+
+def last_layer(size: Size, dtype: torch.dtype) -> Case:
+    rows, d, classes, _ = size
+    inputs = [Normal((rows, d), dtype), Normal((classes, d), dtype, d**-0.5)]
+    name = f"linear_cross_entropy {rows}x{d}-{classes} {dtype}".replace("torch.", "")
+    return Case(name, head_and_loss, inputs, trained=(0,))
+
+
 def rowwise(rows: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
     x, row = Normal((rows, width), dtype), Normal((width,), dtype)
     name = f"{rows}x{width} {dtype}".replace("torch.", "")
@@ -133,6 +146,8 @@ def small_cases() -> Iterator[Case]:
         yield from (over, fused(over))
     for dtype in DTYPES:
         yield from rowwise(rows, d_in, dtype)
+        yield last_layer(SMALL, dtype)
+    yield last_layer((700, 64, 140_000, 0), HALF)  # more than one chunk
     yield from unusual()
 
 

@@ -78,6 +78,14 @@ STARTS: dict[str, Change] = {
     "strided": lambda t: torch.stack([t, t - 100], -1)[..., 0],
     "int32": lambda t: t.int(),
 }
+TARGETS: dict[str, Change] = {
+    **{what: TENSORS[what] for what in (*STATES, "no rows", "expanded rows", "every second", "sparse", "nested")},
+    "beyond": lambda t: t + D_OUT,
+    "far beyond": lambda t: t.index_fill(0, torch.tensor([1]), FAR),
+    "before": lambda t: t.index_fill(0, torch.tensor([1]), -1),
+    "ignored": lambda t: t * 0 - 100,
+    "int32": lambda t: t.int(),
+}
 WEIGHTS: dict[str, Change] = {
     "bool": lambda t: t > 0,
     "int64": lambda t: t.long(),
@@ -92,6 +100,8 @@ VALUES: dict[str, list[Any]] = {
     "dropout_p": [0.0, 0.25, 1.0, -0.1, 1.5, float("nan"), float("inf"), None, "0.1"],
     "scaling": [0.0, -3.0, float("inf"), float("nan"), 1e300, None, "1"],
     "eps": [0.0, 1e-30, -1.0, float("nan"), float("inf"), None],
+    "ignore_index": [-100, 0, 2, -1, FAR, 2**64, None, 1.5],
+    "softcap": [0.0, 0.5, 30.0, -1.0, float("nan"), float("inf"), None],
     "weight_offset": [0.0, 1.0, float("nan"), None],
     "block_rows": [0, -1, 1, 7, 8, 100, 8193, FAR, -(2**63), 2**64, None],
     "retain_output": [True, False],
@@ -102,7 +112,7 @@ VALUES: dict[str, list[Any]] = {
 def shape_of(op: str, name: str) -> tuple[int, ...]:
     if name == "grad":
         return (ROWS, D_OUT if op.startswith(("lora", "dora")) else D_IN)
-    if name in ("weight", "bias") and op.startswith(("lora_linear", "dora")):
+    if name in ("weight", "bias") and op.startswith(("lora_linear", "dora", "linear_cross")):
         return (D_OUT, D_IN) if name == "weight" else (D_OUT,)
     return SHAPES.get(name, (D_IN,))
 
@@ -117,6 +127,8 @@ def arguments_of(op: str, random: Random) -> dict[str, Any]:
             found[name] = torch.tensor([random.randrange(2**63), -random.randrange(2**63)])
         elif name == "block_starts":
             found[name] = torch.tensor([0, 3])
+        elif name == "target":
+            found[name] = torch.tensor([random.choice([*range(D_OUT), -100]) for _ in range(ROWS)])
         elif name == "row_weight":
             found[name] = (torch.arange(ROWS) % 3 != 1).float()
         elif kind in ("Tensor", "Optional[Tensor]"):
@@ -125,7 +137,9 @@ def arguments_of(op: str, random: Random) -> dict[str, Any]:
         elif kind.startswith("List"):
             found[name] = [random.random() < 0.7 for _ in range(int(argument.N))]
         else:
-            found[name] = {"kind": "silu", "dropout_p": 0.25, "eps": 1e-3, "block_rows": 3}.get(name, 0.5)
+            found[name] = {"kind": "silu", "dropout_p": 0.25, "eps": 1e-3, "block_rows": 3, "ignore_index": -100}.get(
+                name, 0.5
+            )
     return found | {name: random.random() < 0.5 for name in ("retain_output", "from_output") if name in found}
 
 
@@ -140,7 +154,7 @@ def mutated(op: str, random: Random) -> tuple[dict[str, Any], list[str]]:
         elif not isinstance(before, Tensor):
             found[name], what = random.choice(VALUES[name]), ""
         else:
-            changes = {"block_starts": STARTS, "row_weight": WEIGHTS}.get(name, TENSORS)
+            changes = {"block_starts": STARTS, "row_weight": WEIGHTS, "target": TARGETS}.get(name, TENSORS)
             if name == "rng_state" or (changes is not TENSORS and random.random() < 0.3):
                 changes = {what: TENSORS[what] for what in STATES}
             what = random.choice(sorted(changes))

@@ -50,6 +50,8 @@ def rms(x: Tensor, weight: Tensor) -> Tensor:
 
 WEIGHT = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
 
+TARGET = torch.tensor([[0, 3], [-100, 2], [1, 1]])
+
 
 def dora(x: Tensor, bias: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
     scale = magnitude / (WEIGHT + 2.0 * (B @ A).detach()).norm(dim=1)
@@ -80,6 +82,11 @@ CASES: dict[str, Case] = {
         lambda x, weight, bias: safe_kernels.layer_norm(x, weight, bias, 1e-3),
         lambda x, weight, bias: F.layer_norm(x, (D_IN,), weight, bias, 1e-3),
         (X, FEATURES, FEATURES),
+    ),
+    "linear_cross_entropy": Case(
+        lambda x: safe_kernels.linear_cross_entropy(x, WEIGHT, None, TARGET, softcap=3.0),
+        lambda x: F.cross_entropy(3.0 * torch.tanh(F.linear(x, WEIGHT) / 3.0).mT, TARGET, reduction="none"),
+        ((3, 2, D_IN),),
     ),
     "activation": Case(
         lambda x: safe_kernels.activation(x, "gelu", dropout_p=DROPOUT_P, rng_state=STATE),

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from safe_kernels import retention
 
-from ..loss import Loss, flop_formulas, own_loss
+from ..loss import Loss, own_loss
 
 Batch = dict[str, Any]
 
@@ -44,7 +44,7 @@ def retained_bytes(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int
 
 def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
     """Return the FLOPs of one forward and backward, as torch counts them: matrix products and attention."""
-    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+    counter = FlopCounterMode(display=False)
     with _unseen(model, batch):
         with torch.no_grad():
             loss(model, batch)  # the first call may also compare it with the model's own loss
@@ -57,7 +57,7 @@ def step_flops(model: nn.Module, batch: Batch, loss: Loss = own_loss) -> int:
 
 def block_flops(model: nn.Module, batch: Batch, loss: Loss, blocks: Collection[str]) -> dict[str, int]:
     """Return the FLOPs of one forward of each transformer block, by its path without PEFT's prefix."""
-    counter = FlopCounterMode(display=False, custom_mapping=flop_formulas())
+    counter = FlopCounterMode(display=False)
     with _unseen(model, batch), torch.no_grad(), counter:
         loss(model, batch)
     found = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}

@@ -6,7 +6,7 @@ import inspect
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,21 @@ _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, set[Any]]] = weakref.W
 """Of each model: its state, and the calls that were compared in this state."""
 
 
-def check(model: nn.Module, batch: Mapping[str, Any]) -> nn.Linear:
+class Head(NamedTuple):
+    """A model's last layer, and what its model makes of the logits: a factor, then a soft cap (0 for none)."""
+
+    layer: nn.Linear
+    scaling: float
+    softcap: float
+
+
+def change(logits: Tensor, scaling: float, softcap: float) -> Tensor:
+    """Return the logits as the model changes them."""
+    logits = logits * scaling if scaling != 1.0 else logits
+    return softcap * torch.tanh(logits / softcap) if softcap else logits
+
+
+def check(model: nn.Module, batch: Mapping[str, Any]) -> Head:
     """Check that `chunked_loss` equals the model's own loss in a call, and return the model's head.
 
     A call with new arguments is compared on a few of its tokens. If the two losses differ, or the model or an argument
@@ -55,7 +69,7 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> nn.Linear:
     _refuse_arguments(inner, base, batch)
     if isinstance(labels, FakeTensor):
         return head
-    call, state = _call(base, batch), _state(inner, base, head)
+    call, state = _call(base, batch), _state(inner, base, head.layer)
     known = _CHECKED.get(base)
     if known is None or known[0] != state:
         known = _CHECKED[base] = (state, set())
@@ -129,9 +143,7 @@ def _reference(function: Any) -> Any:
     return function if function is None else weakref.ref(function)
 
 
-def _head(base: Any) -> nn.Linear:
-    if not hasattr(torch.nn, "LinearCrossEntropyOptions"):
-        raise ConfigError(f"loss: chunked needs torch >= 2.13, got {torch.__version__}; {_INSTEAD}.")
+def _head(base: Any) -> Head:
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         raise ConfigError(f"loss: chunked is for decoders, but {type(base).__name__} has an encoder; {_INSTEAD}.")
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
@@ -141,7 +153,15 @@ def _head(base: Any) -> nn.Linear:
             f"loss: chunked needs a model whose head is a plain torch.nn.Linear, got {got} in {type(base).__name__}; "
             f"{_INSTEAD}."
         )
-    return head
+    scale, divisor, cap = (
+        _setting(base, name) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
+    )
+    return Head(head, (scale or 1.0) / (divisor or 1.0), cap)  # Cohere, Granite, Gemma 2: the comparison checks it
+
+
+def _setting(base: Any, name: str) -> float:
+    """Return a number of a model's config, or of a config in it; 0 if there is none."""
+    return next((float(config[name]) for config in _configs(base) if config.get(name)), 0.0)
 
 
 def cast(hidden: Tensor) -> Tensor:
@@ -166,7 +186,7 @@ def parameters(head: nn.Linear, dtype: torch.dtype) -> tuple[Tensor, Tensor | No
     return head.weight.to(dtype), None if head.bias is None else head.bias.to(dtype)
 
 
-def _compare(inner: nn.Module, base: nn.Module, head: nn.Linear, batch: Mapping[str, Any]) -> None:
+def _compare(inner: nn.Module, base: nn.Module, head: Head, batch: Mapping[str, Any]) -> None:
     """Check on a few tokens that the model's logits are its head's output, and its loss their cross entropy.
 
     The check uses the whole batch if a part of it, such as an image, cannot be cut. It runs in inference mode, so that
@@ -183,16 +203,17 @@ def _compare(inner: nn.Module, base: nn.Module, head: nn.Linear, batch: Mapping[
         return made[-1][1]
 
     with torch.inference_mode(), _evaluating(inner, base), torch.random.fork_rng(devices=devices):
-        with head.register_forward_hook(enlarge):
+        with head.layer.register_forward_hook(enlarge):
             own = inner(**small, labels=targets)
         see_one(given, targets.shape)
-        hidden, (out, logits) = given[0], made[0]
-        plain = F.linear(hidden, *parameters(head, hidden.dtype))
+        hidden, (out, enlarged) = given[0], made[0]
+        plain = F.linear(hidden, *parameters(head.layer, hidden.dtype))
+        logits = change(enlarged, head.scaling, head.softcap)
         mean = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), targets[:, 1:].flatten(), ignore_index=IGNORED)
     items = small.get("num_items_in_batch")
     loss = float(mean) * (1.0 if items is None else int((targets[:, 1:] != IGNORED).sum()) / _AS_IF)
     close = 1e-4 if hidden.dtype in (torch.float32, torch.float64) else 2e-2
-    same_logits = _agree(plain, out, close) and _agree(own.logits, logits, 1e-6)
+    same_logits = _agree(plain, out, close) and _agree(own.logits, logits, 1e-6 if logits is enlarged else close)
     close = 2e-6 if own.loss.dtype in (torch.float32, torch.float64) else 2e-2
     if not (same_logits and abs(float(own.loss) - loss) <= close * max(1.0, abs(loss))):
         what = "losses" if same_logits else "logits"

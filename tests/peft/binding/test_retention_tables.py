@@ -42,6 +42,7 @@ WORDS: dict[str, list[int] | None] = {
     "its output (f), as PyTorch does": [WIDE],
     "16 bytes": [RANDOM],
     "its input (d)": [INPUT],
+    "the gradient of its input (d)": [INPUT],
     "no graph node": None,
 }
 """What a cell means, for each of its row's measurements; None where there is no graph."""
@@ -134,6 +135,12 @@ def dropout(state: str) -> list[int | None]:
     return [retained(lambda: safe_kernels.dropout(x, 0.1))]
 
 
+def last_layer(state: str) -> list[int | None]:
+    x, head = leaf(D, state), weight(F, D)
+    target = torch.arange(TOKENS) % F
+    return [retained(lambda: safe_kernels.linear_cross_entropy(x, head, None, target), head)]
+
+
 def frozen_block(state: str) -> list[int | None]:
     """What one more adds, above the lowest block that trains or below it."""
     sizes, below = [], state == STATES[2]
@@ -166,6 +173,7 @@ MEASURED: dict[str, Callable[[str], list[int | None]]] = {
     "`activation` (GELU, SiLU)": plain,
     "`activation` (ReLU)": partial(plain, kind="relu"),
     "`dropout`": dropout,
+    "`linear_cross_entropy` (a frozen head and the loss)": last_layer,
     "a whole frozen block that is recomputed in backward": frozen_block,
 }
 

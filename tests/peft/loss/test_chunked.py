@@ -20,9 +20,6 @@ from safe_peft import AdapterFreezer, ConfigError, SafeConfig, bind, chunked_los
 from safe_peft.finetune import measure
 from safe_peft.loss import own_loss
 
-pytestmark = pytest.mark.skipif(
-    not hasattr(torch.nn, "LinearCrossEntropyOptions"), reason="PyTorch has no such loss before 2.13"
-)
 CAUSAL = ("llama", "gpt2", "gemma")
 
 
@@ -38,6 +35,52 @@ def test_it_is_the_models_own(name: str, padded: bool, bound: bool) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     with torch.no_grad():
         torch.testing.assert_close(chunked_loss(model.eval(), given), own_loss(model, given), rtol=1e-6, atol=0)
+
+
+CHANGED: dict[str, Callable[[], nn.Module]] = {
+    "cap": lambda: small(hf.Gemma2Config, hf.Gemma2ForCausalLM, final_logit_softcapping=1.0),
+    "factor": lambda: small(hf.CohereConfig, hf.CohereForCausalLM, logit_scale=0.25),
+    "divisor": lambda: small(hf.GraniteConfig, hf.GraniteForCausalLM, logits_scaling=3.0),
+}
+
+
+@pytest.mark.parametrize("head_trains", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CHANGED)
+def test_models_that_cap_or_scale_their_logits(name: str, dtype: torch.dtype, head_trains: bool) -> None:
+    model, given = CHANGED[name]().to(dtype), batch(padded=True)
+    model.get_output_embeddings().requires_grad_(head_trains)
+    (value, grads), (expected, exact) = (results(model, loss, given) for loss in (chunked_loss, own_loss))
+    half = dtype == torch.bfloat16
+    torch.testing.assert_close(value, expected, rtol=1e-2 if half else 1e-5, atol=0)
+    for a, b in zip(grads, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=float(b.abs().max()) * (5e-2 if half else 1e-5) + 1e-12)
+
+
+def test_a_head_that_trains_runs_again_in_backward() -> None:
+    model, given = small(hf.LlamaConfig, hf.LlamaForCausalLM, tie_word_embeddings=False), batch(padded=True)
+    torch.testing.assert_close(results(model, chunked_loss, given), results(model, own_loss, given))
+    kept = [
+        retention.measure(lambda loss=loss: loss(model, given), exclude=[model, *given.values()]).bytes
+        for loss in (own_loss, chunked_loss)
+    ]
+    assert kept[0] - kept[1] > 0.4 * ROWS * LENGTH * VOCABULARY * 4
+
+
+def test_a_batch_without_targets() -> None:
+    model, given = made("llama"), batch()
+    given["labels"] = torch.full_like(given["labels"], -100)
+    expected, found = results(model, own_loss, given), results(model, chunked_loss, given)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    assert found[0].isnan() and not any(grad.any() for grad in found[1])
+
+
+def test_a_label_that_is_no_token_is_refused() -> None:
+    model, given = made("llama"), batch()
+    chunked_loss(model, given)
+    given["labels"] = given["labels"].clone().fill_(VOCABULARY)
+    with pytest.raises(IndexError, match=rf"target must be in \[0, {VOCABULARY}\)"):
+        chunked_loss(model, given)
 
 
 def test_a_batch_that_cannot_be_cut_is_looked_at_whole() -> None:
@@ -95,8 +138,7 @@ def test_products_are_counted() -> None:
     model, given = made("llama"), batch()
     chunked_loss(model, given)
     own, chunked = (measure.step_flops(model, given, loss) for loss in (own_loss, chunked_loss))
-    head = 2 * VOCABULARY * 32
-    assert chunked == own - 2 * ROWS * head + ROWS * head, "no last token twice, but its logits by the way"
+    assert chunked == own + ROWS * 2 * VOCABULARY * 32, "the last tokens' logits, by the way"
 
 
 def test_a_freezer_takes_the_first_look_for_no_batch() -> None:
@@ -134,8 +176,6 @@ def test_nothing_is_left_behind() -> None:
 @pytest.mark.parametrize(
     ("model", "named"),
     [
-        (lambda: small(hf.Gemma2Config, hf.Gemma2ForCausalLM, final_logit_softcapping=1.0), "logits are not those"),
-        (lambda: small(hf.GraniteConfig, hf.GraniteForCausalLM, logits_scaling=2.0), "logits are not those"),
         (lambda: small(hf.LlamaConfig, AddsToItsLoss), "losses are not those"),
         (lambda: made("t5"), "T5ForConditionalGeneration has an encoder"),
         (lambda: made("bert"), "got NoneType in BertForSequenceClassification"),
@@ -160,10 +200,3 @@ def test_a_model_with_another_loss_is_refused(model: Callable[[], nn.Module], na
 def test_a_batch_without_labels_is_refused(labels: Any, got: str) -> None:
     with pytest.raises(ConfigError, match=rf"batch: expected labels of shape \[samples, tokens\], got {got}"):
         chunked_loss(made("llama"), {**batch(), "labels": labels})
-
-
-def test_an_older_pytorch_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delattr(torch.nn, "LinearCrossEntropyOptions")
-    assert safe_peft.loss.flop_formulas() == {}
-    with pytest.raises(ConfigError, match=r"needs torch >= 2\.13, got"):
-        chunked_loss(made("llama"), batch())

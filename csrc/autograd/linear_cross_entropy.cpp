@@ -1,0 +1,72 @@
+// `linear_cross_entropy` retains for backward:
+//   x requires grad   the gradient of each row's loss for x, in the dtype of x
+//   otherwise         no node at all
+// It makes no gradient of weight and bias. The gradient that arrives has one number per row, so backward is a product.
+
+#include "ops/linear_cross_entropy.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include "autograd/graph.h"
+
+namespace safe_kernels {
+
+namespace {
+
+using torch::autograd::AutogradContext;
+using torch::autograd::Variable;
+using torch::autograd::variable_list;
+
+// Rounded once: the factor, such as 1 / tokens, stays in the dtype of the losses.
+Tensor scale_rows(const Tensor& factors, const Tensor& grad_x) {
+  return grad_x.mul(factors.unsqueeze(-1)).to(grad_x.scalar_type());
+}
+
+void check_nothing(const Tensor& /*factors*/, const Tensor& /*grad_x*/) {}
+
+using ScaleRows = OnceDifferentiable<scale_rows, check_nothing>;
+
+struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
+  static Variable forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                          const std::optional<Tensor>& bias, const Tensor& target, int64_t ignore_index, double scaling,
+                          double softcap) {
+    auto [loss, grad_x] = below_autograd(
+        [&] { return linear_cross_entropy_backward(x, weight, bias, target, ignore_index, scaling, softcap); });
+    ctx->set_materialize_grads(false);
+    ctx->save_for_backward({grad_x});
+    return loss;
+  }
+
+  static variable_list backward(AutogradContext* ctx, variable_list grads) {
+    variable_list result(7);
+    if (!grads[0].defined()) return result;
+    Tensor grad_x = ctx->get_saved_variables()[0];
+    // The retained gradient depends on x, which a recorded backward (create_graph=True) must not overlook.
+    if (at::GradMode::is_enabled()) grad_x = grad_x.detach().set_requires_grad(true);
+    result[0] = ScaleRows::call(grads[0], grad_x);
+    return result;
+  }
+};
+
+Tensor linear_cross_entropy_autograd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                     const Tensor& target, int64_t ignore_index, double scaling, double softcap) {
+  check_linear_cross_entropy(x, weight, bias, target, ignore_index, scaling, softcap);
+  if (!builds_graph("linear_cross_entropy", x, weight, bias))
+    return below_autograd(
+        [&] { return linear_cross_entropy(x, weight, bias, target, ignore_index, scaling, softcap); });
+  TORCH_CHECK_VALUE(!weight.requires_grad() && !requires_grad(bias), weight.requires_grad() ? "weight" : "bias",
+                    " must not require grad: linear_cross_entropy makes no gradient for it");
+  return LinearCrossEntropyFunction::apply(x, weight, bias, target, ignore_index, scaling, softcap);
+}
+
+}  // namespace
+
+TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
+  ScaleRows::name = "linear_cross_entropy_backward";
+  m.impl("linear_cross_entropy", linear_cross_entropy_autograd);
+  once_differentiable<linear_cross_entropy_backward, check_linear_cross_entropy>(m, "linear_cross_entropy_backward");
+}
+
+}  // namespace safe_kernels
