@@ -151,7 +151,8 @@ SECTIONS = (
     ),
     (
         "Peak memory of a process that trains SmolLM2-135M (real weights, fp32, 4 x 512 tokens, LoRA r 16 on every "
-        "linear layer). *model* is the model's own loss, *chunked* is torch's `linear_cross_entropy`, on both sides:",
+        "linear layer). *model* is the model's own loss, *chunked* is `chunked_loss` (measured 2026-11-30), on both "
+        "sides:",
         "test_peak",
         peak_table,
     ),
