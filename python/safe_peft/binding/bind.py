@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +26,6 @@ class Binding:
 
     Args:
         layers: every bound adapter layer by its path in the model, including the layers of an earlier `bind`.
-        recompute: names of transformer blocks to recompute. Once everything in such a block is frozen, the block
-            retains only its input and runs again in backward: the same results, less memory, more time. You may change
-            this set at any time.
         blocks: names of all transformer blocks, lowest first.
 
     Example:
@@ -42,10 +39,36 @@ class Binding:
     """
 
     layers: dict[str, nn.Module]
-    recompute: set[str] = field(default_factory=set)
     blocks: tuple[str, ...] = ()
+    _recompute: set[str] = field(default_factory=set, repr=False)
     _own: list[nn.Module] = field(default_factory=list, repr=False)
     _freezer: weakref.ref[Any] | None = field(default=None, repr=False)
+
+    @property
+    def recompute(self) -> set[str]:
+        """Names of transformer blocks to recompute; you may change this set, or assign another one, at any time.
+
+        Once everything in such a block is frozen, the block retains only its input and runs again in backward: the same
+        results, less memory, more time.
+
+        Raises:
+            BindingError: An assigned name is not in `blocks`.
+
+        Example:
+            >>> from peft import LoraConfig, get_peft_model
+            >>> model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LoraConfig(target_modules=["0"]))
+            >>> binding = bind(model)
+            >>> binding.recompute = binding.blocks[:-1]
+        """
+        return self._recompute
+
+    @recompute.setter
+    def recompute(self, names: Iterable[str]) -> None:
+        chosen = {names} if isinstance(names, str) else set(names)
+        if unknown := sorted(chosen.difference(self.blocks)):
+            raise BindingError(f"recompute: {unknown} are no blocks of this model; its blocks are {list(self.blocks)}.")
+        self._recompute.clear()
+        self._recompute.update(chosen)
 
     def live_adapters(self) -> list[Adapter]:
         """Return the adapters with a parameter that requires grad, in the model's order.
@@ -182,7 +205,7 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
     for layer in own:
         swap_class(layer, mixin_for(layer, adapter_of(layer).mixin), LayerState())  # type: ignore[union-attr]
     bound, recompute = bind_blocks(unwrap(model), parts)
-    return Binding(layers, recompute, tuple(transformer_blocks(unwrap(model))), own + bound)
+    return Binding(layers, tuple(transformer_blocks(unwrap(model))), recompute, own + bound)
 
 
 def _nothing_to_bind(model: nn.Module, modules: list[nn.Module]) -> str:

@@ -93,8 +93,7 @@ class FreezeEnforcer:
     def recompute(self, blocks: Sequence[str] | None) -> None:
         """Set the blocks to recompute in backward, if `config.recompute` is "auto"; None changes nothing."""
         if self._config.recompute == "auto" and blocks is not None:
-            self._binding.recompute.clear()
-            self._binding.recompute.update(blocks)
+            self._binding.recompute = blocks
 
     def _named(self, names: Iterable[str]) -> Iterator[Adapter]:
         wanted = set(names)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from blocks import freeze, freeze_block, loss_and_gradients
@@ -9,7 +11,7 @@ from families import LENGTH, ROWS, D, Family, family
 from torch import Tensor
 
 from safe_kernels.retention import measure
-from safe_peft import bind
+from safe_peft import BindingError, bind
 from safe_peft.binding.blocks.recompute import Run
 
 RNG_STATE = torch.get_rng_state().nbytes
@@ -24,8 +26,7 @@ def test_gradients_are_the_same_to_the_last_bit(one: Family, p: float) -> None:
         freeze_block(model, binding.blocks[2])
         results = []
         for names in ((), binding.blocks[1:]):
-            binding.recompute.clear()
-            binding.recompute.update(names)
+            binding.recompute = names
             torch.manual_seed(7)
             results.append((*loss_and_gradients(model, batch), torch.get_rng_state()))
     (loss, grads, state), (again, again_grads, again_state) = results
@@ -52,6 +53,15 @@ def test_it_retains_its_input_alone(one: Family, p: float) -> None:
     )  # a frozen adapter's dropout is on here, as nobody but a freezer switches it off
     expected = block_input + (RNG_STATE if draws or p > 0 else 0)
     assert retained(4) - retained(3) == expected
+
+
+@pytest.mark.parametrize("names", ["model.layers.7", ["layers.0"], {"model.layers.0", "norm"}])
+def test_a_name_of_no_block_is_refused(names: Any) -> None:
+    with bind(family("llama").model(layers=2)) as binding:
+        binding.recompute = binding.blocks[:1]
+        with pytest.raises(BindingError, match=r"recompute: .* are no blocks of this model"):
+            binding.recompute = names
+        assert binding.recompute == set(binding.blocks[:1])
 
 
 def test_a_block_that_trains_is_not_run_again() -> None:

@@ -119,6 +119,19 @@ def test_each_adapter_is_compared_with_the_base_layers_output() -> None:
         assert together == pytest.approx(by_itself, rel=1e-4) and together > 0
 
 
+def test_a_scoring_step_does_not_change_what_explain_says() -> None:
+    model, x = stack(TWO), torch.randn(64, 16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    freezer = AdapterFreezer(
+        model, optimizer, SafeConfig(threshold=0.0, warmup=8, max_warmup=9, score_interval=1), total_steps=20
+    )
+    model.eval()(x)
+    model.train()(x).sum().backward()
+    freezer.step()
+    assert len(freezer.ledger.scorings) == 1
+    assert all(line.path == "safe_kernels::lora_linear" for line in explain(model).layers)
+
+
 def test_a_bias_over_an_input_of_fewer_bits_is_left_to_peft() -> None:
     stock, bound = (stack(("default",), **BIAS) for _ in range(2))
     for model in (stock, bound):

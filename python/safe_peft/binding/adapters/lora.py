@@ -192,7 +192,7 @@ class SafeLoraLinear(ObservedLayer):
         statistics = _observed(state, keys, x) if self.training and not compiling else {}  # scoring is not compiled
         is_dora, apart = keys[0] in self.lora_variant, len(statistics) > 0 and len(keys) > 1
         plain = None if args or kwargs or is_dora or apart else _plain(own["base_layer"], x)
-        if not compiling:
+        if not compiling and not apart:
             state.fused = plain is not None
         out: Any = plain
         if plain is None and not is_dora:
