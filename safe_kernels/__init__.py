@@ -18,7 +18,17 @@ except ImportError as error:
 from safe_kernels import flops as flops
 from safe_kernels import reference, retention
 from safe_kernels import triton as _triton
-from safe_kernels.functional import activation, dora, dropout, gated_activation, layer_norm, lora, lora_linear, rms_norm
+from safe_kernels.functional import (
+    activation,
+    bottleneck,
+    dora,
+    dropout,
+    gated_activation,
+    layer_norm,
+    lora,
+    lora_linear,
+    rms_norm,
+)
 from safe_kernels.inversion import invertible
 from safe_kernels.statistics import AdapterStatistics, RowBlocks
 from safe_kernels.triton.runtime.tuning import autotune
@@ -34,6 +44,7 @@ __all__ = [
     "RowBlocks",
     "activation",
     "autotune",
+    "bottleneck",
     "dora",
     "dropout",
     "gated_activation",

@@ -16,6 +16,11 @@ not. With N rows::
     dora            as `lora`, 2 N d_in d_out (4 with dropout), and 2 r d_in d_out for the norm
     dora_backward   as `lora_backward` (grad_magnitude wants what grad_B does), and 2 N d_in d_out for grad_magnitude
                     and for grad_x (4 with dropout)
+    bottleneck      z = x W_down'            2 N r d_in
+                    residual + h W_up'       2 N r d_out
+    bottleneck_backward   z                  2 N r d_in     if z is not retained, and more than grad_b_up is wanted
+                    dh = dy W_up             2 N r d_out    if grad_x, grad_W_down or grad_b_down is wanted
+                    dx, dW_down, dW_up       2 N r d        each that is wanted
     statistics      see `statistics_flop`; nothing if they are not requested
 
 Example:
@@ -38,6 +43,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 __all__ = [
+    "bottleneck_backward_flop",
+    "bottleneck_flop",
     "dora_backward_flop",
     "dora_flop",
     "lora_backward_flop",
@@ -178,6 +185,52 @@ def dora_backward_flop(
     adapter = lora_backward_flop(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, mask)
     products = wants_magnitude + wants_x * (2 if dropout_p > 0.0 else 1)
     return 2 * products * math.prod(grad) * weight[1] + adapter
+
+
+@register_flop_formula(torch.ops.safe_kernels.bottleneck)
+def bottleneck_flop(
+    x: Shape,
+    residual: Shape,
+    W_down: Shape,
+    b_down: Shape,
+    W_up: Shape,
+    b_up: Shape,
+    activation: str,
+    scaling: float,
+    dropout_p: float = 0.0,
+    rng_state: Shape | None = None,
+    block_starts: Shape | None = None,
+    block_rows: int = 0,
+    row_weight: Shape | None = None,
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `bottleneck` from its arguments' shapes."""
+    return lora_flop(x, residual, W_down, W_up, scaling, 0.0, None, block_starts, block_rows)
+
+
+@register_flop_formula(torch.ops.safe_kernels.bottleneck_backward)
+def bottleneck_backward_flop(
+    grad: Shape,
+    x: Shape | None,
+    z: Shape | None,
+    W_down: Shape,
+    b_down: Shape,
+    W_up: Shape,
+    activation: str,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Shape | None,
+    output_mask: Sequence[bool],
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `bottleneck_backward` from its arguments' shapes."""
+    rows, (rank, d_in), d_out = math.prod(grad[:-1]), W_down, W_up[0]
+    wants_x, wants_W_down, wants_b_down, wants_W_up, _ = output_mask
+    slope = wants_x or wants_W_down or wants_b_down
+    inner = (wants_x + wants_W_down + (z is None and (slope or wants_W_up))) * d_in
+    return 2 * rows * rank * (inner + (slope + wants_W_up) * d_out)
 
 
 def statistics_flop(rows: int, d_out: int, rank: int) -> int:

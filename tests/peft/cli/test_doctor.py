@@ -43,7 +43,10 @@ def test_this_environment_is_healthy(capsys: pytest.CaptureFixture[str]) -> None
     lines = capsys.readouterr().out.splitlines()
     assert not [line for line in lines if line.startswith("!!")]
     cpu, gpus = [line for line in lines if "kernels on" in line]
-    assert "csrc/cpu: activation, dora, dropout, gated_activation, layer_norm, lora, lora_linear, rms_norm" in cpu
+    assert (
+        "csrc/cpu: activation, bottleneck, dora, dropout, gated_activation, layer_norm, lora, lora_linear, rms_norm"
+        in cpu
+    )
     assert "csrc/launch_replay: activation, dora, dropout, gated_activation, layer_norm, lora, lora_linear" in gpus
 
 
@@ -124,7 +127,10 @@ def test_without_triton_the_reference_serves_gpus(tmp_path: Path) -> None:
     )
     ask = "import safe_kernels; from safe_peft.cli.doctor import _kernels; print(_kernels('CUDA'))"
     done = subprocess.run([sys.executable, "-c", f"{hide}\n{ask}"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("the reference in PyTorch: activation, dora, dropout") and ";" not in done.stdout
+    assert (
+        done.stdout.startswith("the reference in PyTorch: activation, bottleneck, dora, dropout")
+        and ";" not in done.stdout
+    )
 
 
 def test_a_package_too_old_or_missing_is_named_with_what_is_needed(
