@@ -52,6 +52,12 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("bottleneck_dropout", "kind", "scaling", "parallel")
+    base_layer: nn.Module
+    bottleneck_down: nn.ModuleDict
+    bottleneck_up: nn.ModuleDict
+    bottleneck_dropout: nn.ModuleDict
+    _move_adapter_to_device_of_base_layer: Any
+    set_adapter: Any
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: BottleneckConfig, first: nn.Module | None = None
@@ -91,10 +97,9 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Compute the layer and its active adapters, one after the other."""
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError("adapter_names: bottleneck adapters do not support batches of several adapters.")
         out, inner = self.outputs(x, *args, **kwargs)
-        for key in () if self.disable_adapters else self.active_adapters:
+        active: list[str] = [] if self.disable_adapters else self.active_adapters  # type: ignore[assignment]
+        for key in active:
             if key in self.bottleneck_down:
                 out = self._add(key, inner if self.parallel[key] else out, out)
         return out
@@ -106,7 +111,7 @@ class BottleneckLayer(nn.Module, BaseTunerLayer):
 
     def _add(self, key: str, x: Tensor, out: Tensor) -> Tensor:
         down, up = self.bottleneck_down[key], self.bottleneck_up[key]
-        h = ACTIVATIONS[self.kind[key]](down(self._cast_input_dtype(x, down.weight.dtype)))  # type: ignore[arg-type, call-overload]
+        h = ACTIVATIONS[self.kind[key]](down(self._cast_input_dtype(x, down.weight.dtype)))  # type: ignore[operator]
         return (out + self.scaling[key] * up(self.bottleneck_dropout[key](h))).to(out.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:

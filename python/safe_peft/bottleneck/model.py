@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -53,6 +54,13 @@ class BottleneckModel(BaseTuner):
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Refuse batches of several adapters, which PEFT would ignore without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError("adapter_names: bottleneck adapters do not support batches of several adapters.")
+        yield
 
     def _check_merge_allowed(self) -> None:
         raise ValueError(NO_MERGE)

@@ -17,7 +17,11 @@ from .base import Adapter, LayerState, active_keys, register_adapter
 from .lora import DROPOUTS, FLOATS, TENSORS, LoraAdapter, observed
 from .observed import ObservedLayer
 
-_CALLED = ((BottleneckLayer, "forward"), (BottleneckLayer, "__call__"), (BottleneckLayer, "_add"))
+_CALLED: tuple[tuple[type[nn.Module], str], ...] = (
+    (BottleneckLayer, "forward"),
+    (BottleneckLayer, "__call__"),
+    (BottleneckLayer, "_add"),
+)
 _CALLED += ((BottleneckLayer, "outputs"), (nn.Linear, "forward"), (nn.Dropout, "forward"), (nn.Identity, "forward"))
 _METHODS = tuple(own_method(*method) for method in _CALLED)
 
@@ -29,8 +33,6 @@ def refusal(layer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | 
     """
     if layer._disable_adapters:
         return "adapters are disabled"
-    if kwargs and kwargs.get("adapter_names") is not None:
-        return "the call passes adapter_names"
     keys = active_keys(layer, layer._modules["bottleneck_down"]._modules)
     if not keys:
         return "no active adapter in this layer"
@@ -89,7 +91,6 @@ class SafeBottleneck(ObservedLayer):
             return super().forward(x, *args, **kwargs)
         own: Any = self
         (key,) = active_keys(own, own._modules["bottleneck_down"]._modules)
-        kwargs.pop("adapter_names", None)
         out, inner = own.outputs(x, *args, **kwargs)
         scored = self.training and not torch.compiler.is_compiling()  # a scoring step is not compiled
         statistics = observed(state, [key], out).get(key) if scored else None
@@ -107,6 +108,18 @@ class SafeBottleneck(ObservedLayer):
             dropout_p=dropout.p if drops else 0.0,
             statistics=statistics,
         )
+
+    def _observe(self, due: Any, call: Any, args: Any, kwargs: Any) -> Any:
+        """Score on the adapter's own path, which may call the layer several times; each call takes the MLP's input."""
+        taken = self.__dict__["_input"]
+        value = None if taken is None else taken.value
+
+        def again() -> Any:
+            if taken is not None:
+                taken.value = value
+            return call()
+
+        return super()._observe(due, again, args, kwargs)
 
 
 @register_adapter
