@@ -1,7 +1,8 @@
 // `bottleneck` retains for backward the first of these that applies, by the arguments that require grad when the graph
 // is built. z is the pre-activation; the weights themselves and 16 bytes of random state come with each of the three:
 //   W_down               x or its replacement (adapter_input.h); z is made again
-//   W_up                 z, r numbers per row
+//   W_up, and x or b_down    z, r numbers per row
+//   W_up                 the hidden units with dropout, r numbers per row, and no random state
 //   x or b_down          z; for a ReLU one bit per number, which shows where a gradient passes
 //   residual or b_up     nothing
 //   none of them         no node at all
@@ -67,11 +68,17 @@ struct BottleneckFunction : torch::autograd::Function<BottleneckFunction> {
     const bool keeps_signs = needs_slope && activation == "relu";
     variable_list saved(6);
     for (size_t i = 0; i < 3; ++i) saved[2 + i] = as_read(i == 0 ? W_down : i == 1 ? b_down : W_up);
-    if (needs_x)
+    const bool only_up = needs_value && !x.requires_grad() && !b_down.requires_grad();
+    if (needs_x) {
       keep_adapter_input(ctx, saved, x, W_down, /*only_B=*/false, 0.0, std::nullopt, /*may_cast=*/true);
-    else if (needs_value || needs_slope)
-      saved[1] = below_autograd([&] { return keeps_signs ? pack_signs(z) : as_kept(z); });
-    const bool makes_mask = dropout_p > 0.0 && (needs_x || needs_value || needs_slope);
+    } else if (needs_value || needs_slope) {
+      saved[1] = below_autograd([&] {
+        if (only_up) return as_kept(safe_kernels::activation(z, activation, dropout_p, rng_state));
+        return keeps_signs ? pack_signs(z) : as_kept(z);
+      });
+    }
+    if (only_up) ctx->saved_data["is_hidden"] = true;
+    const bool makes_mask = dropout_p > 0.0 && !only_up && (needs_x || needs_value || needs_slope);
     if (makes_mask) saved[5] = *rng_state;
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["activation"] = std::string(activation);
@@ -93,10 +100,15 @@ struct BottleneckFunction : torch::autograd::Function<BottleneckFunction> {
     if (std::none_of(wanted.begin(), wanted.end(), [](bool one) { return one; })) return result;
     const auto saved = unpack_saved(ctx, ADAPTER_INPUT_WRITTEN_TO);
     const Tensor x = adapter_input(ctx, saved, 6), W_down = saved[2];
-    Tensor z = saved[1];
+    const double scaling = ctx->saved_data["scaling"].toDouble();
+    if (wanted[3] && keeps_hidden(ctx)) {
+      result[4] = grad_of_B(grad, saved[1], W_down, saved[4], scaling);
+      wanted[3] = false;
+    }
+    Tensor z = keeps_hidden(ctx) ? Tensor() : saved[1];
     if (ctx->saved_data["keeps_signs"].toBool()) z = unpack_signs(z, W_down.sym_size(0), W_down.scalar_type());
     auto found = bottleneck_backward(grad, or_none(x), or_none(z), W_down, saved[3], saved[4],
-                                     ctx->saved_data["activation"].toStringRef(), ctx->saved_data["scaling"].toDouble(),
+                                     ctx->saved_data["activation"].toStringRef(), scaling,
                                      ctx->saved_data["dropout_p"].toDouble(), or_none(saved[5]), wanted);
     const auto [grad_x, grad_W_down, grad_b_down, grad_W_up, grad_b_up] = found;
     const std::array<Tensor, 5> made{grad_x, grad_W_down, grad_b_down, grad_W_up, grad_b_up};

@@ -33,7 +33,7 @@ def bottleneck(
 
     * W_down: x, once for all layers that read it, and with dropout 16 bytes of random state. Backward makes the
       pre-activation again.
-    * otherwise W_up: the pre-activation, r numbers per row.
+    * otherwise W_up: the pre-activation, or without x and b_down the hidden units, r numbers per row.
     * otherwise x or b_down (a frozen adapter): for "relu" one bit per hidden unit, otherwise the pre-activation. With
       dropout left on 16 bytes more.
     * only residual or b_up: nothing. None of them: there is no graph node.

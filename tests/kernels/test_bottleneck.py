@@ -91,6 +91,8 @@ def expected_bytes(p: Bottleneck, names: set[str]) -> int:
     z = rows * r * torch.promote_types(p.x.dtype, p.W_down.dtype).itemsize
     if "W_down" in names:
         kept = p.x.nbytes
+    elif "W_up" in names and not names & {"x", "b_down"}:
+        return z  # the hidden units, with dropout
     elif "W_up" in names:
         kept = z
     elif names & {"x", "b_down"}:

@@ -67,9 +67,9 @@ def test_dora(dropout_p: float) -> None:
 
 
 def test_bottleneck() -> None:
-    """Forward; backward of everything, of x through bits, of W_up from z, and of b_up."""
+    """Forward; backward of everything, of x through bits, of W_up (from h, with an identity), and of b_up."""
     inner, outer = 2 * N * R * D_IN, 2 * N * R * D_OUT
-    expected = {(): 3 * inner + 2 * outer, ("x",): inner + outer, ("W_up",): outer, ("b_up",): 0}
+    expected = {(): 3 * inner + 2 * outer, ("x",): inner + outer, ("W_up",): outer + 2 * N * R * R, ("b_up",): 0}
     for names, flops in expected.items():
         p = bottleneck(SHAPE).require(*(names or ("x", "W_down", "b_down", "W_up", "b_up")))
         assert count(p.call) == inner + outer
