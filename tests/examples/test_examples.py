@@ -27,7 +27,7 @@ def test_classification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_bottleneck(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = run("bottleneck.py", tmp_path, capsys, "BOTTLENECK", steps=10, test_rows=16)
+    said = run("bottleneck_adapters.py", tmp_path, capsys, "BOTTLENECK", steps=10, test_rows=16)
     assert "12 adapter layers: 12 by safe_kernels::bottleneck" in said
     assert "of 12 adapters frozen" in said and "accuracy 0." in said
     assert "loaded again: accuracy 0." in said

