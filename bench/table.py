@@ -182,7 +182,7 @@ SECTIONS = (
         partial(step_table, test="test_dora_step"),
     ),
     (
-        "A whole training step of a BERT-shaped model with bottleneck adapters after attention and MLP (4 blocks, "
+        "A whole training step of a BERT-shaped model with bottleneck adapters after attention and MLP (2 blocks, "
         "d 768, 48 hidden units, 8 x 64 tokens, AdamW), compared with the same tuner unbound:",
         "test_bottleneck_step",
         bottleneck_table,
