@@ -76,8 +76,10 @@ def bottleneck_table(results: dict[str, Any]) -> list[str]:
     for safe in rows_of(results, "test_bottleneck_step", "safe"):
         stock, params = find(plain, safe), safe["params"]
         adapters = "all but the lowest block's frozen" if params["frozen"] else "all train"
-        rows.append([params["non_linearity"], adapters, ratio(safe), ratio(stock), mib(stock), mib(safe)])
-    return table(["activation", "adapters", "**time**", "noise", "unbound retains MiB", "we retain"], rows)
+        rows.append(
+            [params["non_linearity"], str(params["p"]), adapters, ratio(safe), ratio(stock), mib(stock), mib(safe)]
+        )
+    return table(["activation", "dropout", "adapters", "**time**", "noise", "unbound retains MiB", "we retain"], rows)
 
 
 def smollm2_table(results: dict[str, Any]) -> list[str]:
