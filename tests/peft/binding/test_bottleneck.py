@@ -17,8 +17,11 @@ from life import SCENARIOS, Failure, Scenario, assert_same, assert_same_files, o
 from life import state as seen
 from oracle import taking_turns
 from peft import PeftModel
+from ranks import together
+from shares import OPTIONS, STEPS, digest, events, shares
 from tiny import EARLY, adamw, batches, gpt2, run, train
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from toy import gradients
 
 from safe_kernels import AdapterStatistics, RowBlocks
@@ -330,3 +333,55 @@ def test_several_active_adapters_are_scored_on_the_tuners_path(placement: str) -
     train(model, optimizer, iter(rows), freezer)
     assert len(freezer.ledger.importance) == (8 if placement == "houlsby" else 4)
     assert all(value > 1e-7 for value in freezer.ledger.importance.values())
+
+
+# ---------------------------------------------------------------- resume, processes
+
+
+class Loop:
+    """A custom loop with a freezer, and all that a checkpoint holds."""
+
+    def __init__(self) -> None:
+        self.model = adapted_bert(dropout=0.1, non_linearity="gelu")
+        self.optimizer = adamw(self.model)
+        self.freezer = AdapterFreezer(self.model, self.optimizer, SafeConfig(target_fraction=0.5, **EARLY))
+
+    def run(self, first: int, last: int) -> Loop:
+        data = list(batches(last))
+        for number in range(first, last):
+            torch.manual_seed(number)
+            train(self.model, self.optimizer, iter(data[number : number + 1]), self.freezer)
+        return self
+
+    def restarted(self) -> Loop:
+        other = Loop()
+        other.model.load_state_dict(self.model.state_dict())
+        other.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+        other.freezer.load_state_dict(self.freezer.state_dict())
+        return other
+
+
+@pytest.mark.parametrize("stop", [3, 8, 14])
+def test_a_resumed_training_ends_with_the_same_bits(stop: int) -> None:
+    whole = Loop().run(0, stop)
+    again = whole.restarted().run(stop, 16)
+    whole.run(stop, 16)
+    assert whole.freezer.ledger == again.freezer.ledger and whole.freezer.frozen
+    ours, theirs = whole.model.state_dict(), again.model.state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
+
+
+def train_wrapped(rank: int, placement: str) -> dict[str, Any]:
+    model = adapted_bert(placement=placement)
+    ddp = DistributedDataParallel(model)
+    optimizer = adamw(model)
+    freezer = AdapterFreezer(ddp, optimizer, SafeConfig(**OPTIONS))
+    losses = train(ddp, optimizer, shares(STEPS, rank, 2), freezer)
+    return {"losses": losses, "events": events(freezer), "digest": digest(model)}
+
+
+def test_two_processes_stay_equal() -> None:
+    ranks = together(train_wrapped, "parallel")
+    assert ranks[0]["events"] == ranks[1]["events"] and ranks[0]["digest"] == ranks[1]["digest"]
+    assert ranks[0]["losses"] != ranks[1]["losses"], "each has its own half of the batch"
+    assert ranks[0]["events"]
