@@ -211,10 +211,6 @@ def test_schema_and_reference_name_the_same_arguments(op: str) -> None:
     assert list(inspect.signature(getattr(reference, op)).parameters) == argument_names(op)
 
 
-BY_REFERENCE = {"bottleneck", "bottleneck_backward"}
-"""Ops without a kernel for GPUs: the reference computes them there."""
-
-
 def triton_function(op: str) -> ast.FunctionDef:
     """The host function's source: the rules hold where Triton is not installed, too."""
     stem = op.removesuffix("_backward")
@@ -224,12 +220,12 @@ def triton_function(op: str) -> ast.FunctionDef:
 
 
 def test_triton_serves_every_op_from_the_file_of_its_stem() -> None:
-    assert sorted(op for served in triton.STEMS.values() for op in served) == sorted(set(ops()) - BY_REFERENCE)
+    assert sorted(op for served in triton.STEMS.values() for op in served) == ops()
     for stem, served in triton.STEMS.items():
         assert {op.removesuffix("_backward") for op in served} == {stem}
 
 
-@pytest.mark.parametrize("op", sorted(set(ops()) - BY_REFERENCE))
+@pytest.mark.parametrize("op", ops())
 def test_schema_and_triton_function_name_the_same_arguments(op: str) -> None:
     arguments = triton_function(op).args
     assert [argument.arg for argument in arguments.args] == argument_names(op)

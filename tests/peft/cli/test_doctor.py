@@ -47,7 +47,10 @@ def test_this_environment_is_healthy(capsys: pytest.CaptureFixture[str]) -> None
         "csrc/cpu: activation, bottleneck, dora, dropout, gated_activation, layer_norm, lora, lora_linear, rms_norm"
         in cpu
     )
-    assert "csrc/launch_replay: activation, dora, dropout, gated_activation, layer_norm, lora, lora_linear" in gpus
+    assert (
+        "csrc/launch_replay: activation, bottleneck, dora, dropout, gated_activation, layer_norm, lora, lora_linear"
+        in gpus
+    )
 
 
 def test_one_process_has_one_openmp_runtime() -> None:
