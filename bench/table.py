@@ -70,6 +70,18 @@ def step_table(results: dict[str, Any], test: str = "test_step") -> list[str]:
     return table(["frozen", "dropout", "**time**", "noise", "PEFT retains MiB", "we retain"], rows)
 
 
+def bottleneck_table(results: dict[str, Any]) -> list[str]:
+    """A whole training step with bottleneck adapters."""
+    plain, rows = rows_of(results, "test_bottleneck_step", "peft"), []
+    for safe in rows_of(results, "test_bottleneck_step", "safe"):
+        stock, params = find(plain, safe), safe["params"]
+        adapters = "all but the lowest block's frozen" if params["frozen"] else "all train"
+        rows.append(
+            [params["non_linearity"], str(params["p"]), adapters, ratio(safe), ratio(stock), mib(stock), mib(safe)]
+        )
+    return table(["activation", "dropout", "adapters", "**time**", "noise", "unbound retains MiB", "we retain"], rows)
+
+
 def smollm2_table(results: dict[str, Any]) -> list[str]:
     """A whole training step of a decoder."""
     rows = []
@@ -171,6 +183,12 @@ SECTIONS = (
         "The same with DoRA on all 36 linear layers:",
         "test_dora_step",
         partial(step_table, test="test_dora_step"),
+    ),
+    (
+        "A whole training step of a BERT-shaped model with bottleneck adapters after attention and MLP (2 blocks, "
+        "d 768, 48 hidden units, 8 x 64 tokens, AdamW), compared with the same tuner unbound:",
+        "test_bottleneck_step",
+        bottleneck_table,
     ),
     ("Scoring, with the default options:", "test_scoring", scoring_table),
     ("`lora` alone, forward and backward:", "test_lora", op_table),

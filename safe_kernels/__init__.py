@@ -20,6 +20,7 @@ from safe_kernels import reference, retention
 from safe_kernels import triton as _triton
 from safe_kernels.functional import (
     activation,
+    bottleneck,
     dora,
     dropout,
     gated_activation,
@@ -44,6 +45,7 @@ __all__ = [
     "RowBlocks",
     "activation",
     "autotune",
+    "bottleneck",
     "dora",
     "dropout",
     "gated_activation",

@@ -18,6 +18,11 @@ not. With N rows::
                     and for grad_x (4 with dropout)
     linear_cross_entropy             2 N d classes, ignored rows included
     linear_cross_entropy_backward    twice that: the losses, and the gradient of x
+    bottleneck      z = x W_down'            2 N r d_in
+                    residual + h W_up'       2 N r d_out
+    bottleneck_backward   z                  2 N r d_in     if z is not retained, and more than grad_b_up is wanted
+                    dh = dy W_up             2 N r d_out    if grad_x, grad_W_down or grad_b_down is wanted
+                    dx, dW_down, dW_up       2 N r d        each that is wanted
     statistics      see `statistics_flop`; nothing if they are not requested
 
 Example:
@@ -40,6 +45,8 @@ import torch
 from torch.utils.flop_counter import register_flop_formula
 
 __all__ = [
+    "bottleneck_backward_flop",
+    "bottleneck_flop",
     "dora_backward_flop",
     "dora_flop",
     "linear_cross_entropy_backward_flop",
@@ -214,6 +221,52 @@ def linear_cross_entropy_backward_flop(
 ) -> int:
     """FLOPs of `linear_cross_entropy_backward` from its arguments' shapes."""
     return 2 * linear_cross_entropy_flop(x, weight, bias, target)
+
+
+@register_flop_formula(torch.ops.safe_kernels.bottleneck)
+def bottleneck_flop(
+    x: Shape,
+    residual: Shape,
+    W_down: Shape,
+    b_down: Shape,
+    W_up: Shape,
+    b_up: Shape,
+    activation: str,
+    scaling: float,
+    dropout_p: float = 0.0,
+    rng_state: Shape | None = None,
+    block_starts: Shape | None = None,
+    block_rows: int = 0,
+    row_weight: Shape | None = None,
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `bottleneck` from its arguments' shapes."""
+    return lora_flop(x, residual, W_down, W_up, scaling, 0.0, None, block_starts, block_rows)
+
+
+@register_flop_formula(torch.ops.safe_kernels.bottleneck_backward)
+def bottleneck_backward_flop(
+    grad: Shape,
+    x: Shape | None,
+    z: Shape | None,
+    W_down: Shape,
+    b_down: Shape,
+    W_up: Shape,
+    activation: str,
+    scaling: float,
+    dropout_p: float,
+    rng_state: Shape | None,
+    output_mask: Sequence[bool],
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `bottleneck_backward` from its arguments' shapes."""
+    rows, (rank, d_in), d_out = math.prod(grad[:-1]), W_down, W_up[0]
+    wants_x, wants_W_down, wants_b_down, wants_W_up, _ = output_mask
+    slope = wants_x or wants_W_down or wants_b_down
+    inner = (wants_x + wants_W_down + (z is None and (slope or wants_W_up))) * d_in
+    return 2 * rows * rank * (inner + (slope + wants_W_up) * d_out)
 
 
 def statistics_flop(rows: int, d_out: int, rank: int) -> int:

@@ -2,7 +2,10 @@
 
 #pragma once
 
+#include <ATen/core/Tensor.h>
+
 #include <cstring>
+#include <optional>
 #include <vector>
 
 #include "cpu/gemm.h"
@@ -124,5 +127,9 @@ template <typename T>
 SAFE_KERNELS_INLINE void cka_blocks(const CkaArgs<T>& args, int64_t begin, int64_t end) {
   for (int64_t block = begin; block < end; ++block) cka_block(args, block);
 }
+
+// The sums of all blocks, float64 [4]. `h` and `lora_B` are as in CkaArgs; see lora.cpp.
+at::Tensor score(const Rows& base, const at::Tensor& h, const at::Tensor& lora_B, int64_t r,
+                 const at::Tensor& block_starts, int64_t block_rows, const std::optional<at::Tensor>& row_weight);
 
 }  // namespace safe_kernels::cpu

@@ -24,48 +24,8 @@ SAFE_KERNELS_REAL_VARIANTS(forward_rows, lora_forward_body, LoraForwardArgs)
 SAFE_KERNELS_REAL_VARIANTS(backward_chunks, lora_backward_body, LoraBackwardArgs)
 SAFE_KERNELS_REAL_VARIANTS(score_blocks, cka_blocks, CkaArgs)
 
-// A copy of a [rows, r] matrix, with rows padded with zeros to whole vectors.
-Tensor padded(const Tensor& matrix, at::ScalarType dtype) {
-  const int64_t r = matrix.size(1), stride = (r + 7) / 8 * 8;
-  if (r == stride) return matrix.to(dtype).contiguous();
-  Tensor result = at::zeros({matrix.size(0), stride}, matrix.options().dtype(dtype));
-  result.narrow(1, 0, r).copy_(matrix);
-  return result;
-}
-
 // A block needs two [rows, rows] matrices in double: 1 GiB per thread at this limit.
 constexpr int64_t kMostBlockRows = 8192;
-
-template <typename T>
-Tensor score(const Rows& base, const Tensor& h, const Tensor& lora_B, int64_t r, const Tensor& block_starts,
-             int64_t block_rows, const std::optional<Tensor>& row_weight) {
-  const Tensor starts = block_starts.contiguous();
-  const int64_t count = starts.numel();
-  const int64_t* first = starts.const_data_ptr<int64_t>();
-  for (int64_t i = 0; i < count; ++i)
-    TORCH_CHECK_VALUE(first[i] >= 0 && first[i] < std::max<int64_t>(base.count, 1), "block_starts[", i,
-                      "] must be a row of x, 0 to ", base.count - 1, ", got ", first[i]);
-  TORCH_CHECK_VALUE(std::min(block_rows, base.count) <= kMostBlockRows, "block_rows must be at most ", kMostBlockRows,
-                    ", since a block takes two matrices of its rows squared, got ", block_rows);
-  Tensor counts;
-  if (given(row_weight)) counts = row_weight->ne(0).contiguous();
-  std::vector<Sums> sums(count);
-  const CkaArgs<T> args{base,       h.const_data_ptr<T>(),
-                        h.size(1),  lora_B.const_data_ptr<T>(),
-                        r,          first,
-                        block_rows, counts.defined() ? counts.const_data_ptr<bool>() : nullptr,
-                        sums.data()};
-  at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { score_blocks(args, begin, end); });
-  Tensor result = at::zeros({4}, h.options().dtype(at::kDouble));
-  double* total = result.mutable_data_ptr<double>();
-  for (const Sums& block : sums) {
-    total[0] += block.a;
-    total[1] += block.b;
-    total[2] += block.c;
-    total[3] += block.rows;
-  }
-  return result;
-}
 
 std::tuple<Tensor, Tensor> lora_cpu(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B,
                                     double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
@@ -92,10 +52,9 @@ std::tuple<Tensor, Tensor> lora_cpu(const Tensor& x, const Tensor& base, const T
                                          make_dropout(dropout_p, rng_state),
                                          scores ? h.mutable_data_ptr<scalar_t>() : nullptr};
     at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) { forward_rows(args, begin, end); });
-    if (!scores) return;
-    const Tensor B = padded(lora_B, dtype);
-    statistics = score<scalar_t>(base_rows, h, B, args.r, *block_starts, block_rows, row_weight);
   });
+  if (scores)
+    statistics = score(base_rows, h, padded(lora_B, dtype), lora_A.size(0), *block_starts, block_rows, row_weight);
   return {out, statistics};
 }
 
@@ -144,6 +103,46 @@ std::tuple<Tensor, Tensor, Tensor> lora_backward_cpu(const Tensor& grad, const s
 }
 
 }  // namespace
+
+Tensor padded(const Tensor& matrix, at::ScalarType dtype, int64_t more) {
+  const int64_t r = matrix.size(1), stride = (r + 7) / 8 * 8 + more;
+  if (r == stride) return matrix.to(dtype).contiguous();
+  Tensor result = at::zeros({matrix.size(0), stride}, matrix.options().dtype(dtype));
+  result.narrow(1, 0, r).copy_(matrix);
+  return result;
+}
+
+Tensor score(const Rows& base, const Tensor& h, const Tensor& lora_B, int64_t r, const Tensor& block_starts,
+             int64_t block_rows, const std::optional<Tensor>& row_weight) {
+  const Tensor starts = block_starts.contiguous();
+  const int64_t count = starts.numel();
+  const int64_t* first = starts.const_data_ptr<int64_t>();
+  for (int64_t i = 0; i < count; ++i)
+    TORCH_CHECK_VALUE(first[i] >= 0 && first[i] < std::max<int64_t>(base.count, 1), "block_starts[", i,
+                      "] must be a row of x, 0 to ", base.count - 1, ", got ", first[i]);
+  TORCH_CHECK_VALUE(std::min(block_rows, base.count) <= kMostBlockRows, "block_rows must be at most ", kMostBlockRows,
+                    ", since a block takes two matrices of its rows squared, got ", block_rows);
+  Tensor counts;
+  if (given(row_weight)) counts = row_weight->ne(0).contiguous();
+  std::vector<Sums> sums(count);
+  AT_DISPATCH_FLOATING_TYPES(h.scalar_type(), "score", [&] {
+    const CkaArgs<scalar_t> args{base,       h.const_data_ptr<scalar_t>(),
+                                 h.size(1),  lora_B.const_data_ptr<scalar_t>(),
+                                 r,          first,
+                                 block_rows, counts.defined() ? counts.const_data_ptr<bool>() : nullptr,
+                                 sums.data()};
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) { score_blocks(args, begin, end); });
+  });
+  Tensor result = at::zeros({4}, h.options().dtype(at::kDouble));
+  double* total = result.mutable_data_ptr<double>();
+  for (const Sums& block : sums) {
+    total[0] += block.a;
+    total[1] += block.b;
+    total[2] += block.c;
+    total[3] += block.rows;
+  }
+  return result;
+}
 
 TORCH_LIBRARY_IMPL(safe_kernels, CPU, m) {
   m.impl("lora", lora_cpu);

@@ -16,6 +16,9 @@ namespace safe_kernels::cpu {
 // block. A multiple of 6 and 8, the heights of gemm's tiles.
 inline int64_t rows_in_block(int64_t columns) { return columns <= 1024 ? 48 : 24; }
 
+// A copy of a [rows, r] matrix, with rows padded with zeros to whole vectors of 8 numbers, and `more`; see lora.cpp.
+at::Tensor padded(const at::Tensor& matrix, at::ScalarType dtype, int64_t more = 0);
+
 template <typename T>
 SAFE_KERNELS_INLINE void multiply(T* values, const T* factors, int64_t count) {
   for (int64_t i = 0; i < count; ++i) values[i] *= factors[i];

@@ -5,9 +5,9 @@
 
 namespace safe_kernels {
 
-void check_kind(std::string_view kind) {
-  TORCH_CHECK_VALUE(kind == "silu" || kind == "gelu" || kind == "gelu_tanh" || kind == "relu",
-                    "kind must be one of 'silu', 'gelu', 'gelu_tanh', 'relu', got '", std::string(kind), "'");
+void check_kind(std::string_view kind, const char* name) {
+  TORCH_CHECK_VALUE(kind == "silu" || kind == "gelu" || kind == "gelu_tanh" || kind == "relu", name,
+                    " must be one of 'silu', 'gelu', 'gelu_tanh', 'relu', got '", std::string(kind), "'");
 }
 
 void check_activation(const Tensor& x, std::string_view kind, double dropout_p,

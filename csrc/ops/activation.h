@@ -21,7 +21,7 @@ Tensor activation_backward(const Tensor& grad, const Tensor& x, std::string_view
 
 // Every kernel calls it, so that errors are the same on every backend. Sizes are compared as SymInt, so that
 // torch.compile's dynamic shapes stay dynamic.
-void check_kind(std::string_view kind);
+void check_kind(std::string_view kind, const char* name = "kind");
 
 void check_activation(const Tensor& x, std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state);
 

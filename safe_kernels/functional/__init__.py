@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from safe_kernels.functional.activation import activation
+from safe_kernels.functional.bottleneck import bottleneck
 from safe_kernels.functional.dora import dora
 from safe_kernels.functional.dropout import dropout
 from safe_kernels.functional.gated_activation import gated_activation
@@ -15,6 +16,7 @@ from safe_kernels.functional.rms_norm import rms_norm
 
 __all__ = [
     "activation",
+    "bottleneck",
     "dora",
     "draw_rng_state",
     "dropout",

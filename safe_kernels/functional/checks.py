@@ -30,12 +30,20 @@ def call_adapter(
 ) -> Tensor:
     """Call an op with an adapter, whose first tensor is dropped out, and add its sums to the statistics."""
     check_number(scaling, "scaling")
+    arguments = (*tensors, scaling, dropout_p, state_of_call(tensors[0], dropout_p, rng_state))
+    return call_scored(op, arguments, statistics)
+
+
+def call_scored(op: Callable[..., Any], arguments: tuple[Any, ...], statistics: AdapterStatistics | None) -> Tensor:
+    """Call an op whose last result is the sums of the scored rows, add these to the statistics, and return the first.
+
+    `arguments` are the op's arguments without the scored rows, which are the last ones.
+    """
     if statistics is not None and not isinstance(statistics, AdapterStatistics):
         raise TypeError(f"statistics must be an AdapterStatistics or None, got {type(statistics).__name__}")
-    arguments = (*tensors, scaling, dropout_p, state_of_call(tensors[0], dropout_p, rng_state))
     if statistics is None or statistics.blocks is None:
         return op(*arguments)[0]
     blocks = statistics.blocks
-    out, sums = op(*arguments, blocks.starts, blocks.block_rows, blocks.row_weight)
-    statistics.add_(sums)
-    return out
+    results = op(*arguments, blocks.starts, blocks.block_rows, blocks.row_weight)
+    statistics.add_(results[-1])
+    return results[0]

@@ -8,6 +8,7 @@ Each function has three uses: tests compare kernels with it, devices without the
 from __future__ import annotations
 
 from safe_kernels.reference.activation import activation, activation_backward
+from safe_kernels.reference.bottleneck import bottleneck, bottleneck_backward
 from safe_kernels.reference.dora import dora, dora_backward
 from safe_kernels.reference.dropout import dropout
 from safe_kernels.reference.gated_activation import gated_activation, gated_activation_backward
@@ -22,6 +23,8 @@ from safe_kernels.reference.rms_norm import rms_norm, rms_norm_backward
 OPS = (
     activation,
     activation_backward,
+    bottleneck,
+    bottleneck_backward,
     dora,
     dora_backward,
     dropout,
@@ -45,6 +48,8 @@ __all__ = [
     "OPS",
     "activation",
     "activation_backward",
+    "bottleneck",
+    "bottleneck_backward",
     "cka_sums",
     "dora",
     "dora_backward",

@@ -20,6 +20,7 @@ from safe_kernels.triton.runtime import launch_replay
 
 STEMS: dict[str, tuple[str, ...]] = {
     "activation": ("activation", "activation_backward"),
+    "bottleneck": ("bottleneck", "bottleneck_backward"),
     "dora": ("dora", "dora_backward"),
     "dropout": ("dropout",),
     "gated_activation": ("gated_activation", "gated_activation_backward"),

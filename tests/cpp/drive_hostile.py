@@ -50,6 +50,10 @@ def numbers_far_from_finite() -> None:
             ),
             safe_kernels.lora_linear(x, x, None, A, B.t(), 2.0),
             safe_kernels.dora(x, x.detach(), None, A, B.t(), x[:, 0].detach(), 2.0, dropout_p=0.5),
+            *(
+                safe_kernels.bottleneck(x, base, A, A[:, 0], B.t(), x[:, 0], kind, 2.0, dropout_p=0.5)
+                for kind in ("silu", "relu")
+            ),
             safe_kernels.rms_norm(x, x[0], 0.0),
             safe_kernels.layer_norm(x, x[0], x[1], 0.0),
             safe_kernels.dropout(x, 0.5),

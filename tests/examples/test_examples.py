@@ -12,10 +12,10 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run(name: str, folder: Path, capsys: pytest.CaptureFixture[str], **options: Any) -> str:
+def run(name: str, folder: Path, capsys: pytest.CaptureFixture[str], method: str = "LORA", **options: Any) -> str:
     """What a script prints; what it leaves is an ordinary PEFT checkpoint and a report."""
     runpy.run_path(str(EXAMPLES / name))["main"](output=folder, **options)
-    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    assert json.loads((folder / "adapter_config.json").read_text())["peft_type"] == method
     assert (folder / "adapter_model.safetensors").stat().st_size > 100_000
     assert (folder / "report.html").stat().st_size > 10_000
     return capsys.readouterr().out
@@ -24,6 +24,13 @@ def run(name: str, folder: Path, capsys: pytest.CaptureFixture[str], **options: 
 def test_classification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run("classification.py", tmp_path, capsys, steps=10, test_rows=16)
     assert "29 adapters frozen" in said and "accuracy 0." in said
+
+
+def test_bottleneck(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    said = run("bottleneck_adapters.py", tmp_path, capsys, "BOTTLENECK", steps=10, test_rows=16)
+    assert "12 adapter layers: 12 by safe_kernels::bottleneck" in said
+    assert "of 12 adapters frozen" in said and "accuracy 0." in said
+    assert "loaded again: accuracy 0." in said
 
 
 def test_causal_lm(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+from bottlenecks import bottleneck
 from doras import dora
 from oracle import Shape, problem
 from torch.utils.flop_counter import FlopCounterMode
@@ -63,6 +64,17 @@ def test_dora(dropout_p: float) -> None:
     assert count(p.call) == products * large + 2 * R * D_IN * D_OUT + 2 * N * R * (D_IN + D_OUT)
     out = p.call()
     assert count(lambda: out.backward(p.grad)) == (products + 1) * large + 2 * N * R * (3 * D_IN + 2 * D_OUT)
+
+
+def test_bottleneck() -> None:
+    """Forward; backward of everything, of x through bits, of W_up (from h, with an identity), and of b_up."""
+    inner, outer = 2 * N * R * D_IN, 2 * N * R * D_OUT
+    expected = {(): 3 * inner + 2 * outer, ("x",): inner + outer, ("W_up",): outer + 2 * N * R * R, ("b_up",): 0}
+    for names, flops in expected.items():
+        p = bottleneck(SHAPE).require(*(names or ("x", "W_down", "b_down", "W_up", "b_up")))
+        assert count(p.call) == inner + outer
+        out = p.call()
+        assert count(lambda p=p, out=out: out.backward(p.grad)) == flops
 
 
 def test_freezing_saves_flops() -> None:

@@ -24,6 +24,7 @@ def fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
 
         monkeypatch.setattr(safe_kernels, name, recorded)
 
+    record("bottleneck")
     record("dora")
     record("lora")
     record("lora_linear")

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from adapted import adapted_bert
 from adapter_families import ia3, several
 from odd import odd
 from peft import PeftModel
@@ -19,6 +20,7 @@ from safe_kernels import AdapterStatistics, retention
 from safe_peft import AdapterFreezer, SafeConfig, bind, explain
 from safe_peft.binding.adapters import Adapter
 from safe_peft.binding.class_swap import original_type
+from safe_peft.bottleneck import BottleneckLayer
 
 ODD = "lora.Embedding lora.Conv1d lora.Conv1d lora.Conv2d lora.Conv3d lora.ParamWrapper lora.ParamWrapper lora.Linear"
 
@@ -113,6 +115,23 @@ def test_ia3_is_scored_so() -> None:
     freezer, oracle = scored_once(ia3(), batch)
     expected = {a.name: oracle.importance(a.name, 1, batch["attention_mask"]) for a in freezer.adapters}
     assert len(expected) == 6
+    assert freezer.ledger.importance == pytest.approx(expected, rel=1e-3)
+    assert all(value > 1e-5 for value in expected.values())
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("placement", ["houlsby", "pfeiffer"])
+def test_bottleneck_adapters_are_scored_so(placement: str, fast: bool) -> None:
+    batch = next(batches(1))
+    model = adapted_bert(placement=placement)
+    if not fast:
+        for layer in model.modules():
+            if isinstance(layer, BottleneckLayer):
+                layer.bottleneck_up["default"].register_forward_hook(lambda *args: None)
+    freezer, oracle = scored_once(model, batch)
+    assert {row.path for row in explain(model)} == {"safe_kernels::bottleneck" if fast else "peft"}
+    expected = {a.name: oracle.importance(a.name, 1, batch["attention_mask"]) for a in freezer.adapters}
+    assert len(expected) == (4 if placement == "houlsby" else 2)
     assert freezer.ledger.importance == pytest.approx(expected, rel=1e-3)
     assert all(value > 1e-5 for value in expected.values())
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from adapted import adapted_bert
 from odd import odd
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from tiny import batches, bert, gpt2, randomise_adapters
@@ -71,6 +72,7 @@ FAMILIES = (
     AdapterFamily("LoRA with a bias (`lora_bias`)", lambda: with_random(bert(lora_bias=True)), "lora_linear"),
     AdapterFamily("several active adapters", several, "lora", causal),
     AdapterFamily("DoRA on `nn.Linear`", lambda: with_random(bert(use_dora=True)), "dora"),
+    AdapterFamily("bottleneck adapters", adapted_bert, "bottleneck"),
     AdapterFamily("IA3 on linear layers", ia3, ""),
     AdapterFamily("LoRA on embeddings, convolutions and `target_parameters`", odd, ""),
 )

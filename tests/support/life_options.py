@@ -1,4 +1,4 @@
-"""A model for every way to set LoRA up, and what `explain` says of its layers."""
+"""A model for every way to set LoRA and bottleneck adapters up, and what `explain` says of its layers."""
 
 from __future__ import annotations
 
@@ -8,17 +8,21 @@ import importlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import peft
 import torch
+from adapted import adapted_bert
 from families import family
 from odd import odd
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import BERT_TARGETS, batches, bert, causal_batches, gpt2, randomise_adapters
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
+
+from safe_peft.bottleneck.config import PLACEMENTS
 
 FAST = ""
 
@@ -132,4 +136,5 @@ OPTIONS = (
     Option("tied", tied, causal_batches, frozenset({FAST, NO_KERNEL})),
     Option("layer_replication", replicated, causal_batches),
     Option("tied-head", lambda: family("smollm").model(), smollm),
+    *(Option(f"bottleneck-{place}", partial(adapted_bert, layers=3, placement=place)) for place in PLACEMENTS),
 )

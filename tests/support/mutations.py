@@ -26,10 +26,12 @@ Change = Callable[[Tensor], Any]
 
 SHAPES = {
     **dict.fromkeys(["x", "retained", "gate", "up"], (ROWS, D_IN)),
-    "base": (ROWS, D_OUT),
-    "lora_A": (RANK, D_IN),
-    "lora_B": (D_OUT, RANK),
-    **dict.fromkeys(["magnitude", "norm"], (D_OUT,)),
+    **dict.fromkeys(["base", "residual"], (ROWS, D_OUT)),
+    "z": (ROWS, RANK),
+    **dict.fromkeys(["lora_A", "W_down"], (RANK, D_IN)),
+    **dict.fromkeys(["lora_B", "W_up"], (D_OUT, RANK)),
+    "b_down": (RANK,),
+    **dict.fromkeys(["magnitude", "norm", "b_up"], (D_OUT,)),
     **dict.fromkeys(["mean", "rstd"], (ROWS,)),
 }
 """Of those tensors that have the same shape in every op."""
@@ -95,8 +97,10 @@ WEIGHTS: dict[str, Change] = {
     "strided": lambda t: torch.stack([t, t], -1)[..., 0],
     "all zero": lambda t: t * 0,
 }
+KINDS = ["gelu", "relu", "gelu_tanh", "tanh", "", "silu\0", None, 3]
 VALUES: dict[str, list[Any]] = {
-    "kind": ["gelu", "relu", "gelu_tanh", "tanh", "", "silu\0", None, 3],
+    "kind": KINDS,
+    "activation": KINDS,
     "dropout_p": [0.0, 0.25, 1.0, -0.1, 1.5, float("nan"), float("inf"), None, "0.1"],
     "scaling": [0.0, -3.0, float("inf"), float("nan"), 1e300, None, "1"],
     "eps": [0.0, 1e-30, -1.0, float("nan"), float("inf"), None],
@@ -111,7 +115,7 @@ VALUES: dict[str, list[Any]] = {
 
 def shape_of(op: str, name: str) -> tuple[int, ...]:
     if name == "grad":
-        return (ROWS, D_OUT if op.startswith(("lora", "dora")) else D_IN)
+        return (ROWS, D_OUT if op.startswith(("lora", "dora", "bottleneck")) else D_IN)
     if name in ("weight", "bias") and op.startswith(("lora_linear", "dora", "linear_cross")):
         return (D_OUT, D_IN) if name == "weight" else (D_OUT,)
     return SHAPES.get(name, (D_IN,))
@@ -137,9 +141,8 @@ def arguments_of(op: str, random: Random) -> dict[str, Any]:
         elif kind.startswith("List"):
             found[name] = [random.random() < 0.7 for _ in range(int(argument.N))]
         else:
-            found[name] = {"kind": "silu", "dropout_p": 0.25, "eps": 1e-3, "block_rows": 3, "ignore_index": -100}.get(
-                name, 0.5
-            )
+            numbers = {"dropout_p": 0.25, "eps": 1e-3, "block_rows": 3, "ignore_index": -100}
+            found[name] = {"kind": "silu", "activation": "silu", **numbers}.get(name, 0.5)
     return found | {name: random.random() < 0.5 for name in ("retain_output", "from_output") if name in found}
 
 

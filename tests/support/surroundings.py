@@ -40,7 +40,7 @@ class Case:
 
 
 def drop(x: Tensor) -> Tensor:
-    keep = torch.from_numpy(keep_mask(ROWS, D_IN, DROPOUT_P, STATE))
+    keep = torch.from_numpy(keep_mask(ROWS, x.shape[-1], DROPOUT_P, STATE))
     return x * keep / (1 - rounded(DROPOUT_P))
 
 
@@ -71,6 +71,11 @@ CASES: dict[str, Case] = {
         lambda x, W, b, A, B: safe_kernels.lora_linear(x, W, b, A, B, 2.0, dropout_p=DROPOUT_P, rng_state=STATE),
         lambda x, W, b, A, B: F.linear(x, W, b) + 2.0 * (drop(x) @ A.mT) @ B.mT,
         (X, (D_OUT, D_IN), (D_OUT,), *ADAPTER),
+    ),
+    "bottleneck": Case(
+        lambda x, *others: safe_kernels.bottleneck(x, *others, "gelu", 2.0, dropout_p=DROPOUT_P, rng_state=STATE),
+        lambda x, residual, W, b, W_up, b_up: residual + 2.0 * F.linear(drop(F.gelu(F.linear(x, W, b))), W_up, b_up),
+        (X, OUT, (RANK, D_IN), (RANK,), (D_OUT, RANK), (D_OUT,)),
     ),
     "dora": Case(
         lambda x, b, A, B, m: safe_kernels.dora(x, WEIGHT, b, A, B, m, 2.0, dropout_p=DROPOUT_P, rng_state=STATE),

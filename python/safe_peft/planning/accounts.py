@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -91,6 +92,14 @@ class _Argument(NamedTuple):
         return self.storage[0] if self.alive() is not None else -id(self.alive)
 
 
+class _Later(NamedTuple):
+    """What a call will retain once an adapter is frozen: the call's note, the bytes, and the adapter's bit."""
+
+    note: _Note
+    bytes: int
+    bit: int
+
+
 class Accounts:
     """Observes forwards, with or without values, and returns a table of what they retain.
 
@@ -104,6 +113,10 @@ class Accounts:
         self.places = _Places([(short_name(name), module) for name, module in walk(model)], self.blocks)
         self.always = 1 << len(adapters)
         self.bits = {id(p): 1 << i for i, adapter in enumerate(adapters) for p in adapter.parameters()}
+        self.layers: dict[int, list[tuple[int, Adapter]]] = {}  # by a layer's id, the bits and adapters in it
+        for i, adapter in enumerate(adapters):
+            self.layers.setdefault(id(adapter.layer), []).append((1 << i, adapter))
+        self.later: list[_Later] = []
         self.stack: list[str] = []
         self.entered = False
         self.left: str | None = None  # a block that has just ended without a save
@@ -144,6 +157,11 @@ class Accounts:
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if (path := self._path(module)) is None:
             return
+        if isinstance(output, Tensor) and torch.is_grad_enabled():
+            for bit, adapter in self.layers.get(id(module), ()):
+                if size := adapter.bytes_once_frozen(output):
+                    note = _Note(path, latest_node(), self.places.part(path, before_blocks=not self.entered))
+                    self.later.append(_Later(note, size, bit))
         if path in self.stack:  # modules above it on the stack raised an error, and did not leave
             del self.stack[len(self.stack) - 1 - self.stack[::-1].index(path) :]
         # Without gradients it is the first of the two passes of reentrant checkpointing, which saves afterwards.
@@ -207,6 +225,11 @@ class Accounts:
             if key not in known:
                 sizes[key] = size
                 savers.setdefault(key, []).append(saver)
+        for later in self.later:
+            saver = self._saver(later.note, reach)
+            needs = reach.all.get(later.note.node, 0) & ~later.bit
+            sizes[-id(later)] = later.bytes
+            savers[-id(later)] = [replace(saver, needs=needs, adapter=-1, unless=later.bit)]
         inputs = {name: {a.key(): a.storage[1] for a in found} for name, found in self.arguments.items()}
         sizes |= {key: size for found in inputs.values() for key, size in found.items() if key not in known}
         places = {key: index for index, key in enumerate(sizes)}

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from norm_classes import RMSNorm
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from safe_kernels.retention import measure
 from safe_peft import bind
+from safe_peft.bottleneck import BottleneckConfig
 
 D, F, ROWS = 16, 32, 12
 
@@ -62,11 +65,14 @@ MIDDLES: dict[str, Callable[[], nn.Module]] = {
     "torch's rms norm": lambda: Plain(nn.RMSNorm(F)),
     "nothing": lambda: Plain(nn.Identity()),
 }
-PATHS: dict[str, dict] = {
+PATHS: dict[str, dict[str, Any]] = {
     "fast": {"target_modules": ["below", "reader"]},
     "dora": {"target_modules": ["below", "reader"], "use_dora": True},
     "bias": {"target_modules": ["below", "reader"], "lora_bias": True},
     "plain": {"target_modules": ["below"]},
+    "bottleneck relu": {"target_modules": ["below", "reader"], "non_linearity": "relu"},
+    "bottleneck gelu": {"target_modules": ["below", "reader"], "non_linearity": "gelu"},
+    "bottleneck parallel": {"target_modules": ["below", "reader"], "non_linearity": "silu", "placement": "parallel"},
     "whole": {"target_modules": ["below"], "modules_to_save": ["reader"]},
 }
 TRAINS = {
@@ -77,6 +83,8 @@ TRAINS = {
     "only its lora_B, and the layer below": ("reader.lora_B", "below"),
     "the layer below": ("below",),
     "only lora_B below": ("below.lora_B",),
+    "only the layers up, and the layer below": ("reader.bottleneck_up", "below"),
+    "only the layers up": ("reader.bottleneck_up", "below.bottleneck_up"),
 }
 
 
@@ -84,14 +92,17 @@ def pair(path: str, middle: str, dropout: float = 0.0) -> tuple[nn.Module, nn.Mo
     models = []
     for _ in range(2):
         torch.manual_seed(0)
-        config = LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False, **PATHS[path])
+        config: PeftConfig = LoraConfig(r=4, lora_dropout=dropout, init_lora_weights=False)
+        if "non_linearity" in PATHS[path]:
+            config = BottleneckConfig(reduction_factor=4, dropout=dropout, init_weights=False)
+        config = replace(config, **PATHS[path])
         models.append(get_peft_model(Net(MIDDLES[middle]()), config).train())
     return models[0], models[1]
 
 
 def train(model: nn.Module, names: tuple[str, ...]) -> list[nn.Parameter]:
     for name, parameter in model.named_parameters():
-        adapter = "lora_" in name or "modules_to_save" in name
+        adapter = "lora_" in name or "bottleneck_" in name or "modules_to_save" in name
         parameter.requires_grad_(adapter and any(f"{part}." in name for part in names))
     return [p for p in model.parameters() if p.requires_grad]
 

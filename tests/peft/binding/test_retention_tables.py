@@ -20,6 +20,8 @@ STATES = ("something trains", "frozen, the gradient passes", "nothing below it t
 READERS = 3
 INPUT, WIDE, ROW, RANK, RANDOM, NORM = 4 * TOKENS * D, 4 * TOKENS * F, 4 * TOKENS, 4 * TOKENS * 4, 16, 4 * F
 """Bytes in fp32: d or f elements per token, a number per row, r = 4 numbers per row, a random state, DoRA's norm."""
+BITS = TOKENS
+"""r = 4 bits per token, in whole bytes."""
 
 WORDS: dict[str, list[int] | None] = {
     "its input, once for all layers that read it; with dropout 16 bytes": [INPUT, INPUT + READERS * RANDOM],
@@ -31,6 +33,11 @@ WORDS: dict[str, list[int] | None] = {
     "one norm per output feature of the layer; with dropout left on 16 bytes more": [
         READERS * NORM,
         READERS * (NORM + RANDOM),
+    ],
+    "one bit per hidden unit; with dropout left on 16 bytes more": [READERS * BITS, READERS * (BITS + RANDOM)],
+    "the pre-activation (r numbers per row); with dropout left on 16 bytes more": [
+        READERS * RANK,
+        READERS * (RANK + RANDOM),
     ],
     "only what that activation retains: its input is recomputed": [0],
     "nothing": [0],
@@ -100,6 +107,17 @@ def dora(state: str) -> list[int | None]:
     return [retained(lambda: forward(0.0), *layers), retained(lambda: forward(0.1), *layers)]
 
 
+def bottleneck(state: str, kind: str = "relu") -> list[int | None]:
+    trains, x, residual = state == STATES[0], leaf(D, state), torch.randn(TOKENS, F)
+    adapters = [[weight(*shape, trains=trains) for shape in ((4, D), (4,), (F, 4), (F,))] for _ in range(READERS)]
+
+    def forward(p: float) -> Tensor:
+        return torch.stack([safe_kernels.bottleneck(x, residual, *one, kind, 1.0, dropout_p=p) for one in adapters])
+
+    given = [tuple(one) for one in adapters]
+    return [retained(lambda: forward(0.0), *given), retained(lambda: forward(0.1), *given)]
+
+
 def norms(state: str, trains: bool = False, retain_output: bool = True) -> list[int | None]:
     """Before a layer whose adapter trains in the first state, and is frozen in the others."""
     x, w, b = leaf(D, state), weight(D, trains=trains), weight(D)
@@ -167,6 +185,8 @@ MEASURED: dict[str, Callable[[str], list[int | None]]] = {
     "`lora` with a frozen lora_A (LoRA-FA)": lora_with_a_frozen_A,
     "`lora` behind an activation": lora_behind_an_activation,
     "`dora`": dora,
+    "`bottleneck` (ReLU)": bottleneck,
+    "`bottleneck` (GELU, SiLU)": partial(bottleneck, kind="gelu"),
     "`rms_norm`, `layer_norm`, weights frozen": norms,
     "the same, a weight trains, is zero, or is far smaller than its bias": norms_that_keep_their_input,
     "`gated_activation` (SwiGLU, GeGLU)": gated,

@@ -43,8 +43,14 @@ def test_this_environment_is_healthy(capsys: pytest.CaptureFixture[str]) -> None
     lines = capsys.readouterr().out.splitlines()
     assert not [line for line in lines if line.startswith("!!")]
     cpu, gpus = [line for line in lines if "kernels on" in line]
-    assert "csrc/cpu: activation, dora, dropout, gated_activation, layer_norm, lora, lora_linear, rms_norm" in cpu
-    assert "csrc/launch_replay: activation, dora, dropout, gated_activation, layer_norm, lora, lora_linear" in gpus
+    assert (
+        "csrc/cpu: activation, bottleneck, dora, dropout, gated_activation, layer_norm, lora, lora_linear, rms_norm"
+        in cpu
+    )
+    assert (
+        "csrc/launch_replay: activation, bottleneck, dora, dropout, gated_activation, layer_norm, lora, lora_linear"
+        in gpus
+    )
 
 
 def test_one_process_has_one_openmp_runtime() -> None:
@@ -125,7 +131,7 @@ def test_without_triton_the_reference_serves_gpus(tmp_path: Path) -> None:
     ask = "import safe_kernels; from safe_peft.cli.doctor import _kernels; print(_kernels('CUDA'))"
     done = subprocess.run([sys.executable, "-c", f"{hide}\n{ask}"], capture_output=True, text=True, check=True)
     reference, others = done.stdout.split("; ")
-    assert reference.startswith("the reference in PyTorch: activation, dora, dropout")
+    assert reference.startswith("the reference in PyTorch: activation, bottleneck, dora, dropout")
     assert others == "csrc/aten: linear_cross_entropy\n", "PyTorch's own ops need no Triton"
 
 

@@ -52,6 +52,11 @@ SHAPES = {
     "lora_A": (RANK, D_IN),
     "lora_B": (D_OUT, RANK),
     "magnitude": (D_OUT,),
+    "residual": (2, ROWS // 2, D_OUT),
+    "W_down": (RANK, D_IN),
+    "b_down": (RANK,),
+    "W_up": (D_OUT, RANK),
+    "b_up": (D_OUT,),
     "scale": (D_IN,),
     "shift": (D_IN,),
     "up": (2, ROWS // 2, D_IN),
@@ -65,6 +70,10 @@ CALLS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
     "dora": (
         ("x", "bias", "lora_A", "lora_B", "magnitude"),
         lambda x, *t: safe_kernels.dora(x, x.new_full(SHAPES["weight"], 0.5), *t, 2.0, dropout_p=0.1),
+    ),
+    "bottleneck": (
+        ("x", "residual", "W_down", "b_down", "W_up", "b_up"),
+        lambda *t: safe_kernels.bottleneck(*t, "gelu", 2.0, dropout_p=0.1),
     ),
     "rms_norm": (("x", "scale"), lambda *t: safe_kernels.rms_norm(*t, 1e-6)),
     "rms_norm from x": (("x", "scale"), lambda *t: safe_kernels.rms_norm(*t, 1e-6, retain_output=False)),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from . import lora as lora  # each registers its layer types
+from . import bottleneck as bottleneck  # each registers its layer types
+from . import lora as lora
 from . import quantised as quantised
 from . import without_kernel as without_kernel
 from .base import Adapter, LayerState, adapter_of, peft_kind, register_adapter

@@ -108,6 +108,14 @@ class Adapter(ABC):
     def evidence(self, statistics: AdapterStatistics | None = None) -> ScoreInputs:
         """Return the data from which a score is computed."""
 
+    def bytes_once_frozen(self, output: Tensor) -> int:
+        """Return the bytes that a call retains only once the adapter is frozen, if a gradient passes through it.
+
+        Args:
+            output: the layer's output.
+        """
+        return 0
+
     def is_present(self) -> bool:
         """Whether PEFT still has the adapter: it may have been deleted. Every step checks this for all adapters."""
         return self.key in adapter_keys(self.layer)

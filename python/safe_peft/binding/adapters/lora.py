@@ -24,9 +24,9 @@ from .base import Adapter, LayerState, active_keys, register_adapter
 from .observed import ObservedLayer, aside
 from .score_inputs import OptimizerStep, ScoreInputs
 
-_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-_DROPOUTS = frozenset({nn.Dropout, nn.Identity})
-_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+DROPOUTS = frozenset({nn.Dropout, nn.Identity})
+TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 _CALLED = ("forward", "__call__", "_cast_input_dtype")
 _METHODS: dict[type, tuple[Any, ...]] = {}
 _ROUTING = ("adapter_names", *VARIANT_KWARG_KEYS)
@@ -112,18 +112,18 @@ def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
     if lora_A._parameters["bias"] is not None:
         return "lora_A has a bias"
     bias = lora_B._parameters["bias"]
-    if bias is not None and (type(bias) not in _TENSORS or bias.dtype != B.dtype):
+    if bias is not None and (type(bias) not in TENSORS or bias.dtype != B.dtype):
         return "bias of lora_B is not an ordinary parameter with lora_B's dtype"
     if bias is not None and key in layer.lora_variant:
         return "a variant of LoRA with a bias"
-    if A.dtype not in _FLOATS or A.dtype != B.dtype:
+    if A.dtype not in FLOATS or A.dtype != B.dtype:
         return f"adapter dtype {str(A.dtype).removeprefix('torch.')} and {str(B.dtype).removeprefix('torch.')}"
     scaling = layer.scaling[key]
     if isinstance(scaling, Tensor):
         return "scaling is a tensor (prepared for compiled hotswapping), which the op would treat as a constant"
     if not isinstance(scaling, float | int):
         return f"scaling is a {type(scaling).__name__}"
-    if type(dropout) not in _DROPOUTS:
+    if type(dropout) not in DROPOUTS:
         return f"dropout module {type(dropout).__name__} is not nn.Dropout"
     if dropout.__dict__.get("inplace", False):
         return "lora_dropout works in place"
@@ -138,9 +138,9 @@ def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | N
     if is_transformed():
         return "torch.func or torch.jit.trace is active, which supports only PyTorch's own ops"
     x = args[0]
-    if type(x) not in _TENSORS:
+    if type(x) not in TENSORS:
         return f"input is a {type(x).__name__}, not a plain tensor"
-    if x.dtype not in _FLOATS or x.layout is not torch.strided:
+    if x.dtype not in FLOATS or x.layout is not torch.strided:
         return f"input is {str(x.dtype).removeprefix('torch.')}, {str(x.layout).removeprefix('torch.')}"
     lora_B = layer._modules["lora_B"]._modules[key]._parameters
     if x.dtype != lora_B["weight"].dtype:
@@ -189,7 +189,7 @@ class SafeLoraLinear(ObservedLayer):
         own: Any = self._modules
         keys = active_keys(self, own["lora_A"]._modules)
         compiling = torch.compiler.is_compiling()
-        statistics = _observed(state, keys, x) if self.training and not compiling else {}  # scoring is not compiled
+        statistics = observed(state, keys, x) if self.training and not compiling else {}  # scoring is not compiled
         is_dora, apart = keys[0] in self.lora_variant, len(statistics) > 0 and len(keys) > 1
         plain = None if args or kwargs or is_dora or apart else _plain(own["base_layer"], x)
         if not compiling and not apart:
@@ -226,7 +226,7 @@ class SafeLoraLinear(ObservedLayer):
         return Factors(*found, self.scaling[key], dropout.p if drops else 0.0)
 
 
-def _observed(state: LayerState, keys: list[str], x: Tensor) -> dict[str, AdapterStatistics]:
+def observed(state: LayerState, keys: list[str], x: Tensor) -> dict[str, AdapterStatistics]:
     """Return the sums to add to, by the adapter; {} except in a scoring step."""
     if not state.observe:
         return {}
@@ -321,7 +321,7 @@ class LoraAdapter(Adapter):
     def base_weight(self) -> Tensor | None:
         """Return the weight that the adapter is added to; None if it cannot be read."""
         weight = getattr(self.layer.get_base_layer(), "weight", None)
-        return weight.detach() if isinstance(weight, Tensor) and weight.dtype in _FLOATS else None
+        return weight.detach() if isinstance(weight, Tensor) and weight.dtype in FLOATS else None
 
     def dequantise(self) -> Tensor | None:
         """The weight that a quantised base layer stands for; None where `base_weight` says what there is to know."""
