@@ -17,8 +17,18 @@ from safe_kernels import reference
 from safe_kernels.triton.lib.cka import block_sums
 from safe_kernels.triton.lib.lora_gradients import adapter_gradients
 from safe_kernels.triton.lib.skinny_matmul import _load_narrow, _load_parts, joined, sweep
+from safe_kernels.triton.lib.terms import _factor, _multiply_narrow
 from safe_kernels.triton.runtime.configs import Config, rank_tile, splits
-from safe_kernels.triton.runtime.host import TYPES, Product, dropout, flat, product, require_shape, served_by, tuned
+from safe_kernels.triton.runtime.host import (
+    TYPES,
+    Product,
+    adapter_product,
+    dropout,
+    flat,
+    require_shape,
+    served_by,
+    tuned,
+)
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 
@@ -53,20 +63,20 @@ def _lora_apply_kernel(
     end = tl.minimum(begin + split_n, N)
     offs_r = tl.arange(0, BLOCK_R)
     if ONE_TILE:
-        left = _load_parts(h, offs_m, offs_r, M, width, SPLITS).to(OPERAND)
+        left = _factor(_load_parts(h, offs_m, offs_r, M, width, SPLITS), OPERAND, PRECISION)
     for start_n in range(begin, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n, offs_n64 = (offs_n < end)[None, :], offs_n.to(tl.int64)[None, :]
+        delta = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         if ONE_TILE:
-            right = _load_narrow(lora_B, offs_r, offs_n64, R, stride_b_r, stride_b_n, mask_n).to(OPERAND)
-            delta = tl.dot(left, right, input_precision=PRECISION)
+            right = _load_narrow(lora_B, offs_r, offs_n64, R, stride_b_r, stride_b_n, mask_n)
+            delta = _multiply_narrow(left, _factor(right, OPERAND, PRECISION), delta, PRECISION)
         else:
-            delta = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             for start_r in range(0, R, BLOCK_R):
                 offs = start_r + offs_r
-                some = _load_parts(h, offs_m, offs, M, width, SPLITS).to(OPERAND)
-                right = _load_narrow(lora_B, offs, offs_n64, R, stride_b_r, stride_b_n, mask_n).to(OPERAND)
-                delta = tl.dot(some, right, delta, input_precision=PRECISION)
+                some = _factor(_load_parts(h, offs_m, offs, M, width, SPLITS), OPERAND, PRECISION)
+                right = _load_narrow(lora_B, offs, offs_n64, R, stride_b_r, stride_b_n, mask_n)
+                delta = _multiply_narrow(some, _factor(right, OPERAND, PRECISION), delta, PRECISION)
         mask = mask_m & mask_n
         after = delta * scale
         if base is not None:
@@ -91,11 +101,11 @@ def lora(
     row_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `safe_kernels.reference.lora`."""
-    drop, arithmetic = dropout(dropout_p, rng_state), product(x.dtype, lora_A.dtype)
+    drop = dropout(dropout_p, rng_state)
     require_shape("lora_A", lora_A, (lora_B.shape[1], x.shape[-1]))
     require_shape("base", base, (*x.shape[:-1], lora_B.shape[0]))
-    h, _ = sweep(flat(x), lora_A, arithmetic, drop, scale=drop.scale)
-    out = apply(base, None, base, lora_B, h, scaling, arithmetic)
+    h, _ = sweep(flat(x), lora_A, drop, scale=drop.scale)
+    out = apply(base, None, base, lora_B, h, scaling, x.dtype)
     if block_starts is None:
         return out, empty(x, 0, dtype=torch.float64)
     return out, block_sums(flat(base), h, lora_B, scaling, block_starts, block_rows, row_weight)
@@ -108,12 +118,16 @@ def apply(
     lora_B: Tensor,
     h: Tensor,
     scaling: float,
-    arithmetic: Product,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """``base + bias + scaling * h B'``; `like` gives the leading dimensions and the dtype of the result."""
+    """``base + bias + scaling * h B'``; `like` gives the leading dimensions and the dtype of the result.
+
+    `dtype` is that of the x from which h was made: a product of h has its precision.
+    """
     N, R = lora_B.shape
-    is_one_tile = rank_tile(R, arithmetic.operand, True) >= R
-    factor = h if is_one_tile else joined(h, arithmetic.operand)[None]
+    arithmetic = adapter_product("lora_apply", dtype, lora_B.dtype, R)
+    is_one_tile = rank_tile(R, arithmetic.narrow, True) >= R
+    factor = h if is_one_tile else joined(h, arithmetic.narrow)[None]
     run = partial(_apply, base, bias, like, lora_B, factor, scaling, arithmetic)
     flags = (base is None and "alone", bias is not None and "bias")
     return tuned("lora_apply", run, (h.shape[1], N, R), arithmetic, like, *flags)
@@ -132,7 +146,7 @@ def _apply(
     (N, R), M = lora_B.shape, h.shape[1]
     out = empty(like, (*like.shape[:-1], N))
     matrix = None if base is None else flat(base)
-    block_r, tiles = rank_tile(R, arithmetic.operand, True), triton.cdiv(M, chosen.block_m)
+    block_r, tiles = rank_tile(R, arithmetic.narrow, True), triton.cdiv(M, chosen.block_m)
     parts, split_n = splits(tiles, N, chosen.block_n, enough=1024, most=32)
     launch(
         _lora_apply_kernel,

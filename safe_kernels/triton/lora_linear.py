@@ -132,7 +132,7 @@ def lora_linear(
     require_shape("weight", weight, (lora_B.shape[0], rows.shape[1]))
     if bias is not None:
         require_shape("bias", bias, lora_B.shape[:1])
-    h, _ = sweep(rows, lora_A, product(x.dtype, lora_A.dtype), drop, scale=drop.scale)
+    h, _ = sweep(rows, lora_A, drop, scale=drop.scale)
     out = _forward(x, weight, bias, lora_B, h, scaling)
     if block_starts is None:
         return out, empty(x, 0, dtype=torch.float64)
@@ -177,7 +177,7 @@ def lora_linear_backward(
 def _forward(x: Tensor, weight: Tensor, bias: Tensor | None, lora_B: Tensor, h: Tensor, scaling: float) -> Tensor:
     def run(form: Config) -> Tensor:
         if form == NO_TILES:
-            out = apply(None, bias, x, lora_B, h, scaling, product(x.dtype, lora_B.dtype))
+            out = apply(None, bias, x, lora_B, h, scaling, x.dtype)
             multiply_add(flat(out), flat(x), weight.t())
             return out
         return _multiply(x, weight.t(), bias, h, lora_B.t(), NOTHING_DROPPED, scaling, form)

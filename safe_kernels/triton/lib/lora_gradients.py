@@ -15,8 +15,9 @@ from torch import Tensor
 
 from safe_kernels.triton.lib.philox import _keep, _rng_words
 from safe_kernels.triton.lib.skinny_matmul import _load_narrow, _load_parts, joined, reduce, sweep
+from safe_kernels.triton.lib.terms import _factor, _multiply, _multiply_narrow, _no_sums, _total
 from safe_kernels.triton.runtime.configs import Config, rank_tile, splits
-from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, flat, product, tuned
+from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, adapter_product, flat, tuned
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 NOTHING_DROPPED = Dropout(None, 0, 1.0)
@@ -60,16 +61,17 @@ def _lora_input_kernel(
     # If the rank has several tiles, each has a program; the first one makes grad_x from all tiles, the others skip it.
     first_r, end_x = tl.program_id(2) * R, end - tl.program_id(2) * M
     if COMPUTE_A:
-        acc_A = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
+        sums_A = _no_sums(BLOCK_N, BLOCK_R, PRECISION)
     if COMPUTE_X and ONE_TILE:
-        right = _load_narrow(lora_A, offs_r, offs_n64, R, stride_a_r, stride_a_n, mask_n).to(OPERAND)
+        right = _load_narrow(lora_A, offs_r, offs_n64, R, stride_a_r, stride_a_n, mask_n)
+        right = _factor(right, OPERAND, PRECISION)
     if HAS_DROPOUT:
         words = _rng_words(rng)
     for start_m in range(begin, end, BLOCK_M):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         mask_m, offs_m64 = offs_m < end, offs_m.to(tl.int64)
         mask = mask_m[:, None] & mask_n
-        left = _load_parts(grad_h, offs_m, offs_r, end, width, 1).to(OPERAND)
+        left = _factor(_load_parts(grad_h, offs_m, offs_r, end, width, 1), OPERAND, PRECISION)
         if HAS_DROPOUT:
             keep = _keep(words, offs_m, start_n, threshold, BLOCK_N)
         if COMPUTE_A:
@@ -77,17 +79,17 @@ def _lora_input_kernel(
             tile = tile.to(OPERAND)
             if HAS_DROPOUT:
                 tile = tile * keep.to(OPERAND)
-            acc_A = tl.dot(tl.trans(tile), left, acc_A, input_precision=PRECISION)
+            sums_A = _multiply(tl.trans(tile), left, sums_A, PRECISION)
         if COMPUTE_X:
+            acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
             if ONE_TILE:
-                acc = tl.dot(left, right, input_precision=PRECISION)
+                acc = _multiply_narrow(left, right, acc, PRECISION)
             else:
-                acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
                 for start_r in range(first_r, R, BLOCK_R):
                     offs = start_r + tl.arange(0, BLOCK_R)
-                    some = _load_parts(grad_h, offs_m, offs, end, width, 1).to(OPERAND)
-                    right = _load_narrow(lora_A, offs, offs_n64, R, stride_a_r, stride_a_n, mask_n).to(OPERAND)
-                    acc = tl.dot(some, right, acc, input_precision=PRECISION)
+                    some = _factor(_load_parts(grad_h, offs_m, offs, end, width, 1), OPERAND, PRECISION)
+                    right = _load_narrow(lora_A, offs, offs_n64, R, stride_a_r, stride_a_n, mask_n)
+                    acc = _multiply_narrow(some, _factor(right, OPERAND, PRECISION), acc, PRECISION)
             if HAS_DROPOUT:
                 if grad_x.dtype.element_ty == tl.float16:  # may overflow where the mask drops
                     acc = acc * keep.to(tl.float32)
@@ -100,7 +102,7 @@ def _lora_input_kernel(
             )
     if COMPUTE_A:
         at = (tl.program_id(1).to(tl.int64) * N + offs_n)[:, None] * width + offs_r[None, :]
-        tl.store(partial + at, acc_A, mask=(offs_n < N)[:, None] & (offs_r < width)[None, :])
+        tl.store(partial + at, _total(sums_A, PRECISION), mask=(offs_n < N)[:, None] & (offs_r < width)[None, :])
 
 
 def adapter_gradients(
@@ -134,17 +136,17 @@ def adapter_gradients(
 
 
 def _h(x: Tensor, lora_A: Tensor, drop: Dropout) -> Tensor:
-    return sweep(flat(x), lora_A, product(x.dtype, lora_A.dtype), drop, drop.scale)[0]
+    return sweep(flat(x), lora_A, drop, drop.scale)[0]
 
 
 def _at_the_output(
     grad: Tensor, lora_B: Tensor, scaling: float, drop_scale: float, h: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """The gradients of h before dropout's scale and, where h is given, of lora_B."""
-    arithmetic, rank = product(grad.dtype, lora_B.dtype), lora_B.shape[1]
-    together = h is not None and in_one_sweep(arithmetic.operand, rank)
+    rank = lora_B.shape[1]
+    together = h is not None and in_one_sweep(grad.dtype, lora_B.dtype, rank)
     other, scale = h if together else None, scaling * drop_scale
-    grad_h, parts = sweep(flat(grad), lora_B.t(), arithmetic, NOTHING_DROPPED, scale, other)
+    grad_h, parts = sweep(flat(grad), lora_B.t(), NOTHING_DROPPED, scale, other)
     if h is None:
         return grad_h, empty(lora_B, 0)
     if together:
@@ -152,20 +154,21 @@ def _at_the_output(
     return grad_h, _summed_over_rows(grad, h, lora_B, scaling)
 
 
-def in_one_sweep(operand: torch.dtype, rank: int) -> bool:
+def in_one_sweep(matrix: torch.dtype, narrow: torch.dtype, rank: int) -> bool:
     """Whether one pass over grad makes both grad_h and grad_B.
 
     grad_h is a sum over columns and grad_B a sum over rows. A pass that makes both must write partial sums of one of
     them (4 r / rows bytes per element) and read them again; the registers for grad_h limit the rows of a tile. This
     takes less time and memory than reading grad twice only if the rank is low.
     """
-    return operand.itemsize == 2 and rank <= 16
+    return rank <= 16 and adapter_product("lora_sweep_both", matrix, narrow, rank).operand.itemsize == 2
 
 
 def _summed_over_rows(grad: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """``scaling * grad' h``: the kernel for lora_A's gradient, with grad in place of x."""
-    (N, R), arithmetic = lora_B.shape, product(grad.dtype, lora_B.dtype)
-    h, drop = joined(h, arithmetic.operand), NOTHING_DROPPED
+    N, R = lora_B.shape
+    arithmetic = adapter_product("lora_input", grad.dtype, lora_B.dtype, R)
+    h, drop = joined(h, arithmetic.narrow), NOTHING_DROPPED
     run = partial(_input_gradients, grad, grad, lora_B.t(), h, drop, False, True, arithmetic)
     _, parts = tuned("lora_input", run, (h.shape[0], N, R), arithmetic, grad, "A")
     return reduce(parts, R, scaling, lora_B.dtype)
@@ -176,11 +179,12 @@ def at_the_input(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and lora_A from grad_h [parts, M, padded R], that of (mask x) A'. An unwanted one is empty."""
     (R, N), like = lora_A.shape, grad if x is None else x
-    arithmetic = product(like.dtype, lora_A.dtype)
-    grad_h = joined(grad_h, arithmetic.operand)
+    # With dropout a thread has more to compute, so there is a table for it.
+    name = "lora_input" if drop.rng_state is None else "lora_input_dropped"
+    arithmetic = adapter_product(name, like.dtype, lora_A.dtype, R)
+    grad_h = joined(grad_h, arithmetic.narrow)
     run = partial(_input_gradients, grad, x, lora_A, grad_h, drop, wants_x, wants_A, arithmetic)
-    flags = (wants_x and "x", wants_A and "A", drop.rng_state is not None and "dropout")
-    name = "lora_input_dropped" if all(flags) else "lora_input"
+    flags = (wants_x and "x", wants_A and "A")
     grad_x, parts = tuned(name, run, (grad_h.shape[0], N, R), arithmetic, like, *flags)
     return grad_x, reduce(parts, R, 1.0, lora_A.dtype, transpose=True) if wants_A else empty(lora_A, 0)
 
@@ -198,7 +202,7 @@ def _input_gradients(
 ) -> tuple[Tensor, Tensor]:
     """grad_x, and the parts [groups, d_in, padded R] of grad_A. An unwanted one is empty."""
     (R, N), (M, width), like = lora_A.shape, grad_h.shape, grad if x is None else x
-    block_r, tiles = rank_tile(R, arithmetic.operand, True), triton.cdiv(N, chosen.block_n)
+    block_r, tiles = rank_tile(R, arithmetic.narrow, True), triton.cdiv(N, chosen.block_n)
     # Each group writes a sum; these take at most an eighth of a half-precision x if a group has 16 R rows.
     least = max(chosen.block_m, 8 * width if wants_A else 0)
     groups, group_m = splits(tiles, M, least, enough=512, most=32)

@@ -20,8 +20,9 @@ import triton.language as tl
 from torch import Tensor
 
 from safe_kernels.triton.lib.philox import _keep, _rng_words
+from safe_kernels.triton.lib.terms import _factor, _multiply, _no_sums, _total
 from safe_kernels.triton.runtime.configs import Config, config, rank_tile, splits
-from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, tuned
+from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, adapter_product, tuned
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 
@@ -79,11 +80,11 @@ def _lora_sweep_kernel(
     end = tl.minimum(begin + split_k, K)
     matrix_rows = matrix + offs_m.to(tl.int64)[:, None] * stride_matrix_m
     narrow_rows = narrow + offs_r.to(tl.int64)[None, :] * stride_narrow_r
-    acc = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    sums = _no_sums(BLOCK_M, BLOCK_R, PRECISION)
     if HAS_DROPOUT:
         words = _rng_words(rng)
     if COMPUTE_TRANSPOSED:
-        factor = _load_parts(other, offs_m, offs_r, M, width, OTHER_SPLITS).to(OPERAND)
+        factor = _factor(_load_parts(other, offs_m, offs_r, M, width, OTHER_SPLITS), OPERAND, PRECISION)
     for start_k in range(begin, end, BLOCK_K):
         offs_k = start_k + tl.arange(0, BLOCK_K)
         mask_k = offs_k < end
@@ -99,15 +100,15 @@ def _lora_sweep_kernel(
             narrow_rows + offs_k.to(tl.int64)[:, None] * stride_narrow_k,
             mask=mask_k[:, None] & mask_r[None, :],
             other=0.0,
-        ).to(OPERAND)
-        acc = tl.dot(tile, weight, acc, input_precision=PRECISION)
+        )
+        sums = _multiply(tile, _factor(weight, OPERAND, PRECISION), sums, PRECISION)
         if COMPUTE_TRANSPOSED:
-            outer = tl.dot(tl.trans(tile), factor, input_precision=PRECISION)
+            outer = _multiply(tl.trans(tile), factor, _no_sums(BLOCK_K, BLOCK_R, PRECISION), PRECISION)
             at = (tl.program_id(0).to(tl.int64) * K + offs_k)[:, None] * width + offs_r[None, :]
-            tl.store(transposed + at, outer, mask=mask_k[:, None] & (offs_r < width)[None, :])
+            tl.store(transposed + at, _total(outer, PRECISION), mask=mask_k[:, None] & (offs_r < width)[None, :])
     at = (part.to(tl.int64) * M + offs_m)[:, None] * width + offs_r[None, :]
     # Columns after the rank are 0, even where a row overflowed and 0 * infinity is NaN.
-    acc = tl.where(mask_r[None, :], acc * product_scale, 0.0)
+    acc = tl.where(mask_r[None, :], _total(sums, PRECISION) * product_scale, 0.0)
     tl.store(product + at, acc, mask=mask_m[:, None] & (offs_r < width)[None, :])
 
 
@@ -140,7 +141,6 @@ def _reduce_kernel(
 def sweep(
     matrix: Tensor,
     narrow: Tensor,
-    arithmetic: Product,
     dropout: Dropout,
     scale: float = 1.0,
     other: Tensor | None = None,
@@ -152,6 +152,7 @@ def sweep(
     """
     name = "lora_sweep_both" if other is not None else "lora_sweep"
     name = name if dropout.rng_state is None else "lora_sweep_dropped"
+    arithmetic = adapter_product(name, matrix.dtype, narrow.dtype, narrow.shape[0])
     run = partial(_sweep, matrix, narrow, arithmetic, dropout, scale, other)
     return tuned(name, run, (*matrix.shape, narrow.shape[0]), arithmetic, matrix)
 
@@ -166,7 +167,7 @@ def _sweep(
     chosen: Config,
 ) -> tuple[Tensor, Tensor]:
     (M, K), R = matrix.shape, narrow.shape[0]
-    tiles, block_r, width = triton.cdiv(M, chosen.block_m), rank_tile(R, arithmetic.operand, True), padded(R)
+    tiles, block_r, width = triton.cdiv(M, chosen.block_m), rank_tile(R, arithmetic.narrow, True), padded(R)
     parts, split_k = splits(tiles, K, chosen.block_k)
     result = empty(matrix, (parts, M, width), dtype=torch.float32)
     outer = empty(matrix, 0 if other is None else (tiles, K, width), dtype=torch.float32)

@@ -26,6 +26,7 @@ class Config:
     shared: int = 0  # KiB of shared memory that a program needs
     half: bool = False  # whether it is only for half-precision factors
     rank: int = 64  # the widest tile of an adapter's columns that it supports
+    terms: bool = False  # whether it is only for a bfloat16 matrix and a float32 factor in three terms
 
     @property
     def options(self) -> dict[str, int]:
@@ -51,14 +52,20 @@ NO_TILES = Config(0, rank=2**31)
 
 TABLE: dict[str, tuple[Config, ...]] = {
     "lora_sweep": (
+        Config(128, block_k=64, warps=8, shared=200, terms=True),
+        Config(128, block_k=64, warps=8, shared=90, terms=True, rank=16),
+        Config(64, block_k=32, stages=2, shared=90, terms=True, rank=32),
         Config(128, block_k=64, warps=8, shared=160, half=True),
         Config(64, block_k=64, shared=90, half=True, rank=128),
         Config(64, block_k=64, stages=2, half=True, rank=128),
         Config(32, block_k=64, stages=2, rank=32),
         Config(32, block_k=32, stages=2),
     ),
-    # After dropout a factor is in registers, and wgmma would wait for it (Triton 3.6); 32 rows make it use mma.
+    # After dropout a factor is in registers, and wgmma would wait for it (Triton 3.6); 32 rows make it use mma. Three
+    # terms are split again for every tile of rows, so there a tile has many.
     "lora_sweep_dropped": (
+        Config(128, block_k=64, warps=8, shared=200, terms=True),
+        Config(128, block_k=64, warps=8, shared=90, terms=True, rank=16),
         Config(32, block_k=128, shared=90, half=True, rank=32),
         Config(32, block_k=64, shared=90, half=True, rank=128),
         Config(32, block_k=64, stages=2, half=True, rank=128),
@@ -66,13 +73,19 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, block_k=32, warps=8, stages=1),
     ),
     # Sums over rows are written once per tile, so a tile has many rows.
-    "lora_sweep_both": (Config(256, block_k=64, warps=8, stages=2, half=True, rank=16),),
+    "lora_sweep_both": (
+        Config(256, block_k=64, warps=8, stages=2, shared=200, terms=True, rank=16),
+        Config(256, block_k=64, warps=8, stages=2, half=True, rank=16),
+    ),
     "lora_apply": (
+        Config(128, 64, warps=8, stages=2, shared=200, terms=True),
         Config(64, 64, stages=2, half=True, rank=128),
         Config(32, 128, stages=2, rank=32),
         Config(32, 64, stages=2),
     ),
     "lora_input": (
+        Config(64, 64, stages=1, shared=200, terms=True, rank=32),
+        Config(64, 64, stages=1, shared=90, terms=True, rank=16),
         Config(64, 64, warps=8, stages=2, shared=200, half=True),
         Config(64, 64, stages=2, shared=200, half=True, rank=128),
         Config(32, 64, stages=2, shared=90, half=True),
@@ -82,6 +95,8 @@ TABLE: dict[str, tuple[Config, ...]] = {
     ),
     # With dropout a thread has more to compute, so registers limit the programs that run at a time.
     "lora_input_dropped": (
+        Config(64, 64, stages=1, shared=200, terms=True, rank=32),
+        Config(64, 64, stages=1, shared=90, terms=True, rank=16),
         Config(32, 64, stages=1, half=True, rank=16),
         Config(64, 64, warps=8, stages=2, shared=200, half=True),
         Config(64, 64, stages=2, shared=200, half=True, rank=128),
@@ -98,8 +113,13 @@ TABLE: dict[str, tuple[Config, ...]] = {
     "block_tiles": (Config(32, 32, stages=1),),
 }
 NEIGHBOURS: dict[str, tuple[Config, ...]] = {
-    "lora_sweep": (Config(64, block_k=128, warps=8, shared=90, half=True), Config(16, block_k=64, stages=2)),
+    "lora_sweep": (
+        Config(128, block_k=64, shared=200, terms=True, rank=16),
+        Config(64, block_k=128, warps=8, shared=90, half=True),
+        Config(16, block_k=64, stages=2),
+    ),
     "lora_sweep_dropped": (
+        Config(64, block_k=64, shared=200, terms=True, rank=32),
         Config(32, block_k=128, warps=8, shared=60, half=True),
         Config(16, block_k=128, stages=2, half=True),
         Config(16, block_k=64, stages=2),
@@ -109,16 +129,22 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
         Config(256, block_k=64, warps=8, stages=1, half=True, rank=16),
     ),
     "lora_apply": (
+        Config(64, 64, stages=2, shared=200, terms=True, rank=32),
+        Config(128, 64, stages=2, shared=200, terms=True, rank=16),
         Config(64, 128, shared=160, half=True),
         Config(32, 64, stages=2, half=True),
         Config(32, 32, stages=2),
     ),
     "lora_input": (
+        Config(64, 64, stages=2, shared=200, terms=True, rank=16),
+        Config(32, 64, stages=1, shared=200, terms=True, rank=16),
         Config(64, 64, warps=8, stages=1, half=True),
         Config(32, 64, stages=1, shared=90, half=True),
         Config(16, 32, stages=1),
     ),
     "lora_input_dropped": (
+        Config(64, 64, stages=2, shared=200, terms=True, rank=16),
+        Config(32, 64, stages=1, shared=200, terms=True, rank=16),
         Config(64, 64, stages=2, shared=200, half=True),
         Config(64, 64, warps=8, stages=1, half=True),
         Config(16, 32, stages=1),
@@ -167,26 +193,34 @@ def _target_of(device: int) -> Target:
     return Target(found.backend, shared, str(found.arch), properties["multiprocessor_count"])
 
 
-def config(kernel: str, operand: torch.dtype, rank: int = 1) -> Config:
+def config(kernel: str, operand: torch.dtype, rank: int = 1, terms: bool = False) -> Config:
     """The first entry of `TABLE` whose requirements the current device meets.
 
-    `operand` is the dtype of the factors, or of the elements if nothing is multiplied.
+    `operand` is the dtype of the factors, or of the elements if nothing is multiplied. `terms`: a factor has three.
     """
-    return next(entry for entry in TABLE[kernel] if _fits(entry, kernel, operand, rank))
+    return next(entry for entry in TABLE[kernel] if _fits(entry, kernel, operand, rank, terms))
 
 
-def candidates(kernel: str, operand: torch.dtype, rank: int = 1) -> list[Config]:
+def has_terms(kernel: str, rank: int) -> bool:
+    """Whether `TABLE` has an entry for a factor of three terms on the current device."""
+    return any(_fits(entry, kernel, torch.bfloat16, rank, terms=True) for entry in TABLE[kernel])
+
+
+def candidates(kernel: str, operand: torch.dtype, rank: int = 1, terms: bool = False) -> list[Config]:
     """The configurations that tuning tries on the current device: the table's choice, and the neighbours that fit.
 
     For half precision these are only the neighbours made for it.
     """
-    near = (entry for entry in NEIGHBOURS.get(kernel, ()) if entry.half == (operand.itemsize == 2))
-    return [config(kernel, operand, rank), *(entry for entry in near if _fits(entry, kernel, operand, rank))]
+    is_half = operand.itemsize == 2 and not terms
+    near = (entry for entry in NEIGHBOURS.get(kernel, ()) if entry.half == is_half)
+    fitting = (entry for entry in near if _fits(entry, kernel, operand, rank, terms))
+    return [config(kernel, operand, rank, terms), *fitting]
 
 
-def _fits(entry: Config, kernel: str, operand: torch.dtype, rank: int) -> bool:
-    width = rank_tile(rank, operand, kernel in SWEEPS)
-    return (operand.itemsize == 2 or not entry.half) and width <= entry.rank and target().shared >= entry.shared
+def _fits(entry: Config, kernel: str, operand: torch.dtype, rank: int, terms: bool) -> bool:
+    width = rank_tile(rank, torch.float32 if terms else operand, kernel in SWEEPS)
+    serves = entry.terms == terms and (operand.itemsize == 2 or not entry.half)
+    return serves and width <= entry.rank and target().shared >= entry.shared
 
 
 def rank_tile(rank: int, operand: torch.dtype, is_sweep: bool = False) -> int:

@@ -24,7 +24,17 @@ class Product(NamedTuple):
     """How matrices are multiplied. Products are always summed in float32."""
 
     operand: torch.dtype  # to which the factors are converted
-    precision: str  # `input_precision` of tl.dot; it affects only float32 factors
+    precision: str  # `input_precision` of tl.dot, which affects only float32 factors; or "terms" (lib/terms.py)
+
+    @property
+    def has_terms(self) -> bool:
+        """Whether a narrow factor is float32, and split into three terms."""
+        return self.precision == "terms"
+
+    @property
+    def narrow(self) -> torch.dtype:
+        """The dtype of a narrow factor in memory."""
+        return torch.float32 if self.has_terms else self.operand
 
 
 def product(*dtypes: torch.dtype) -> Product:
@@ -39,6 +49,17 @@ def product(*dtypes: torch.dtype) -> Product:
         return Product(torch.float32, configs.float32_precision("tf32"))
     exact = all(dtype == torch.float32 for dtype in dtypes)
     return Product(torch.float32, "ieee" if exact else configs.float32_precision("tf32x3"))
+
+
+def adapter_product(kernel: str, matrix: torch.dtype, narrow: torch.dtype, rank: int) -> Product:
+    """The arithmetic of a kernel for a large matrix and an adapter's factor: three terms of the factor, or `product`.
+
+    Terms are for a float32 factor and a bfloat16 matrix, which stays as it is. A float16 number has more bits than a
+    bfloat16 one. Terms are more exact than tf32, so they also serve where torch allows tf32.
+    """
+    if (matrix, narrow) == (torch.bfloat16, torch.float32) and configs.has_terms(kernel, rank):
+        return Product(matrix, "terms")
+    return product(matrix, narrow)
 
 
 def served_by(
@@ -95,10 +116,10 @@ def choose(
     """The configuration that `tuned` would use; same arguments."""
     tuner = tuning.active()
     if tuner is None:
-        return configs.config(kernel, arithmetic.operand, size[-1])
+        return configs.config(kernel, arithmetic.operand, size[-1], arithmetic.has_terms)
 
     def offer() -> tuple[str, dict[configs.Config, tuning.Run]]:
-        offered = configs.candidates(kernel, arithmetic.operand, size[-1])
+        offered = configs.candidates(kernel, arithmetic.operand, size[-1], arithmetic.has_terms)
         return configs.target().kind, {entry: functools.partial(run, entry) for entry in offered}
 
     call = (matrix.get_device(), kernel, tuning.bucket(size), matrix.dtype, *arithmetic, *flags)
@@ -106,7 +127,7 @@ def choose(
         choice = tuner.choose(call, offer, matrix)
     if choice is None:
         may_change()
-    return choice or configs.config(kernel, arithmetic.operand, size[-1])
+    return choice or configs.config(kernel, arithmetic.operand, size[-1], arithmetic.has_terms)
 
 
 def flat(tensor: Tensor) -> Tensor:

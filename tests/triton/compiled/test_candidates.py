@@ -21,9 +21,9 @@ ROWS, WIDTH = 8192, 4096
 Launch = Callable[[configs.Config], Any]
 
 
-def launches(kernel: str, operand: torch.dtype, rank: int) -> Iterator[Launch]:
+def launches(kernel: str, operand: torch.dtype, rank: int, terms: bool) -> Iterator[Launch]:
     """A kernel in the forms that hold most at a time, over a base of half precision."""
-    arithmetic = host.product(HALF, operand)
+    arithmetic = host.Product(HALF, "terms") if terms else host.product(HALF, operand)
     x, h = meta(ROWS, WIDTH), meta(1, ROWS, rank, dtype=SINGLE)
     grad_h = meta(ROWS, rank, dtype=operand)
     A, B = meta(rank, WIDTH, dtype=operand), meta(WIDTH, rank, dtype=operand)
@@ -39,8 +39,8 @@ def launches(kernel: str, operand: torch.dtype, rank: int) -> Iterator[Launch]:
         yield partial(lora._apply, None, meta(WIDTH), x, B, h, 2.0, arithmetic)
     elif kernel == "lora_input_dropped":
         yield partial(lora_gradients._input_gradients, x, x, A, grad_h, drop, True, True, arithmetic)
-    elif kernel == "lora_input":
         yield partial(lora_gradients._input_gradients, x, x, A, grad_h, drop, False, True, arithmetic)
+    elif kernel == "lora_input":
         yield partial(lora_gradients._input_gradients, x, x, A, grad_h, keep, True, True, arithmetic)
         yield partial(lora_gradients._input_gradients, x, x, A, grad_h, keep, False, True, arithmetic)
     else:
@@ -49,10 +49,12 @@ def launches(kernel: str, operand: torch.dtype, rank: int) -> Iterator[Launch]:
         yield partial(lora_linear._multiply, x, weight, None, h, A, drop, 1.0)
 
 
-def others(kernel: str, operand: torch.dtype, rank: int, target: str) -> list[configs.Config]:
+def others(kernel: str, operand: torch.dtype, rank: int, target: str, terms: bool) -> list[configs.Config]:
     """Candidates other than the table's choice, which has its tests."""
     with collecting(target):
-        return configs.candidates(kernel, operand, rank)[1:]
+        if terms and not configs.has_terms(kernel, rank):
+            return []
+        return configs.candidates(kernel, HALF if terms else operand, rank, terms)[1:]
 
 
 def ranks(kernel: str, operand: torch.dtype, target: str) -> tuple[int, ...]:
@@ -64,23 +66,28 @@ def ranks(kernel: str, operand: torch.dtype, target: str) -> tuple[int, ...]:
 
 NEWEST_UNITS = {"sm_90": "WGMMA", "sm_100": "TCGEN05"}
 RUNS = [
-    (kernel, operand, target)
+    (kernel, operand, target, False)
     for kernel in configs.NEIGHBOURS
     for operand, targets in ((HALF, ("sm_80", "sm_90", "sm_100", "gfx942")), (SINGLE, ("sm_80", "gfx942")))
     for target in targets
     if operand == HALF or kernel != "lora_sweep_both"
+] + [
+    (kernel, SINGLE, target, True)
+    for kernel, entries in configs.NEIGHBOURS.items()
+    for target in ("sm_90", "sm_100")
+    if any(entry.terms for entry in entries)
 ]
 """sm_86 and sm_89 run what sm_80 does, if it fits there."""
 
 
-@pytest.mark.parametrize(("kernel", "operand", "target"), RUNS)
+@pytest.mark.parametrize(("kernel", "operand", "target", "terms"), RUNS)
 def test_candidates_fit(
-    kernel: str, operand: torch.dtype, target: str, record_property: Callable[[str, object], None]
+    kernel: str, operand: torch.dtype, target: str, terms: bool, record_property: Callable[[str, object], None]
 ) -> None:
     rows, wrong = [], []
-    for rank in ranks(kernel, operand, target):
-        for entry in others(kernel, operand, rank, target):
-            for run in launches(kernel, operand, rank):
+    for rank in (16, *ranks(kernel, operand, target)) if terms else ranks(kernel, operand, target):
+        for entry in others(kernel, operand, rank, target, terms):
+            for run in launches(kernel, operand, rank, terms):
                 for found in compile_call(target, partial(run, entry)):
                     rows.append(cells(f"{entry} r{rank}", found))
                     wrong += problems(found, exact=operand == SINGLE and kernel == "lora_linear")
