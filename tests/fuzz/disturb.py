@@ -8,11 +8,12 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from build import depth
 from case import Case
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
+
+from build import depth
 
 
 @dataclass

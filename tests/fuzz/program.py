@@ -9,13 +9,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from build import batch_of, leaf_of, model_of, prefix_of
 from case import Case
 from disturb import Seen, add_hook, change, scale, spot_of
 from peft import PeftModel
 from torch import Tensor
 
 import safe_peft
+from build import batch_of, leaf_of, model_of, prefix_of
 from safe_kernels import retention
 from safe_peft.binding.blocks import PARTS
 
