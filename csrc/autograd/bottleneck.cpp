@@ -72,8 +72,8 @@ struct BottleneckFunction : torch::autograd::Function<BottleneckFunction> {
       keep_adapter_input(ctx, saved, x, W_down, /*only_B=*/false, 0.0, std::nullopt, /*may_cast=*/true);
     } else if (needs_value || needs_slope) {
       saved[1] = below_autograd([&] {
-        if (only_up) return as_kept(safe_kernels::activation(z, activation, dropout_p, rng_state));
-        return keeps_signs ? pack_signs(z) : as_kept(z);
+        if (only_up) return as_kept(safe_kernels::activation(z, activation, dropout_p, rng_state), W_down);
+        return keeps_signs ? pack_signs(z) : as_kept(z, W_down);
       });
     }
     if (only_up) ctx->saved_data["is_hidden"] = true;
