@@ -65,7 +65,7 @@ TABLE: dict[str, tuple[Config, ...]] = {
     # terms are split again for every tile of rows, so there a tile has many.
     "lora_sweep_dropped": (
         Config(128, block_k=64, warps=8, shared=200, terms=True),
-        Config(128, block_k=64, warps=8, shared=90, terms=True, rank=16),
+        Config(64, block_k=64, stages=2, shared=90, terms=True, rank=16),
         Config(32, block_k=128, shared=90, half=True, rank=32),
         Config(32, block_k=64, shared=90, half=True, rank=128),
         Config(32, block_k=64, stages=2, half=True, rank=128),
@@ -144,7 +144,6 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
     ),
     "lora_input_dropped": (
         Config(64, 64, stages=2, shared=200, terms=True, rank=16),
-        Config(32, 64, stages=1, shared=200, terms=True, rank=16),
         Config(64, 64, stages=2, shared=200, half=True),
         Config(64, 64, warps=8, stages=1, half=True),
         Config(16, 32, stages=1),
