@@ -28,6 +28,7 @@ def lora(dtype: torch.dtype, adapter: torch.dtype, rank: int, dropout_p: float, 
     blocks = (meta(4, dtype=torch.int64), 128, meta(ROWS, dtype=torch.bool)) if scored else (None, 0, None)
     call("lora", x, base, A, B, 2.0, dropout_p, state, *blocks)
     call("lora_backward", base, x, A, B, 2.0, dropout_p, state, [True, True, True])
+    call("lora_backward", base, x, A, B, 2.0, dropout_p, state, [False, True, True])
     call("lora_backward", base, None, A, B, 2.0, dropout_p, state, [True, False, False])
 
 
