@@ -72,13 +72,13 @@ def _lora_input_kernel(
         mask_m, offs_m64 = offs_m < end, offs_m.to(tl.int64)
         mask = mask_m[:, None] & mask_n
         left = _factor(_load_parts(grad_h, offs_m, offs_r, end, width, 1), OPERAND, PRECISION)
-        if HAS_DROPOUT:
-            keep = _keep(words, offs_m, start_n, threshold, BLOCK_N)
+        if HAS_DROPOUT:  # chosen, not converted: fewer registers
+            keep = tl.where(_keep(words, offs_m, start_n, threshold, BLOCK_N), 1.0, 0.0).to(OPERAND)
         if COMPUTE_A:
             tile = tl.load(x + offs_m64[:, None] * stride_x_m + offs_n64 * stride_x_n, mask=mask, other=0.0)
             tile = tile.to(OPERAND)
             if HAS_DROPOUT:
-                tile = tile * keep.to(OPERAND)
+                tile = tile * keep
             sums_A = _multiply(tl.trans(tile), left, sums_A, PRECISION)
         if COMPUTE_X:
             acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -65,7 +65,7 @@ TABLE: dict[str, tuple[Config, ...]] = {
     # terms are split again for every tile of rows, so there a tile has many.
     "lora_sweep_dropped": (
         Config(128, block_k=64, warps=8, shared=200, terms=True),
-        Config(128, block_k=64, warps=8, shared=90, terms=True, rank=16),
+        Config(64, block_k=64, stages=2, shared=90, terms=True, rank=16),
         Config(32, block_k=128, shared=90, half=True, rank=32),
         Config(32, block_k=64, shared=90, half=True, rank=128),
         Config(32, block_k=64, stages=2, half=True, rank=128),
@@ -93,13 +93,14 @@ TABLE: dict[str, tuple[Config, ...]] = {
         Config(32, 64, stages=1, rank=16),
         Config(16, 64, stages=1),
     ),
-    # With dropout a thread has more to compute, so registers limit the programs that run at a time.
+    # With dropout a thread has more to compute, so registers limit the programs that run at a time. With several stages
+    # wgmma would wait where only lora_A's gradient is wanted.
     "lora_input_dropped": (
         Config(64, 64, stages=1, shared=200, terms=True, rank=32),
         Config(64, 64, stages=1, shared=90, terms=True, rank=16),
         Config(32, 64, stages=1, half=True, rank=16),
-        Config(64, 64, warps=8, stages=2, shared=200, half=True),
-        Config(64, 64, stages=2, shared=200, half=True, rank=128),
+        Config(64, 64, warps=8, stages=1, shared=200, half=True),
+        Config(64, 64, stages=1, shared=200, half=True, rank=128),
         Config(32, 64, stages=2, shared=90, half=True),
         Config(32, 64, stages=1, half=True, rank=128),
         Config(32, 64, stages=1, rank=16),
@@ -144,8 +145,7 @@ NEIGHBOURS: dict[str, tuple[Config, ...]] = {
     ),
     "lora_input_dropped": (
         Config(64, 64, stages=2, shared=200, terms=True, rank=16),
-        Config(32, 64, stages=1, shared=200, terms=True, rank=16),
-        Config(64, 64, stages=2, shared=200, half=True),
+        Config(64, 64, stages=1, shared=200, half=True),
         Config(64, 64, warps=8, stages=1, half=True),
         Config(16, 32, stages=1),
     ),
@@ -213,8 +213,9 @@ def candidates(kernel: str, operand: torch.dtype, rank: int = 1, terms: bool = F
     """
     is_half = operand.itemsize == 2 and not terms
     near = (entry for entry in NEIGHBOURS.get(kernel, ()) if entry.half == is_half)
-    fitting = (entry for entry in near if _fits(entry, kernel, operand, rank, terms))
-    return [config(kernel, operand, rank, terms), *fitting]
+    first = config(kernel, operand, rank, terms)
+    others = (entry for entry in near if str(entry) != str(first))
+    return [first, *(entry for entry in others if _fits(entry, kernel, operand, rank, terms))]
 
 
 def _fits(entry: Config, kernel: str, operand: torch.dtype, rank: int, terms: bool) -> bool:

@@ -28,6 +28,7 @@ def lora(dtype: torch.dtype, adapter: torch.dtype, rank: int, dropout_p: float, 
     blocks = (meta(4, dtype=torch.int64), 128, meta(ROWS, dtype=torch.bool)) if scored else (None, 0, None)
     call("lora", x, base, A, B, 2.0, dropout_p, state, *blocks)
     call("lora_backward", base, x, A, B, 2.0, dropout_p, state, [True, True, True])
+    call("lora_backward", base, x, A, B, 2.0, dropout_p, state, [False, True, True])
     call("lora_backward", base, None, A, B, 2.0, dropout_p, state, [True, False, False])
 
 
@@ -69,6 +70,8 @@ CASES: dict[str, Callable[[], None]] = {
     "lora bf16 r256": partial(lora, HALF, HALF, 256, 0.0),
     "lora fp32 over bf16 r64 p0.1": partial(lora, HALF, SINGLE, 64, 0.1),
     "lora fp32 over bf16 r16": partial(lora, HALF, SINGLE, 16, 0.0, True),
+    "lora fp32 over bf16 r16 p0.1": partial(lora, HALF, SINGLE, 16, 0.1),
+    "lora fp32 over bf16 r32 p0.1": partial(lora, HALF, SINGLE, 32, 0.1),
     "lora fp32 r64 p0.1": partial(lora, SINGLE, SINGLE, 64, 0.1),
     "lora_linear bf16 r16 p0.1": partial(lora_linear, HALF, HALF, 16, 0.1),
     "lora_linear fp16 r8": partial(lora_linear, torch.float16, torch.float16, 8, 0.0),
@@ -85,8 +88,10 @@ SOME = {
     "lora bf16 r64": ("sm_89", "sm_90"),
     "lora bf16 r8 p0.1": ("sm_90",),
     "lora bf16 r256": ("sm_80", "sm_90", "gfx942"),
-    "lora fp32 over bf16 r64 p0.1": ("sm_80", "sm_90", "gfx942"),
+    "lora fp32 over bf16 r64 p0.1": ("sm_80", "sm_90", "sm_100", "gfx942"),
     "lora fp32 over bf16 r16": ("sm_90", "gfx942"),
+    "lora fp32 over bf16 r16 p0.1": ("sm_80", "sm_86", "sm_90", "sm_100"),
+    "lora fp32 over bf16 r32 p0.1": ("sm_80", "sm_90", "sm_100"),
     "lora fp32 r64 p0.1": ("sm_80",),
     "lora_linear bf16 r64": ("sm_90",),
     "lora_linear fp16 r8": ("sm_90",),
