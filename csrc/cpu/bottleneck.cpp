@@ -1,4 +1,5 @@
-// Bottleneck adapters on a CPU, like lora_sweeps.h: a block of rows is read once, while it is in the cache.
+// Bottleneck adapters on a CPU, like lora_sweeps.h: a block of rows is read once, while it is in the cache. In float32
+// and float64, BLAS computes the products of backward.
 // A hidden row has one more number, 1, and W_up one more row, scaling * b_up: so the product adds the bias, and the
 // gradient of that row is the bias's.
 
@@ -9,6 +10,8 @@
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/cat.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/mm.h>
+#include <c10/core/impl/LocalDispatchKeySet.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -244,6 +247,59 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_cpu(const Tensor& x, const Tensor&
   return {out, z, statistics};
 }
 
+// z as forward makes it, by the same products in the same order: a ReLU must stop the gradient where it stopped x.
+Tensor remake_z(const Tensor& x, const Tensor& W_down, const Tensor& b_down) {
+  const Tensor down = padded(W_down.t(), x.scalar_type()), bias = padded(b_down.unsqueeze(0), x.scalar_type());
+  const Rows rows(x);
+  const int64_t stride = down.size(1);
+  const Tensor z = at::empty({rows.count, stride}, down.options());
+  AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "remake_z", [&] {
+    const auto* data = static_cast<const scalar_t*>(rows.data);
+    at::parallel_for(0, rows.count, 64, [&](int64_t begin, int64_t end) {
+      gemm<scalar_t>({end - begin, stride, rows.columns, data + begin * rows.stride, rows.stride, 1,
+                      down.const_data_ptr<scalar_t>(), stride, bias.const_data_ptr<scalar_t>(), 0,
+                      z.mutable_data_ptr<scalar_t>() + begin * stride, stride});
+    });
+  });
+  return z.narrow(1, 0, W_down.size(0));
+}
+
+// For tensors of one dtype. BLAS multiplies faster than gemm.h at the ranks of these adapters: with 48 units for 768
+// features and AVX-512, backward takes half of the time of the sweep.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward_by_blas(
+    const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& z, const Tensor& W_down,
+    const Tensor& b_down, const Tensor& W_up, std::string_view activation, double scaling, double dropout_p,
+    const std::optional<Tensor>& rng_state, const std::array<bool, 5>& output_mask) {
+  const c10::impl::ExcludeDispatchKeyGuard without_autocast(c10::autocast_dispatch_keyset);
+  const auto [wants_x, wants_W_down, wants_b_down, wants_W_up, wants_b_up] = output_mask;
+  const auto none = [&] { return at::empty({0}, grad.options()); };
+  const Tensor rows = matrix_of(grad);
+  Tensor grad_x = none(), grad_W_down = none(), grad_b_down = none(), grad_W_up = none();
+  const Tensor grad_b_up = wants_b_up ? rows.sum(0).mul_(scaling) : none();
+  const bool wants_slope = wants_x || wants_W_down || wants_b_down;
+  const Tensor hidden = !wants_slope && !wants_W_up ? none() : given(z) ? matrix_of(*z) : remake_z(*x, W_down, b_down);
+  if (wants_W_up) {
+    const Tensor h = run_activation(hidden, Tensor(), activation, dropout_p, rng_state);
+    grad_W_up = rows.t().mm(h).mul_(scaling);
+  }
+  if (wants_slope) {
+    const Tensor grad_h = rows.mm(W_up).mul_(scaling);
+    const Tensor grad_z =
+        std::get<0>(run_activation_backward(grad_h, hidden, Tensor(), activation, dropout_p, rng_state, {true, false}));
+    if (wants_x) grad_x = grad_z.mm(W_down).reshape(with_last(grad, W_down.size(1)));
+    if (wants_W_down) grad_W_down = grad_z.t().mm(matrix_of(*x));
+    if (wants_b_down) grad_b_down = grad_z.sum(0);
+  }
+  return {grad_x, grad_W_down, grad_b_down, grad_W_up, grad_b_up};
+}
+
+bool have_one_dtype(const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& z,
+                    const Tensor& W_down) {
+  const auto dtype = grad.scalar_type();
+  const auto fits = [&](const std::optional<Tensor>& one) { return !given(one) || one->scalar_type() == dtype; };
+  return (dtype == at::kFloat || dtype == at::kDouble) && fits(x) && fits(z) && fits(W_down);
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward_cpu(
     const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& z, const Tensor& W_down,
     const Tensor& b_down, const Tensor& W_up, std::string_view activation, double scaling, double dropout_p,
@@ -252,6 +308,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward_cpu(
   const auto [wants_x, wants_W_down, wants_b_down, wants_W_up, wants_b_up] = output_mask;
   const auto dtype = compute_dtype({grad, x, z, W_down});
   const int64_t r = W_down.size(0), d_in = W_down.size(1), d_out = W_up.size(0);
+  if (have_one_dtype(grad, x, z, W_down) && grad.numel() > 0 && W_down.numel() > 0)
+    return backward_by_blas(grad, x, z, W_down, b_down, W_up, activation, scaling, dropout_p, rng_state, output_mask);
   const bool wants_z = wants_x || wants_W_down || wants_b_down || wants_W_up;
   const bool reads_x = wants_W_down || (wants_z && !given(z));
   const Tensor weight = W_down.to(dtype).contiguous(), down = padded(W_down.t(), dtype);

@@ -43,10 +43,6 @@ Tensor weight_norm(const Tensor& weight, const Tensor& A, const Tensor& B, doubl
   return norm;
 }
 
-Tensor matrix_of(const Tensor& tensor) {
-  return tensor.reshape({c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)), tensor.size(-1)});
-}
-
 std::tuple<Tensor, Tensor> dora_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                     const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, double scaling,
                                     double dropout_p, const std::optional<Tensor>& rng_state) {

@@ -23,6 +23,11 @@ inline at::ScalarType compute_dtype(std::initializer_list<std::optional<at::Tens
   return at::kFloat;
 }
 
+// [..., d] as [N, d].
+inline at::Tensor matrix_of(const at::Tensor& tensor) {
+  return tensor.reshape({c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)), tensor.size(-1)});
+}
+
 // The last dimension is contiguous; row i begins at data + i * stride elements.
 struct Rows {
   at::Tensor owner;  // keeps a copy alive if the tensor's strides are unsuitable
@@ -34,7 +39,7 @@ struct Rows {
   explicit Rows(const at::Tensor& tensor) {
     columns = tensor.size(-1);
     count = c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1));
-    owner = tensor.reshape({count, columns});
+    owner = matrix_of(tensor);
     if (columns > 1 && owner.stride(1) != 1) owner = owner.contiguous();
     data = owner.data_ptr();
     dtype = owner.scalar_type();

@@ -7,17 +7,21 @@ import re
 from typing import Any
 
 import torch
-from case import Case
+from adapted import randomise
+from case import BOTTLENECKS, Case
 from families import _vary_norms
 from more_families import EVERY, MOE
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import randomise_adapters
 from torch import Tensor, nn
 
+from safe_peft.bottleneck import BottleneckConfig
+
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 AFTER = ("lm_head", "pooler.dense", "classifier.dense", "pre_classifier", "embed_out", "proj_out")
 HEADS = ("lm_head", "classifier", "embed_out", "proj_out")
 PREFIX = 6
+ADAPTER = re.compile(r"\.(?:lora|bottleneck)_")
 
 
 def model_of(case: Case, dtype: torch.dtype | None = None) -> PeftModel:
@@ -27,11 +31,13 @@ def model_of(case: Case, dtype: torch.dtype | None = None) -> PeftModel:
     base = family.make(case.layers, case.dropout).to(torch.float32)
     if case.asks == "attentions":
         base.set_attn_implementation("eager")
-    model = get_peft_model(base, _lora(case, base), autocast_adapter_dtype=False)
+    is_bottleneck = case.adapter in BOTTLENECKS
+    config = _bottleneck(case) if is_bottleneck else _lora(case, base)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
     if case.adapter == "two":
         model.add_adapter("second", _lora(case, base, r=2))
         model.base_model.set_adapter(["default", "second"])
-    randomise_adapters(model)
+    randomise(model) if is_bottleneck else randomise_adapters(model)
     _vary_norms(model)
     config = model.get_base_model().config
     if hasattr(config, "use_cache"):
@@ -48,6 +54,11 @@ def model_of(case: Case, dtype: torch.dtype | None = None) -> PeftModel:
     if case.input_grads:
         model.enable_input_require_grads()
     return model
+
+
+def _bottleneck(case: Case) -> BottleneckConfig:
+    kind = ("relu", "gelu", "silu", "gelu_tanh")[case.seed]
+    return BottleneckConfig(reduction_factor=4, non_linearity=kind, placement=case.adapter)
 
 
 def _lora(case: Case, base: nn.Module, r: int = 4) -> LoraConfig:
@@ -87,18 +98,18 @@ def depth(name: str) -> int:
 
 def _choose(case: Case, model: nn.Module) -> None:
     """Freezes what the case does not train."""
-    adapters = [(name, p) for name, p in model.named_parameters() if "lora_" in name and p.requires_grad]
+    adapters = [(name, p) for name, p in model.named_parameters() if ADAPTER.search(name) and p.requires_grad]
     chance = random.Random(case.seed)
-    layers = sorted({name.split(".lora_")[0] for name, _ in adapters})
+    layers = sorted({ADAPTER.split(name)[0] for name, _ in adapters})
     picked = {layer for layer in layers if chance.random() < 0.4} or {chance.choice(layers)}
     keep = {
         "top": lambda name: depth(name) == case.layers - 1,
         "bottom": lambda name: depth(name) == 0,
         "alternate": lambda name: depth(name) % 2 == 0,
-        "random": lambda name: name.split(".lora_")[0] in picked,
-        "one": lambda name: name.split(".lora_")[0] == layers[len(layers) // 3],
-        "lora_B": lambda name: "lora_A" not in name,
-        "lora_A": lambda name: "lora_A" in name,
+        "random": lambda name: ADAPTER.split(name)[0] in picked,
+        "one": lambda name: ADAPTER.split(name)[0] == layers[len(layers) // 3],
+        "lora_B": lambda name: not re.search("lora_A|_down", name),
+        "lora_A": lambda name: bool(re.search("lora_A|_down", name)),
     }.get(case.trains)
     for name, parameter in adapters:
         parameter.requires_grad_(keep is None or keep(name))

@@ -10,6 +10,7 @@ from more_families import DECODERS, ENCODERS, EVERY, MOE, NO_TOKENS, TWO_STACKS
 
 SPOTS = ("block", "norm", "layer", "mlp", "act", "attention", "embeddings", "last norm")
 
+BOTTLENECKS = ("houlsby", "pfeiffer", "parallel")
 WORDS: dict[str, tuple[Any, ...]] = {
     "family": tuple(EVERY),
     "layers": (2, 3),
@@ -23,7 +24,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "trains": ("all", "top", "bottom", "alternate", "random", "one", "lora_B", "lora_A", "norms", "embeddings"),
     "targets": ("all", "attention", "mlp", "odd", "head too"),
     "parts": ("all", "none", "norms", "mlps", "attention", "dropouts"),
-    "adapter": ("lora", "dora", "rslora", "dropout", "bias", "head", "two"),
+    "adapter": ("lora", "dora", "rslora", "dropout", "bias", "head", "two", *BOTTLENECKS),
     "dropout": (0.0, 0.3),
     "hook": (
         *("none", "record", "replace", "in place", "no grad", "data", "vector", "backward", "backward pre", "tensor"),
@@ -126,6 +127,11 @@ class Case:
         return self.dropout > 0 or self.adapter == "dropout"
 
     @property
+    def has_relu(self) -> bool:
+        """Whether its adapters have a ReLU, whose gradient may be another one where a number is nearly zero."""
+        return self.adapter in BOTTLENECKS and self.seed == 0
+
+    @property
     def places(self) -> bool:
         """Whether a module is named."""
         return self.hook != "none" or self.change != "nothing"
@@ -141,6 +147,8 @@ def sensible(case: Case) -> Case:
         set_to["cache"] = "default"
     if case.family in NO_TOKENS:
         set_to |= {"padding": "none", "embeds": "ids"}
+    if case.adapter in BOTTLENECKS and case.family in MOE:
+        set_to["adapter"] = "lora"
     if case.family not in MOE and case.asks == "router":
         set_to["asks"] = "hidden"
     if case.asks == "router" or case.cache == "given" or case.family in TWO_STACKS:
@@ -157,6 +165,6 @@ def sensible(case: Case) -> Case:
         case = replace(case, spot="block", high=False, when="before")
     if case.change == "nothing" and case.when == "between":
         case = replace(case, when="after")
-    if case.trains != "random" and case.adapter != "dropout":
+    if case.trains != "random" and case.adapter not in ("dropout", *BOTTLENECKS):
         case = replace(case, seed=0)
     return case

@@ -153,7 +153,7 @@ def _gradients(case: Case, stock: Outcome, ours: Outcome, exact: Outcome | None)
     wrong, off = [], {}
     largest = max((_peak(grad) for grad in stock.gradients.values()), default=0.0)
     worst_of_stock = 0.0 if exact is None else _worst(stock, exact)  # rounding is by chance small in single ones
-    kinked = exact is not None and case.family in KINKED
+    kinked = exact is not None and (case.family in KINKED or case.has_relu)
     for name in sorted(stock.gradients.keys() & ours.gradients.keys()):
         a, b = stock.gradients[name], ours.gradients[name]
         reference = None if exact is None else exact.gradients[name]

@@ -86,7 +86,8 @@ def _note(seen: Seen, name: str, what: str, values: Any) -> None:
 
 def _note_order(model: nn.Module, seen: Seen) -> None:
     """When the adapters of the lowest layer get their gradients is part of what happens."""
-    trained = [(name, p) for name, p in model.named_parameters() if "lora_A" in name and p.requires_grad]
+    first = ("lora_A", "bottleneck_down")
+    trained = [(n, p) for n, p in model.named_parameters() if any(part in n for part in first) and p.requires_grad]
     if trained:
         name, parameter = trained[0]
         parameter.register_post_accumulate_grad_hook(lambda p: seen.events.append(f"gradient {name}"))
@@ -198,7 +199,7 @@ def _scaling(norm: nn.Module, layer: nn.Module, model: nn.Module) -> None:
 
 def _freeze_one(norm: nn.Module, layer: nn.Module, model: nn.Module) -> None:
     for name, parameter in layer.named_parameters():
-        if "lora_" in name:
+        if "lora_" in name or "bottleneck_" in name:
             parameter.requires_grad_(False)
 
 

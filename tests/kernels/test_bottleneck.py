@@ -218,6 +218,21 @@ def test_compiled_whole(names: tuple[str, ...], kind: str) -> None:
     assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.parametrize("dtypes", [DTYPES[0], DTYPES[1], DTYPES[4]], ids=str)
+@pytest.mark.parametrize("shape", [Shape(700, 96, 80, 12), Shape(37, 33, 20, 5), Shape(130, 300, 9, 48)], ids=str)
+def test_backward_makes_the_same_pre_activation_as_forward(shape: Shape, dtypes: Dtypes) -> None:
+    """Otherwise a unit near zero could be on one side in forward and on the other in backward."""
+    p = bottleneck(shape, dtypes)
+    arguments = (p.W_down, p.b_down, p.W_up, "relu", 1.0, 0.0, None, [True, False, False, False, False])
+    threads = torch.get_num_threads()
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        z = torch.ops.safe_kernels.bottleneck(*p.inputs.values(), "relu", 1.0)[1]
+        made, given = (torch.ops.safe_kernels.bottleneck_backward(p.grad, p.x, one, *arguments)[0] for one in (None, z))
+        assert torch.equal(made, given)
+    torch.set_num_threads(threads)
+
+
 def test_double_backward_is_refused() -> None:
     p = bottleneck(MIDDLE).require("x", "W_down")
     with pytest.raises(RuntimeError, match="bottleneck cannot be differentiated twice"):
@@ -226,7 +241,8 @@ def test_double_backward_is_refused() -> None:
 
 
 def test_any_number_of_threads_gives_the_same_bits() -> None:
-    p = bottleneck(Shape(700, 96, 80, 12), kind="gelu", dropout_p=0.1)
+    """In float32, BLAS computes the products of backward."""
+    p = bottleneck(Shape(700, 96, 80, 12), DTYPES[4], kind="gelu", dropout_p=0.1)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     one = results(p, p.apply)
