@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from oracle import DTYPES, Dtypes, Problem, Shape, assert_results, keep_mask, plain, problem
+from oracle import DTYPES, Dtypes, Problem, Shape, assert_results, keep_mask, problem
 
 import safe_kernels
 from safe_kernels import reference
@@ -124,7 +124,9 @@ def test_special_numbers_stay_in_their_row(special: float, dtypes: Dtypes) -> No
     others = torch.arange(MIDDLE.rows) != 5
     assert torch.equal(out[others], clean[others])
     assert not torch.isfinite(out[5]).any()
-    assert torch.equal(torch.isnan(out), torch.isnan(plain(p)["out"]))
+    wide = torch.float64  # in bf16 PyTorch itself may spread nan to another row
+    x, base, A, B = (tensor.detach().to(wide) for tensor in p.inputs)
+    assert torch.equal(torch.isnan(out), torch.isnan(base + p.scaling * x @ A.t() @ B.t()))
 
 
 def test_infinity_meets_a_new_adapter_as_in_pytorch() -> None:
