@@ -112,3 +112,16 @@ def is_hooked(module: nn.Module) -> bool:
         or own["_backward_pre_hooks"]
         or "forward" in own
     )
+
+
+_LIBRARIES = ("torch", "transformers", "peft", "accelerate", "safe_peft")
+
+
+def package_of(hook: Any) -> str:
+    """Return the top-level package of a hook; "" if the hook does not show it."""
+    return (getattr(hook, "__module__", None) or "").partition(".")[0]
+
+
+def is_of_user(hook: Any) -> bool:
+    """Whether a hook is not one of the libraries' own, which need no gradient and keep no tensor."""
+    return package_of(hook) not in _LIBRARIES

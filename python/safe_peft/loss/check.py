@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.nn import functional as F
 
+from ..binding.blocks.trains import waits_for_gradient
 from ..binding.class_swap import autocasts
 from ..distributed.fsdp import is_spread
 from ..distributed.wrappers import unwrap
@@ -153,6 +154,8 @@ def _head(base: Any) -> Head:
             f"loss: chunked needs a model whose head is a plain torch.nn.Linear, got {got} in {type(base).__name__}; "
             f"{_INSTEAD}."
         )
+    if waits_for_gradient([head]):
+        raise ConfigError(f"loss: chunked does not call the head in backward, and it has a backward hook; {_INSTEAD}.")
     scale, divisor, cap = (
         _setting(base, name) for name in ("logit_scale", "logits_scaling", "final_logit_softcapping")
     )

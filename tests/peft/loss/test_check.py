@@ -170,6 +170,10 @@ def scaled_head(model: Any) -> None:
     model.lm_head.register_forward_hook(lambda module, args, out: out * 2)
 
 
+def halve(module: nn.Module, *grads: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return (grads[0][0] / 2,)
+
+
 def other_class(model: Any) -> None:
     model.__class__ = AddsToItsLoss
 
@@ -195,8 +199,10 @@ def wrapped(model: Any) -> None:
         ("qwen2", scaled_head, "logits are not those"),
         ("qwen2", other_class, "losses are not those"),
         ("qwen2", wrapped, "losses are not those"),
+        ("qwen2", lambda model: model.lm_head.register_full_backward_hook(halve), "a backward hook"),
+        ("qwen2", lambda model: model.lm_head.register_full_backward_pre_hook(halve), "a backward hook"),
     ],
-    ids=["cap", "routers", "function", "head", "hook", "class", "forward"],
+    ids=["cap", "routers", "function", "head", "hook", "class", "forward", "backward_hook", "backward_pre_hook"],
 )
 def test_what_changes_after_the_first_call_is_seen(name: str, change: Callable[[Any], None], named: str) -> None:
     model = MODELS[name]()

@@ -7,7 +7,8 @@ the features by less than this rounding has the score 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import Any, ClassVar
@@ -21,7 +22,7 @@ from torch.utils.checkpoint import get_device_states
 from safe_kernels import AdapterStatistics
 from safe_kernels.retention import announce_reader
 
-from ..class_swap import STATE, SwappedModule, autocasts, is_bound, own_forward
+from ..class_swap import STATE, SwappedModule, autocasts, is_bound, is_of_user, own_forward
 from .base import LayerState, active_keys, adapter_keys, adapter_parameters, peft_kind, unscored
 
 Call = Callable[[], Any]
@@ -159,16 +160,54 @@ def _announce(layer: Any, args: tuple[Any, ...]) -> None:
 
 @contextmanager
 def aside(layer: Any, args: tuple[Any, ...], *, only: str | None = None) -> Iterator[None]:
-    """Compute outside of the forward: no graph, no scoring, and the same random numbers after it.
+    """Compute outside of the forward: no graph, no scoring, and the same random numbers and modules after it.
 
     `only` is then the only active adapter of the layer. PEFT's own function would set requires_grad too.
     """
     devices, _ = get_device_states(*args)
-    active, caches = layer._active_adapter, parametrize._cache_enabled
-    with unscored(layer.modules()), torch.no_grad(), torch.random.fork_rng(devices=devices):
+    caches, modules = parametrize._cache_enabled, list(layer.modules())
+    with unscored(modules), torch.no_grad(), torch.random.fork_rng(devices=devices), _restored(modules):
         try:
-            layer._active_adapter = active if only is None else [only]
+            if only is not None:
+                layer._active_adapter = [only]
             parametrize._cache_enabled = 0  # a value without a graph would give no gradient later
             yield
         finally:
-            layer._active_adapter, parametrize._cache_enabled = active, caches
+            parametrize._cache_enabled = caches
+
+
+@contextmanager
+def _restored(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Undo what calls of modules change in them, such as statistics, and call none of the user's hooks.
+
+    A hook may collect outputs for the loss, and these would have no graph.
+    """
+    found = [(module.__dict__, module.__dict__.copy()) for module in modules]
+    everywhere = [(hooks, hooks.copy()) for hooks in _HOOKS_ON_ALL]
+    try:
+        for own, before in found:
+            own.update((name, value.copy()) for name, value in before.items() if type(value) in _CONTAINERS)
+            own["_parameters"] = before["_parameters"]  # FSDP replaces parameters in it
+            own["_buffers"] = {name: None if b is None else b.clone() for name, b in before["_buffers"].items()}
+            own.update((name, _libraries_only(before[name])) for name in ("_forward_hooks", "_forward_pre_hooks"))
+        for hooks, before in everywhere:
+            _put(hooks, _libraries_only(before))
+        yield
+    finally:
+        for own, before in found:
+            _put(own, before)
+        for hooks, before in everywhere:
+            _put(hooks, before)
+
+
+_CONTAINERS = frozenset({list, dict, set, OrderedDict})
+_HOOKS_ON_ALL: Any = (global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks)
+
+
+def _libraries_only(hooks: Mapping[int, Any]) -> OrderedDict[int, Any]:
+    return OrderedDict((key, hook) for key, hook in hooks.items() if not is_of_user(hook))
+
+
+def _put(target: dict[Any, Any], content: Mapping[Any, Any]) -> None:
+    target.clear()
+    target.update(content)

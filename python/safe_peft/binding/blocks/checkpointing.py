@@ -23,8 +23,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ...distributed.wrappers import walk
 from ..adapters import peft_kind
-from ..class_swap import STATE, SwappedModule, is_bound
-from .trains import may_ask_for_gradient, modules_in, package_of, trains, waits_for_gradient
+from ..class_swap import STATE, SwappedModule, is_bound, package_of
+from .trains import may_ask_for_gradient, modules_in, trains, waits_for_gradient
 
 _NAME = "_gradient_checkpointing_func"
 _LEAF_MAKERS = ("make_inputs_require_grads", "make_inputs_require_grad")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as global_hooks
 
 from ..adapters import LayerState
 from ..adapters.base import adapter_parameters
-from ..class_swap import STATE
+from ..class_swap import STATE, is_of_user
 
 
 def trains(block: nn.Module) -> bool:
@@ -42,9 +41,6 @@ def waits_for_gradient(modules: Iterable[nn.Module]) -> bool:
     return any(module._backward_hooks or module._backward_pre_hooks for module in modules)
 
 
-_ASK_FOR_NOTHING = ("torch", "transformers", "peft", "accelerate", "safe_peft")
-
-
 def may_ask_for_gradient(modules: Iterable[nn.Module]) -> bool:
     """Whether one of these modules has a forward hook, or a global one is registered, except hooks of some libraries.
 
@@ -53,9 +49,4 @@ def may_ask_for_gradient(modules: Iterable[nn.Module]) -> bool:
     everywhere = (global_hooks._global_forward_hooks, global_hooks._global_forward_pre_hooks)
     own = (hooks for module in modules for hooks in (module._forward_hooks, module._forward_pre_hooks))
     kinds = itertools.chain(everywhere, own)
-    return any(package_of(hook) not in _ASK_FOR_NOTHING for hooks in kinds for hook in hooks.values())
-
-
-def package_of(hook: Any) -> str:
-    """Return the top-level package of a hook; "" if the hook does not show it."""
-    return (getattr(hook, "__module__", None) or "").partition(".")[0]
+    return any(is_of_user(hook) for hooks in kinds for hook in hooks.values())
