@@ -8,6 +8,7 @@
 #pragma once
 
 #include <ATen/autocast_mode.h>
+#include <ATen/ops/equal.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include "autograd/norm_output.h"
@@ -69,7 +70,11 @@ struct CastCopy : Note {
     if (wanted != dtype || version != x._version() || aliases != 0) return {};
     auto alive = storage.lock();
     if (!alive || alive->nbytes() == 0) return {};
-    return at::empty({0}, x.options().dtype(dtype)).set_(c10::Storage(std::move(alive)), 0, x.sizes(), strides);
+    const auto copy =
+        at::empty({0}, x.options().dtype(dtype)).set_(c10::Storage(std::move(alive)), 0, x.sizes(), strides);
+    // An older alias, such as a NumPy array, may have been written to. Comparing on another device would wait for it.
+    const bool has_values = x.is_cpu() && !x.key_set().has(c10::DispatchKey::Python);
+    return has_values && !at::equal(copy, x.to(dtype)) ? Tensor() : copy;
   }
 };
 

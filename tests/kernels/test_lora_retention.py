@@ -102,6 +102,20 @@ def test_readers_share_one_copy_in_the_dtype_of_narrower_adapters(
             assert (a - b).abs().max() <= 8 * torch.finfo(narrow).eps * b.abs().max()
 
 
+def test_a_copy_is_not_shared_after_a_write_that_no_version_counter_shows() -> None:
+    x = torch.randn(MIDDLE.rows, MIDDLE.d_in)
+    older = x.numpy()
+    base = torch.randn(MIDDLE.rows, MIDDLE.d_out)
+    A, B = torch.randn(4, MIDDLE.d_in).bfloat16(), torch.randn(MIDDLE.d_out, 4).bfloat16().requires_grad_()
+    A.requires_grad_()
+    safe_kernels.lora(x, base, A, B, 2.0)
+    first = safe_kernels.lora(x, base, A, B, 2.0)
+    older *= 2
+    second = safe_kernels.lora(x, base, A, B, 2.0)
+    grads = [torch.autograd.grad(out.sum(), A)[0].float() for out in (first, second)]
+    torch.testing.assert_close(grads[1], 2 * grads[0], rtol=2e-2, atol=0.1)
+
+
 def test_float64_keeps_its_digits_under_autocast() -> None:
     """PyTorch's autocast leaves float64 alone."""
     x = torch.randn(MIDDLE.rows, MIDDLE.d_in, dtype=torch.float64)
