@@ -54,7 +54,7 @@ def demo(
     epochs: Annotated[int, Option(help="Passes over the training sentences.")] = 1,
     batch_size: Annotated[int, Option(help="Rows per batch.")] = 32,
     max_length: Annotated[int, Option(help="A text is cut after this many tokens.")] = 64,
-    learning_rate: Annotated[float, Option(help="Peak learning rate of AdamW.")] = 1e-3,
+    learning_rate: Annotated[float, Option(help="Peak of AdamW; 3e-3 is stock PEFT's best.")] = 3e-3,
     lora_dropout: Annotated[float, Option(help="Dropout before the adapters.")] = 0.1,
     target_fraction: Annotated[float, Option(help="Share of the bytes, or the adapters, to freeze.")] = 0.75,
     seed: Annotated[int, Option(help="First seed.")] = 0,
