@@ -24,7 +24,7 @@ drive() { # driver, arguments for it...
   LD_PRELOAD="$libraries" ASAN_OPTIONS=detect_leaks=0:halt_on_error=1 \
     UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1 PYTHONPATH="$build/lib:$repo/tests/support:$repo/tests/triton" \
     "$python" "$@" >"$log" 2>&1 || code=$?
-  printf '%s\n%s\n' "${1##*/}" "$(<"$log")" # in one piece: others run beside it
+  printf '%s\n%s\n' "${1##*/}" "$(<"$log")" # in one piece: other drivers print too
   return "$code"
 }
 export -f drive

@@ -121,7 +121,7 @@ def collecting(target: str) -> Iterator[list[Any]]:
 
     triton.runtime.driver.set_active(FakeDriver(TARGETS[target]))
     JITFunction.run, CUDABackend.make_cubin = compile_only, _log_of_ptxas
-    knobs.cache.dir = str(Path(cache, "logs_of_ptxas"))  # nobody is to find one where a cubin belongs
+    knobs.cache.dir = str(Path(cache, "logs_of_ptxas"))  # Triton must not find a log where a cubin belongs
     try:
         yield compiled
     finally:

@@ -11,10 +11,11 @@ import life_scripts  # noqa: F401  fills the table
 import pytest
 import torch
 from adapted import adapted, adapted_bert, adapted_family
-from blocks import error, retained
+from blocks import retained
 from families import family
 from life import SCENARIOS, Failure, Scenario, assert_same, assert_same_files, outcome
 from life import state as seen
+from one_layer import ADAPTERS, D_OUT, ROWS, One, assert_stocks, batch, layer_of, step
 from oracle import taking_turns
 from peft import PeftModel
 from ranks import together
@@ -35,21 +36,11 @@ from safe_peft.planning.tracing import live_adapters, trace
 PLACEMENTS = ("houlsby", "pfeiffer", "parallel")
 NAMES = ("x", "down.weight", "down.bias", "up.weight", "up.bias")
 SUBSETS = list(chain.from_iterable(combinations(NAMES, count) for count in range(6)))
-D_IN, D_OUT, ROWS, HIDDEN = 24, 20, 33, 5
-DTYPES = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "fp32 over bf16": (torch.bfloat16, True)}
-
-
-class One(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(D_IN, D_OUT)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
+HIDDEN = 5
 
 
 def one(kind: str = "fp32", **options: Any) -> PeftModel:
-    dtype, upcast = DTYPES[kind]
+    dtype, upcast = ADAPTERS[kind]
     torch.manual_seed(0)
     options = {"reduction_factor": D_OUT / HIDDEN, "target_modules": ["linear"], "scaling": 0.7, **options}
     model = adapted(One().to(dtype), **options)
@@ -59,10 +50,6 @@ def one(kind: str = "fp32", **options: Any) -> PeftModel:
     return model
 
 
-def layer_of(model: PeftModel) -> Any:
-    return model.base_model.model.linear
-
-
 def require(model: PeftModel, names: tuple[str, ...]) -> None:
     for name, parameter in model.named_parameters():
         if "bottleneck_" in name:
@@ -70,46 +57,19 @@ def require(model: PeftModel, names: tuple[str, ...]) -> None:
             parameter.requires_grad_(f"{part}.{kind}" in names)
 
 
-def batch(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(3, ROWS // 3, D_IN, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-
-def step(model: nn.Module, x: Tensor, autocast: bool = False) -> dict[str, Tensor]:
-    """Output and all gradients of one call."""
-    leaf = x.detach().requires_grad_(x.requires_grad)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = model(leaf)
-    if out.requires_grad:
-        out.backward(torch.sin(torch.arange(out.numel())).reshape(out.shape).to(out.dtype))
-    found = {"out": out.detach(), **gradients(model)}
-    return found if leaf.grad is None else {**found, "x": leaf.grad}
-
-
-def assert_plain(model: PeftModel, x: Tensor, fast_calls: list[Any], autocast: bool = False) -> None:
-    truth = step(copy.deepcopy(model).double(), x.detach().double().requires_grad_(x.requires_grad))
-    stock = step(model, x, autocast)
-    with bind(model):
-        ours = step(model, x, autocast)
-    assert len(fast_calls) == 1
-    assert {name: (v.shape, v.dtype) for name, v in ours.items()} == {n: (v.shape, v.dtype) for n, v in stock.items()}
-    rounding = torch.finfo(stock["out"].dtype).eps
-    for name, value in ours.items():
-        assert error(value, truth[name]) <= 2 * error(stock[name], truth[name]) + rounding, name
-
-
 @pytest.mark.parametrize("placement", ["houlsby", "parallel"])
-@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
 def test_output_and_gradients(fast_calls: list[Any], kind: str, placement: str, names: tuple[str, ...]) -> None:
     model = one(kind, placement=placement, non_linearity="gelu")
     require(model, names)
-    assert_plain(model, batch(DTYPES[kind][0]).requires_grad_("x" in names), fast_calls)
+    assert_stocks(model, batch(ADAPTERS[kind][0]).requires_grad_("x" in names), fast_calls)
 
 
-@pytest.mark.parametrize("kind", DTYPES)
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast(fast_calls: list[Any], kind: str, input_dtype: torch.dtype) -> None:
-    assert_plain(one(kind, non_linearity="silu"), batch(input_dtype).requires_grad_(), fast_calls, autocast=True)
+    assert_stocks(one(kind, non_linearity="silu"), batch(input_dtype).requires_grad_(), fast_calls, autocast=True)
 
 
 @pytest.mark.parametrize("non_linearity", ["relu", "gelu", "gelu_new", "swish"])

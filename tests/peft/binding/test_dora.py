@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from itertools import chain, combinations
 from typing import Any
 
@@ -10,11 +9,10 @@ import pytest
 import torch
 from blocks import error
 from families import family
+from one_layer import ADAPTERS, D_OUT, ROWS, One, assert_stocks, batch, layer_of, step
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.dora import DoraLinearLayer
 from tiny import adamw, batches, bert, randomise_adapters, run, train
-from torch import Tensor, nn
-from toy import gradients
 
 from safe_kernels import AdapterStatistics, RowBlocks
 from safe_kernels.retention import measure
@@ -23,17 +21,7 @@ from safe_peft.binding.adapters.lora import refusal
 
 NAMES = ("x", "bias", "lora_A", "lora_B", "magnitude")
 SUBSETS = list(chain.from_iterable(combinations(NAMES, count) for count in range(6)))
-D_IN, D_OUT, ROWS, RANK = 24, 20, 33, 4
-ADAPTERS = {"fp32": (torch.float32, False), "bf16": (torch.bfloat16, False), "fp32 over bf16": (torch.bfloat16, True)}
-
-
-class One(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(D_IN, D_OUT)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x)
+RANK = 4
 
 
 def one(kind: str = "fp32", **lora: Any) -> PeftModel:
@@ -47,43 +35,12 @@ def one(kind: str = "fp32", **lora: Any) -> PeftModel:
     return model
 
 
-def layer_of(model: PeftModel) -> Any:
-    return model.base_model.model.linear
-
-
 def require(model: PeftModel, names: tuple[str, ...]) -> None:
     layer = layer_of(model)
     layer.base_layer.bias.requires_grad_("bias" in names)
     layer.lora_A.requires_grad_("lora_A" in names)
     layer.lora_B.requires_grad_("lora_B" in names)
     layer.lora_magnitude_vector.requires_grad_("magnitude" in names)
-
-
-def batch(dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(3, ROWS // 3, D_IN, generator=torch.Generator().manual_seed(3)).to(dtype)
-
-
-def step(model: nn.Module, x: Tensor, autocast: bool = False) -> dict[str, Tensor]:
-    """Output and all gradients of one call."""
-    leaf = x.detach().requires_grad_(x.requires_grad)
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        out = model(leaf)
-    if out.requires_grad:
-        out.backward(torch.sin(torch.arange(out.numel())).reshape(out.shape).to(out.dtype))
-    found = {"out": out.detach(), **gradients(model)}
-    return found if leaf.grad is None else {**found, "x": leaf.grad}
-
-
-def assert_stocks(model: PeftModel, x: Tensor, fast_calls: list[Any], autocast: bool = False) -> None:
-    truth = step(copy.deepcopy(model).double(), x.detach().double().requires_grad_(x.requires_grad))
-    stock = step(model, x, autocast)
-    with bind(model):
-        ours = step(model, x, autocast)
-    assert len(fast_calls) == 1
-    assert {name: (v.shape, v.dtype) for name, v in ours.items()} == {n: (v.shape, v.dtype) for n, v in stock.items()}
-    rounding = torch.finfo(stock["out"].dtype).eps
-    for name, value in ours.items():
-        assert error(value, truth[name]) <= 2 * error(stock[name], truth[name]) + rounding, name
 
 
 @pytest.mark.parametrize("kind", ADAPTERS)

@@ -56,7 +56,7 @@ def test_all_24_bits_count() -> None:
 
 @pytest.mark.parametrize("special", [torch.inf, -torch.inf, torch.nan, HIDDEN_NAN, LARGEST, -LARGEST, SMALLEST / 2])
 def test_special_numbers_in_the_adapter(special: float) -> None:
-    """Also beside zeros, and beside infinity in x."""
+    """Also with zeros, and with infinity in x."""
     x = torch.randn(20, 20).bfloat16()
     x[:, 3] = torch.tensor([1.0, -1.0, 0.0, torch.inf, torch.nan]).repeat(4)
     narrow = torch.randn(5, 20)

@@ -11,18 +11,21 @@ from torch import Tensor, nn
 import safe_kernels
 
 from ...bottleneck.layer import BottleneckLayer
-from ..class_swap import STATE, autocasts, is_hooked, is_transformed, own_forward
+from ..class_swap import STATE, autocasts, is_hooked, own_forward
 from ..code import own_method, watched
 from .base import Adapter, LayerState, active_keys, register_adapter
-from .lora import DROPOUTS, FLOATS, TENSORS, LoraAdapter, observed
+from .lora import DROPOUTS, FLOATS, TENSORS, LoraAdapter, observed, refuse_tensor
 from .observed import ObservedLayer
 
 _CALLED: tuple[tuple[type[nn.Module], str], ...] = (
     (BottleneckLayer, "forward"),
     (BottleneckLayer, "__call__"),
     (BottleneckLayer, "_add"),
+    (BottleneckLayer, "outputs"),
+    (nn.Linear, "forward"),
+    (nn.Dropout, "forward"),
+    (nn.Identity, "forward"),
 )
-_CALLED += ((BottleneckLayer, "outputs"), (nn.Linear, "forward"), (nn.Dropout, "forward"), (nn.Identity, "forward"))
 _METHODS = tuple(own_method(*method) for method in _CALLED)
 
 
@@ -69,12 +72,8 @@ def _refuse_adapter(layer: Any, key: str) -> str | None:
 
 
 def _refuse_input(layer: Any, x: Any) -> str | None:
-    if is_transformed():
-        return "torch.func or torch.jit.trace is active, which supports only PyTorch's own ops"
-    if type(x) not in TENSORS:
-        return f"input is a {type(x).__name__}, not a plain tensor"
-    if x.dtype not in FLOATS or x.layout is not torch.strided:
-        return f"input is {str(x.dtype).removeprefix('torch.')}, {str(x.layout).removeprefix('torch.')}"
+    if (reason := refuse_tensor(x)) is not None:
+        return reason
     if not getattr(layer, "cast_input_dtype_enabled", True) and not autocasts(x):
         return "casting of inputs is switched off"
     return None

@@ -135,19 +135,26 @@ def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
 def _refuse_input(layer: PeftLinear, key: str, args: tuple[Any, ...]) -> str | None:
     if not args:
         return None
-    if is_transformed():
-        return "torch.func or torch.jit.trace is active, which supports only PyTorch's own ops"
     x = args[0]
-    if type(x) not in TENSORS:
-        return f"input is a {type(x).__name__}, not a plain tensor"
-    if x.dtype not in FLOATS or x.layout is not torch.strided:
-        return f"input is {str(x.dtype).removeprefix('torch.')}, {str(x.layout).removeprefix('torch.')}"
+    if (reason := refuse_tensor(x)) is not None:
+        return reason
     lora_B = layer._modules["lora_B"]._modules[key]._parameters
     if x.dtype != lora_B["weight"].dtype:
         if not layer.cast_input_dtype_enabled:
             return "input and adapter differ in dtype, and casting is switched off"
         if lora_B["bias"] is not None and not autocasts(x):
             return "adapter has a bias (lora_bias) of another dtype than the input"
+    return None
+
+
+def refuse_tensor(x: Any) -> str | None:
+    """Refuse an input that no op takes."""
+    if is_transformed():
+        return "torch.func or torch.jit.trace is active, which supports only PyTorch's own ops"
+    if type(x) not in TENSORS:
+        return f"input is a {type(x).__name__}, not a plain tensor"
+    if x.dtype not in FLOATS or x.layout is not torch.strided:
+        return f"input is {str(x.dtype).removeprefix('torch.')}, {str(x.layout).removeprefix('torch.')}"
     return None
 
 
