@@ -15,7 +15,7 @@ from blocks import retained
 from families import family
 from life import SCENARIOS, Failure, Scenario, assert_same, assert_same_files, outcome
 from life import state as seen
-from one_layer import ADAPTERS, D_OUT, ROWS, One, assert_stocks, batch, layer_of, step
+from one_layer import ADAPTERS, D_IN, D_OUT, ROWS, One, assert_stocks, batch, layer_of, step
 from oracle import taking_turns
 from peft import PeftModel
 from ranks import together
@@ -118,6 +118,23 @@ def test_retained_bytes_and_their_plan(name: str, placement: str, non_linearity:
                 assert sizes[0] <= table.bytes(frozen)
             else:
                 assert sizes[0] == table.bytes(frozen)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("wide", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_what_a_frozen_adapter_retains_is_foretold(wide: torch.dtype, narrow: torch.dtype, autocast: bool) -> None:
+    model = one("fp32", non_linearity="gelu").to(wide)
+    for name, parameter in model.named_parameters():
+        if "bottleneck_" in name:
+            parameter.data = parameter.data.to(narrow)
+    x = batch(wide).requires_grad_()
+    (adapter,) = bind(model).live_adapters()
+    adapter.freeze()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        found = measure(lambda: model(x), exclude=[model, x])
+        cast_weight = D_IN * D_OUT * 2 if autocast and wide == torch.float32 else 0
+        assert found.bytes - cast_weight == adapter.bytes_once_frozen(found.output)
 
 
 def test_a_plan_gives_the_bytes_of_a_step() -> None:

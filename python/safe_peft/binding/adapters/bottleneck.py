@@ -157,8 +157,9 @@ class BottleneckAdapter(LoraAdapter):
         """Return what the fast path retains for a gradient that passes the frozen adapter: see `Adapter`."""
         if refusal(self.layer) is not None or not self.layer.__dict__.get(STATE):
             return 0
-        r, dtype = self.pair()[0].shape[0], torch.promote_types(output.dtype, self.pair()[0].dtype)
-        if autocasts(output) and (cast := torch.get_autocast_dtype(output.device.type)).itemsize < dtype.itemsize:
-            dtype = cast
+        weight = self.pair()[0]
+        r, dtype = weight.shape[0], weight.dtype  # as csrc/autograd/adapter_input.h: autocast leaves float64 alone
+        if dtype != torch.float64 and autocasts(output):
+            dtype = torch.get_autocast_dtype(output.device.type)
         rows = output.numel() // max(1, output.shape[-1])
         return rows * (-(-r // 8) if self.layer.kind[self.key] == "relu" else r * dtype.itemsize)
