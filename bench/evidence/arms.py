@@ -110,13 +110,13 @@ def summary(part: str, folder: Path) -> list[str]:
     lines.append("|---|---|---|---|---|---|---|")
     for arm, runs in found.items():
         cells = [f"{fmean(one[name] for one in runs):.2f}" for name in ("bytes_end", "bytes", "flops")]
-        cells.append(_mean([one["cross_entropy"] - one["base"]["cross_entropy"] for one in runs], "+.4f"))
-        cells.append(_mean([100 * (one["accuracy"] - one["base"]["accuracy"]) for one in runs], "+.2f") + " points")
+        cells.append(mean([one["cross_entropy"] - one["base"]["cross_entropy"] for one in runs], "+.4f"))
+        cells.append(mean([100 * (one["accuracy"] - one["base"]["accuracy"]) for one in runs], "+.2f") + " points")
         lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs)} |")
     return lines
 
 
-def _mean(values: Sequence[float], form: str) -> str:
-    """Return a mean, and its standard error if there are several values."""
-    error = f" ± {stdev(values) / len(values) ** 0.5:{form[1:]}}" if len(values) > 1 else ""
+def mean(values: Sequence[float], form: str) -> str:
+    """Return a mean as text, and its standard error if there are several values."""
+    error = f" ± {stdev(values) / len(values) ** 0.5:{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{fmean(values):{form}}{error}"

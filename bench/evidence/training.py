@@ -38,7 +38,7 @@ class Task:
     batch_size: int = 32
     max_length: int = 64
     test_rows: int = 5446
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
     dropout: float = 0.1
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evidence import arms, oracle, table
+from evidence import arms, flatness, oracle, table
 from evidence.training import Data, Task, Training, forked
 
 TASK = Task(steps=6, fork=3, batch_size=4, max_length=16, test_rows=12)
@@ -71,6 +71,42 @@ def test_an_arm_frees_bytes_and_flops(part: str, arm: str, tmp_path: Path) -> No
     assert 0 < found["bytes_end"] < found["bytes"] < 1 and found["frozen"]
     assert found["flops"] > 0
     assert arms.summary(part, tmp_path)[-1].startswith(f"| {arm} | {found['bytes_end']:.2f} | ")
+
+
+def test_the_sharpness_is_that_of_the_loss_whatever_the_scale_of_the_factors(data: Data) -> None:
+    training = Training(TASK, data, seed=0)
+    training.run(TASK.steps)
+    training.binding.detach()
+    first = flatness.sharpness(training, rows=6)
+    factors = {name: p for name, p in training.named.items() if "lora_" in name}
+    assert all(p.requires_grad for p in factors.values()) and first["eigenvalue"] > 0 and first["sam"] > 0
+    with torch.no_grad():
+        for name, p in factors.items():
+            p.mul_(4.0 if "lora_A" in name else 0.25)
+    again = flatness.sharpness(training, rows=6)
+    assert again == pytest.approx(first, rel=1e-2)
+
+
+def test_balanced_factors_have_the_same_singular_values_and_product(data: Data) -> None:
+    training = Training(TASK, data, seed=0)
+    training.run(TASK.steps)
+    layer = next(m for m in training.model.modules() if hasattr(m, "lora_A"))
+    down, up = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+    before = up.detach() @ down.detach()
+    flatness.balance(training.model)
+    torch.testing.assert_close(up.detach() @ down.detach(), before, rtol=1e-4, atol=1e-6)
+    values = [torch.linalg.svdvals(factor.detach()) for factor in (down, up)]
+    torch.testing.assert_close(values[0], values[1], rtol=1e-3, atol=1e-5)
+
+
+def test_lanczos_finds_the_largest_eigenvalue() -> None:
+    torch.manual_seed(0)
+    basis, _ = torch.linalg.qr(torch.randn(40, 40, dtype=torch.float64))
+    matrix = basis * torch.tensor([9.0, 7.0] + [0.1 * i - 2.0 for i in range(38)], dtype=torch.float64) @ basis.T
+    found = flatness.largest_eigenvalue(lambda vector: matrix @ vector, torch.randn(40, dtype=torch.float64))
+    assert found == pytest.approx(9.0, rel=1e-3)
+    exact = flatness.largest_eigenvalue(lambda vector: matrix @ vector, basis[:, 1].clone())
+    assert exact == pytest.approx(7.0, rel=1e-6)  # a start inside an invariant space ends early
 
 
 def test_rank_correlation() -> None:
