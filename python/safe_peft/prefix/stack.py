@@ -48,7 +48,7 @@ class Prefix:
         self._independent = False  # samples were computed in two batches, with the same result
         self._any_length = False  # and with more or less padding
         self._lengths: dict[str, int] = {}  # by key, the tokens of the batch in which a sample was kept, with padding
-        self._unchecked = 0  # the highest cut at which a sample was compared
+        self._checked_up_to = 0  # the highest block whose input was compared
 
     def run(
         self,
@@ -72,6 +72,7 @@ class Prefix:
         if index == plan.cut:
             args, kwargs = replace_hidden(args, kwargs, lambda hidden: self._arrive(plan, hidden))
             return call(args, kwargs)
+        self._check(plan, index, hidden)
         plan.require_exact()
         usage, skipped = self._cache.usage, len(plan.keys) - len(plan.active)
         usage.skipped[state.name] = usage.skipped.get(state.name, 0) + skipped * hidden.shape[1]
@@ -165,11 +166,10 @@ class Prefix:
             return dict(known)
         if not self._any_length:
             return {row: one for row, one in known.items() if self._lengths.get(keys[row]) != tokens}
-        at_cut = [(row, one) for row, one in known.items() if one.depth == cut]
-        if not at_cut or not (self._cache.checks or self._unchecked < cut):
+        deepest = max(known, key=lambda row: known[row].depth, default=None)
+        if deepest is None or not (self._cache.checks or self._checked_up_to < known[deepest].depth):
             return {}
-        self._unchecked = cut
-        return dict(at_cut[:1])
+        return {deepest: known[deepest]}
 
     def _compare(self, cut: int) -> str:
         """Forget what a changed block has computed; return why the blocks below the cut cannot be skipped."""
@@ -177,7 +177,7 @@ class Prefix:
             if not moment.holds():
                 del self._moments[index:]
                 self._cache.store.drop(above=index)
-                self._independent, self._any_length, self._unchecked = False, False, 0
+                self._independent, self._any_length, self._checked_up_to = False, False, 0
                 self._batches.clear()
                 break
         if watched():
@@ -207,7 +207,7 @@ class Prefix:
         """Keep what was computed, and return the input of the cut."""
         plan.reason = plan.reason or self._inexact(plan, hidden)
         drew = "" if plan.drawn == generators() else self._random()
-        self._check(plan, hidden)
+        self._check(plan, plan.cut, hidden)
         if plan.reason:
             self._never = plan.reason
             self._cache.store.drop()
@@ -233,22 +233,21 @@ class Prefix:
             return BUFFERS
         return ""
 
-    def _check(self, plan: Plan, hidden: Tensor) -> None:
-        """Compare the samples that were computed although they are known."""
-        compared = False
+    def _check(self, plan: Plan, index: int, hidden: Tensor) -> None:
+        """Compare the samples that were computed although the input of this block is known."""
         for row, (depth, kept) in plan.checked.items():
-            value = _value(plan, hidden.detach(), row).cpu()
-            if depth != plan.cut or value.shape != kept.shape or value.dtype != kept.dtype:
+            if depth != index:
                 continue
-            compared = True
+            value = _value(plan, hidden.detach(), row).cpu()
+            if value.shape != kept.shape or value.dtype != kept.dtype:
+                continue
+            self._independent, self._checked_up_to = True, max(self._checked_up_to, index)
             self._any_length |= self._lengths.get(plan.keys[row]) != hidden.shape[1]
             eps = torch.finfo(value.dtype).eps
             error = min(3 * eps**0.5, 512 * eps) * float(value.abs().max())
             if not torch.allclose(kept, value, rtol=0.0, atol=error):
-                plan.reason, self._any_length = DEPENDS, False
+                plan.reason, self._independent, self._any_length = DEPENDS, False, False
                 return
-        if compared:
-            self._independent, self._unchecked = True, plan.cut
 
     def _probe(self, plan: Plan, hidden: Tensor) -> Tensor:
         """Let backward show whether the loss depends on the hidden states of padding."""

@@ -63,6 +63,17 @@ def test_the_cut_moves_up_and_kept_samples_go_on_from_where_they_were() -> None:
     assert first > second == third > 0
 
 
+def test_samples_are_known_although_the_cut_moves_in_every_epoch() -> None:
+    pair = Pair(bert(5), cut=1)
+    batches = list(epochs(4))
+    for cut in (1, 2, 3, 4):
+        for model in pair.models:
+            freeze(model, cut)
+        pair.train(batches[4 * (cut - 1) : 4 * cut])
+    # Once per cut a batch runs as a whole, and one more is compared, where the cut was when its samples were kept.
+    assert pair.cache.usage.known >= 24 * 3 - 4 * 7 - 5
+
+
 def test_the_cut_moves_down() -> None:
     pair = Pair(bert(4), cut=3)
     pair.train(epochs(2))
