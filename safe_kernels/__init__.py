@@ -27,6 +27,7 @@ from safe_kernels.functional import (
     layer_norm,
     linear_cross_entropy,
     lora,
+    lora_conv,
     lora_linear,
     rms_norm,
 )
@@ -53,6 +54,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "lora",
+    "lora_conv",
     "lora_linear",
     "reference",
     "retention",

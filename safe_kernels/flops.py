@@ -13,6 +13,8 @@ not. With N rows::
                     with h = x A' once more  2 N r d_in     since h is not retained
     lora_linear     as `lora`, and x W'  2 N d_in d_out
     lora_linear_backward   as `lora_backward`, and 2 N d_in d_out for each of grad_x and grad_weight that is wanted
+    lora_conv       with M taps of the kernel: 2 N M d_in d_out / groups, 2 N M r d_in, and 2 N r d_out / groups
+    lora_conv_backward   as `lora_backward` with these products, and 2 N M d_in d_out / groups if grad_x is wanted
     dora            as `lora`, 2 N d_in d_out (4 with dropout), and 2 r d_in d_out for the norm
     dora_backward   as `lora_backward` (grad_magnitude wants what grad_B does), and 2 N d_in d_out for grad_magnitude
                     and for grad_x (4 with dropout)
@@ -52,6 +54,8 @@ __all__ = [
     "linear_cross_entropy_backward_flop",
     "linear_cross_entropy_flop",
     "lora_backward_flop",
+    "lora_conv_backward_flop",
+    "lora_conv_flop",
     "lora_flop",
     "lora_linear_backward_flop",
     "lora_linear_flop",
@@ -145,6 +149,54 @@ def lora_linear_backward_flop(
     mask = (wants_x, wants_A, wants_B)
     adapter = lora_backward_flop(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, mask)
     return 2 * (wants_x + wants_weight) * math.prod(grad) * weight[1] + adapter
+
+
+@register_flop_formula(torch.ops.safe_kernels.lora_conv)
+def lora_conv_flop(
+    x: Shape,
+    weight: Shape,
+    bias: Shape | None,
+    lora_A: Shape,
+    lora_B: Shape,
+    scaling: float,
+    stride: Shape,
+    padding: Shape,
+    dilation: Shape,
+    groups: int = 1,
+    dropout_p: float = 0.0,
+    rng_state: Shape | None = None,
+    *,
+    out_shape: Shape,
+) -> int:
+    """FLOPs of `lora_conv` from its arguments' shapes."""
+    positions = math.prod(out_shape) // max(1, weight[0])
+    return 2 * positions * sum(map(math.prod, (weight, lora_A, lora_B)))
+
+
+@register_flop_formula(torch.ops.safe_kernels.lora_conv_backward)
+def lora_conv_backward_flop(
+    grad: Shape,
+    x: Shape | None,
+    weight: Shape,
+    lora_A: Shape,
+    lora_B: Shape,
+    scaling: float,
+    x_size: Shape,
+    stride: Shape,
+    padding: Shape,
+    dilation: Shape,
+    groups: int,
+    dropout_p: float,
+    rng_state: Shape | None,
+    output_mask: Sequence[bool],
+    *,
+    out_shape: Any = None,
+) -> int:
+    """FLOPs of `lora_conv_backward` from its arguments' shapes."""
+    wants_x, wants_A, wants_B = output_mask
+    inner = (wants_x + wants_A + wants_B) * math.prod(lora_A)
+    outer = ((wants_x or wants_A) + wants_B) * math.prod(lora_B)
+    return 2 * (math.prod(grad) // max(1, weight[0])) * (inner + outer + wants_x * math.prod(weight))
 
 
 @register_flop_formula(torch.ops.safe_kernels.dora)

@@ -10,6 +10,7 @@ from safe_kernels.functional.gated_activation import gated_activation
 from safe_kernels.functional.layer_norm import layer_norm
 from safe_kernels.functional.linear_cross_entropy import linear_cross_entropy
 from safe_kernels.functional.lora import lora
+from safe_kernels.functional.lora_conv import lora_conv
 from safe_kernels.functional.lora_linear import lora_linear
 from safe_kernels.functional.random import draw_rng_state
 from safe_kernels.functional.rms_norm import rms_norm
@@ -24,6 +25,7 @@ __all__ = [
     "layer_norm",
     "linear_cross_entropy",
     "lora",
+    "lora_conv",
     "lora_linear",
     "rms_norm",
 ]

@@ -16,6 +16,7 @@ from safe_kernels.reference.importance import cka_sums, one_minus_cka
 from safe_kernels.reference.layer_norm import layer_norm, layer_norm_backward
 from safe_kernels.reference.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_backward
 from safe_kernels.reference.lora import lora, lora_backward
+from safe_kernels.reference.lora_conv import lora_conv, lora_conv_backward
 from safe_kernels.reference.lora_linear import lora_linear, lora_linear_backward
 from safe_kernels.reference.philox import MASK_VERSION, dropout_keep, dropout_scale, dropout_threshold, philox
 from safe_kernels.reference.rms_norm import rms_norm, rms_norm_backward
@@ -36,6 +37,8 @@ OPS = (
     linear_cross_entropy_backward,
     lora,
     lora_backward,
+    lora_conv,
+    lora_conv_backward,
     lora_linear,
     lora_linear_backward,
     rms_norm,
@@ -65,6 +68,8 @@ __all__ = [
     "linear_cross_entropy_backward",
     "lora",
     "lora_backward",
+    "lora_conv",
+    "lora_conv_backward",
     "lora_linear",
     "lora_linear_backward",
     "one_minus_cka",

@@ -27,5 +27,6 @@ def fast_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     record("bottleneck")
     record("dora")
     record("lora")
+    record("lora_conv")
     record("lora_linear")
     return calls

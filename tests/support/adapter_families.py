@@ -10,6 +10,7 @@ import torch
 from adapted import adapted_bert
 from odd import odd
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from pictures import pictures
 from tiny import batches, bert, gpt2, randomise_adapters
 from torch import Tensor
 
@@ -74,5 +75,6 @@ FAMILIES = (
     AdapterFamily("DoRA on `nn.Linear`", lambda: with_random(bert(use_dora=True)), "dora"),
     AdapterFamily("bottleneck adapters", adapted_bert, "bottleneck"),
     AdapterFamily("IA3 on linear layers", ia3, ""),
-    AdapterFamily("LoRA on embeddings, convolutions and `target_parameters`", odd, ""),
+    AdapterFamily("LoRA on convolutions (`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`)", pictures, "lora_conv"),
+    AdapterFamily("LoRA on embeddings and `target_parameters`", lambda: odd(target_modules=["words", "mix"]), ""),
 )

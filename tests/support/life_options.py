@@ -126,9 +126,6 @@ OPTIONS = (
             {
                 FAST,
                 NO_KERNEL,
-                "lora.Conv1d has no kernel",
-                "lora.Conv2d has no kernel",
-                "lora.Conv3d has no kernel",
                 "lora.ParamWrapper (target_parameters) has no kernel",
             }
         ),

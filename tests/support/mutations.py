@@ -36,6 +36,17 @@ SHAPES = {
 }
 """Of those tensors that have the same shape in every op."""
 
+CONV_SHAPES = {
+    "x": (ROWS, D_IN, 6),
+    "grad": (ROWS, D_OUT, 3),
+    "weight": (D_OUT, D_IN, 2),
+    "bias": (D_OUT,),
+    "lora_A": (RANK, D_IN, 2),
+    "lora_B": (D_OUT, RANK, 1),
+}
+LISTS = {"stride": [2], "padding": [0], "dilation": [1], "x_size": list(CONV_SHAPES["x"])}
+ODD_LISTS = [[], [0], [1], [3], [-1], [1, 1], [ROWS, D_IN, 5], [ROWS, D_IN, 7], [D_IN, 6], [2, ROWS, D_IN, 6]]
+
 TENSORS: dict[str, Change] = {
     "None": lambda t: None,
     "no tensor": lambda t: 1.5,
@@ -106,6 +117,7 @@ VALUES: dict[str, list[Any]] = {
     "eps": [0.0, 1e-30, -1.0, float("nan"), float("inf"), None],
     "ignore_index": [-100, 0, 2, -1, FAR, 2**64, None, 1.5],
     "softcap": [0.0, 0.5, 30.0, -1.0, float("nan"), float("inf"), None],
+    "groups": [1, 2, 3, 0, -1, FAR, 2**64, None, 1.5],
     "weight_offset": [0.0, 1.0, float("nan"), None],
     "block_rows": [0, -1, 1, 7, 8, 100, 8193, FAR, -(2**63), 2**64, None],
     "retain_output": [True, False],
@@ -114,6 +126,8 @@ VALUES: dict[str, list[Any]] = {
 
 
 def shape_of(op: str, name: str) -> tuple[int, ...]:
+    if op.startswith("lora_conv"):
+        return CONV_SHAPES[name]
     if name == "grad":
         return (ROWS, D_OUT if op.startswith(("lora", "dora", "bottleneck")) else D_IN)
     if name in ("weight", "bias") and op.startswith(("lora_linear", "dora", "linear_cross")):
@@ -138,10 +152,12 @@ def arguments_of(op: str, random: Random) -> dict[str, Any]:
         elif kind in ("Tensor", "Optional[Tensor]"):
             values = torch.randn(shape_of(op, name), generator=generator)
             found[name] = values.abs() + 0.5 if name in ("rstd", "weight", "norm") else values
+        elif name in LISTS:
+            found[name] = LISTS[name]
         elif kind.startswith("List"):
             found[name] = [random.random() < 0.7 for _ in range(int(argument.N))]
         else:
-            numbers = {"dropout_p": 0.25, "eps": 1e-3, "block_rows": 3, "ignore_index": -100}
+            numbers = {"dropout_p": 0.25, "eps": 1e-3, "block_rows": 3, "ignore_index": -100, "groups": 1}
             found[name] = {"kind": "silu", "activation": "silu", **numbers}.get(name, 0.5)
     return found | {name: random.random() < 0.5 for name in ("retain_output", "from_output") if name in found}
 
@@ -152,7 +168,9 @@ def mutated(op: str, random: Random) -> tuple[dict[str, Any], list[str]]:
     told = []
     for name in random.sample(sorted(found), random.choice([1, 1, 2])):
         before = found[name]
-        if isinstance(before, list):
+        if name in LISTS:
+            found[name], what = random.choice(ODD_LISTS), ""
+        elif isinstance(before, list):
             found[name], what = random.choice([[], [True], [True] * 9, [True] * len(before), [False] * len(before)]), ""
         elif not isinstance(before, Tensor):
             found[name], what = random.choice(VALUES[name]), ""

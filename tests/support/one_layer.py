@@ -53,6 +53,6 @@ def assert_stocks(model: PeftModel, x: Tensor, fast_calls: list[Any], autocast: 
         ours = step(model, x, autocast)
     assert len(fast_calls) == 1
     assert {name: (v.shape, v.dtype) for name, v in ours.items()} == {n: (v.shape, v.dtype) for n, v in stock.items()}
-    rounding = torch.finfo(stock["out"].dtype).eps
+    rounding = max(torch.finfo(stock["out"].dtype).eps, 2**-21)  # sums over many rows in fp32 have more than one
     for name, value in ours.items():
         assert error(value, truth[name]) <= 2 * error(stock[name], truth[name]) + rounding, name

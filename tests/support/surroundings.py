@@ -58,6 +58,14 @@ def dora(x: Tensor, bias: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Te
     return F.linear(x, WEIGHT, bias) + (scale - 1) * (drop(x) @ WEIGHT.mT) + 2.0 * scale * (drop(x) @ A.mT @ B.mT)
 
 
+KERNEL = torch.randn(D_OUT, 3, 3, generator=torch.Generator().manual_seed(8), dtype=torch.float64)
+
+
+def lora_conv(x: Tensor, bias: Tensor, A: Tensor, B: Tensor) -> Tensor:
+    dropped = drop(x.flatten(0, 1)).unflatten(0, (2, 3))
+    return F.conv1d(x, KERNEL, bias, padding=1) + 2.0 * F.conv1d(F.conv1d(dropped, A, padding=1), B)
+
+
 X, OUT, FEATURES = (ROWS, D_IN), (ROWS, D_OUT), (D_IN,)
 ADAPTER = ((RANK, D_IN), (D_OUT, RANK))
 
@@ -81,6 +89,13 @@ CASES: dict[str, Case] = {
         lambda x, b, A, B, m: safe_kernels.dora(x, WEIGHT, b, A, B, m, 2.0, dropout_p=DROPOUT_P, rng_state=STATE),
         dora,
         (X, (D_OUT,), *ADAPTER, (D_OUT,)),
+    ),
+    "lora_conv": Case(
+        lambda x, b, A, B: safe_kernels.lora_conv(
+            x, KERNEL, b, A, B, 2.0, (1,), (1,), (1,), dropout_p=DROPOUT_P, rng_state=STATE
+        ),
+        lora_conv,
+        ((2, 3, D_IN), (D_OUT,), (RANK, 3, 3), (D_OUT, RANK, 1)),
     ),
     "rms_norm": Case(lambda x, weight: safe_kernels.rms_norm(x, weight, 1e-3), rms, (X, FEATURES)),
     "layer_norm": Case(

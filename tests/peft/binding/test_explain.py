@@ -98,7 +98,7 @@ def test_kinds_without_a_kernel_are_named() -> None:
     assert rows == {
         "words": ("lora.Embedding", "peft", "lora.Embedding has no kernel"),
         "mix": ("lora.Linear", "safe_kernels::lora", ""),
-        "stretch": ("lora.Conv1d", "peft", "lora.Conv1d has no kernel"),
+        "stretch": ("lora.Conv1d", "safe_kernels::lora_conv", ""),
     }
 
 

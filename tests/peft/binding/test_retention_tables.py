@@ -107,6 +107,19 @@ def dora(state: str) -> list[int | None]:
     return [retained(lambda: forward(0.0), *layers), retained(lambda: forward(0.1), *layers)]
 
 
+def lora_conv(state: str) -> list[int | None]:
+    trains = state == STATES[0]
+    x = torch.randn(1, D, TOKENS, requires_grad=state != STATES[2])
+    layers = [(weight(F, D, 3), weight(4, D, 3, trains=trains), weight(F, 4, 1, trains=trains)) for _ in range(READERS)]
+
+    def forward(p: float) -> Tensor:
+        steps = (1,), (1,), (1,)
+        outs = [safe_kernels.lora_conv(x, W, None, A, B, 2.0, *steps, dropout_p=p) for W, A, B in layers]
+        return torch.stack(outs)
+
+    return [retained(lambda: forward(0.0), *layers), retained(lambda: forward(0.1), *layers)]
+
+
 def bottleneck(state: str, kind: str = "relu") -> list[int | None]:
     trains, x, residual = state == STATES[0], leaf(D, state), torch.randn(TOKENS, F)
     adapters = [[weight(*shape, trains=trains) for shape in ((4, D), (4,), (F, 4), (F,))] for _ in range(READERS)]
@@ -185,6 +198,7 @@ MEASURED: dict[str, Callable[[str], list[int | None]]] = {
     "`lora` with a frozen lora_A (LoRA-FA)": lora_with_a_frozen_A,
     "`lora` behind an activation": lora_behind_an_activation,
     "`dora`": dora,
+    "`lora_conv` (a convolution and its adapter)": lora_conv,
     "`bottleneck` (ReLU)": bottleneck,
     "`bottleneck` (GELU, SiLU)": partial(bottleneck, kind="gelu"),
     "`rms_norm`, `layer_norm`, weights frozen": norms,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from . import bottleneck as bottleneck  # each registers its layer types
+from . import conv as conv
 from . import lora as lora
 from . import quantised as quantised
 from . import without_kernel as without_kernel

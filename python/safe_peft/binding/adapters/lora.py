@@ -29,7 +29,7 @@ DROPOUTS = frozenset({nn.Dropout, nn.Identity})
 TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 _CALLED = ("forward", "__call__", "_cast_input_dtype")
 _METHODS: dict[type, tuple[Any, ...]] = {}
-_ROUTING = ("adapter_names", *VARIANT_KWARG_KEYS)
+ROUTING = ("adapter_names", *VARIANT_KWARG_KEYS)
 
 
 def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
@@ -41,30 +41,37 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
     Returns:
         The reason in a few words, or None if our ops can compute the call. Without `args`, only the layer is checked.
     """
-    if layer._disable_adapters:
-        return "adapters are disabled"
-    if layer.merged_adapters:
-        return "adapters are merged into the base weight"
-    if kwargs:
-        for name in _ROUTING:
-            if kwargs.get(name) is not None:
-                return f"the call passes {name}"
+    if (reason := refuse_state(layer, kwargs)) is not None:
+        return reason
     keys = active_keys(layer, layer._modules["lora_A"]._modules)
-    if not keys:
-        return "no active adapter in this layer"
-    if "forward" in layer.__dict__:
-        return "forward is replaced on the layer itself (device hooks, for instance)"
     if len(keys) > 1 and (reason := _refuse_several(layer, keys)) is not None:
         return reason
     if keys[0] in layer.lora_variant:
-        rest = {name: value for name, value in (kwargs or {}).items() if name not in _ROUTING}
+        rest = {name: value for name, value in (kwargs or {}).items() if name not in ROUTING}
         if (reason := dora.refusal(layer, keys[0], args, rest)) is not None:
             return reason
     if (reason := _refuse_code(layer)) is not None:
         return reason
     for key in keys:
-        if (reason := _refuse_adapter(layer, key) or _refuse_input(layer, key, args)) is not None:
+        if (reason := refuse_adapter(layer, key) or _refuse_input(layer, key, args)) is not None:
             return reason
+    return None
+
+
+def refuse_state(layer: Any, kwargs: Mapping[str, Any] | None) -> str | None:
+    """Refuse a LoRA layer of any type of base layer by what is active in it, and by where the call goes."""
+    if layer._disable_adapters:
+        return "adapters are disabled"
+    if layer.merged_adapters:
+        return "adapters are merged into the base weight"
+    if kwargs:
+        for name in ROUTING:
+            if kwargs.get(name) is not None:
+                return f"the call passes {name}"
+    if not active_keys(layer, layer._modules["lora_A"]._modules):
+        return "no active adapter in this layer"
+    if "forward" in layer.__dict__:
+        return "forward is replaced on the layer itself (device hooks, for instance)"
     return None
 
 
@@ -100,12 +107,13 @@ def _look_at(kind: type, called: tuple[Any, ...]) -> str | None:
     return None
 
 
-def _refuse_adapter(layer: PeftLinear, key: str) -> str | None:
+def refuse_adapter(layer: Any, key: str, kind: type[nn.Module] = nn.Linear) -> str | None:
+    """Refuse an adapter that is more than two layers of this kind behind an ordinary dropout."""
     modules = layer._modules
     lora_A, lora_B = modules["lora_A"]._modules[key], modules["lora_B"]._modules[key]
     dropout = modules["lora_dropout"]._modules[key]
-    if type(lora_A) is not nn.Linear or type(lora_B) is not nn.Linear:
-        return f"adapter is made of {type(lora_A).__name__} and {type(lora_B).__name__}, not of nn.Linear"
+    if type(lora_A) is not kind or type(lora_B) is not kind:
+        return f"adapter is made of {type(lora_A).__name__} and {type(lora_B).__name__}, not of nn.{kind.__name__}"
     A, B = lora_A._parameters.get("weight"), lora_B._parameters.get("weight")
     if A is None or B is None:
         return "lora_A or lora_B is not an ordinary parameter"
@@ -203,7 +211,7 @@ class SafeLoraLinear(ObservedLayer):
             state.fused = plain is not None
         out: Any = plain
         if plain is None and not is_dora:
-            named = {name: value for name, value in kwargs.items() if name not in _ROUTING}
+            named = {name: value for name, value in kwargs.items() if name not in ROUTING}
             out = self.base_layer(x, *args, **named)
         factors = [self._factors(key, key in state.frozen) for key in keys]
         try:
@@ -221,7 +229,7 @@ class SafeLoraLinear(ObservedLayer):
                 out = _add(x, out, adapter, statistics.get(key))
             return out
         except (TypeError, ValueError) as refused:
-            return _as_peft(super().forward, refused, x, *args, **kwargs)
+            return as_peft(super().forward, refused, x, *args, **kwargs)
 
     def _factors(self, key: str, is_frozen: bool) -> Factors:
         own: Any = self._modules
@@ -256,7 +264,7 @@ def _add(
     return safe_kernels.lora_linear(x, weight, shift, A, B, scaling, dropout_p=dropout_p, statistics=statistics)
 
 
-def _as_peft(forward: Callable[..., Tensor], refused: Exception, *args: Any, **kwargs: Any) -> Tensor:
+def as_peft(forward: Callable[..., Tensor], refused: Exception, *args: Any, **kwargs: Any) -> Tensor:
     """Let PEFT's own code raise the error for invalid arguments, with the type that PEFT's users expect."""
     try:
         return forward(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Adapters on PEFT's own path: LoRA of convolutions, embeddings and single parameters such as experts; and IA3."""
+"""Adapters on PEFT's own path: LoRA of embeddings and single parameters such as experts; and IA3."""
 
 from __future__ import annotations
 
@@ -6,41 +6,15 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from peft.tuners.ia3.layer import Linear as Ia3Linear
-from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d, Embedding, ParamWrapper
+from peft.tuners.lora.layer import Embedding, ParamWrapper
 from torch import Tensor, nn
 
 from safe_kernels import AdapterStatistics
 
-from .base import Adapter, dotted_name, register_adapter
+from .base import Adapter, register_adapter
 from .lora import LoraAdapter
 from .observed import Call, ObservedLayer, Sample, aside, no_kernel
 from .score_inputs import OptimizerStep, ScoreInputs
-
-
-class SafeConv(ObservedLayer):
-    """The features are the channels of [..., C, *positions]; a row is a position."""
-
-    @property
-    def features_dim(self) -> int:  # type: ignore[override]
-        return 1 - self.get_base_layer().weight.dim()  # type: ignore[operator]
-
-
-@register_adapter
-class LoraConvAdapter(LoraAdapter):
-    """One LoRA adapter of one convolution."""
-
-    layer_type: ClassVar[type[nn.Module]] = Conv1d
-    layer_names = (dotted_name(Conv2d), dotted_name(Conv3d))
-    mixin: ClassVar[type[ObservedLayer]] = SafeConv
-    refusal = staticmethod(no_kernel)
-
-    def matrix_A(self, A: Tensor) -> Tensor:
-        """Split lora_A, or lora_B, into one matrix per group of the base layer: each group of B reads one of A."""
-        groups = self.layer.get_base_layer().groups
-        return A.reshape(groups, A.shape[0] // groups, -1)
-
-    def matrix_B(self, B: Tensor) -> Tensor:
-        return self.matrix_A(B)
 
 
 @register_adapter
