@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from adapted import adapted_bert
+from experts import mixture
 from odd import odd
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from pictures import pictures
@@ -76,5 +77,6 @@ FAMILIES = (
     AdapterFamily("bottleneck adapters", adapted_bert, "bottleneck"),
     AdapterFamily("IA3 on linear layers", ia3, ""),
     AdapterFamily("LoRA on convolutions (`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`)", pictures, "lora_conv"),
-    AdapterFamily("LoRA on embeddings and `target_parameters`", lambda: odd(target_modules=["words", "mix"]), ""),
+    AdapterFamily("LoRA on experts' parameters (`target_parameters`)", mixture, ""),
+    AdapterFamily("LoRA on embeddings", lambda: odd(target_modules=["words", "mix"], target_parameters=None), ""),
 )

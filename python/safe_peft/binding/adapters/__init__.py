@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import bottleneck as bottleneck  # each registers its layer types
 from . import conv as conv
 from . import lora as lora
+from . import parameters as parameters
 from . import quantised as quantised
 from . import without_kernel as without_kernel
 from .base import Adapter, LayerState, adapter_of, peft_kind, register_adapter

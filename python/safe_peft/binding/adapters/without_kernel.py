@@ -1,4 +1,4 @@
-"""Adapters on PEFT's own path: LoRA of embeddings and single parameters such as experts; and IA3."""
+"""Adapters on PEFT's own path: LoRA of embeddings; and IA3."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from peft.tuners.ia3.layer import Linear as Ia3Linear
-from peft.tuners.lora.layer import Embedding, ParamWrapper
+from peft.tuners.lora.layer import Embedding
 from torch import Tensor, nn
 
 from safe_kernels import AdapterStatistics
@@ -38,29 +38,6 @@ class BaseRunsApart(ObservedLayer):
         for sample in due.values():
             sample.begin(base)
         return call()
-
-
-@register_adapter
-class LoraParameterAdapter(LoraAdapter):
-    """One LoRA adapter of one parameter, a matrix or a stack of them."""
-
-    layer_type = ParamWrapper
-    mixin = BaseRunsApart
-
-    @staticmethod
-    def refusal(layer: nn.Module, args: Any = (), kwargs: Mapping[str, Any] | None = None) -> str:
-        return "lora.ParamWrapper (target_parameters) has no kernel"
-
-    def matrix_A(self, A: Tensor) -> Tensor:
-        """Return one matrix per expert."""
-        return A.reshape(self.layer.num_experts, -1, A.shape[1])
-
-    def matrix_B(self, B: Tensor) -> Tensor:
-        """Return one matrix per expert, from PEFT's order, in which the experts are the last dimension."""
-        return B.reshape(B.shape[0], -1, self.layer.num_experts).permute(2, 0, 1)
-
-    def base_weight(self) -> Tensor:
-        return self.layer.get_param().detach()
 
 
 @register_adapter

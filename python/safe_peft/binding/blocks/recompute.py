@@ -28,6 +28,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from safe_kernels.inversion import fingerprint, leave_hooks
 
 from ..adapters.base import unscored
+from ..keep import keep
 from .arguments import Given, TensorsUsed, version
 from .trains import may_ask_for_gradient, modules_in
 
@@ -107,7 +108,7 @@ class Run:
         if self.reason:
             # Detached, because a node's own output would keep the node alive in a cycle.
             self._places = list(saved)
-            self._kept = _keep([tensor.detach() for tensor in saved.values()])
+            self._kept = keep([tensor.detach() for tensor in saved.values()])
             return
         # Retain only the parts of a cache that the block has read, and not what other blocks have put there.
         given = self._given.tensors
@@ -117,7 +118,7 @@ class Run:
             if id(tensor) in unread
         }
         self._states = len(states)
-        self._kept = _keep([*(tensor for tensor in given if id(tensor) not in unread), *states])
+        self._kept = keep([*(tensor for tensor in given if id(tensor) not in unread), *states])
         self._given.tensors = []
 
     def _unpack(self, handle: _Handle) -> Tensor:
@@ -179,24 +180,6 @@ class Run:
             if states and self._devices:
                 set_device_states(self._devices, states[1:], device_type=self._device)
             yield
-
-
-class _Keep(torch.autograd.Function):
-    """A node that saves tensors, so that hooks around the block see them and in-place writes to them are detected."""
-
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:
-        raise AssertionError("nothing depends on this node")
-
-
-def _keep(tensors: Sequence[Tensor]) -> Any:
-    with torch.enable_grad():
-        return _Keep.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
 
 
 def _autocast_now(device: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -1,0 +1,28 @@
+"""A node of the graph that only keeps tensors, as backward's other nodes do."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class _Keep(torch.autograd.Function):
+    """A node that saves tensors, so that hooks around it see them and in-place writes to them are detected."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise AssertionError("nothing depends on this node")
+
+
+def keep(tensors: Sequence[Tensor]) -> Any:
+    """Return a node with these tensors as its `saved_tensors`."""
+    with torch.enable_grad():
+        return _Keep.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn

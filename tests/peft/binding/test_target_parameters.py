@@ -1,0 +1,198 @@
+"""LoRA on experts' parameters: the changed weights are not retained, and everything else is as in stock PEFT."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+from blocks import loss_and_gradients, retained
+from experts import SHAPES, language_model, mixture
+from peft import LoraConfig, PeftModel
+from recomputed import IDS
+from tiny import batches, randomise_adapters
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+
+from safe_peft import bind, explain
+from safe_peft.planning.inputs import Inputs
+from safe_peft.planning.tracing import trace
+
+BATCH = {"input_ids": IDS, "labels": IDS}
+SENTENCES = next(batches(1))
+
+
+def changed_bytes(model: nn.Module) -> int:
+    """The bytes of the weights that adapters change."""
+    layers = [module for module in model.modules() if hasattr(module, "parameter_name")]
+    return sum(layer.get_param().nbytes for layer in layers)
+
+
+def with_embeddings(model: PeftModel, frozen: bool) -> PeftModel:
+    """Train the embeddings too, so that a gradient passes through all experts, whose adapters may be frozen."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("embed_tokens" in name or ("lora_" in name and not frozen))
+    return model
+
+
+def pair(make: Callable[[], PeftModel]) -> tuple[PeftModel, PeftModel]:
+    stock, bound = make(), make()
+    bind(bound)
+    return stock, bound
+
+
+def assert_as_stock(stock: PeftModel, bound: PeftModel, batch: dict[str, Tensor]) -> None:
+    torch.testing.assert_close(loss_and_gradients(bound, batch), loss_and_gradients(stock, batch), rtol=2e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("implementation", ["grouped_mm", "eager"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_changed_weights_are_not_retained(shape: str, implementation: str, frozen: bool) -> None:
+    stock, bound = (with_embeddings(language_model(shape, implementation), frozen) for _ in range(2))
+    if not changed_bytes(stock):
+        pytest.skip("this transformers has a list of MLPs for the experts of this model")
+    bind(bound, parts=())
+    assert_as_stock(stock, bound, BATCH)
+    assert retained(bound, BATCH) == retained(stock, BATCH) - changed_bytes(stock)
+    assert {row.reason for row in explain(bound)} == {
+        "lora.ParamWrapper (target_parameters) has no kernel; backward makes the changed weight again"
+    }
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_planned_with_the_base_in_16_bits(shape: str) -> None:
+    """Its adapters are in fp32, so PEFT casts the factors: a frozen one retains nothing for that either."""
+    model = language_model(shape).bfloat16()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.float() if "lora_" in name else parameter.data
+    if not changed_bytes(model):
+        pytest.skip("this transformers has a list of MLPs for the experts of this model")
+    with_embeddings(model, frozen=True)
+    stock = trace(model, Inputs.of(BATCH), fast=False)
+    limit, planned = retained(model, BATCH) - changed_bytes(model), trace(model, Inputs.of(BATCH))
+    with bind(model, parts=()):
+        assert retained(model, BATCH) == limit
+    with bind(model):
+        assert retained(model, BATCH) == planned.retained < stock.retained
+
+
+def disable(model: PeftModel) -> None:
+    model.disable_adapter_layers()
+
+
+def merge(model: PeftModel) -> None:
+    model.merge_adapter()
+
+
+def second(model: PeftModel) -> None:
+    torch.manual_seed(1)
+    model.add_adapter("second", LoraConfig(r=2, target_parameters=["experts.up", "experts.down"]))
+    model.base_model.set_adapter(["default", "second"])
+    randomise_adapters(model)
+
+
+def write(model: PeftModel) -> None:
+    model.get_submodule("base_model.model.experts").get_base_layer().factor = 2.0
+
+
+@pytest.mark.parametrize("change", [disable, merge, second, write])
+def test_other_calls_are_as_in_stock_peft(change: Callable[[PeftModel], None]) -> None:
+    stock, bound = pair(mixture)
+    for model in (stock, bound):
+        change(model)
+    assert_as_stock(stock, bound, SENTENCES)
+    assert retained(bound, SENTENCES) <= retained(stock, SENTENCES)
+    several = any("retains the changed weight: several adapters are active" in row.reason for row in explain(bound))
+    assert several == (change is second)
+
+
+def test_a_single_matrix_is_retained() -> None:
+    stock, bound = pair(lambda: mixture(target_parameters=["experts.single"]))
+    assert_as_stock(stock, bound, SENTENCES)
+    assert retained(bound, SENTENCES) <= retained(stock, SENTENCES)
+    assert "the parameter is one matrix" in explain(bound)["experts"].reason
+
+
+def test_hooks_of_others_get_what_autograd_saves() -> None:
+    stock, bound = pair(mixture)
+    with save_on_cpu():
+        assert_as_stock(stock, bound, SENTENCES)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointed(reentrant: bool) -> None:
+    models = pair(lambda: language_model("gpt-oss", "eager"))
+    for model in models:
+        model.enable_input_require_grads()
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    assert_as_stock(*models, BATCH)
+    assert retained(models[1], BATCH) <= retained(models[0], BATCH)
+
+
+def test_second_derivatives_are_stocks() -> None:
+    def second_gradients(model: PeftModel) -> list[Tensor]:
+        layer = model.get_submodule("base_model.model.experts")
+        used = [layer.lora_A["default"].weight, layer.base_layer.lora_B["default"].weight]
+        hidden = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        first = torch.autograd.grad(layer(hidden).square().sum(), [hidden, *used], create_graph=True)
+        return list(torch.autograd.grad(sum(grad.square().sum() for grad in first), used))
+
+    stock, bound = pair(mixture)
+    torch.testing.assert_close(second_gradients(bound), second_gradients(stock), rtol=1e-4, atol=1e-4)
+
+
+def parts_of(model: PeftModel) -> dict[str, nn.Parameter]:
+    layer = model.get_submodule("base_model.model.experts")
+    own = {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
+    return {**own, "W": getattr(layer.get_base_layer(), layer.parameter_name)}
+
+
+@pytest.mark.parametrize("which", ["A", "B", "W"])
+def test_a_write_before_backward_is_an_error(which: str) -> None:
+    model = mixture()
+    bind(model)
+    loss = model(**SENTENCES).loss
+    with torch.no_grad():
+        parts_of(model)[which].mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"inplace operation(.|\n)*Change these after backward"):
+        loss.backward()
+
+
+def test_a_merge_before_backward_is_an_error() -> None:
+    """It writes through .data, which no version counts."""
+    model = mixture()
+    bind(model)
+    loss = model(**SENTENCES).loss
+    model.merge_adapter()
+    with pytest.raises(RuntimeError, match="was merged into the base weight before backward"):
+        loss.backward()
+
+
+def test_new_data_of_a_parameter_leaves_the_gradients() -> None:
+    found = []
+    for model in pair(mixture):
+        loss = model(**SENTENCES).loss
+        for parameter in parts_of(model).values():
+            parameter.data = torch.zeros_like(parameter)
+        loss.backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=1e-7)
+
+
+def test_a_write_to_another_saved_tensor_is_stocks_error() -> None:
+    for model in pair(mixture):
+        hidden = torch.ones(2, 6, 16, requires_grad=True) * 1.0
+        loss = model.get_submodule("base_model.model.experts")(hidden).sum()
+        with torch.no_grad():
+            hidden.mul_(2.0)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
+def test_a_copy_and_the_unbound_model_retain_as_stock_peft() -> None:
+    stock, bound = mixture(), mixture()
+    with bind(bound):
+        assert retained(bound, SENTENCES) < retained(stock, SENTENCES) == retained(copy.deepcopy(bound), SENTENCES)
+    assert retained(bound, SENTENCES) == retained(stock, SENTENCES)
