@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import pytest
 import torch
 from blocks import loss_and_gradients, retained
 from experts import SHAPES, language_model, mixture
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import ParamWrapper
 from recomputed import IDS
 from tiny import batches, randomise_adapters
 from torch import Tensor, nn
@@ -113,6 +116,30 @@ def test_a_single_matrix_is_retained() -> None:
     assert_as_stock(stock, bound, SENTENCES)
     assert retained(bound, SENTENCES) <= retained(stock, SENTENCES)
     assert "the parameter is one matrix" in explain(bound)["experts"].reason
+
+
+def test_a_replaced_method_of_peft_is_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice(layer: ParamWrapper, key: str) -> Any:
+        left, right, scaling = factors(layer, key)
+        return left, right, 2 * scaling
+
+    @contextmanager
+    def recorded(layer: ParamWrapper, keys: list[str]) -> Iterator[None]:
+        called.append(layer)
+        with activate(layer, keys):
+            yield
+
+    called: list[ParamWrapper] = []
+    factors, activate = ParamWrapper.get_delta_factors, ParamWrapper._activate_lora
+    stock, bound = pair(mixture)
+    plain = stock(**SENTENCES).loss
+    monkeypatch.setattr(ParamWrapper, "get_delta_factors", twice)
+    assert_as_stock(stock, bound, SENTENCES)
+    assert bound(**SENTENCES).loss != plain
+    monkeypatch.setattr(ParamWrapper, "_activate_lora", recorded)
+    assert_as_stock(stock, bound, SENTENCES)
+    assert len(called) == 4
+    assert "ParamWrapper._activate_lora is replaced" in explain(bound)["experts"].reason
 
 
 def test_hooks_of_others_get_what_autograd_saves() -> None:

@@ -9,32 +9,41 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.parametrize import cached, is_parametrized, register_parametrization
 
 from safe_kernels.retention import Recorder
 
 from ..class_swap import is_bound, is_transformed
 from ..keep import keep
 from .base import active_keys, adapter_keys, register_adapter
-from .lora import TENSORS, LoraAdapter
+from .lora import FLOATS, TENSORS, LoraAdapter
 from .without_kernel import BaseRunsApart
+
+_Proxy: Any = getattr(peft_layers, "_LoraFactorsProxy", None)
+"""PEFT's W + scaling * left @ right; None in older versions."""
+_ACTIVATE = ParamWrapper._activate_lora
 
 
 class SafeParameter(BaseRunsApart):
-    """Does not retain the changed weight."""
+    """Does not retain the changed weight, and computes it once per forward."""
 
     def _activate_lora(self, active_adapters: list[str]) -> AbstractContextManager[None]:
+        """Override PEFT's method of this name, which changes the weight for one call."""
+        fast = is_bound(self) and not torch.compiler.is_compiling() and not is_transformed()
+        keys = active_keys(self, adapter_keys(self))
+        if fast and keys and _retains(self) is None:
+            return _changed(self, keys[0])
         context: AbstractContextManager[None] = super()._activate_lora(active_adapters)  # type: ignore[misc]
-        if torch.compiler.is_compiling() or not is_bound(self) or not torch.is_grad_enabled() or is_transformed():
-            return context
-        return context if _retains(self) or _others_save() else _remaking(self, context)
+        return context
 
 
 @register_adapter
@@ -62,16 +71,44 @@ class LoraParameterAdapter(LoraAdapter):
         return self.layer.get_param().detach()
 
 
-def _retains(layer: ParamWrapper) -> str | None:
+def _retains(layer: Any) -> str | None:
     """Return why a layer retains the changed weight, as stock PEFT does; None if it does not."""
     keys = active_keys(layer, adapter_keys(layer))
+    if _Proxy is None:
+        return "this version of PEFT adds the product of A and B as one tensor"
+    if ParamWrapper._activate_lora is not _ACTIVATE:
+        return "ParamWrapper._activate_lora is replaced"
     if layer.num_experts == 1:
         return "the parameter is one matrix"
     if len(keys) > 1:
         return "several adapters are active"
-    if not hasattr(layer, "get_delta_factors"):
-        return "this version of PEFT adds the product of A and B as one tensor"
-    return None
+    if is_parametrized(layer.get_base_layer(), layer.parameter_name):
+        return "the parameter has another parametrization"
+    own = [holder[key].weight for key in keys for holder in (layer.lora_A, layer.lora_B)]
+    if any(type(tensor) not in TENSORS or tensor.dtype not in FLOATS for tensor in [layer.get_param(), *own]):
+        return "the parameter, lora_A or lora_B is not an ordinary parameter"
+    return "lora_A and lora_B have different dtypes" if len({tensor.dtype for tensor in own}) > 1 else None
+
+
+@contextmanager
+def _changed(layer: Any, key: str) -> Iterator[None]:
+    """Change the weight for one call, as PEFT's `_activate_lora` does for one adapter of several experts.
+
+    PEFT registers its parametrization with PyTorch's checks, which compute the weight one time more.
+    """
+    base, name, weight = layer.get_base_layer(), layer.parameter_name, layer.get_param()
+    proxy = _Proxy(*layer.get_delta_factors(key))
+    hooks = _Hooks(layer, key, weight) if torch.is_grad_enabled() and not _others_save() else None
+    if hooks is not None:
+        proxy.register_forward_hook(hooks.note)
+    register_parametrization(base, name, proxy, unsafe=True)
+    try:
+        with cached(), nullcontext() if hooks is None else saved_tensors_hooks(hooks.pack, hooks.unpack):
+            yield
+    finally:
+        layer._remove_parametrizations()
+        if hooks is not None:
+            hooks.end()
 
 
 def _others_save() -> bool:
@@ -84,49 +121,30 @@ def _top_hooks() -> Any:
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
-@contextmanager
-def _remaking(layer: ParamWrapper, context: AbstractContextManager[None]) -> Iterator[None]:
-    """Make a call's changed weight again in backward, where autograd would retain it."""
-    with context:
-        change = layer.get_base_layer().parametrizations[layer.parameter_name]
-        factors = _factors(layer)
-        hooks = _Hooks()
-
-        def note(proxy: Any, args: tuple[Tensor], weight: Tensor) -> None:
-            plain = type(weight) in TENSORS and weight.is_contiguous() and weight.dim() == 3
-            if plain and torch.is_grad_enabled() and args[0] is change.original:
-                kept = keep([args[0].detach(), *factors])
-                hooks.made.append((weight, _Recipe(layer, kept, type(proxy), proxy.scaling, weight._version)))
-
-        if factors and hasattr(change[-1], "scaling"):
-            change[-1].register_forward_hook(note)
-        try:
-            with saved_tensors_hooks(hooks.pack, hooks.unpack):
-                yield
-        finally:
-            hooks.made.clear()  # the graph's nodes hold the hooks
-
-
-def _factors(layer: ParamWrapper) -> list[Tensor]:
-    """Return PEFT's two factors of the change as aliases of B and A, in these matrices' dtype; [] if it has none."""
-    keys = active_keys(layer, adapter_keys(layer))
-    A, B = (holder[keys[0]].weight if keys else None for holder in (layer.lora_A, layer.lora_B))
-    if A is None or B is None or A.dtype != B.dtype:
-        return []
-    uncast = copy.copy(layer)
-    uncast.get_param = lambda: A  # the factors get its dtype
-    with torch.no_grad():
-        return [factor.detach() for factor in uncast.get_delta_factors(keys[0])[:2]]
-
-
 class _Hooks:
     """Hooks that replace a changed weight by its recipe, and leave other tensors to the hooks around them."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: Any, key: str, weight: Tensor) -> None:
+        A = layer.lora_A[key].weight
+        uncast = copy.copy(layer)
+        uncast.get_param = lambda: A  # so the factors are aliases of B and A, in their dtype
+        with torch.no_grad():
+            factors = [factor.detach() for factor in uncast.get_delta_factors(key)[:2]]
+        self._layer, self._parts = layer, [weight.detach(), *factors]
         self.made: list[tuple[Tensor, _Recipe]] = []
         """The changed weights of the call that is running, which keeps them alive."""
         around: tuple[Any, Any] = _top_hooks() or (_save, _saved)
         self._pack, self._unpack = around
+
+    def note(self, proxy: Any, args: Any, weight: Tensor) -> None:
+        """Note a changed weight when PEFT's code has made it."""
+        if torch.is_grad_enabled() and weight.is_contiguous():
+            recipe = _Recipe(self._layer, keep(self._parts), proxy.scaling, weight._version)
+            self.made.append((weight, recipe))
+
+    def end(self) -> None:
+        """Release the tensors when the call is over: the graph's nodes hold the hooks."""
+        self.made, self._parts = [], []
 
     def pack(self, tensor: Tensor) -> Any:
         for weight, recipe in self.made:
@@ -159,7 +177,6 @@ class _Recipe:
 
     layer: ParamWrapper
     kept: Any
-    proxy: type[nn.Module]
     scaling: float
     version: int
 
@@ -185,7 +202,7 @@ class _Recipe:
                 raise
             raise RuntimeError(f"{error} {_WRITTEN_TO}") from error
         with torch.no_grad():
-            return self.proxy(left.to(W.dtype), right.to(W.dtype), self.scaling).forward(W)
+            return _Proxy(left.to(W.dtype), right.to(W.dtype), self.scaling).forward(W)
 
 
 _WRITTEN_TO = (
