@@ -56,6 +56,7 @@ def demo(
     max_length: Annotated[int, Option(help="A text is cut after this many tokens.")] = 64,
     learning_rate: Annotated[float, Option(help="Peak of AdamW; 3e-3 is stock PEFT's best.")] = 3e-3,
     lora_dropout: Annotated[float, Option(help="Dropout before the adapters.")] = 0.1,
+    bottleneck: Annotated[float | None, Option(help="Bottleneck adapters instead, of hidden size / this.")] = None,
     target_fraction: Annotated[float, Option(help="Share of the bytes, or the adapters, to freeze.")] = 0.75,
     seed: Annotated[int, Option(help="First seed.")] = 0,
     seeds: Annotated[int, Option(help="Repeat with this many seeds: mean and standard deviation.", min=1)] = 1,
@@ -71,6 +72,8 @@ def demo(
         "lora-dropout": lora_dropout,
         "target-fraction": target_fraction,
     }
+    if bottleneck is not None:
+        options |= {"bottleneck": bottleneck, "target-modules": "all-linear"}
     names = checked(methods)
     with staged(output) as stage, tempfile.TemporaryDirectory() as folder:
         write_sentences(Path(folder), rows, test_rows)

@@ -29,7 +29,9 @@ freezing, hidden = _panel("Freezing"), partial(typer.Option, hidden=True)
 STEPS_OR_SHARE = "optimizer steps (100) or a share of the training (0.2)"
 POINTS = ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval")
 LISTS = ("target_modules", "modules_to_save")
-LORA_OPTIONS = ("r", "lora_alpha", "lora_dropout", *LISTS, "bias", "use_rslora", "use_dora")
+LORA_ONLY = {"r": 8, "lora_alpha": 16, "bias": "none", "use_rslora": False, "use_dora": False}
+LORA_OPTIONS = (*LORA_ONLY, "lora_dropout", *LISTS)
+BOTTLENECK = "Bottleneck adapters instead of LoRA: the hidden size is divided by this number, such as 16."
 SCORES = "cka, drift, gradient_sensitivity, progress, random, realised, relative_norm, sensitivity or velocity."
 BY = "bytes: a share of the bytes that freezing all adapters saves; adapters: of their number."
 BUDGET = "Bytes that a step may retain at the end (6GiB); freezes by importance per byte."
@@ -62,6 +64,7 @@ def finetune(
     bias: Annotated[str, lora("Biases to train: none, all or lora_only.")] = "none",
     use_rslora: Annotated[bool, lora("Scaling is alpha / sqrt(r).", "--use-rslora")] = False,
     use_dora: Annotated[bool, lora("DoRA: a magnitude per output feature trains too.", "--use-dora")] = False,
+    bottleneck: Annotated[float | None, lora(BOTTLENECK)] = None,
     epochs: Annotated[int, training("Passes over the training file.")] = Run.epochs,
     max_steps: Annotated[int | None, training("Optimizer steps, instead of epochs.")] = None,
     batch_size: Annotated[int, training("Rows per batch.")] = Run.batch_size,
@@ -111,7 +114,7 @@ def finetune(
     prefix_dropout: Annotated[bool, freezing("Leave the model's own dropout on in these blocks.")] = True,
     no_freeze: Annotated[bool, hidden("--no-freeze")] = False,  # the old name of --method bind
 ) -> None:
-    """Fine-tune LoRA adapters on your own text, and freeze the adapters that change least.
+    """Fine-tune adapters on your own text, and freeze the adapters that change least.
 
     The result is an ordinary PEFT checkpoint, with a report of the freeze events and the savings.
     """
@@ -139,11 +142,23 @@ def configure(given: Mapping[str, Any]) -> Run:
     if options.get("no_freeze"):
         warnings.warn("--no-freeze is --method bind now, and will be removed.", FutureWarning, stacklevel=2)
         options["method"] = "bind"
+    factor = options.pop("bottleneck", None)
     return Run(
         **{field.name: options[field.name] for field in fields(Run) if field.name in options},
         safe={field.name: options[field.name] for field in fields(Safe) if field.name in options},
         lora={name: options[name] for name in LORA_OPTIONS if name in options},
+        bottleneck=None if factor is None else _bottleneck(factor, options),
     )
+
+
+def _bottleneck(factor: float, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of bottleneck adapters; "all-linear" leaves their positions to the model's structure."""
+    for name, default in LORA_ONLY.items():
+        if options.get(name, default) != default:
+            flag = name.replace("_", "-")
+            raise ConfigError(f"--bottleneck and --{flag}: {flag} is for LoRA; expected one of them, got both.")
+    found = {name: options[name] for name in LISTS if options.get(name, "all-linear") != "all-linear"}
+    return {"reduction_factor": factor, "dropout": options.get("lora_dropout", 0.0), **found}
 
 
 def names(text: str) -> str | list[str]:

@@ -64,7 +64,7 @@ def plan(
 
     with torch.device("meta"):
         shell = models.load_shell(models.locate(model), task, classes, dtype)
-        adapted = models.add_lora(shell, task, lora)
+        adapted = models.add_adapters(shell, task, lora)
     result = plan_memory(
         adapted,
         batch_size,

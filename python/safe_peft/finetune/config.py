@@ -29,6 +29,7 @@ class FinetuneConfig:
 
     - `output` may be None, which keeps neither the adapter nor the report.
     - `safe` has options of `SafeConfig`, and `lora` has options of `peft.LoraConfig`, by PEFT's own names.
+    - `bottleneck` has options of `safe_peft.bottleneck.BottleneckConfig`, for such adapters instead of LoRA.
     - The learning rate rises over the share `warmup_ratio` of the steps, and then falls linearly to zero.
     - Gradients are clipped to `max_grad_norm`.
 
@@ -46,6 +47,7 @@ class FinetuneConfig:
     method: str = "safe"
     safe: dict[str, Any] = field(default_factory=dict)
     lora: dict[str, Any] = field(default_factory=dict)
+    bottleneck: dict[str, Any] | None = None
     epochs: int = 3
     max_steps: int | None = None
     batch_size: int = 32

@@ -1,4 +1,4 @@
-"""Base models and their LoRA adapters, from a folder or from a hub."""
+"""Base models and their adapters, from a folder or from a hub."""
 
 from __future__ import annotations
 
@@ -120,13 +120,30 @@ def device_name(name: str) -> str:
     return name
 
 
-def add_lora(model: PreTrainedModel, task: str, options: Mapping[str, Any]) -> nn.Module:
-    """Put PEFT's LoRA on a base model in place, and return the `PeftModel`; PEFT checks the options."""
+def add_adapters(
+    model: PreTrainedModel, task: str, lora: Mapping[str, Any], bottleneck: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Put PEFT's LoRA on a base model in place, and return the `PeftModel`; PEFT checks the options.
+
+    Args:
+        model: the base model.
+        task: "seq-cls" or "causal-lm".
+        lora: options of LoRA.
+        bottleneck: options of bottleneck adapters; if they are given, the model gets these instead of LoRA.
+
+    Raises:
+        ConfigError: An option has an invalid value, or the model has no place for the adapters.
+    """
     import peft
+
+    from ..bottleneck import BottleneckConfig
 
     kind = peft.TaskType.SEQ_CLS if task == "seq-cls" else peft.TaskType.CAUSAL_LM
     try:
         with quiet():
-            return peft.get_peft_model(model, peft.LoraConfig(task_type=kind, **options))
+            if bottleneck is not None:
+                return peft.get_peft_model(model, BottleneckConfig(task_type=kind, **bottleneck))
+            return peft.get_peft_model(model, peft.LoraConfig(task_type=kind, **lora))
     except (ValueError, TypeError, NotImplementedError) as error:
-        raise ConfigError(f"LoRA options: {first_line(error)}") from error
+        kind = "LoRA" if bottleneck is None else "bottleneck"
+        raise ConfigError(f"{kind} options: {first_line(error)}") from error

@@ -18,7 +18,7 @@ from .training import Prepared, train
 
 
 def finetune(config: FinetuneConfig, console: Console | None = None) -> FreezeReport:
-    """Fine-tune LoRA adapters, measure the cost, and return the report with one measured run.
+    """Fine-tune adapters, measure the cost, and return the report with one measured run.
 
     `config.output` gets the files of PEFT's `save_pretrained`, the tokenizer, the report as json, png and html, and in
     `base_config/` the base model's configuration with the class names. The console shows progress; by default it is
@@ -49,7 +49,7 @@ def _prepare(config: FinetuneConfig) -> Prepared:
     limit = getattr(base.config, "max_position_embeddings", None)
     if limit is not None and config.max_length > limit:
         raise ConfigError(f"max_length is {config.max_length}, but the model has {limit} positions; lower it.")
-    model = models.add_lora(base, config.task, config.lora)
+    model = models.add_adapters(base, config.task, config.lora, config.bottleneck)
     train, evaluation = (data.tokenize(tokenizer, texts[i], labels[i], config.max_length) for i in range(2))
     return Prepared(model, tokenizer, train, evaluation)
 

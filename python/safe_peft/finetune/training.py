@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from rich.console import Console
@@ -27,6 +27,7 @@ from transformers import (
 from safe_kernels import RowBlocks
 from safe_kernels.flops import statistics_flop
 
+from ..binding.adapters.lora import LoraAdapter
 from ..binding.bind import bind
 from ..callback import SafeCallback
 from ..errors import PlanError, SafeError
@@ -196,8 +197,8 @@ def _scoring_flops(safe: SafeCallback | None, rows: int) -> int:
         return 0
     per_block = min(safe.config.block_rows, rows)
     blocks = len(RowBlocks.spread(rows, safe.config.score_blocks, safe.config.block_rows).starts)
-    traits = {adapter.name: adapter.traits() for adapter in safe.freezer.adapters}
-    costs = {name: blocks * statistics_flop(per_block, t["shapes"][1][0], t["r"]) for name, t in traits.items()}
+    pairs = {adapter.name: cast(LoraAdapter, adapter).pair() for adapter in safe.freezer.adapters}
+    costs = {name: blocks * statistics_flop(per_block, B.shape[0], A.shape[0]) for name, (A, B) in pairs.items()}
     return sum(costs[name] for scoring in safe.freezer.ledger.scorings for name in scoring.importance)
 
 

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from .report import FreezeReport
 
 TITLES = {
-    "stock": "stock PEFT LoRA",
+    "stock": "stock PEFT",
     "bind": "fast path, no freezing",
     "safe": "SAFE",
     "bytes": "SAFE by bytes",

@@ -70,6 +70,8 @@ def test_finetune_trains_and_says_what_it_gave(files: Path, tmp_path: Path) -> N
         ({"threshold": 0.1, "target_fraction": 0.5}, "target_fraction and threshold: expected only one of them"),
         ({"target_modules": "nothing,there"}, "LoRA options: "),
         ({"output": "{files}/short.csv"}, "cannot be written to"),
+        ({"bottleneck": 8, "r": 4}, "--bottleneck and --r: r is for LoRA; expected one of them, got both"),
+        ({"bottleneck": -1}, "bottleneck options: reduction_factor: expected a number above 0, got -1.0"),
     ],
 )
 def test_what_a_user_can_mend_is_one_sentence(files: Path, tmp_path: Path, changes: dict[str, str], says: str) -> None:
@@ -107,6 +109,8 @@ def test_options_go_where_they_belong() -> None:
     assert config.safe == {"warmup": 100, "freeze_end": 0.5, "seed": 3}
     assert (config.method, config.seed) == ("safe", 3)
     assert configure(given | {"method": "stock"}).method == "stock"
+    factor = {"bottleneck": 4.0, "lora_dropout": 0.1, "r": 8, "target_modules": "all-linear", "use_rslora": False}
+    assert configure(given | factor).bottleneck == {"reduction_factor": 4.0, "dropout": 0.1}
     with pytest.warns(FutureWarning, match="--target is --freeze-by now"):
         assert configure(given | {"target": "adapters"}).safe["freeze_by"] == "adapters"
     with pytest.warns(FutureWarning, match="--no-freeze is --method bind now"):

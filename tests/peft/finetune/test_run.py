@@ -109,6 +109,19 @@ def test_a_run_writes_an_ordinary_peft_checkpoint_and_a_report(config: FinetuneC
 
 
 @pytest.mark.usefixtures("unreported")
+@pytest.mark.parametrize("method", ["stock", "safe"])
+def test_bottleneck_adapters_train_in_place_of_lora(config: FinetuneConfig, tmp_path: Path, method: str) -> None:
+    adapters = {"reduction_factor": 8, "dropout": 0.1}
+    run = finetune(replace(config, method=method, bottleneck=adapters, output=str(tmp_path)), QUIET).runs[0]
+    assert run.adapters == 4 and (run.frozen > 0) == (method == "safe")
+    assert any("bottleneck_down" in name for name in tensors(tmp_path))
+    if method == "stock":
+        assert run.flops_run == run.flops_start * run.steps
+    else:
+        assert run.flops_run > run.flops_end * run.steps
+
+
+@pytest.mark.usefixtures("unreported")
 def test_the_same_seed_gives_the_same_adapters(config: FinetuneConfig, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         torch.rand(7)  # what happened before does not matter

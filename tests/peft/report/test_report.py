@@ -210,7 +210,7 @@ def test_the_comparison_gives_ratios_to_stock_and_spread_over_seeds() -> None:
         make_run("safe", 0.8, 18, 60),
     ]
     rows = {row[0]: row[1:] for row in comparison(runs)}
-    assert rows[""] == ["stock PEFT LoRA", "SAFE"]
+    assert rows[""] == ["stock PEFT", "SAFE"]
     assert rows["accuracy"] == ["0.850 ± 0.071", "0.800 ± 0.000"]
     assert rows["retained MiB/step, end"] == ["100.0 ± 0.0", "50.0 ± 14.1  (0.50×)"]
     assert rows["adapters frozen"] == ["0 ± 0 of 36", "18 ± 0 of 36"]
