@@ -36,7 +36,7 @@ kernels: tools ## the kernels for GPUs, without one: run in Triton's interpreter
 	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/triton/interpreted $(ARGS)
 	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/triton/compiled $(ARGS)
 
-matrix: ## the tests with older and newer torch, transformers and peft (CORNERS="oldest image middle newest")
+matrix: ## the tests with other releases of torch, transformers, peft (CORNERS="oldest image middle newest adapterhub")
 	@ARGS="$(ARGS)" bash .ci/matrix.sh $(CORNERS)
 
 clients: ## the recipes inside TRL, sentence-transformers, diffusers, Lightning, timm and accelerate (ARGS= goes to pytest)

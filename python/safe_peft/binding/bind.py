@@ -176,7 +176,8 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
     stay bound, and belong to the earlier binding.
 
     Args:
-        model: a PEFT model, or a module that contains one. DDP's wrapper and `torch.compile`'s wrapper are allowed.
+        model: a PEFT model, a model with bottleneck adapters of AdapterHub, or a module that contains one. DDP's
+            wrapper and `torch.compile`'s wrapper are allowed.
         parts: what to bind in addition to the adapters: "norms", "mlps" (with their activations), "attention" (only
             attention that is written in Python) and "dropouts".
 

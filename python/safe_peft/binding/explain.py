@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-PEFT = "peft"
+PEFT, HUB = "peft", "adapters"
 AS_IT_IS = "unchanged"
 _NO_LAYERS = "no adapter layers: the model has no adapter layer of PEFT"
 
@@ -36,8 +36,9 @@ class PartPath:
 class LayerPath(PartPath):
     """The path of one adapter layer; its `kind` is PEFT's type, such as "lora.Linear".
 
-    `path` is "safe_kernels::lora", "safe_kernels::dora" or "peft"; "safe_kernels::lora_linear" if one op computed the
-    last call together with the base layer. On the fast path `reason` is usually empty, or a remark about the base.
+    `path` is "safe_kernels::lora", "safe_kernels::dora" or the like, or "peft" ("adapters" for AdapterHub's adapters).
+    It is "safe_kernels::lora_linear" if one op computed the last call together with the base layer. On the fast path
+    `reason` is usually empty, or a remark about the base.
 
     Args:
         trainable: whether a parameter of its adapters requires grad.
@@ -207,17 +208,18 @@ def _notes(model: nn.Module) -> Iterator[str]:
 
 
 def _explain_layer(name: str, layer: nn.Module, kind: str) -> LayerPath:
-    from .adapters.base import adapter_keys, adapter_of, adapter_parameters
+    from .adapters.base import adapter_keys, adapter_of, adapter_parameters, is_hub
     from .class_swap import STATE
 
     known = adapter_of(layer)
     state = layer.__dict__.get(STATE)
+    library = HUB if is_hub(layer) else PEFT
     if known is None:
-        path, reason = PEFT, f"{kind} is not covered"
+        path, reason = library, f"{kind} is not covered"
     elif (refusal := known.refusal(layer)) is not None:
-        path, reason = PEFT, refusal
+        path, reason = library, refusal
     elif state is None:
-        path, reason = PEFT, f"not bound: bind(model) puts it on safe_kernels::{known.op(layer)}"
+        path, reason = library, f"not bound: bind(model) puts it on safe_kernels::{known.op(layer)}"
     else:
         path, reason = f"safe_kernels::{known.op(layer)}", known.note(layer)
     trainable = any(p.requires_grad for key in adapter_keys(layer) for p in adapter_parameters(layer, key))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from . import bottleneck as bottleneck  # each registers its layer types
+from . import adapterhub as adapterhub  # each registers its layer types
+from . import bottleneck as bottleneck
 from . import conv as conv
 from . import lora as lora
 from . import parameters as parameters

@@ -34,8 +34,19 @@ class LayerState:
     """By key, the adapter that a freezer froze, with its state before."""
 
 
+HUB = ("adapters.methods.modeling.Adapter", "adapters.methods.modeling.ParallelAdapter")
+"""AdapterHub's modules of one bottleneck adapter. They are known by name, so that nothing imports the package."""
+
+
+def is_hub(layer: nn.Module) -> bool:
+    """Whether a module is an adapter of AdapterHub."""
+    return dotted_name(original_type(layer)) in HUB
+
+
 def adapter_keys(layer: nn.Module) -> list[str]:
-    """Return PEFT's names of the adapters in one of its layers; [] for any other module."""
+    """Return the names of the adapters in a layer of PEFT or AdapterHub; [] for any other module."""
+    if is_hub(layer):
+        return [str(layer.name)]
     return sorted(layer._get_available_adapters()) if isinstance(layer, BaseTunerLayer) else []
 
 
@@ -48,7 +59,9 @@ def active_keys(layer: Any, present: Container[str]) -> list[str]:
 
 
 def adapter_parameters(layer: nn.Module, key: str) -> list[nn.Parameter]:
-    """Return the parameters of one adapter of a PEFT layer, in any container of the layer."""
+    """Return the parameters of one adapter of a layer, in any container of the layer."""
+    if is_hub(layer):
+        return list(layer.parameters())
     holders = [getattr(layer, name) for name in getattr(layer, "adapter_layer_names", ())]
     held = [holder[key] for holder in holders if hasattr(holder, "keys") and key in holder]
     return [p for item in held for p in ([item] if isinstance(item, nn.Parameter) else item.parameters())]
@@ -77,7 +90,7 @@ class Adapter(ABC):
         key: PEFT's name of the adapter in that layer, usually "default".
     """
 
-    layer_type: ClassVar[type[nn.Module]]
+    layer_type: ClassVar[type[nn.Module] | None] = None
     """PEFT's type, matched exactly, because a subclass may compute something else."""
     layer_names: ClassVar[tuple[str, ...]] = ()
     """Dotted names of further types of PEFT, whose modules import packages that are often not installed."""
@@ -188,7 +201,8 @@ def dotted_name(kind: type) -> str:
 
 def register_adapter(kind: type[Adapter]) -> type[Adapter]:
     """Class decorator: register a kind of adapter for `bind` and `explain`."""
-    _ADAPTERS.update(dict.fromkeys((dotted_name(kind.layer_type), *kind.layer_names), kind))
+    names = kind.layer_names if kind.layer_type is None else (dotted_name(kind.layer_type), *kind.layer_names)
+    _ADAPTERS.update(dict.fromkeys(names, kind))
     return kind
 
 
@@ -198,8 +212,8 @@ def adapter_of(layer: nn.Module) -> type[Adapter] | None:
 
 
 def peft_kind(layer: nn.Module) -> str | None:
-    """Return PEFT's name of a layer's type, such as "lora.Linear"; None for a module that is no adapter layer."""
-    if not isinstance(layer, BaseTunerLayer):
+    """Return a name of an adapter layer's type, such as "lora.Linear"; None for a module that is no adapter layer."""
+    if not isinstance(layer, BaseTunerLayer) and not is_hub(layer):
         return None
     kind = original_type(layer)
     package = kind.__module__.split(".")

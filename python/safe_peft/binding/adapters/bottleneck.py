@@ -140,8 +140,12 @@ class BottleneckAdapter(LoraAdapter):
         return self.key in self.layer._modules["bottleneck_down"]._modules
 
     def traits(self) -> dict[str, Any]:
-        scaling, kind = float(self.layer.scaling[self.key]), self.layer.kind[self.key]
-        return {**Adapter.traits(self), "scaling": scaling, "kind": kind, "parallel": self.layer.parallel[self.key]}
+        is_parallel = self.layer.parallel[self.key]
+        return {**Adapter.traits(self), "scaling": self.scaling(), "kind": self.kind(), "parallel": is_parallel}
+
+    def kind(self) -> str | None:
+        """Return the activation's name."""
+        return self.layer.kind[self.key]
 
     def dropouts(self) -> list[nn.Dropout]:
         dropout = self.layer.bottleneck_dropout[self.key]
@@ -155,11 +159,11 @@ class BottleneckAdapter(LoraAdapter):
 
     def bytes_once_frozen(self, output: Tensor) -> int:
         """Return what the fast path retains for a gradient that passes the frozen adapter: see `Adapter`."""
-        if refusal(self.layer) is not None or not self.layer.__dict__.get(STATE):
+        if self.refusal(self.layer) is not None or not self.layer.__dict__.get(STATE):
             return 0
         weight = self.pair()[0]
         r, dtype = weight.shape[0], weight.dtype  # as csrc/autograd/adapter_input.h: autocast leaves float64 alone
         if dtype != torch.float64 and autocasts(output):
             dtype = torch.get_autocast_dtype(output.device.type)
         rows = output.numel() // max(1, output.shape[-1])
-        return rows * (-(-r // 8) if self.layer.kind[self.key] == "relu" else r * dtype.itemsize)
+        return rows * (-(-r // 8) if self.kind() == "relu" else r * dtype.itemsize)

@@ -293,7 +293,7 @@ class LoraAdapter(Adapter):
         return "lora_linear" if state is not None and state.fused else "lora"
 
     def traits(self) -> dict[str, Any]:
-        return {**super().traits(), "r": self.layer.r[self.key], "scaling": float(self.layer.scaling[self.key])}
+        return {**super().traits(), "r": self.layer.r[self.key], "scaling": self.scaling()}
 
     def dropouts(self) -> list[nn.Dropout]:
         dropout = self.layer.lora_dropout[self.key]
@@ -305,7 +305,7 @@ class LoraAdapter(Adapter):
             statistics=statistics,
             lora_A=lambda: self.matrix_A(self.pair()[0].detach()),
             lora_B=lambda: self.matrix_B(self.pair()[1].detach()),
-            scaling=float(self.layer.scaling[self.key]),
+            scaling=self.scaling(),
             base_weight=self.base_weight,
             grad_A=lambda: _changed(step.grad(self.pair()[0]), self.matrix_A),
             grad_B=lambda: _changed(step.grad(self.pair()[1]), self.matrix_B),
@@ -320,6 +320,10 @@ class LoraAdapter(Adapter):
     def is_present(self) -> bool:
         lora_A = self.layer._modules.get("lora_A")
         return (lora_A is not None and self.key in lora_A._modules) or super().is_present()
+
+    def scaling(self) -> float:
+        """Return the factor of the adapter's output."""
+        return float(self.layer.scaling[self.key])
 
     def pair(self) -> tuple[Tensor, Tensor]:
         """Return the adapter's two parameters."""
