@@ -70,16 +70,15 @@ def step_table(results: dict[str, Any], test: str = "test_step") -> list[str]:
     return table(["frozen", "dropout", "**time**", "noise", "PEFT retains MiB", "we retain"], rows)
 
 
-def bottleneck_table(results: dict[str, Any]) -> list[str]:
-    """A whole training step with bottleneck adapters."""
-    plain, rows = rows_of(results, "test_bottleneck_step", "peft"), []
-    for safe in rows_of(results, "test_bottleneck_step", "safe"):
+def block_table(results: dict[str, Any], test: str, columns: dict[str, str], stock_name: str) -> list[str]:
+    """A whole training step of blocks whose adapters train, or are frozen but for the lowest block's."""
+    plain, rows = rows_of(results, test, "peft"), []
+    for safe in rows_of(results, test, "safe"):
         stock, params = find(plain, safe), safe["params"]
         adapters = "all but the lowest block's frozen" if params["frozen"] else "all train"
-        rows.append(
-            [params["non_linearity"], str(params["p"]), adapters, ratio(safe), ratio(stock), mib(stock), mib(safe)]
-        )
-    return table(["activation", "dropout", "adapters", "**time**", "noise", "unbound retains MiB", "we retain"], rows)
+        cells = [str(params[name]) for name in columns]
+        rows.append([*cells, adapters, ratio(safe), ratio(stock), mib(stock), mib(safe)])
+    return table([*columns.values(), "adapters", "**time**", "noise", f"{stock_name} retains MiB", "we retain"], rows)
 
 
 def smollm2_table(results: dict[str, Any]) -> list[str]:
@@ -188,7 +187,18 @@ SECTIONS = (
         "A whole training step of a BERT-shaped model with bottleneck adapters after attention and MLP (2 blocks, "
         "d 768, 48 hidden units, 8 x 64 tokens, AdamW), compared with the same tuner unbound:",
         "test_bottleneck_step",
-        bottleneck_table,
+        partial(
+            block_table,
+            test="test_bottleneck_step",
+            columns={"non_linearity": "activation", "p": "dropout"},
+            stock_name="unbound",
+        ),
+    ),
+    (
+        "A whole training step of a UNet's residual blocks with LoRA r 8 on every convolution (2 blocks, 320 channels, "
+        "2 x 32 x 32 positions, AdamW):",
+        "test_conv_step",
+        partial(block_table, test="test_conv_step", columns={"p": "dropout"}, stock_name="PEFT"),
     ),
     ("Scoring, with the default options:", "test_scoring", scoring_table),
     ("`lora` alone, forward and backward:", "test_lora", op_table),

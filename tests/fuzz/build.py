@@ -20,6 +20,7 @@ from safe_peft.bottleneck import BottleneckConfig
 DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, "fp16": torch.float16}
 AFTER = ("lm_head", "pooler.dense", "classifier.dense", "pre_classifier", "embed_out", "proj_out")
 HEADS = ("lm_head", "classifier", "embed_out", "proj_out")
+CONVS = (nn.Conv1d, nn.Conv2d)
 PREFIX = 6
 ADAPTER = re.compile(r"\.(?:lora|bottleneck)_")
 
@@ -81,11 +82,13 @@ def _targets(case: Case, names: list[str], base: nn.Module) -> list[str]:
     """The layers' names that the case adapts, all of them where the family has no other."""
     mlp = [name for name in names if re.search(r"up|down|gate|fc|wi|wo|4h|lin\d|intermediate|^output|mlp", name)]
     after = [name for name in AFTER if any(path.endswith(name) for path, _ in base.named_modules())]
+    convolutions = {path.rsplit(".", 1)[-1] for path, layer in base.named_modules() if isinstance(layer, CONVS)}
     chosen = {
         "attention": [name for name in names if name not in mlp],
         "mlp": mlp,
         "odd": names[1::2],
         "head too": [*names, *after],
+        "convolutions too": [*names, *sorted(convolutions)],
     }
     return chosen.get(case.targets) or names
 

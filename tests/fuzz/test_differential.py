@@ -32,6 +32,8 @@ FOUND = [
     Case(family="starcoder2", padding="left", hook="vector", spot="embeddings", entry="backbone"),
     Case(recompute=True, trains="alternate", high=True, change="norm zero", when="between", calls="two"),
     Case(family="t5", precision="autocast", trains="alternate", asks="attentions"),
+    Case(family="whisper", targets="convolutions too", precision="autocast", adapter="dropout", hook="backward"),
+    Case(family="vit", targets="convolutions too", precision="bf16", trains="lora_B", input_grads=True),
 ]
 """What a search has found, of kinds that the few cases above may miss."""
 

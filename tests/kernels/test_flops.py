@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 from bottlenecks import bottleneck
+from convs import WINDOWS, Window, conv
 from doras import dora
 from oracle import Shape, problem
 from torch.utils.flop_counter import FlopCounterMode
@@ -64,6 +65,19 @@ def test_dora(dropout_p: float) -> None:
     assert count(p.call) == products * large + 2 * R * D_IN * D_OUT + 2 * N * R * (D_IN + D_OUT)
     out = p.call()
     assert count(lambda: out.backward(p.grad)) == (products + 1) * large + 2 * N * R * (3 * D_IN + 2 * D_OUT)
+
+
+@pytest.mark.parametrize("window", [WINDOWS[0], WINDOWS[2], WINDOWS[5]], ids=str)
+def test_lora_conv(window: Window) -> None:
+    """As PEFT's convolutions, and h once more in backward."""
+    p = conv(window).require("x", "A", "B")
+    stock, out = p.formula()(**p.inputs), p.call()
+    assert count(p.call) == count(lambda: p.formula()(**p.inputs))
+    again = 2 * out[:, 0].numel() * p.A.numel()
+    assert count(lambda: out.backward(p.grad)) == count(lambda: stock.backward(p.grad)) + again
+    p.require("x")
+    stock, out = p.formula()(**p.inputs), p.call()
+    assert count(lambda: out.backward(p.grad)) == count(lambda: stock.backward(p.grad))
 
 
 def test_bottleneck() -> None:

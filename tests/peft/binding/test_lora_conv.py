@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import chain, combinations
 from typing import Any
 
@@ -14,6 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from tiny import randomise_adapters
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from safe_kernels import AdapterStatistics, RowBlocks
 from safe_kernels.retention import measure
@@ -183,6 +185,32 @@ def test_compiled_whole(layer: str) -> None:
         eager, compiled = step(model, x), step(torch.compile(model, backend="aot_eager", fullgraph=True), x)
     assert all(torch.equal(eager[name.removeprefix("_orig_mod.")], value) for name, value in compiled.items())
     assert len(eager) == len(compiled) == 4
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_checkpointed(p: float) -> None:
+    model, x = one(lora_dropout=p), batch().requires_grad_()
+    with bind(model):
+        results: list[list[Any]] = []
+        for call in (model, partial(checkpoint, model, use_reentrant=False)):
+            torch.manual_seed(5)
+            model.zero_grad()
+            x.grad = None
+            call(x).sin().sum().backward()
+            results.append([x.grad, *(q.grad for q in model.parameters() if q.requires_grad)])
+    assert all(map(torch.equal, *results))
+
+
+def test_a_write_to_the_input_is_an_error_as_in_stock() -> None:
+    model = one()
+    for bound in (False, True):
+        x = batch()
+        if bound:
+            bind(model)
+        out = model(x)
+        x.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            out.sum().backward()
 
 
 def test_a_merged_and_a_disabled_adapter_are_pefts(fast_calls: list[Any]) -> None:
