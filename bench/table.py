@@ -81,6 +81,16 @@ def block_table(results: dict[str, Any], test: str, columns: dict[str, str], sto
     return table([*columns.values(), "adapters", "**time**", "noise", f"{stock_name} retains MiB", "we retain"], rows)
 
 
+def experts_table(results: dict[str, Any]) -> list[str]:
+    """A whole training step with LoRA on experts' parameters."""
+    peft, rows = rows_of(results, "test_experts_step", "peft"), []
+    for safe in rows_of(results, "test_experts_step", "safe"):
+        stock, params = find(peft, safe), safe["params"]
+        adapters = "the experts' frozen" if params["frozen"] else "all train"
+        rows.append([params["shape"], adapters, ratio(safe), ratio(stock), mib(stock), mib(safe)])
+    return table(["shape", "adapters", "**time**", "noise", "PEFT retains MiB", "we retain"], rows)
+
+
 def smollm2_table(results: dict[str, Any]) -> list[str]:
     """A whole training step of a decoder."""
     rows = []
@@ -199,6 +209,12 @@ SECTIONS = (
         "2 x 32 x 32 positions, AdamW):",
         "test_conv_step",
         partial(block_table, test="test_conv_step", columns={"p": "dropout"}, stock_name="PEFT"),
+    ),
+    (
+        "A whole training step with LoRA r 8 on the experts' parameters and on attention (2 blocks, d 256, 2 x 256 "
+        "tokens, AdamW):",
+        "test_experts_step",
+        experts_table,
     ),
     ("Scoring, with the default options:", "test_scoring", scoring_table),
     ("`lora` alone, forward and backward:", "test_lora", op_table),
