@@ -2,13 +2,15 @@
 
 PEFT's code computes these layers: it replaces the parameter W by W + scaling · B A during a call. Stock PEFT retains
 this changed weight, of the size of all experts' weights, also for frozen adapters. On the fast path backward makes it
-again from W, A and B, which exist anyway, with PEFT's own code.
+again from W, A and B, which exist anyway, with PEFT's own code. The experts' input x is retained once, instead of the
+rows that each expert selects from it.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +18,7 @@ from typing import Any
 import torch
 from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora.layer import ParamWrapper
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import cached, is_parametrized, register_parametrization
 
@@ -99,16 +101,12 @@ def _changed(layer: Any, key: str) -> Iterator[None]:
     base, name, weight = layer.get_base_layer(), layer.parameter_name, layer.get_param()
     proxy = _Proxy(*layer.get_delta_factors(key))
     hooks = _Hooks(layer, key, weight) if torch.is_grad_enabled() and not _others_save() else None
-    if hooks is not None:
-        proxy.register_forward_hook(hooks.note)
     register_parametrization(base, name, proxy, unsafe=True)
     try:
-        with cached(), nullcontext() if hooks is None else saved_tensors_hooks(hooks.pack, hooks.unpack):
+        with cached(), nullcontext() if hooks is None else hooks.around(proxy, layer.base_layer):
             yield
     finally:
         layer._remove_parametrizations()
-        if hooks is not None:
-            hooks.end()
 
 
 def _others_save() -> bool:
@@ -133,8 +131,29 @@ class _Hooks:
         self._layer, self._parts = layer, [weight.detach(), *factors]
         self.made: list[tuple[Tensor, _Recipe]] = []
         """The changed weights of the call that is running, which keeps them alive."""
-        around: tuple[Any, Any] = _top_hooks() or (_save, _saved)
-        self._pack, self._unpack = around
+        self._input: Tensor | None = None
+        self._version = 0
+        self._gathers: list[weakref.ref[_Gather]] = []
+        outer: tuple[Any, Any] = _top_hooks() or (_save, _saved)
+        self._pack, self._unpack = outer
+
+    @contextmanager
+    def around(self, proxy: nn.Module, called: nn.Module) -> Iterator[None]:
+        """Set the hooks for one call of a module whose weight the proxy changes."""
+        proxy.register_forward_hook(self.note)
+        handle = called.register_forward_pre_hook(self.begin)
+        try:
+            with saved_tensors_hooks(self.pack, self.unpack):
+                yield
+            self.settle()
+        finally:
+            handle.remove()
+            self.made, self._parts, self._gathers, self._input = [], [], [], None  # the graph's nodes hold the hooks
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Note the call's input."""
+        if args and type(args[0]) in TENSORS and args[0].grad_fn is not None:
+            self._input, self._version = args[0], args[0]._version
 
     def note(self, proxy: Any, args: Any, weight: Tensor) -> None:
         """Note a changed weight when PEFT's code has made it."""
@@ -142,18 +161,39 @@ class _Hooks:
             recipe = _Recipe(self._layer, keep(self._parts), proxy.scaling, weight._version)
             self.made.append((weight, recipe))
 
-    def end(self) -> None:
-        """Release the tensors when the call is over: the graph's nodes hold the hooks."""
-        self.made, self._parts = [], []
-
     def pack(self, tensor: Tensor) -> Any:
         for weight, recipe in self.made:
             if (part := recipe.part(tensor, weight)) is not None:
                 return part
-        return self._pack(tensor)
+        indices = self._indices(tensor)
+        if indices is None:
+            return self._pack(tensor)
+        gather = _Gather(self._pack(tensor), tensor.nbytes, indices)
+        self._gathers.append(weakref.ref(gather))
+        return gather
+
+    def _indices(self, tensor: Tensor) -> Any:
+        """Return the indices if a tensor is the call's input, indexed; None for any other tensor."""
+        x, node = self._input, tensor.grad_fn
+        if x is None or node is None or node.name() != "IndexBackward0" or tensor._version != 0:
+            return None
+        return node._saved_indices if node.next_functions[0] == (x.grad_fn, x.output_nr) else None  # type: ignore[attr-defined]
+
+    def settle(self) -> None:
+        """Retain the call's input instead of its rows for each expert, if these are larger together."""
+        live = [gather for ref in self._gathers if (gather := ref()) is not None]
+        x, gathered = self._input, sum(gather.bytes for gather in live)
+        if x is not None and x._version == self._version and gathered > x.nbytes:
+            kept = keep([x])
+            for gather in live:
+                gather.packed, gather.kept = None, kept
 
     def unpack(self, packed: Any) -> Tensor:
-        return packed.make() if type(packed) is _Part else self._unpack(packed)
+        if type(packed) is _Part:
+            return packed.make()
+        if type(packed) is not _Gather:
+            return self._unpack(packed)
+        return self._unpack(packed.packed) if packed.kept is None else packed.make()
 
 
 def _save(tensor: Tensor) -> tuple[Tensor, int]:
@@ -209,6 +249,20 @@ _WRITTEN_TO = (
     "A bound layer with `target_parameters` makes its weight again in backward, from the base weight, lora_A and "
     "lora_B. Change these after backward, or use the layer without the binding (Binding.detach())."
 )
+
+
+@dataclass(eq=False, slots=True, weakref_slot=True)
+class _Gather:
+    """What the graph saves instead of rows of the call's input, which are selected for experts."""
+
+    packed: Any
+    bytes: int
+    indices: Sequence[Tensor | None]
+    kept: Any = None
+
+    def make(self) -> Tensor:
+        (x,) = self.kept.saved_tensors
+        return x.detach()[tuple(slice(None) if index is None else index for index in self.indices)]
 
 
 @dataclass(eq=False, slots=True)
