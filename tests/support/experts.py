@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from recomputed import EXPERTS
 from tiny import VOCABULARY, randomise_adapters
 from torch import Tensor, nn
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 _SIZES = {**EXPERTS, "num_hidden_layers": 2, "num_experts_per_tok": 2, "use_cache": False}
@@ -71,7 +71,7 @@ class Mixture(nn.Module):
         hidden = self.first(self.words(input_ids))
         hidden = self.second(hidden + self.experts(hidden)).relu()
         logits = self.score((hidden * attention_mask[..., None]).mean(1))
-        return SimpleNamespace(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
+        return SequenceClassifierOutput(loss=nn.functional.cross_entropy(logits, labels), logits=logits)
 
 
 def mixture(**lora: Any) -> PeftModel:

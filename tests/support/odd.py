@@ -37,7 +37,7 @@ class Odd(nn.Module):
         self.mix = nn.Linear(16, 16)
         self.score = nn.Linear(16, 2)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
         hidden = self.words(input_ids)
         hidden = hidden + self.grouped(self.slide(hidden.mT)).mT
         hidden = hidden + self.image(hidden[:, None]).mean(1) + self.volume(hidden[:, None, None]).mean((1, 2))

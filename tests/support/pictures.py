@@ -37,7 +37,7 @@ class Pictures(nn.Module):
         self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
         self.score = nn.Linear(8, 2)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> SequenceClassifierOutput:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
         hidden = self.slide(self.words(input_ids).mT)
         hidden = self.down(self.block(self.conv_in(hidden[:, None])))
         logits = self.score(hidden.mean((2, 3)))
