@@ -15,11 +15,14 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 _SIZES = {**EXPERTS, "num_hidden_layers": 2, "num_experts_per_tok": 2, "use_cache": False}
 _QWEN = {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+STACKED = int(hf.__version__.split(".")[0]) >= 5
+"""Before, transformers had a list of MLPs for most models' experts, and GPT-OSS's experts reshaped their input."""
+_SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {}),
     "qwen3-moe": ("Qwen3Moe", _QWEN),
     "gpt-oss": ("GptOss", {"head_dim": 16, "layer_types": ["sliding_attention", "full_attention"]}),
 }
+SHAPES = {name: shape for name, shape in _SHAPES.items() if STACKED or name == "gpt-oss"}
 
 
 def language_model(shape: str, implementation: str = "grouped_mm", **lora: Any) -> PeftModel:
