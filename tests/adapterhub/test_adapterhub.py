@@ -189,6 +189,9 @@ def test_autocast(config: str) -> None:
     with bind(bound), torch.autocast("cpu", torch.bfloat16):
         (_, expected), (_, got) = loss_and_gradients(stock), loss_and_gradients(bound)
         limit, found = kept(stock), kept(bound)
+        x = torch.randn(2, 3, 32)
+        layers = [model.bert.encoder.layer[0].output.adapters["one"] for model in (stock, bound)]
+        assert len({(out.dtype, up.dtype) for layer in layers for out, _, up in [layer(x, x)]}) == 1
     for name, grad in expected.items():
         assert float((got[name] - grad).norm()) <= 0.05 * float(grad.norm()) + 1e-6, name
     assert found <= limit

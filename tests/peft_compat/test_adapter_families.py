@@ -8,9 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from adapter_families import FAMILIES, AdapterFamily
+from adapter_families import FAMILIES, AdapterFamily, freeze_half
 from blocks import error, loss_and_gradients, retained
-from peft import PeftModel
 from ranks import each_together
 from shares import OPTIONS, ROWS, STEPS, assert_equal, digest, events, share
 from tiny import EARLY, adamw, train
@@ -31,14 +30,6 @@ ODD = FAMILIES[-1]
 
 def batch_of(one: AdapterFamily) -> dict[str, torch.Tensor]:
     return next(one.data(1))
-
-
-def freeze_half(model: PeftModel) -> list[str]:
-    with bind(model) as binding:
-        adapters = binding.live_adapters()
-        for adapter in adapters[: len(adapters) // 2]:
-            adapter.freeze()
-        return [adapter.name for adapter in adapters[: len(adapters) // 2]]
 
 
 def test_the_table_has_a_row_for_each_family_with_its_op() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import tiny
 import torch
 from families import family
 from peft import PeftModel, get_peft_model
@@ -25,7 +26,8 @@ def randomise(model: nn.Module, std: float = 0.1) -> None:
 def adapted(base: nn.Module, **options: Any) -> PeftModel:
     """The model in training mode with an adapter of 8 hidden units for 32 features."""
     torch.manual_seed(0)
-    model = get_peft_model(base, BottleneckConfig(**{"reduction_factor": 4, **options})).train()
+    options = {"reduction_factor": 4, "dropout": tiny.DROPOUT, **options}
+    model = get_peft_model(base, BottleneckConfig(**options)).train()
     randomise(model)
     return model
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import tiny
 import torch
 from adapted import adapted_bert
 from experts import mixture
@@ -14,6 +15,8 @@ from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 from pictures import pictures
 from tiny import batches, bert, gpt2, randomise_adapters
 from torch import Tensor
+
+from safe_peft import bind
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,15 @@ def causal(count: int, rows: int = 8) -> Iterator[dict[str, Tensor]]:
         yield {**batch, "labels": batch["input_ids"]}
 
 
+def freeze_half(model: PeftModel) -> list[str]:
+    """Freeze the lower half of the adapters for good, and return their names."""
+    with bind(model) as binding:
+        adapters = binding.live_adapters()
+        for adapter in adapters[: len(adapters) // 2]:
+            adapter.freeze()
+        return [adapter.name for adapter in adapters[: len(adapters) // 2]]
+
+
 def with_random(model: PeftModel) -> PeftModel:
     randomise_adapters(model)
     return model
@@ -49,8 +61,9 @@ def with_random(model: PeftModel) -> PeftModel:
 
 def several(**lora: Any) -> PeftModel:
     """Two active adapters of different ranks in the attention; one in each other layer."""
+    lora = {"lora_dropout": tiny.DROPOUT, "fan_in_fan_out": True} | lora
     model = gpt2(**lora)
-    model.add_adapter("second", LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True, **lora))
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["c_attn"], **lora))
     model.base_model.set_adapter(["default", "second"])
     return with_random(model)
 

@@ -14,6 +14,8 @@ from safe_peft import AdapterFreezer, SafeConfig
 
 BERT_TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 VOCABULARY = 50
+WIDTH, DROPOUT = 32, 0.0
+"""Features of the hidden states, and the dropout of model and adapters except in attention; a benchmark sets others."""
 
 
 def bert(layers: int = 2, **lora: Any) -> PeftModel:
@@ -21,16 +23,16 @@ def bert(layers: int = 2, **lora: Any) -> PeftModel:
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
+        hidden_size=WIDTH,
         num_hidden_layers=layers,
-        num_attention_heads=2,
-        intermediate_size=64,
+        num_attention_heads=WIDTH // 16,
+        intermediate_size=2 * WIDTH,
         max_position_embeddings=32,
-        hidden_dropout_prob=0.0,
+        hidden_dropout_prob=DROPOUT,
         attention_probs_dropout_prob=0.0,
     )
-    options = {"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "target_modules": BERT_TARGETS} | lora
-    return get_peft_model(BertForSequenceClassification(config), LoraConfig(**options)).train()
+    options = {"task_type": "SEQ_CLS", "r": 4, "lora_alpha": 8, "lora_dropout": DROPOUT, "target_modules": BERT_TARGETS}
+    return get_peft_model(BertForSequenceClassification(config), LoraConfig(**options | lora)).train()
 
 
 def gpt2(**lora: Any) -> PeftModel:
@@ -39,17 +41,18 @@ def gpt2(**lora: Any) -> PeftModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
         n_positions=32,
-        n_embd=32,
+        n_embd=WIDTH,
         n_layer=2,
-        n_head=2,
-        resid_pdrop=0.0,
-        embd_pdrop=0.0,
+        n_head=WIDTH // 16,
+        resid_pdrop=DROPOUT,
+        embd_pdrop=DROPOUT,
         attn_pdrop=0.0,
         bos_token_id=0,
         eos_token_id=0,
     )
-    options = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "target_modules": ["c_attn", "c_proj", "c_fc"]} | lora
-    return get_peft_model(GPT2LMHeadModel(config), LoraConfig(**options, fan_in_fan_out=True)).train()
+    options = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": DROPOUT, "fan_in_fan_out": True}
+    options |= {"target_modules": ["c_attn", "c_proj", "c_fc"]} | lora
+    return get_peft_model(GPT2LMHeadModel(config), LoraConfig(**options)).train()
 
 
 def batches(count: int, rows: int = 8, length: int = 12, seed: int = 1) -> Iterator[dict[str, Tensor]]:
