@@ -87,11 +87,12 @@ def test_the_report_holds_every_run_and_shows_the_first_safe_one(
 def test_several_seeds_repeat_every_method(run: Callable[..., FreezeReport], monkeypatch: pytest.MonkeyPatch) -> None:
     def fake(options: dict[str, Any], method: str) -> FreezeReport:
         retained, seed = ((0, 5), (4, 4)), options["seed"]
+        assert (options["bottleneck"], options["target-modules"]) == (8.0, "all-linear")
         run = RunRecord(method, seed, "accuracy", 0.5, 10, 4, 2, 1, 1.0, 9, retained, flops_start=1, flops_end=1)
         return FreezeReport(f"{method} {seed}", {}, 4, (), runs=(run,))
 
     monkeypatch.setattr(demo, "train", fake)
-    report = run(seed=3, seeds=2, methods="stock, safe")
+    report = run(seed=3, seeds=2, methods="stock, safe", bottleneck=8.0)
     assert [(run.method, run.seed) for run in report.runs] == [("stock", 3), ("safe", 3), ("stock", 4), ("safe", 4)]
 
 
