@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import VOCABULARY, randomise_adapters
 from torch import Tensor, nn
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import SequenceClassifierOutput as Output
 
 
 class Experts(nn.Module):
@@ -37,14 +37,14 @@ class Odd(nn.Module):
         self.mix = nn.Linear(16, 16)
         self.score = nn.Linear(16, 2)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Output:
         hidden = self.words(input_ids)
         hidden = hidden + self.grouped(self.slide(hidden.mT)).mT
         hidden = hidden + self.image(hidden[:, None]).mean(1) + self.volume(hidden[:, None, None]).mean((1, 2))
         hidden = self.mix(hidden + self.experts(hidden)).relu()
         logits = self.score((hidden * attention_mask[..., None]).mean(1))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return Output(loss=loss, logits=logits)
 
 
 ODD_LAYERS = ["words", "slide", "grouped", "image", "volume", "mix"]

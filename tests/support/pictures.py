@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from tiny import VOCABULARY, randomise_adapters
 from torch import Tensor, nn
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import SequenceClassifierOutput as Output
 
 
 class Block(nn.Module):
@@ -37,12 +37,12 @@ class Pictures(nn.Module):
         self.down = nn.Conv2d(8, 8, 3, stride=2, padding=1)
         self.score = nn.Linear(8, 2)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Output:
         hidden = self.slide(self.words(input_ids).mT)
         hidden = self.down(self.block(self.conv_in(hidden[:, None])))
         logits = self.score(hidden.mean((2, 3)))
         loss = None if labels is None else nn.functional.cross_entropy(logits, labels)
-        return SequenceClassifierOutput(loss=loss, logits=logits)
+        return Output(loss=loss, logits=logits)
 
 
 def pictures(**lora: Any) -> PeftModel:

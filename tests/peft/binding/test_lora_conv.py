@@ -107,6 +107,7 @@ def test_autocast(fast_calls: list[Any], kind: str, input_dtype: torch.dtype) ->
     model = one(kind=kind)
     require(model, NAMES)
     assert_stocks(model, batch(dtype=input_dtype).requires_grad_(), fast_calls, autocast=True)
+    assert {fast_calls[0][number].dtype for number in (0, 3, 4)} == {torch.bfloat16}, "x, lora_A and lora_B"
     with torch.autocast("cpu", torch.bfloat16):
         stock = measure(lambda: model(batch(dtype=input_dtype)), exclude=model).bytes
         with bind(model):

@@ -139,7 +139,7 @@ class SafeConv(BaseRunsApart):
         A, B, bias = lora_A.weight, lora_B.weight, base.bias
         if lora_B.bias is not None:
             bias = scaling * lora_B.bias if bias is None else bias + scaling * lora_B.bias
-        if autocasts(x):
+        if autocasts(x):  # the op computes the adapter in its dtype, which would be slower and take a wide copy of x
             dtype = torch.get_autocast_dtype(x.device.type)
             x, A, B = x.to(dtype), A.to(dtype), B.to(dtype)
         p = dropout.p if dropout.training and type(dropout) is nn.Dropout else 0.0
