@@ -147,7 +147,7 @@ def _apply(
     out = empty(like, (*like.shape[:-1], N))
     matrix = None if base is None else flat(base)
     block_r, tiles = rank_tile(R, arithmetic.narrow, True), triton.cdiv(M, chosen.block_m)
-    parts, split_n = splits(tiles, N, chosen.block_n, enough=1024, most=32)
+    parts, split_n = splits(tiles, N, chosen.block_n, chosen.slots)
     launch(
         _lora_apply_kernel,
         (tiles, parts),

@@ -96,7 +96,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 def _at_once(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks, chosen: Config) -> Parts:
     """Each block fits in one program."""
     (M, N), R, width = base.shape, lora_B.shape[1], h.shape[2]
-    parts, split_n = splits(blocks.count, N, chosen.block_n, most=16)
+    parts, split_n = splits(blocks.count, N, chosen.block_n, chosen.slots, most=16)
     grams = empty(h, (blocks.count, parts, chosen.block_m, chosen.block_m))
     products = empty(h, (blocks.count, parts, chosen.block_m, width))
     centred = empty(h, (blocks.count, chosen.block_m, width))
@@ -182,7 +182,7 @@ def _grams(base: Tensor, means: Tensor, blocks: Blocks) -> Tensor:
     M, N = base.shape
     chosen = config("block_tiles", torch.float32)
     tiles = triton.cdiv(blocks.block_rows, chosen.block_m)
-    parts, split_n = splits(blocks.count * tiles * tiles, N, chosen.block_n)
+    parts, split_n = splits(blocks.count * tiles * tiles, N, chosen.block_n, chosen.slots)
     grams = empty(means, (blocks.count, parts, tiles * chosen.block_m, tiles * chosen.block_m))
     launch(
         _block_grams_kernel,
@@ -208,7 +208,7 @@ def _products(base: Tensor, lora_B: Tensor, means: Tensor, centred: Tensor, bloc
     (M, N), R, block_r = base.shape, lora_B.shape[1], rank_tile(lora_B.shape[1], torch.float32)
     chosen, (_, length, width) = config("block_tiles", torch.float32), centred.shape
     tiles = triton.cdiv(blocks.block_rows, chosen.block_m) * triton.cdiv(R, block_r)
-    parts, split_n = splits(blocks.count * tiles, N, chosen.block_n)
+    parts, split_n = splits(blocks.count * tiles, N, chosen.block_n, chosen.slots)
     products = empty(centred, (blocks.count, parts, length, width))
     launch(
         _block_products_kernel,

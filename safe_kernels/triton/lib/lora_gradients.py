@@ -16,10 +16,12 @@ from torch import Tensor
 from safe_kernels.triton.lib.philox import _keep, _rng_words
 from safe_kernels.triton.lib.skinny_matmul import _load_narrow, _load_parts, joined, reduce, sweep
 from safe_kernels.triton.lib.terms import _factor, _multiply, _multiply_narrow, _no_sums, _total
-from safe_kernels.triton.runtime.configs import Config, rank_tile, splits
+from safe_kernels.triton.runtime.configs import PARTS, Config, rank_tile, splits
 from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, adapter_product, flat, tuned
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
+SMALL = 2**20
+"""Elements of all groups' sums that any call may have."""
 NOTHING_DROPPED = Dropout(None, 0, 1.0)
 
 
@@ -203,9 +205,9 @@ def _input_gradients(
     """grad_x, and the parts [groups, d_in, padded R] of grad_A. An unwanted one is empty."""
     (R, N), (M, width), like = lora_A.shape, grad_h.shape, grad if x is None else x
     block_r, tiles = rank_tile(R, arithmetic.narrow, True), triton.cdiv(N, chosen.block_n)
-    # Each group writes a sum; these take at most an eighth of a half-precision x if a group has 16 R rows.
-    least = max(chosen.block_m, 8 * width if wants_A else 0)
-    groups, group_m = splits(tiles, M, least, enough=512, most=32)
+    # Each group writes a sum. All take at most an eighth of a half-precision x, or 4 MiB, which stay in the cache.
+    most = max(1, M // max(16, 16 * width), SMALL // max(1, N * width)) if wants_A else PARTS[-1]
+    groups, group_m = splits(tiles, M, chosen.block_m, chosen.slots, most)
     grad_x = empty(like, (*grad.shape[:-1], N) if wants_x else 0)
     partial = empty(grad_h, (groups, N, width) if wants_A else 0, dtype=torch.float32)
     x_rows = flat(x) if x is not None and wants_A else lora_A

@@ -168,7 +168,7 @@ def _sweep(
 ) -> tuple[Tensor, Tensor]:
     (M, K), R = matrix.shape, narrow.shape[0]
     tiles, block_r, width = triton.cdiv(M, chosen.block_m), rank_tile(R, arithmetic.narrow, True), padded(R)
-    parts, split_k = splits(tiles, K, chosen.block_k)
+    parts, split_k = splits(tiles, K, chosen.block_k, chosen.slots)
     result = empty(matrix, (parts, M, width), dtype=torch.float32)
     outer = empty(matrix, 0 if other is None else (tiles, K, width), dtype=torch.float32)
     launch(

@@ -97,7 +97,7 @@ def tuned(
     Args:
         kernel: its name in `configs.TABLE`.
         run: launches the kernel with a configuration, and allocates its results.
-        size: of the problem; the rank is last.
+        size: of the problem: rows, columns and the rank, which is last.
         arithmetic: how to multiply.
         matrix: the largest tensor that the kernel reads.
         flags: further properties of the compiled kernel; False is ignored.
@@ -114,12 +114,12 @@ def choose(
     *flags: str | bool,
 ) -> configs.Config:
     """The configuration that `tuned` would use; same arguments."""
-    tuner = tuning.active()
+    tuner, wanted = tuning.active(), (kernel, arithmetic.operand, size[-1], arithmetic.has_terms, size[1])
     if tuner is None:
-        return configs.config(kernel, arithmetic.operand, size[-1], arithmetic.has_terms)
+        return configs.config(*wanted)
 
     def offer() -> tuple[str, dict[configs.Config, tuning.Run]]:
-        offered = configs.candidates(kernel, arithmetic.operand, size[-1], arithmetic.has_terms)
+        offered = configs.candidates(*wanted)
         return configs.target().kind, {entry: functools.partial(run, entry) for entry in offered}
 
     call = (matrix.get_device(), kernel, tuning.bucket(size), matrix.dtype, *arithmetic, *flags)
@@ -127,7 +127,7 @@ def choose(
         choice = tuner.choose(call, offer, matrix)
     if choice is None:
         may_change()
-    return choice or configs.config(kernel, arithmetic.operand, size[-1], arithmetic.has_terms)
+    return choice or configs.config(*wanted)
 
 
 def flat(tensor: Tensor) -> Tensor:

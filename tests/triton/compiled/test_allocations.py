@@ -55,7 +55,7 @@ def test_sums_of_groups_of_rows_are_small(
     dtype: torch.dtype,
     adapter: torch.dtype,
 ) -> None:
-    """At most an eighth of the half-precision matrix they were summed from."""
+    """At most an eighth of the half-precision matrix they were summed from, or 4 MiB."""
     x, grad = meta(ROWS, d_in, dtype=dtype), meta(ROWS, d_out, dtype=dtype)
     A, B = meta(rank, d_in, dtype=adapter), meta(d_out, rank, dtype=adapter)
     with without_launches(monkeypatch, target), Allocations() as found:
@@ -65,4 +65,4 @@ def test_sums_of_groups_of_rows_are_small(
     others = [made for made in found.made if all(made is not result for result in results)]
     sums = [made for made in others if made.dim() == 3 and made.shape[1] in (d_in, d_out)]
     assert len(sums) == wanted[1] + wanted[2]
-    assert all(made.nbytes <= ROWS * made.shape[1] * 2 / 8 for made in sums)
+    assert all(made.nbytes <= max(ROWS * made.shape[1] * 2 / 8, 2**22) for made in sums)

@@ -91,6 +91,7 @@ def test_candidates_fit(
                 for found in compile_call(target, partial(run, entry)):
                     rows.append(cells(f"{entry} r{rank}", found))
                     wrong += problems(found, exact=operand == SINGLE and kernel == "lora_linear")
+                    assert target != "sm_90" or kernel == "lora_linear" or found.programs >= entry.at_once, found
                     if kernel == "lora_linear" and operand == HALF and entry.block_m > 32:
                         assert NEWEST_UNITS.get(target, "") in found.tensor_core, found
                     if target == "sm_80" and entry.shared <= SHARED_KIB["sm_89"]:
@@ -98,6 +99,26 @@ def test_candidates_fit(
     assert rows or (kernel, target) == ("lora_sweep", "gfx942"), "there is a choice"
     record_property("compiled", rows)
     assert wrong == []
+
+
+TABLES = [
+    (kernel, operand, rank, terms)
+    for kernel in configs.SWEEPS
+    for operand, rank, terms in ((HALF, 16, False), (HALF, 64, False), (SINGLE, 16, True), (SINGLE, 32, True))
+    if kernel != "lora_sweep_both" or rank == 16
+]
+
+
+@pytest.mark.parametrize(("kernel", "operand", "rank", "terms"), TABLES)
+def test_as_many_programs_fit_as_the_table_says(kernel: str, operand: torch.dtype, rank: int, terms: bool) -> None:
+    """Grids follow from it. The table may have one fewer, because a GPU with the same tiles holds fewer."""
+    with collecting("sm_90"):
+        chosen = configs.config(kernel, HALF if terms else operand, rank, terms)
+    found = [
+        fit for run in launches(kernel, operand, rank, terms) for fit in compile_call("sm_90", partial(run, chosen))
+    ]
+    assert [problem for fit in found for problem in problems(fit, exact=False)] == []
+    assert chosen.at_once <= min(fit.programs for fit in found) <= chosen.at_once + 1
 
 
 @pytest.mark.parametrize("target", SHARED_KIB)
