@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from safe_kernels.triton.lib.philox import _keep, _rng_words
-from safe_kernels.triton.lib.skinny_matmul import _load_narrow, _load_parts, joined, reduce, sweep
+from safe_kernels.triton.lib.skinny_matmul import Sum, _load_narrow, _load_parts, joined, joining, reduce, sweep
 from safe_kernels.triton.lib.terms import _factor, _multiply, _multiply_narrow, _no_sums, _total
 from safe_kernels.triton.runtime.configs import PARTS, Config, rank_tile, splits
 from safe_kernels.triton.runtime.host import TYPES, Dropout, Product, adapter_product, flat, tuned
@@ -123,16 +123,16 @@ def adapter_gradients(
     even if no other gradient needs it. Those of lora_A and lora_B need x.
     Dropout's scale is in the gradient of h, which is the smallest.
     """
-    wants_x, wants_A, wants_B = wanted
+    (wants_x, wants_A, wants_B), like = wanted, grad if x is None else x
     grad_h, grad_B = empty(grad, 0), empty(lora_B, 0)
     h = _h(x, lora_A, drop) if x is not None and wants_B else None
     if wants_h or wants_x or wants_A:
-        grad_h, grad_B = _at_the_output(grad, lora_B, scaling, drop.scale, h)
+        narrow = _input_product(like, lora_A, drop)[1].narrow
+        grad_h, grad_B = _at_the_output(grad, lora_B, scaling, drop.scale, h, narrow)
     elif h is not None:
         grad_B = _summed_over_rows(grad, h, lora_B, scaling)
     del h
     if not (wants_x or wants_A):
-        like = grad if x is None else x
         return grad_h, empty(like, 0), empty(lora_A, 0), grad_B
     return grad_h, *at_the_input(grad, x, lora_A, grad_h, drop, wants_x, wants_A), grad_B
 
@@ -142,9 +142,12 @@ def _h(x: Tensor, lora_A: Tensor, drop: Dropout) -> Tensor:
 
 
 def _at_the_output(
-    grad: Tensor, lora_B: Tensor, scaling: float, drop_scale: float, h: Tensor | None
+    grad: Tensor, lora_B: Tensor, scaling: float, drop_scale: float, h: Tensor | None, narrow: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of h before dropout's scale and, where h is given, of lora_B."""
+    """The gradients of h before dropout's scale, in any number of parts, and of lora_B where h is given.
+
+    One launch adds the parts of both, or of h and its gradient. `narrow` is the dtype of the sum of those of h.
+    """
     rank = lora_B.shape[1]
     together = h is not None and in_one_sweep(grad.dtype, lora_B.dtype, rank)
     other, scale = h if together else None, scaling * drop_scale
@@ -152,7 +155,14 @@ def _at_the_output(
     if h is None:
         return grad_h, empty(lora_B, 0)
     if together:
-        return grad_h, reduce(parts, rank, scaling, lora_B.dtype)
+        own = Sum(parts, rank, scaling, lora_B.dtype)
+        if grad_h.shape[0] == 1:
+            return grad_h, reduce(own)[0]
+        grad_B, total = reduce(own, joining(grad_h, narrow))
+        return total[None], grad_B
+    if h.shape[0] > 1 and grad_h.shape[0] > 1:
+        factor = adapter_product("lora_input", grad.dtype, lora_B.dtype, rank).narrow
+        h, grad_h = (total[None] for total in reduce(joining(h, factor), joining(grad_h, narrow)))
     return grad_h, _summed_over_rows(grad, h, lora_B, scaling)
 
 
@@ -173,7 +183,7 @@ def _summed_over_rows(grad: Tensor, h: Tensor, lora_B: Tensor, scaling: float) -
     h, drop = joined(h, arithmetic.narrow), NOTHING_DROPPED
     run = partial(_input_gradients, grad, grad, lora_B.t(), h, drop, False, True, arithmetic)
     _, parts = tuned("lora_input", run, (h.shape[0], N, R), arithmetic, grad, "A")
-    return reduce(parts, R, scaling, lora_B.dtype)
+    return reduce(Sum(parts, R, scaling, lora_B.dtype))[0]
 
 
 def at_the_input(
@@ -181,14 +191,18 @@ def at_the_input(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of x and lora_A from grad_h [parts, M, padded R], that of (mask x) A'. An unwanted one is empty."""
     (R, N), like = lora_A.shape, grad if x is None else x
-    # With dropout a thread has more to compute, so there is a table for it.
-    name = "lora_input" if drop.rng_state is None else "lora_input_dropped"
-    arithmetic = adapter_product(name, like.dtype, lora_A.dtype, R)
+    name, arithmetic = _input_product(like, lora_A, drop)
     grad_h = joined(grad_h, arithmetic.narrow)
     run = partial(_input_gradients, grad, x, lora_A, grad_h, drop, wants_x, wants_A, arithmetic)
     flags = (wants_x and "x", wants_A and "A")
     grad_x, parts = tuned(name, run, (grad_h.shape[0], N, R), arithmetic, like, *flags)
-    return grad_x, reduce(parts, R, 1.0, lora_A.dtype, transpose=True) if wants_A else empty(lora_A, 0)
+    return grad_x, reduce(Sum(parts, R, 1.0, lora_A.dtype, transpose=True))[0] if wants_A else empty(lora_A, 0)
+
+
+def _input_product(like: Tensor, lora_A: Tensor, drop: Dropout) -> tuple[str, Product]:
+    """The kernel's name and arithmetic. With dropout a thread has more to compute, so there is a table for it."""
+    name = "lora_input" if drop.rng_state is None else "lora_input_dropped"
+    return name, adapter_product(name, like.dtype, lora_A.dtype, lora_A.shape[0])
 
 
 def _input_gradients(

@@ -13,6 +13,7 @@ columns, zero after the rank: its rows are aligned for wide loads and need no ma
 from __future__ import annotations
 
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -113,9 +114,9 @@ def _lora_sweep_kernel(
 
 
 @triton.jit
-def _reduce_kernel(
-    parts,  # [count, N, width]
-    out,  # [N, R]
+def _add_parts(
+    parts,
+    out,
     count,
     N,
     R,
@@ -123,19 +124,65 @@ def _reduce_kernel(
     stride_out_n,
     stride_out_r,
     scale,
+    tile,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    """A tile of the sum of parts [count, N, width], in a fixed order; out is [N, R]."""
+    offs_n = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
     mask_n = (offs_n < N)[:, None]
     mask = mask_n & (offs_r < width)[None, :]
     at = offs_n.to(tl.int64)[:, None] * width + offs_r[None, :]
     acc = tl.zeros([BLOCK_N, BLOCK_R], tl.float32)
-    for part in range(count):
+    for part in tl.range(0, count, loop_unroll_factor=4):  # several loads in flight
         acc += tl.load(parts + tl.cast(part, tl.int64) * N * width + at, mask=mask, other=0.0)
     to = out + offs_n.to(tl.int64)[:, None] * stride_out_n + offs_r.to(tl.int64)[None, :] * stride_out_r
     tl.store(to, (acc * scale).to(out.dtype.element_ty), mask=mask_n & (offs_r < R)[None, :])
+
+
+@triton.jit
+def _reduce_kernel(
+    parts,  # [count, N, width]
+    out,  # [N, R]
+    count,
+    N,
+    R,
+    stride_out_n,
+    stride_out_r,
+    scale,
+    other_parts,  # of a second sum, or None
+    other_out,
+    other_count,
+    other_N,
+    other_R,
+    stride_other_n,
+    stride_other_r,
+    other_scale,
+    width,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """One sum of parts, or two of the same width: the programs after those of the first make the second."""
+    tile = tl.program_id(0)
+    tiles = tl.cdiv(N, BLOCK_N)
+    if tile < tiles:
+        _add_parts(parts, out, count, N, R, width, stride_out_n, stride_out_r, scale, tile, BLOCK_N, BLOCK_R)
+    elif other_parts is not None:
+        _add_parts(
+            other_parts,
+            other_out,
+            other_count,
+            other_N,
+            other_R,
+            width,
+            stride_other_n,
+            stride_other_r,
+            other_scale,
+            tile - tiles,
+            BLOCK_N,
+            BLOCK_R,
+        )
 
 
 def sweep(
@@ -210,31 +257,49 @@ def padded(rank: int) -> int:
     return triton.cdiv(rank, 16) * 16
 
 
-def joined(parts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The sum [M, padded R] of a product's parts, for a kernel that reads it once for every tile of columns."""
-    return parts[0] if parts.shape[0] == 1 else reduce(parts, parts.shape[2], 1.0, dtype)
+class Sum(NamedTuple):
+    """A sum of parts [count, N, width] in a fixed order: scale times its first `rank` columns."""
+
+    parts: Tensor
+    rank: int
+    scale: float
+    dtype: torch.dtype
+    transpose: bool = False  # whether the result is [rank, N], not [N, rank]
 
 
-def reduce(parts: Tensor, rank: int, scale: float, dtype: torch.dtype, transpose: bool = False) -> Tensor:
-    """Adds parts [count, N, at least R] in a fixed order; the result is [N, R], or [R, N] if `transpose`."""
-    count, N, width = parts.shape
-    out = empty(parts, (rank, N) if transpose else (N, rank), dtype=dtype)
-    chosen, block_r = config("reduce", dtype), rank_tile(rank, torch.float32)
-    stride_n, stride_r = reversed(out.stride()) if transpose else out.stride()
+def reduce(first: Sum, second: Sum | None = None) -> tuple[Tensor, ...]:
+    """One or two sums of parts of the same width, by one launch."""
+    sums = [first] if second is None else [first, second]
+    outs = [
+        empty(each.parts, (each.rank, each.parts.shape[1])[:: 1 if each.transpose else -1], dtype=each.dtype)
+        for each in sums
+    ]
+    chosen, rank = config("reduce", first.dtype), max(each.rank for each in sums)
+    block_r = rank_tile(rank, torch.float32)
     launch(
         _reduce_kernel,
-        (triton.cdiv(N, chosen.block_n), triton.cdiv(rank, block_r)),
-        parts,
-        out,
-        count,
-        N,
-        rank,
-        width,
-        stride_n,
-        stride_r,
-        scale,
+        (sum(triton.cdiv(each.parts.shape[1], chosen.block_n) for each in sums), triton.cdiv(rank, block_r)),
+        *_operands(first, outs[0]),
+        *((None, None, 0, 0, 0, 0, 0, 0.0) if second is None else _operands(second, outs[1])),
+        first.parts.shape[2],
         BLOCK_N=chosen.block_n,
         BLOCK_R=block_r,
         **chosen.options,
     )
-    return out
+    return tuple(outs)
+
+
+def _operands(each: Sum, out: Tensor) -> tuple[Tensor, Tensor, int, int, int, int, int, float]:
+    count, N, _ = each.parts.shape
+    stride_n, stride_r = out.stride()[:: -1 if each.transpose else 1]
+    return each.parts, out, count, N, each.rank, stride_n, stride_r, each.scale
+
+
+def joining(parts: Tensor, dtype: torch.dtype) -> Sum:
+    """The sum of a product's parts, for a kernel that reads it once for every tile of columns."""
+    return Sum(parts, parts.shape[2], 1.0, dtype)
+
+
+def joined(parts: Tensor, dtype: torch.dtype) -> Tensor:
+    """`joining` [M, padded R], where there is anything to add."""
+    return parts[0] if parts.shape[0] == 1 else reduce(joining(parts, dtype))[0]

@@ -62,11 +62,12 @@ SUBSETS = [names for count in range(len(NAMES) + 1) for names in combinations(NA
 def backward_of(names: tuple[str, ...], form: str) -> list[str]:
     """What is launched: PyTorch's own products make the gradients of weight and bias."""
     wants_x, wants_A, wants_B = (name in names for name in ("x", "A", "B"))
-    together = wants_x or wants_A  # one pass over grad makes the gradients of h and B
+    together = wants_x or wants_A  # one pass over grad makes the gradients of h and B, and one launch adds their parts
     sweeps = [SWEEP] * (together + wants_B) + (FACTOR[2:] if together else FACTOR) * wants_B
+    factor = FACTOR[wants_B:]
     if form == "kernel":
-        return sweeps + FACTOR * wants_A + [FUSED] * wants_x
-    at_x = [FACTOR[0], INPUT] * (wants_x or wants_A) + [FACTOR[2]] * wants_A  # one pass makes both
+        return sweeps + factor * wants_A + [FUSED] * wants_x
+    at_x = factor[:-1] * (wants_x or wants_A) + [FACTOR[2]] * wants_A  # one pass makes both
     return sweeps + at_x
 
 
