@@ -7,10 +7,12 @@
 #include <torch/csrc/utils/pybind.h>
 #include <torch/library.h>
 
+#include <list>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 
 #include "launch_replay/launch_record.h"
@@ -91,31 +93,37 @@ std::optional<Signature> signature_of(c10::ArrayRef<c10::IValue> arguments) {
   return found;
 }
 
-// No training has more kinds of calls; dropped records are recorded again.
+// Batches of many lengths may have more kinds of calls; then those that were not made for the longest time are dropped.
 constexpr size_t kMaxRecords = 4096;
 
 // Records of one op by signature. Null: a call that cannot have a record, since it does more than allocate and launch.
 class Records {
  public:
-  bool find(const std::string& key, std::shared_ptr<const LaunchRecord>& record) const {
+  bool find(const std::string& key, std::shared_ptr<const LaunchRecord>& record) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    const auto found = records_.find(key);
-    if (found == records_.end()) return false;
-    record = found->second;
+    const auto found = by_key_.find(key);
+    if (found == by_key_.end()) return false;
+    by_use_.splice(by_use_.begin(), by_use_, found->second);
+    record = found->second->record;
     return true;
   }
 
   // Does nothing if records were dropped since the call began: this one may depend on the state before.
   void add(std::string key, std::shared_ptr<const LaunchRecord> record, size_t age) {
     const std::lock_guard<std::mutex> lock(mutex_);
-    if (age != age_) return;
-    if (records_.size() >= kMaxRecords) records_.clear();
-    records_[std::move(key)] = std::move(record);
+    if (age != age_ || by_key_.count(key) != 0) return;  // another thread may have been faster
+    if (by_use_.size() >= kMaxRecords) {
+      by_key_.erase(by_use_.back().key);
+      by_use_.pop_back();
+    }
+    by_use_.push_front({std::move(key), std::move(record)});
+    by_key_.emplace(by_use_.front().key, by_use_.begin());
   }
 
   void forget() {
     const std::lock_guard<std::mutex> lock(mutex_);
-    records_.clear();
+    by_key_.clear();
+    by_use_.clear();
     ++age_;
   }
 
@@ -127,13 +135,19 @@ class Records {
 
   size_t count() const {
     const std::lock_guard<std::mutex> lock(mutex_);
-    return records_.size();
+    return by_use_.size();
   }
 
  private:
+  struct Entry {
+    std::string key;
+    std::shared_ptr<const LaunchRecord> record;
+  };
+
   mutable std::mutex mutex_;
   size_t age_ = 0;
-  std::unordered_map<std::string, std::shared_ptr<const LaunchRecord>> records_;
+  std::list<Entry> by_use_;                                                  // the last used first
+  std::unordered_map<std::string_view, std::list<Entry>::iterator> by_key_;  // the keys are those of the entries
 };
 
 // By op. Never destroyed: the dispatcher may call an op until the process ends.

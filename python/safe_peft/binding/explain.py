@@ -186,8 +186,16 @@ def _explain_parts(model: nn.Module) -> Iterator[PartPath]:
 
 
 def _notes(model: nn.Module) -> Iterator[str]:
-    """Yield a note if a training forward keeps the cache of keys and values, which only generation needs."""
+    """Yield a note per reason why calls on a GPU run in Python, and one if training keeps keys and values.
+
+    Only generation needs the cache of keys and values.
+    """
+    from safe_kernels.triton.runtime.launch_replay import OBSTACLES
+
     from .blocks import transformer_blocks
+
+    for obstacle, count in OBSTACLES.items():
+        yield f"{count} kinds of calls on a GPU run in Python, with ten times the processor time: {obstacle}"
 
     blocks, seen = transformer_blocks(model).values(), set()
     idle = {id(block) for block in blocks if not getattr(block, "gradient_checkpointing", False)}

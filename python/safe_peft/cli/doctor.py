@@ -144,6 +144,27 @@ def _triton() -> Iterator[Check]:
             yield Check("autotune", str(error), "set SAFE_KERNELS_CACHE to a folder")
         else:
             yield Check("autotune", ", ".join(choices) or "nothing measured; tiles come from a table")
+        yield from _replay()
+
+
+def _replay() -> Iterator[Check]:
+    """Call an op on each NVIDIA GPU, and check that C++ can repeat its launches."""
+    import torch
+
+    from safe_kernels import _C
+    from safe_kernels.triton.runtime.launch_replay import OBSTACLES, SWITCH
+
+    if os.environ.get(SWITCH) == "0":
+        yield Check("launch replay", f"switched off by {SWITCH}=0")
+    elif torch.cuda.device_count() and not torch.version.hip and sys.platform == "linux":
+        try:
+            torch.ops.safe_kernels.dropout(torch.ones(16, device="cuda"), 0.5, torch.ones(2, device="cuda").long())
+        except Exception as error:
+            yield Check("launch replay", f"a kernel fails: {error}", "run the failing op alone with TRITON_DEBUG=1")
+            return
+        found = "; ".join(OBSTACLES)
+        fix = "pip install the triton that this torch asks for, and unset TRITON_STORE_BINARY_ONLY"
+        yield Check("launch replay", found or f"{_C.record_counts()['dropout']} calls recorded", fix if found else "")
 
 
 def main() -> int:

@@ -15,6 +15,8 @@ import ctypes
 import os
 import re
 import threading
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -40,6 +42,14 @@ Product = tuple[View, View, View]
 
 class Unrecordable(Exception):
     """A record cannot represent this call."""
+
+
+class Unreadable(Unrecordable):
+    """The compiled kernel is not as Triton's versions for supported PyTorch compile it: no call can have a record."""
+
+
+OBSTACLES: Counter[str] = Counter()
+"""Why calls that could have a record have none, and how many kinds of calls."""
 
 
 class Allocation(NamedTuple):
@@ -69,6 +79,7 @@ class Recorder:
         self.steps: list[Launch | Product] = []
         self.is_complete = True
         self.holds = True
+        self.obstacle = ""
 
     def allocated(self, tensor: Tensor) -> None:
         """Records an allocation."""
@@ -99,8 +110,12 @@ class Recorder:
         """The kernel has already run; a failure to record it (as with a newer Triton) must not fail the call."""
         try:
             yield
-        except Exception:
+        except Exception as error:
             self.is_complete = False
+            if not isinstance(error, Unrecordable):
+                self.obstacle = f"{type(error).__name__}: {error}"
+            elif isinstance(error, Unreadable):
+                self.obstacle = str(error)
 
     def record(self, result: Tensor | tuple[Tensor, ...]) -> _C.LaunchRecord | None:
         """The call's launch record, or None."""
@@ -109,6 +124,8 @@ class Recorder:
             results = [self._result(tensor) for tensor in (result if isinstance(result, tuple) else (result,))]
             if self.is_complete and len({tensor.device for tensor in self.inputs}) == 1:
                 record = _C.LaunchRecord(list(self._lives(results)), self.steps, results)
+        if self.obstacle:
+            _tell(self.obstacle)
         return record
 
     def _lives(self, results: list[int]) -> Iterator[tuple[list[int], torch.dtype, int, int]]:
@@ -129,9 +146,11 @@ class Recorder:
         kinds = [(name, kind) for name, kind in types.items() if kind != "constexpr"]
         arguments = [self._argument(kind, given[name]) for name, kind in kinds]
         # Triton appends two addresses of scratch memory, which no kernel here uses.
-        expected, found = [BYTES.get(kind, 8) for _, kind in kinds], parameter_bytes(compiled.asm.get("ptx", ""))
+        if "ptx" not in compiled.asm:
+            raise Unreadable("Triton kept no PTX code (TRITON_STORE_BINARY_ONLY=1 leaves it out)")
+        expected, found = [BYTES.get(kind, 8) for _, kind in kinds], parameter_bytes(compiled.asm["ptx"])
         if found != [*expected, 8, 8]:
-            raise Unrecordable("the kernel's parameters differ from its signature")
+            raise Unreadable("the parameters of Triton's kernel differ from its signature")
         x, y, z = (*grid, 1, 1)[:3]
         threads = metadata.num_warps * metadata.target.warp_size
         function = int(compiled.function)
@@ -142,7 +161,7 @@ class Recorder:
         if kind.startswith("*"):
             return self._address(value)
         if kind not in BYTES:
-            raise Unrecordable(f"a parameter of type {kind}")
+            raise Unreadable(f"a kernel has a parameter of type {kind}")
         if kind == "fp32":
             return -1, int.from_bytes(bytes(ctypes.c_float(value)), "little")  # as C casts: too large becomes infinite
         return -1, int(value) % 2 ** (8 * BYTES[kind])
@@ -190,8 +209,10 @@ def _tensors_of(step: Launch | Product) -> Iterator[int]:
 def _require_plain(metadata: Any) -> None:
     """Refuses a launch that needs more than a number of programs, threads and bytes."""
     special = ("launch_cooperative_grid", "launch_pdl", "global_scratch_size", "profile_scratch_size")
-    if metadata.target.backend != "cuda" or metadata.num_ctas != 1 or any(getattr(metadata, s, 0) for s in special):
-        raise Unrecordable("a launch of a special kind")
+    if metadata.target.backend != "cuda":
+        raise Unrecordable("a GPU of another vendor")
+    if metadata.num_ctas != 1 or any(getattr(metadata, s, 0) for s in special):
+        raise Unreadable("Triton compiled a kernel for a special kind of launch")
 
 
 def _is_watched() -> bool:
@@ -200,6 +221,19 @@ def _is_watched() -> bool:
 
     hooks = (knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook)
     return any(bool(getattr(hook, "calls", hook)) for hook in hooks)
+
+
+def _tell(obstacle: str) -> None:
+    """Counts an obstacle; warns of the first one, because such calls are slow and right."""
+    OBSTACLES[obstacle] += 1
+    if OBSTACLES.total() == 1:
+        fix = "Install the Triton that this PyTorch asks for, and unset TRITON_STORE_BINARY_ONLY"
+        warnings.warn(
+            f"safe_kernels cannot record the launches of a call on a GPU: {obstacle}. Every such call runs in Python, "
+            f"which takes about ten times the processor time. {fix}; or set {SWITCH}=0 to accept it.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
 
 
 def parameter_bytes(ptx: str) -> list[int]:

@@ -16,6 +16,7 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
+from safe_kernels.triton.runtime import launch_replay
 from safe_peft import AdapterFreezer, SafeConfig, bind, explain
 
 
@@ -89,6 +90,12 @@ def test_an_encoder_has_no_cache() -> None:
     model = bert()
     model.config.use_cache = True
     assert not explain(model).notes
+
+
+def test_calls_that_need_python_are_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(launch_replay.OBSTACLES, "no PTX", 3)
+    (note,) = explain(bert()).notes
+    assert note == "3 kinds of calls on a GPU run in Python, with ten times the processor time: no PTX"
 
 
 def test_kinds_without_a_kernel_are_named() -> None:

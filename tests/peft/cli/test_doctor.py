@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import safe_kernels._C
+from safe_kernels.triton.runtime import launch_replay
 from safe_peft.cli import doctor
 from safe_peft.cli.doctor import BUILD, Check
 
@@ -121,6 +122,26 @@ def test_tuning_is_counted_where_it_is_kept(broken: object, monkeypatch: pytest.
     assert named("autotune").found == "1 choices for cuda-80-108, 2 choices for cuda-90-132"
     monkeypatch.setenv("SAFE_KERNELS_CACHE", str(tmp_path / "autotune-cuda-90-132.json"))
     assert "SAFE_KERNELS_CACHE" in named("autotune").fix, "no folder"
+
+
+def test_the_replay_of_launches_is_tried_on_a_gpu(
+    broken: object, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("SAFE_KERNELS_REPLAY", "0")
+    assert named("launch replay") == Check("launch replay", "switched off by SAFE_KERNELS_REPLAY=0")
+    monkeypatch.delenv("SAFE_KERNELS_REPLAY")
+    assert "launch replay" not in {check.name for check in doctor.diagnose()}, "there is no GPU"
+    request.getfixturevalue("gpu")
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert named("launch replay").found.startswith("a kernel fails: "), "there is none in this machine"
+    ones = torch.ones
+    monkeypatch.setattr(torch, "ones", lambda size, device: ones(size))
+    assert named("launch replay") == Check("launch replay", "0 calls recorded")
+    monkeypatch.setitem(launch_replay.OBSTACLES, "no PTX", 1)
+    check = named("launch replay")
+    assert check.found == "no PTX" and "TRITON_STORE_BINARY_ONLY" in check.fix and not check.fatal
 
 
 def test_without_triton_the_reference_serves_gpus(tmp_path: Path) -> None:

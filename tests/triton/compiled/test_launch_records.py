@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -32,6 +34,8 @@ import safe_kernels
 from safe_kernels import _C, reference
 from safe_kernels.triton.runtime import launch_replay
 from safe_peft.planning.live_bytes import LiveBytes
+
+CANNOT = "safe_kernels cannot record the launches of a call on a GPU"
 
 
 @pytest.fixture(autouse=True)
@@ -233,7 +237,9 @@ def test_a_watched_launch_has_no_record(driver: Stub) -> None:
 
 
 @pytest.mark.parametrize("lost", ["ptx", "metadata", "function"])
-def test_notes_that_cannot_be_taken_fail_no_call(lost: str, driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_launches_that_cannot_be_recorded_fail_no_call_and_are_told_once(
+    lost: str, driver: Stub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Kernels may be stored without their PTX, and a newer Triton may tell other things of them."""
 
     def note(self: Any, kernel: Any, compiled: Any, *args: Any) -> None:
@@ -244,11 +250,38 @@ def test_notes_that_cannot_be_taken_fail_no_call(lost: str, driver: Stub, monkey
 
     launched = launch_replay.Recorder.launched
     monkeypatch.setattr(launch_replay.Recorder, "launched", note)
+    monkeypatch.setattr(launch_replay, "OBSTACLES", found := Counter())
     arguments = CASES["dropout"][1]()
-    for _ in range(2):
-        _, watch = driver.watched(lambda: driver.dispatched("dropout", *arguments))
-        assert len(watch.launches) == 1
-    assert launch_replay.recorded(lambda *args: driver.hosted("dropout", *args))(*arguments)[1:] == (None, True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            _, watch = driver.watched(lambda: driver.dispatched("dropout", *arguments))
+            assert len(watch.launches) == 1
+        assert launch_replay.recorded(lambda *args: driver.hosted("dropout", *args))(*arguments)[1:] == (None, True)
+    assert [str(warning.message).split(":")[0] for warning in told] == [CANNOT]
+    assert list(found.values()) == [2] and (lost == "ptx") == ("TRITON_STORE_BINARY_ONLY" in next(iter(found)))
+
+
+def test_a_call_that_no_record_can_represent_is_no_obstacle(driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_replay, "OBSTACLES", found := Counter())
+    driver.dispatched("dropout", normal(N, D_IN), 0.1, torch.zeros(4, dtype=torch.int64)[::2])
+    assert not found
+
+
+def test_the_kinds_not_made_for_the_longest_time_go_first(driver: Stub, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded: list[int] = []
+    monkeypatch.setattr(launch_replay.Recorder, "record", lambda self, result: recorded.append(result.numel()))
+    monkeypatch.setattr(safe_kernels.triton, "host_function", lambda op: lambda x, *rest: x)
+
+    def call(*sizes: int) -> None:
+        for size in sizes:
+            driver.dispatched("dropout", torch.empty(size), 0.1, None)
+
+    call(*range(1, 4097), 1, *range(4097, 4101))
+    assert _C.record_counts()["dropout"] == 4096
+    recorded.clear()
+    call(1, 4100, 6, 5)
+    assert recorded == [5]
 
 
 def test_a_number_too_large_for_a_kernel_is_infinite(driver: Stub) -> None:
