@@ -5,8 +5,8 @@ applies the adapter could share its tiles, but then all its programs would need 
 blocks would have to begin at its tiles. The fused form (lora_linear) could not share them: it scores the stored output,
 with the roles swapped.
 
-Features are centred before they are multiplied. K and E are separate float32 sums of products, so that an adapter
-aligned with its layer keeps its precision. The sums a, b, c are float64.
+K and E are separate float32 sums of products, so that an adapter aligned with its layer keeps its precision. They are
+centred in float32. The sums a, b, c are float64.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from safe_kernels.triton.lib.cka_kernels import (
     _block_total_kernel,
 )
 from safe_kernels.triton.runtime.configs import Config, config, float32_precision, rank_tile, splits
+from safe_kernels.triton.runtime.host import TYPES, Product, adapter_product
 from safe_kernels.triton.runtime.launch_replay import empty, launch
 
 MOST_BLOCKS = 65535
@@ -67,9 +68,10 @@ def block_sums(
         scale=-scaling if swapped else scaling,
         precision="ieee" if exact else float32_precision("tf32x3"),
     )
-    chosen = config("block_parts", base.dtype, lora_B.shape[1])
+    arithmetic = adapter_product("block_parts", base.dtype, lora_B.dtype, lora_B.shape[1])
+    chosen = config("block_parts", arithmetic.operand, lora_B.shape[1], arithmetic.has_terms)
     at_once = blocks.block_rows <= chosen.block_m and blocks.count <= MOST_AT_ONCE
-    made = _at_once(base, h, lora_B, blocks, chosen) if at_once else _by_tiles(base, h, lora_B, blocks)
+    made = _at_once(base, h, lora_B, blocks, arithmetic, chosen) if at_once else _by_tiles(base, h, lora_B, blocks)
     return _total(_sums(*made, blocks, swapped))
 
 
@@ -93,7 +95,7 @@ Parts = tuple[Tensor, Tensor, Tensor]
 """K in parts [n, splits, L, L], V in parts [n, splits, L, width], and H [n, L, width]; L is at least `block_rows`."""
 
 
-def _at_once(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks, chosen: Config) -> Parts:
+def _at_once(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks, arithmetic: Product, chosen: Config) -> Parts:
     """Each block fits in one program."""
     (M, N), R, width = base.shape, lora_B.shape[1], h.shape[2]
     parts, split_n = splits(blocks.count, N, chosen.block_n, chosen.slots, most=16)
@@ -123,6 +125,8 @@ def _at_once(base: Tensor, h: Tensor, lora_B: Tensor, blocks: Blocks, chosen: Co
         SPLITS=h.shape[0],
         BLOCK_R=rank_tile(width, torch.float32),
         PRECISION=blocks.precision,
+        OPERAND=TYPES[arithmetic.operand],
+        ADAPTER=arithmetic.precision,
         **chosen.constants,
     )
     return grams, products, centred

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from safe_kernels.triton.lib.skinny_matmul import _load_parts
+from safe_kernels.triton.lib.terms import _factor, _multiply, _no_sums, _total
 
 
 @triton.jit
@@ -45,8 +46,14 @@ def _block_parts_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
+    ADAPTER: tl.constexpr,  # `precision` of products with lora_B
 ):
-    """A whole block and one part of the columns: one read gives all that four kernels compute for larger blocks."""
+    """A whole block and one part of the columns: one read gives all that four kernels compute for larger blocks.
+
+    The features are multiplied as they are, and the products are centred: a mean of 0 for rows of K and V is all that
+    centred features change. The adapter's part D = H B' of V = (X + D / 2) B is H (B' B) / 2.
+    """
     block, part = tl.program_id(0), tl.program_id(1)
     offs_m, mask_m = _block_rows(starts, weight, block, 0, M, block_rows, BLOCK_M)
     count = tl.maximum(tl.sum(mask_m.to(tl.float32), axis=0), 1.0)
@@ -57,20 +64,26 @@ def _block_parts_kernel(
     if part == 0:
         tl.store(centred + tl.cast(block, tl.int64) * BLOCK_M * width + narrow, H, mask=(offs_r < width)[None, :])
     K = tl.zeros([BLOCK_M, BLOCK_M], tl.float32)
-    V = tl.zeros([BLOCK_M, BLOCK_R], tl.float32)
+    G = tl.zeros([BLOCK_R, BLOCK_R], tl.float32)
+    sums = _no_sums(BLOCK_M, BLOCK_R, ADAPTER)
     end = tl.minimum(part * split_n + split_n, N)
     for start_n in range(part * split_n, end, BLOCK_N):
         offs_n = start_n + tl.arange(0, BLOCK_N)
         offs_n64, mask_n = offs_n.to(tl.int64), offs_n < end
         mask = mask_m[:, None] & mask_n[None, :]
         X = tl.load(base + offs_m[:, None] * stride_base_m + offs_n64[None, :] * stride_base_n, mask=mask, other=0.0)
-        X = X.to(tl.float32)
-        X = tl.where(mask, X - (tl.sum(X, axis=0) / count)[None, :], 0.0)
         at = lora_B + offs_n64[:, None] * stride_b_n + offs_r.to(tl.int64)[None, :] * stride_b_r
-        B = tl.load(at, mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0).to(tl.float32)
-        D = tl.dot(H, tl.trans(B), input_precision=PRECISION)
-        V = tl.dot(X + 0.5 * D, B, V, input_precision=PRECISION)
+        B = tl.load(at, mask=mask_n[:, None] & (offs_r < R)[None, :], other=0.0)
         K = tl.dot(X, tl.trans(X), K, input_precision=PRECISION)
+        sums = _multiply(X.to(OPERAND), _factor(B, OPERAND, ADAPTER), sums, ADAPTER)
+        G = tl.dot(tl.trans(B), B, G, input_precision=PRECISION)
+    # Rows that do not count are zero, and stay so.
+    K -= (tl.sum(K, axis=1) / count)[:, None]
+    K -= (tl.sum(K, axis=0) / count)[None, :]
+    K = tl.where(mask_m[:, None] & mask_m[None, :], K, 0.0)
+    V = _total(sums, ADAPTER)
+    V = tl.where(mask_m[:, None], V - (tl.sum(V, axis=0) / count)[None, :], 0.0)
+    V = tl.dot(0.5 * H, G, V, input_precision=PRECISION)
     to = tl.cast(block, tl.int64) * tl.num_programs(1) + part
     tl.store(grams + to * BLOCK_M * BLOCK_M + i[:, None] * BLOCK_M + i[None, :], K)
     tl.store(products + to * BLOCK_M * width + narrow, V, mask=(offs_r < width)[None, :])

@@ -133,7 +133,11 @@ TABLE: dict[str, tuple[Config, ...]] = {
     "lora_linear": (NO_TILES,),  # the vendor's library multiplies
     "reduce": (Config(16, 64, stages=1),),
     # A whole block needs the registers of sm_90, or sm_100's tensor memory. On other GPUs four kernels work by tiles.
-    "block_parts": (Config(128, 16, warps=8, stages=1, at_once=1, shared=200, half=True, rank=16), NO_TILES),
+    "block_parts": (
+        Config(128, 32, warps=8, at_once=1, shared=200, terms=True, rank=16),
+        Config(128, 64, warps=8, at_once=1, shared=200, half=True, rank=16),
+        NO_TILES,
+    ),
     # All kernels that score by tiles use these tiles, since they share results. Loads in flight would spill registers.
     "block_tiles": (Config(32, 32, stages=1),),
 }

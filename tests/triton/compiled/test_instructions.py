@@ -9,6 +9,7 @@ import torch
 from compiling import collecting, hottest_loop, meta
 
 from safe_kernels import triton
+from safe_kernels.triton.lib import cka
 from safe_kernels.triton.runtime import configs
 
 ROWS, WIDTH, RANK = 8192, 4096, 16
@@ -60,3 +61,15 @@ def test_the_large_matrix_stays_as_it_is(name: str, compiled: dict[str, Any]) ->
     """Every product is one of bfloat16 factors."""
     dots = [line for line in compiled[name].asm["ttir"].splitlines() if "tt.dot " in line]
     assert dots and all("f32> *" not in line and line.count("xbf16>") == 2 for line in dots)
+
+
+@pytest.mark.parametrize(("adapter", "most"), [(torch.bfloat16, 16), (torch.float32, 95)])
+def test_instructions_per_column_of_a_scored_block(adapter: torch.dtype, most: float) -> None:
+    """Warp instructions; 317 when centred rows were multiplied in tf32."""
+    h, starts = meta(2, ROWS, RANK, dtype=torch.float32), meta(4, dtype=torch.int64)
+    with collecting("sm_90") as kernels:
+        cka.block_sums(meta(ROWS, WIDTH), h, meta(WIDTH, RANK, dtype=adapter), 2.0, starts, 128, None)
+        chosen = configs.config("block_parts", torch.bfloat16, RANK, terms=adapter == torch.float32)
+    found = hottest_loop(kernels[0]) * chosen.warps / chosen.block_n
+    print(f"{found:.0f} warp instructions per column")
+    assert kernels[0].metadata.name == "_block_parts_kernel" and found <= most
