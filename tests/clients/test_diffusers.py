@@ -1,4 +1,4 @@
-"""diffusers: a UNet with LoRA on its attention."""
+"""diffusers: a UNet with LoRA on its attention, and on its convolutions too."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from side_by_side import Compared, side_by_side
 from tiny_texts import lora
+
+ATTENTION, CONVOLUTIONS = ["to_q", "to_k", "to_v", "to_out.0"], ["conv1", "conv2", "conv_shortcut"]
 
 
 def names(folder: Path) -> dict[str, Any]:
@@ -37,11 +39,19 @@ def names(folder: Path) -> dict[str, Any]:
         )
         for _ in range(12)
     ]
-    return {"unet": unet, "loader": loader, "lora": lora(target_modules=["to_q", "to_k", "to_v", "to_out.0"])}
+    return {"unet": unet, "loader": loader, "lora": lora(target_modules=ATTENTION)}
 
 
 def test_the_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: list[Compared]) -> None:
     line, _ = side_by_side("diffusers UNet", "diffusers", names, tmp_path, monkeypatch)
+    table.append(line)
+
+
+def test_with_convolutions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: list[Compared]) -> None:
+    def convolved(folder: Path) -> dict[str, Any]:
+        return names(folder) | {"lora": lora(target_modules=[*ATTENTION, *CONVOLUTIONS])}
+
+    line, _ = side_by_side("diffusers UNet, convolutions too", "diffusers", convolved, tmp_path, monkeypatch)
     table.append(line)
 
 

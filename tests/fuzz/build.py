@@ -21,6 +21,7 @@ DTYPES = {"fp32": torch.float32, "fp64": torch.float64, "bf16": torch.bfloat16, 
 AFTER = ("lm_head", "pooler.dense", "classifier.dense", "pre_classifier", "embed_out", "proj_out")
 HEADS = ("lm_head", "classifier", "embed_out", "proj_out")
 CONVS = (nn.Conv1d, nn.Conv2d)
+EXPERTS = ("experts.gate_up_proj", "experts.down_proj")
 PREFIX = 6
 ADAPTER = re.compile(r"\.(?:lora|bottleneck)_")
 
@@ -69,6 +70,9 @@ def _lora(case: Case, base: nn.Module, r: int = 4) -> LoraConfig:
     if case.adapter == "head":
         ends = {name.rsplit(".", 1)[-1] for name, _ in base.named_modules()}
         options["modules_to_save"] = [name for name in HEADS if name in ends] or None
+    experts = [name for name in EXPERTS if any(path.endswith(name) for path, _ in base.named_parameters())]
+    if case.targets == "experts too" and case.adapter in ("lora", "rslora", "head"):  # PEFT has no others there
+        options["target_parameters"] = experts or None
     options |= {
         "dora": {"use_dora": True},
         "rslora": {"use_rslora": True},

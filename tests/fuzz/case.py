@@ -22,7 +22,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "recompute": (False, True),
     "compiled": (False, True),
     "trains": ("all", "top", "bottom", "alternate", "random", "one", "lora_B", "lora_A", "norms", "embeddings"),
-    "targets": ("all", "attention", "mlp", "odd", "head too", "convolutions too"),
+    "targets": ("all", "attention", "mlp", "odd", "head too", "convolutions too", "experts too"),
     "parts": ("all", "none", "norms", "mlps", "attention", "dropouts"),
     "adapter": ("lora", "dora", "rslora", "dropout", "bias", "head", "two", *BOTTLENECKS),
     "dropout": (0.0, 0.3),
@@ -70,7 +70,7 @@ class Case:
         input_grads: whether `enable_input_require_grads` was called.
         trains: which parameters train, by the depth of their block.
         targets: which layers have an adapter; "odd" are some of the attention's and some of the MLP's,
-            "head too" adds layers after the blocks, "convolutions too" adds those of a model that has any.
+            "head too" adds layers after the blocks, "convolutions too" and "experts too" add those that the model has.
         parts: what `bind` is asked to serve in addition to the adapters.
         dropout: of the model itself; "dropout" as `adapter` is LoRA's own.
         hook: what a hook does at the module `spot` of a low or `high` block.

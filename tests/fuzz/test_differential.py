@@ -34,6 +34,8 @@ FOUND = [
     Case(family="t5", precision="autocast", trains="alternate", asks="attentions"),
     Case(family="whisper", targets="convolutions too", precision="autocast", adapter="dropout", hook="backward"),
     Case(family="vit", targets="convolutions too", precision="bf16", trains="lora_B", input_grads=True),
+    Case(family="qwen3-moe", targets="experts too", precision="autocast", calls="two", asks="router"),
+    Case(family="mixtral", targets="experts too", trains="top", checkpointing="non-reentrant", padding="right"),
 ]
 """What a search has found, of kinds that the few cases above may miss."""
 

@@ -96,12 +96,14 @@ def _retains(layer: Any) -> str | None:
 def _changed(layer: Any, key: str) -> Iterator[None]:
     """Change the weight for one call, as PEFT's `_activate_lora` does for one adapter of several experts.
 
-    PEFT registers its parametrization with PyTorch's checks, which compute the weight one time more.
+    PEFT registers its parametrization with PyTorch's checks, which compute the weight one time more. To register also
+    sets the parameter to itself, which would count as a write since an earlier forward.
     """
     base, name, weight = layer.get_base_layer(), layer.parameter_name, layer.get_param()
     proxy = _Proxy(*layer.get_delta_factors(key))
     hooks = _Hooks(layer, key, weight) if torch.is_grad_enabled() and not _others_save() else None
-    register_parametrization(base, name, proxy, unsafe=True)
+    with torch.autograd._unsafe_preserve_version_counter(weight):
+        register_parametrization(base, name, proxy, unsafe=True)
     try:
         with cached(), nullcontext() if hooks is None else hooks.around(proxy, layer.base_layer):
             yield
