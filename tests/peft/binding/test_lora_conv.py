@@ -286,6 +286,14 @@ def parametrised() -> PeftModel:
     return model
 
 
+def tiled() -> PeftModel:
+    """As models of images are made to draw seamless tiles."""
+    model = one(nn.Conv2d(D_IN, D_OUT, 3, padding=1))
+    for conv in (module for module in model.modules() if type(module) is nn.Conv2d):
+        conv._conv_forward = lambda x, weight, bias: nn.functional.conv2d(x.roll(1, -1), weight, bias, padding="same")
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
@@ -293,6 +301,7 @@ def parametrised() -> PeftModel:
         (hooked_adapter, "hooks on lora_A, lora_B or lora_dropout"),
         (trained_base, "base weight trains"),
         (subclass, "base layer is a Own"),
+        (tiled, "_conv_forward is replaced"),
         (several, "several adapters are active on a convolution"),
         (widened, "lora_A has other steps or padding than the base layer"),
         (parametrised, "base layer is a ParametrizedConv2d"),

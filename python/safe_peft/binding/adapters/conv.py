@@ -68,6 +68,8 @@ def _refuse_base(layer: Any, key: str, conv: type[nn.Module]) -> str | None:
         return f"base layer is a {type(base).__name__}"
     if is_hooked(base):
         return "hooks on the base layer, which the fast path would not run"
+    if any("_conv_forward" in module.__dict__ for module in (base, lora_A, lora_B)):
+        return "_conv_forward is replaced on the base layer, lora_A or lora_B (seamless tiling, for instance)"
     weight: Any = base._parameters.get("weight")
     bias = base._parameters.get("bias")
     if type(weight) not in _PARAMETERS or not (bias is None or type(bias) in _PARAMETERS) or "bias" in base.__dict__:
