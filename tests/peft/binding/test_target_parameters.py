@@ -16,7 +16,7 @@ from peft.tuners.lora.layer import ParamWrapper
 from recomputed import IDS
 from tiny import batches, randomise_adapters
 from torch import Tensor, nn
-from torch.autograd.graph import save_on_cpu
+from torch.autograd.graph import disable_saved_tensors_hooks, save_on_cpu
 
 from safe_kernels.retention import measure
 from safe_peft import bind, explain
@@ -251,6 +251,89 @@ def test_the_input_is_retained_instead_of_more_rows_of_it(rows: int, writes: boo
     gathers = 2 * rows * 16 * 4
     spared = changed_bytes(stock) + (gathers - 8 * 16 * 4 if fewer else 0)
     assert found[1][0] == found[0][0] - spared
+
+
+def in_chunks(experts: Any, hidden: Tensor) -> Tensor:
+    if len(hidden) > 4:
+        return torch.cat([experts(chunk) for chunk in hidden.split(4)])
+    return torch.cat([hidden[torch.tensor([1, 0, 3, 2, 1])] @ matrix for matrix in experts.weight])
+
+
+def with_one_index(experts: Any, hidden: Tensor) -> Tensor:
+    rows, parts = torch.arange(6), []
+    for matrix in experts.weight:
+        parts.append(hidden[rows] @ matrix)
+        rows.add_(2).remainder_(8)
+    return torch.cat(parts)
+
+
+def with_a_new_index(experts: Any, hidden: Tensor) -> Tensor:
+    rows = torch.arange(6)
+    read = hidden[rows]
+    rows.add_(2)
+    return torch.cat([read @ matrix for matrix in experts.weight])
+
+
+def rows_twice(experts: Any, hidden: Tensor) -> Tensor:
+    read = hidden[torch.arange(6)]
+    return torch.cat([read @ matrix for matrix in experts.weight])
+
+
+def rows_and_a_view(experts: Any, hidden: Tensor) -> Tensor:
+    read, others = hidden[torch.arange(6)], hidden[torch.arange(6)]
+    return torch.bmm(read[None], experts.weight[:1]) + read @ experts.weight[1] + others @ experts.weight[0]
+
+
+def all_rows(experts: Any, hidden: Tensor) -> Tensor:
+    return torch.cat([hidden[torch.arange(8)] @ matrix for matrix in experts.weight])
+
+
+class Computed(nn.Module):
+    def __init__(self, compute: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.compute = compute
+        self.weight = nn.Parameter(torch.empty(2, 16, 16))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.compute(self, hidden)
+
+
+@pytest.mark.parametrize(
+    ("compute", "columns"),
+    [(f, 16) for f in (in_chunks, with_one_index, with_a_new_index, rows_twice, rows_and_a_view)] + [(all_rows, 64)],
+)
+def test_rows_that_the_input_cannot_spare(compute: Callable[[Any, Tensor], Tensor], columns: int) -> None:
+    """Gradients are stock PEFT's, and no more is retained: of the input, its whole storage would be."""
+    torch.manual_seed(0)
+    stock = adapted(nn.Sequential(Computed(compute)), target_parameters=["0.weight"])
+    bound = copy.deepcopy(stock)
+    bind(bound)
+    found = []
+    for model in (stock, bound):
+        whole = torch.randn(8, columns, generator=torch.Generator().manual_seed(0)).requires_grad_() * 1.0
+        measured = measure(lambda model=model, x=whole[:, :16]: model(x).square().sum(), exclude=model)
+        used = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        found.append((measured.bytes, torch.autograd.grad(measured.output, used)))
+    torch.testing.assert_close(found[1][1], found[0][1])
+    assert found[1][0] == found[0][0] - changed_bytes(stock)
+
+
+def test_other_forwards_before_backward() -> None:
+    """Each sets the base weight to itself, which is no write."""
+    found = []
+    for model in pair(mixture):
+        first = model(**SENTENCES).loss
+        with torch.no_grad():
+            model(**SENTENCES)
+        (first + model(**SENTENCES).loss.square()).backward()
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    torch.testing.assert_close(found[1], found[0], rtol=2e-5, atol=1e-7)
+
+
+def test_where_hooks_are_forbidden_all_is_as_in_stock_peft() -> None:
+    stock, bound = pair(mixture)
+    with disable_saved_tensors_hooks("no hooks"):
+        assert_as_stock(stock, bound, SENTENCES)
 
 
 def test_a_write_to_another_saved_tensor_is_stocks_error() -> None:

@@ -19,6 +19,7 @@ import torch
 from peft.tuners.lora import layer as peft_layers
 from peft.tuners.lora.layer import ParamWrapper
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import cached, is_parametrized, register_parametrization
 
@@ -96,13 +97,13 @@ def _retains(layer: Any) -> str | None:
 def _changed(layer: Any, key: str) -> Iterator[None]:
     """Change the weight for one call, as PEFT's `_activate_lora` does for one adapter of several experts.
 
-    PEFT registers its parametrization with PyTorch's checks, which compute the weight one time more. To register also
-    sets the parameter to itself, which would count as a write since an earlier forward.
+    PEFT registers its parametrization with PyTorch's checks, which compute the weight one time more.
     """
     base, name, weight = layer.get_base_layer(), layer.parameter_name, layer.get_param()
     proxy = _Proxy(*layer.get_delta_factors(key))
     hooks = _Hooks(layer, key, weight) if torch.is_grad_enabled() and not _others_save() else None
-    with torch.autograd._unsafe_preserve_version_counter(weight):
+    # PyTorch sets the parameter to itself, which counts as a write to it.
+    with nullcontext() if weight.is_inference() else _unsafe_preserve_version_counter(weight):
         register_parametrization(base, name, proxy, unsafe=True)
     try:
         with cached(), nullcontext() if hooks is None else hooks.around(proxy, layer.base_layer):
@@ -112,7 +113,10 @@ def _changed(layer: Any, key: str) -> Iterator[None]:
 
 
 def _others_save() -> bool:
-    """Whether hooks of others get what autograd saves: offloading, or a checkpoint, which retains no weight anyway."""
+    """Whether others decide about saved tensors: offloading, a ban, or a checkpoint, which retains no weight anyway."""
+    autograd: Any = torch._C._autograd
+    if not autograd._saved_tensors_hooks_is_enabled():
+        return True
     top = _top_hooks()
     return top is not None and not isinstance(getattr(top[0], "__self__", None), _Hooks | Recorder)
 
@@ -136,6 +140,8 @@ class _Hooks:
         self._input: Tensor | None = None
         self._version = 0
         self._gathers: list[weakref.ref[_Gather]] = []
+        self._others: set[int | None] = set()
+        """The storages that the graph retains in any case."""
         outer: tuple[Any, Any] = _top_hooks() or (_save, _saved)
         self._pack, self._unpack = outer
 
@@ -151,10 +157,12 @@ class _Hooks:
         finally:
             handle.remove()
             self.made, self._parts, self._gathers, self._input = [], [], [], None  # the graph's nodes hold the hooks
+            self._others = set()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Note the call's input."""
-        if args and type(args[0]) in TENSORS and args[0].grad_fn is not None:
+        is_first = self._input is None  # the module may call itself, for a part of its input at a time
+        if is_first and args and type(args[0]) in TENSORS and args[0].grad_fn is not None:
             self._input, self._version = args[0], args[0]._version
 
     def note(self, proxy: Any, args: Any, weight: Tensor) -> None:
@@ -169,8 +177,9 @@ class _Hooks:
                 return part
         indices = self._indices(tensor)
         if indices is None:
+            self._others.add(_storage(tensor))
             return self._pack(tensor)
-        gather = _Gather(self._pack(tensor), tensor.nbytes, indices)
+        gather = _Gather(self._pack(tensor), tensor.nbytes, _storage(tensor), indices)
         self._gathers.append(weakref.ref(gather))
         return gather
 
@@ -179,13 +188,19 @@ class _Hooks:
         x, node = self._input, tensor.grad_fn
         if x is None or node is None or node.name() != "IndexBackward0" or tensor._version != 0:
             return None
-        return node._saved_indices if node.next_functions[0] == (x.grad_fn, x.output_nr) else None  # type: ignore[attr-defined]
+        if node.next_functions[0] != (x.grad_fn, x.output_nr):
+            return None
+        try:
+            return [None if index is None else _save(index) for index in node._saved_indices]  # type: ignore[attr-defined]
+        except RuntimeError:  # written to since
+            return None
 
     def settle(self) -> None:
         """Retain the call's input instead of its rows for each expert, if these are larger together."""
-        live = [gather for ref in self._gathers if (gather := ref()) is not None]
-        x, gathered = self._input, sum(gather.bytes for gather in live)
-        if x is not None and x._version == self._version and gathered > x.nbytes:
+        found = [gather for ref in self._gathers if (gather := ref()) is not None]
+        live = [gather for gather in found if gather.storage not in self._others and gather.holds()]
+        x, gathered = self._input, sum({gather.storage: gather.bytes for gather in live}.values())
+        if x is not None and x._version == self._version and gathered > x.untyped_storage().nbytes():
             kept = keep([x])
             for gather in live:
                 gather.packed, gather.kept = None, kept
@@ -196,6 +211,11 @@ class _Hooks:
         if type(packed) is not _Gather:
             return self._unpack(packed)
         return self._unpack(packed.packed) if packed.kept is None else packed.make()
+
+
+def _storage(tensor: Tensor) -> int | None:
+    """Return what identifies a tensor's memory; None for a tensor without a storage, such as a sparse one."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
 
 
 def _save(tensor: Tensor) -> tuple[Tensor, int]:
@@ -226,7 +246,7 @@ class _Recipe:
         """Return the recipe of a tensor that is a part of the weight, as the weight was made; None for any other."""
         if type(tensor) not in TENSORS or tensor.dtype != weight.dtype or tensor.numel() == 0:
             return None
-        if tensor.untyped_storage()._cdata != weight.untyped_storage()._cdata or tensor._version != self.version:
+        if _storage(tensor) != _storage(weight) or tensor._version != self.version:
             return None
         start, size = tensor.storage_offset() - weight.storage_offset(), weight[0].numel()
         end = start + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
@@ -259,12 +279,17 @@ class _Gather:
 
     packed: Any
     bytes: int
-    indices: Sequence[Tensor | None]
+    storage: int | None
+    indices: Sequence[tuple[Tensor, int] | None]
     kept: Any = None
+
+    def holds(self) -> bool:
+        """Whether the indices have not been written to."""
+        return all(index is None or index[0]._version == index[1] for index in self.indices)
 
     def make(self) -> Tensor:
         (x,) = self.kept.saved_tensors
-        return x.detach()[tuple(slice(None) if index is None else index for index in self.indices)]
+        return x.detach()[tuple(slice(None) if index is None else _saved(index) for index in self.indices)]
 
 
 @dataclass(eq=False, slots=True)
