@@ -59,7 +59,7 @@ sanitize: tools ## the extension's tests under AddressSanitizer and UBSan
 
 BENCH := HF_HUB_OFFLINE=1 $(BIN)/pytest --benchmark-columns=median
 MEMORY := bench/training/bench_retention.py bench/training/bench_peak.py
-FAMILIES := bench/training/bench_families.py
+FAMILIES := $(patsubst %,bench/training/bench_%.py,families conv experts)
 
 bench: tools ## measure memory, training steps and ops, compared with stock PEFT (ARGS= goes to pytest)
 	@$(BENCH) $(MEMORY) --benchmark-json=bench/results/cpu-memory.json $(ARGS)
