@@ -48,6 +48,7 @@ class Prefix:
         self._independent = False  # samples were computed in two batches, with the same result
         self._any_length = False  # and with more or less padding
         self._lengths: dict[str, int] = {}  # by key, the tokens of the batch in which a sample was kept, with padding
+        self._kept_in: dict[str, int] = {}  # by key, the hash of the keys of that batch
         self._checked_up_to = 0  # the highest block whose input was compared
 
     def run(
@@ -164,12 +165,17 @@ class Prefix:
         """Return known samples to compute all the same: all, until samples of a batch are known to be independent."""
         if not self._independent and tuple(keys) not in self._batches:  # not the same samples in the same order
             return dict(known)
-        if not self._any_length:
-            return {row: one for row, one in known.items() if self._lengths.get(keys[row]) != tokens}
+        padded = {row: one for row, one in known.items() if self._lengths.get(keys[row]) != tokens}
+        checked = {} if self._any_length else padded
         deepest = max(known, key=lambda row: known[row].depth, default=None)
-        if deepest is None or not (self._cache.checks or self._checked_up_to < known[deepest].depth):
-            return {}
-        return {deepest: known[deepest]}
+        if deepest is None or not self._independent:
+            return checked
+        is_new = self._checked_up_to < known[deepest].depth and not self._was_kept_in(keys, deepest)
+        return {**checked, deepest: known[deepest]} if self._cache.checks or is_new else checked
+
+    def _was_kept_in(self, keys: Sequence[str], row: int) -> bool:
+        """Whether a sample was kept in this same batch: to compare it there shows nothing about other batches."""
+        return self._kept_in.get(keys[row]) == hash(tuple(keys))
 
     def _compare(self, cut: int) -> str:
         """Forget what a changed block has computed; return why the blocks below the cut cannot be skipped."""
@@ -220,6 +226,7 @@ class Prefix:
             if row not in plan.known or plan.known[row].depth < plan.cut:
                 self._cache.store.put(plan.keys[row], plan.cut, _value(plan, values, row))
                 self._lengths[plan.keys[row]] = hidden.shape[1]
+                self._kept_in[plan.keys[row]] = hash(tuple(plan.keys))
         self._batches.add(tuple(plan.keys))
         return self._probe(plan, hidden) if plan.probes and not saves_by_hooks() else hidden
 
@@ -241,7 +248,8 @@ class Prefix:
             value = _value(plan, hidden.detach(), row).cpu()
             if value.shape != kept.shape or value.dtype != kept.dtype:
                 continue
-            self._independent, self._checked_up_to = True, max(self._checked_up_to, index)
+            if not self._was_kept_in(plan.keys, row):
+                self._independent, self._checked_up_to = True, max(self._checked_up_to, index)
             self._any_length |= self._lengths.get(plan.keys[row]) != hidden.shape[1]
             eps = torch.finfo(value.dtype).eps
             error = min(3 * eps**0.5, 512 * eps) * float(value.abs().max())

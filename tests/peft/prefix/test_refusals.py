@@ -197,6 +197,26 @@ def test_samples_that_depend_on_their_batch() -> None:
     assert pair.cache.usage.known > 0 and pair.reason == ""
 
 
+def test_batches_that_come_again_do_not_show_that_samples_are_independent() -> None:
+    pair = Pair(blocks(OverBatch), cut=1)
+    pair.train(orders(1), loss=square)
+    for model in pair.models:
+        freeze(model, 2)
+    pair.train(orders(4), loss=square)
+    assert pair.cache.usage.known == 0 and "depends on the other samples" in pair.reason
+
+
+def test_a_higher_block_in_which_samples_depend_on_their_batch() -> None:
+    parts = iter([OverTokens, OverBatch, OverTokens, OverTokens])
+    pair = Pair(blocks(lambda: next(parts)()), cut=1)
+    pair.train(orders(2), loss=square)
+    assert pair.cache.usage.known > 0
+    for model in pair.models:
+        freeze(model, 2)
+    with pytest.raises(RuntimeError, match="depends on the other samples"):
+        pair.train(orders(4), loss=square)
+
+
 def test_another_argument_in_a_higher_block() -> None:
     pair = Pair(blocks())
     pair.train(orders(3, given=torch.full((1, 1, 16), 1.5)), loss=square)
