@@ -318,6 +318,18 @@ def test_rows_that_the_input_cannot_spare(compute: Callable[[Any, Tensor], Tenso
     assert found[1][0] == found[0][0] - changed_bytes(stock)
 
 
+def test_a_write_to_the_input_that_is_retained_is_an_error() -> None:
+    """Stock PEFT retains the rows."""
+    torch.manual_seed(0)
+    model = adapted(nn.Sequential(Computed(all_rows)), target_parameters=["0.weight"])
+    bind(model)
+    hidden = torch.ones(8, 16, requires_grad=True) * 1.0
+    loss = model(hidden).sum()
+    hidden.mul_(2.0)
+    with pytest.raises(RuntimeError, match=r"inplace operation(.|\n)*Write to a clone of the input"):
+        loss.backward()
+
+
 def test_other_forwards_before_backward() -> None:
     """Each sets the base weight to itself, which is no write."""
     found = []

@@ -257,19 +257,29 @@ class _Recipe:
         """Make the weights of some experts again."""
         if self.layer.merged_adapters:
             raise RuntimeError(f"an adapter was merged into the base weight before backward. {_WRITTEN_TO}")
-        try:
-            W, left, right = (tensor[first:behind] for tensor in self.kept.saved_tensors)
-        except RuntimeError as error:
-            if "inplace" not in str(error):
-                raise
-            raise RuntimeError(f"{error} {_WRITTEN_TO}") from error
+        W, left, right = (tensor[first:behind] for tensor in _kept(self.kept, _WRITTEN_TO))
         with torch.no_grad():
             return _Proxy(left.to(W.dtype), right.to(W.dtype), self.scaling).forward(W)
+
+
+def _kept(node: Any, words: str) -> Any:
+    """Return the tensors of a node; if one was written to, `words` explain the fix."""
+    try:
+        return node.saved_tensors
+    except RuntimeError as error:
+        if "inplace" not in str(error):
+            raise
+        raise RuntimeError(f"{error} {words}") from error
 
 
 _WRITTEN_TO = (
     "A bound layer with `target_parameters` makes its weight again in backward, from the base weight, lora_A and "
     "lora_B. Change these after backward, or use the layer without the binding (Binding.detach())."
+)
+_INPUT_WRITTEN_TO = (
+    "A bound layer with `target_parameters` keeps its input instead of the rows that experts select from it. Write to "
+    "a clone of the input (x = x + experts(x), not x += experts(x)), or use the layer without the binding "
+    "(Binding.detach())."
 )
 
 
@@ -288,7 +298,7 @@ class _Gather:
         return all(index is None or index[0]._version == index[1] for index in self.indices)
 
     def make(self) -> Tensor:
-        (x,) = self.kept.saved_tensors
+        (x,) = _kept(self.kept, _INPUT_WRITTEN_TO)
         return x.detach()[tuple(slice(None) if index is None else _saved(index) for index in self.indices)]
 
 
