@@ -163,14 +163,17 @@ class Prefix:
 
     def _to_check(self, keys: Sequence[str], known: Mapping[int, Known], cut: int, tokens: int) -> dict[int, Known]:
         """Return known samples to compute all the same: all, until samples of a batch are known to be independent."""
-        if not self._independent and tuple(keys) not in self._batches:  # not the same samples in the same order
+        # The same samples in the same order, of which none has to run without the others.
+        is_whole = len(known) == len(keys) and len({one.depth for one in known.values()}) == 1
+        is_same = is_whole and tuple(keys) in self._batches
+        if not self._independent and not is_same:
             return dict(known)
         padded = {row: one for row, one in known.items() if self._lengths.get(keys[row]) != tokens}
         checked = {} if self._any_length else padded
         deepest = max(known, key=lambda row: known[row].depth, default=None)
         if deepest is None or not self._independent:
             return checked
-        is_new = self._checked_up_to < known[deepest].depth and not self._was_kept_in(keys, deepest)
+        is_new = self._checked_up_to < known[deepest].depth and not is_same
         return {**checked, deepest: known[deepest]} if self._cache.checks or is_new else checked
 
     def _was_kept_in(self, keys: Sequence[str], row: int) -> bool:

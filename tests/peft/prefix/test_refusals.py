@@ -206,6 +206,12 @@ def test_batches_that_come_again_do_not_show_that_samples_are_independent() -> N
     assert pair.cache.usage.known == 0 and "depends on the other samples" in pair.reason
 
 
+def test_a_batch_of_which_only_a_part_was_kept_runs_as_a_whole() -> None:
+    pair = Pair(blocks(OverBatch), cut=1, store=Store(1500))
+    pair.train(orders(1) * 2, loss=square)
+    assert len(pair.cache.store) == 3 and pair.cache.usage.known == 0
+
+
 def test_a_higher_block_in_which_samples_depend_on_their_batch() -> None:
     parts = iter([OverTokens, OverBatch, OverTokens, OverTokens])
     pair = Pair(blocks(lambda: next(parts)()), cut=1)
