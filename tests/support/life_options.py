@@ -126,7 +126,7 @@ OPTIONS = (
             {
                 FAST,
                 NO_KERNEL,
-                "lora.ParamWrapper (target_parameters) has no kernel",
+                "lora.ParamWrapper (target_parameters) has no kernel; backward makes the changed weight again",
             }
         ),
     ),
