@@ -84,6 +84,19 @@ def own_method(kind: type, name: str) -> Any:
     return method if module.partition(".")[0] == owner.partition(".")[0] else None
 
 
+def own_methods(*methods: tuple[type, str]) -> tuple[tuple[type, str, Any], ...]:
+    """Return what `replaced` needs to know about methods, each given by its class and name."""
+    return tuple((kind, name, own_method(kind, name)) for kind, name in methods)
+
+
+def replaced(methods: tuple[tuple[type, str, Any], ...]) -> str | None:
+    """Return in a few words which of the methods is no longer the class's own; None if all are."""
+    for kind, name, method in methods:
+        if method is None or getattr(kind, name) is not method:
+            return f"{kind.__name__}.{name} is replaced"
+    return None
+
+
 def _helpers(kind: Any) -> list[str]:
     """Return the names of a class's own attributes that its forward reads: methods that it calls, usually none."""
     found: list[str] = []

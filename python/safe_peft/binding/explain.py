@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import nn
 
-PEFT, HUB = "peft", "adapters"
+PEFT = "peft"
 AS_IT_IS = "unchanged"
 _NO_LAYERS = "no adapter layers: the model has no adapter layer of PEFT"
 
@@ -216,18 +216,17 @@ def _notes(model: nn.Module) -> Iterator[str]:
 
 
 def _explain_layer(name: str, layer: nn.Module, kind: str) -> LayerPath:
-    from .adapters.base import adapter_keys, adapter_of, adapter_parameters, is_hub
+    from .adapters.base import adapter_keys, adapter_of, adapter_parameters
     from .class_swap import STATE
 
     known = adapter_of(layer)
     state = layer.__dict__.get(STATE)
-    library = HUB if is_hub(layer) else PEFT
     if known is None:
-        path, reason = library, f"{kind} is not covered"
+        path, reason = PEFT, f"{kind} is not covered"
     elif (refusal := known.refusal(layer)) is not None:
-        path, reason = library, refusal
+        path, reason = known.library, refusal
     elif state is None:
-        path, reason = library, f"not bound: bind(model) puts it on safe_kernels::{known.op(layer)}"
+        path, reason = known.library, f"not bound: bind(model) puts it on safe_kernels::{known.op(layer)}"
     else:
         path, reason = f"safe_kernels::{known.op(layer)}", known.note(layer)
     trainable = any(p.requires_grad for key in adapter_keys(layer) for p in adapter_parameters(layer, key))

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 import safe_kernels
 
 from ..class_swap import STATE, autocasts, is_hooked, original_type, own_forward
-from ..code import own_method, watched
-from .base import HUB, Adapter, register_adapter
+from ..code import own_method, own_methods, replaced, watched
+from .base import Adapter, register_adapter
 from .bottleneck import BottleneckAdapter
 from .lora import FLOATS, TENSORS, refuse_tensor
 from .observed import Call, ObservedLayer, Sample
@@ -24,12 +24,7 @@ from .observed import Call, ObservedLayer, Sample
 _KINDS = {"ReLU": "relu", "SiLU": "silu", "GELUActivation": "gelu", "NewGELUActivation": "gelu_tanh"}
 _KINDS |= {"GELUTanh": "gelu_tanh", "PytorchGELUTanh": "gelu_tanh"}
 _HOMES = ("torch.nn.modules.activation", "transformers.activations")
-_CALLED: tuple[tuple[type[nn.Module], str], ...] = (
-    (nn.Module, "__call__"),
-    (nn.Sequential, "forward"),
-    (nn.Linear, "forward"),
-)
-_METHODS = tuple(own_method(*method) for method in _CALLED)
+_METHODS = own_methods((nn.Module, "__call__"), (nn.Sequential, "forward"), (nn.Linear, "forward"))
 
 
 def kind_of(layer: Any) -> str | None:
@@ -46,9 +41,8 @@ def refusal(layer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | 
     """Return why the adapter's own code must compute its products, in a few words; None if the op can."""
     if "forward" in layer.__dict__:
         return "forward is replaced on the layer itself (device hooks, for instance)"
-    for (kind, name), method in zip(_CALLED, _METHODS, strict=True):
-        if method is None or getattr(kind, name) is not method:
-            return f"{kind.__name__}.{name} is replaced"
+    if (reason := replaced(_METHODS)) is not None:
+        return reason
     if watched():
         return "hooks on the calls of all modules, those of the adapter among them"
     sequence, up = layer.adapter_down, layer.adapter_up
@@ -144,9 +138,18 @@ class HubAdapter(BottleneckAdapter):
     """One adapter of AdapterHub at one place of the model."""
 
     layer_type = None  # type: ignore[assignment]  # the package is not imported
-    layer_names = HUB
+    layer_names = ("adapters.methods.modeling.Adapter", "adapters.methods.modeling.ParallelAdapter")
+    library = "adapters"
     mixin: ClassVar[type[ObservedLayer]] = SafeHubAdapter
     refusal = staticmethod(refusal)
+
+    @staticmethod
+    def keys(layer: Any) -> list[str]:
+        return [str(layer.name)]
+
+    @staticmethod
+    def parameters_of(layer: Any, key: str) -> list[nn.Parameter]:
+        return list(layer.parameters())
 
     def is_present(self) -> bool:
         return True  # a deleted adapter is no longer called, and what is not called is neither scored nor frozen

@@ -34,20 +34,9 @@ class LayerState:
     """By key, the adapter that a freezer froze, with its state before."""
 
 
-HUB = ("adapters.methods.modeling.Adapter", "adapters.methods.modeling.ParallelAdapter")
-"""AdapterHub's modules of one bottleneck adapter. They are known by name, so that nothing imports the package."""
-
-
-def is_hub(layer: nn.Module) -> bool:
-    """Whether a module is an adapter of AdapterHub."""
-    return dotted_name(original_type(layer)) in HUB
-
-
 def adapter_keys(layer: nn.Module) -> list[str]:
-    """Return the names of the adapters in a layer of PEFT or AdapterHub; [] for any other module."""
-    if is_hub(layer):
-        return [str(layer.name)]
-    return sorted(layer._get_available_adapters()) if isinstance(layer, BaseTunerLayer) else []
+    """Return the names of the adapters in a layer of PEFT or of another library; [] for any other module."""
+    return (adapter_of(layer) or Adapter).keys(layer)
 
 
 def active_keys(layer: Any, present: Container[str]) -> list[str]:
@@ -59,12 +48,8 @@ def active_keys(layer: Any, present: Container[str]) -> list[str]:
 
 
 def adapter_parameters(layer: nn.Module, key: str) -> list[nn.Parameter]:
-    """Return the parameters of one adapter of a layer, in any container of the layer."""
-    if is_hub(layer):
-        return list(layer.parameters())
-    holders = [getattr(layer, name) for name in getattr(layer, "adapter_layer_names", ())]
-    held = [holder[key] for holder in holders if hasattr(holder, "keys") and key in holder]
-    return [p for item in held for p in ([item] if isinstance(item, nn.Parameter) else item.parameters())]
+    """Return the parameters of one adapter of a layer."""
+    return (adapter_of(layer) or Adapter).parameters_of(layer, key)
 
 
 @contextmanager
@@ -96,11 +81,25 @@ class Adapter(ABC):
     """Dotted names of further types of PEFT, whose modules import packages that are often not installed."""
     mixin: ClassVar[type[SwappedModule]]
     """The class that binding puts on an instance of the type."""
+    library: ClassVar[str] = "peft"
+    """The library that computes the layer where our ops do not."""
 
     def __init__(self, name: str, layer: nn.Module, key: str) -> None:
         self.name, self.layer, self.key = name, layer, key
         self._trainable = [parameter.requires_grad for parameter in self.parameters()]
         self._dropout_p: list[tuple[nn.Dropout, float, float]] = []
+
+    @staticmethod
+    def keys(layer: Any) -> list[str]:
+        """Return the names of a layer's adapters."""
+        return sorted(layer._get_available_adapters()) if isinstance(layer, BaseTunerLayer) else []
+
+    @staticmethod
+    def parameters_of(layer: Any, key: str) -> list[nn.Parameter]:
+        """Return the parameters of one adapter of a layer, in any container of the layer."""
+        holders = [getattr(layer, name) for name in getattr(layer, "adapter_layer_names", ())]
+        held = [holder[key] for holder in holders if hasattr(holder, "keys") and key in holder]
+        return [p for item in held for p in ([item] if isinstance(item, nn.Parameter) else item.parameters())]
 
     @staticmethod
     @abstractmethod
@@ -213,7 +212,7 @@ def adapter_of(layer: nn.Module) -> type[Adapter] | None:
 
 def peft_kind(layer: nn.Module) -> str | None:
     """Return a name of an adapter layer's type, such as "lora.Linear"; None for a module that is no adapter layer."""
-    if not isinstance(layer, BaseTunerLayer) and not is_hub(layer):
+    if not isinstance(layer, BaseTunerLayer) and adapter_of(layer) is None:
         return None
     kind = original_type(layer)
     package = kind.__module__.split(".")

@@ -12,12 +12,12 @@ import safe_kernels
 
 from ...bottleneck.layer import BottleneckLayer
 from ..class_swap import STATE, autocasts, is_hooked, own_forward
-from ..code import own_method, watched
+from ..code import own_methods, replaced, watched
 from .base import Adapter, LayerState, active_keys, register_adapter
 from .lora import DROPOUTS, FLOATS, TENSORS, LoraAdapter, observed, refuse_tensor
 from .observed import ObservedLayer
 
-_CALLED: tuple[tuple[type[nn.Module], str], ...] = (
+_METHODS = own_methods(
     (BottleneckLayer, "forward"),
     (BottleneckLayer, "__call__"),
     (BottleneckLayer, "_add"),
@@ -26,7 +26,6 @@ _CALLED: tuple[tuple[type[nn.Module], str], ...] = (
     (nn.Dropout, "forward"),
     (nn.Identity, "forward"),
 )
-_METHODS = tuple(own_method(*method) for method in _CALLED)
 
 
 def refusal(layer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
@@ -43,9 +42,8 @@ def refusal(layer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | 
         return "several bottleneck adapters are active"
     if "forward" in layer.__dict__:
         return "forward is replaced on the layer itself (device hooks, for instance)"
-    for (kind, name), method in zip(_CALLED, _METHODS, strict=True):
-        if method is None or getattr(kind, name) is not method:
-            return f"{kind.__name__}.{name} is replaced"
+    if (reason := replaced(_METHODS)) is not None:
+        return reason
     if watched():
         return "hooks on the calls of all modules, those of the adapter among them"
     return _refuse_adapter(layer, keys[0]) or (_refuse_input(layer, args[0]) if args else None)

@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 import safe_kernels
 
 from ..class_swap import STATE, autocasts, is_hooked, original_type, own_forward
-from ..code import own_method, watched
+from ..code import own_methods, replaced, watched
 from .base import active_keys, dotted_name, register_adapter
 from .lora import DROPOUTS, ROUTING, LoraAdapter, as_peft, refuse_adapter, refuse_state, refuse_tensor
 from .observed import ObservedLayer
@@ -28,10 +28,7 @@ def _called(layer: type, conv: type) -> tuple[tuple[type, str], ...]:
     return (*own, (conv, "forward"), (conv, "_conv_forward"), *((kind, "forward") for kind in DROPOUTS))
 
 
-_METHODS = {
-    layer: tuple((kind, name, own_method(kind, name)) for kind, name in _called(layer, conv))
-    for layer, conv in _CONVS.items()
-}
+_METHODS = {layer: own_methods(*_called(layer, conv)) for layer, conv in _CONVS.items()}
 
 
 def refusal(layer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
@@ -39,18 +36,17 @@ def refusal(layer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | 
 
     Every forward calls this function, so it reads only types and flags. Without `args`, only the layer is checked.
     """
-    if (reason := refuse_state(layer, kwargs)) is not None:
+    keys = active_keys(layer, layer._modules["lora_A"]._modules)
+    if (reason := refuse_state(layer, keys, kwargs)) is not None:
         return reason
     if len(args) > 1 or any(name not in ROUTING for name in kwargs or ()):
         return "the call passes arguments to the base layer"
-    keys = active_keys(layer, layer._modules["lora_A"]._modules)
     if len(keys) > 1:
         return "several adapters are active on a convolution"
     if keys[0] in layer.lora_variant:
         return "DoRA on a convolution"
-    for kind, name, method in _METHODS[original_type(layer)]:
-        if method is None or getattr(kind, name) is not method:
-            return f"{kind.__name__}.{name} is replaced"
+    if (reason := replaced(_METHODS[original_type(layer)])) is not None:
+        return reason
     if watched():
         return "hooks on the calls of all modules, lora_A and lora_B among them"
     conv = _CONVS[original_type(layer)]

@@ -22,11 +22,12 @@ from safe_kernels import AdapterStatistics
 from safe_kernels.functional import draw_rng_state
 
 from ..class_swap import autocasts, is_hooked
-from ..code import own_method
+from ..code import own_methods, replaced
 
-_CALLED = ((DoraLinearVariant, "forward"), (DoraLinearLayer, "forward"), (DoraLinearLayer, "get_weight_norm"))
+_METHODS = own_methods(
+    (DoraLinearVariant, "forward"), (DoraLinearLayer, "forward"), (DoraLinearLayer, "get_weight_norm")
+)
 _PARAMETERS = {nn.Parameter, FakeTensor}
-_METHODS = tuple(own_method(*method) for method in _CALLED)
 
 
 def refusal(layer: PeftLinear, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
@@ -41,9 +42,8 @@ def refusal(layer: PeftLinear, key: str, args: tuple[Any, ...], kwargs: Mapping[
     variant = type(layer.lora_variant[key])
     if variant is not DoraLinearVariant:
         return f"LoRA variant {variant.__name__.removesuffix('LinearVariant')}"
-    for (kind, name), method in zip(_CALLED, _METHODS, strict=True):
-        if method is None or getattr(kind, name) is not method:
-            return f"{kind.__name__}.{name} is replaced"
+    if (reason := replaced(_METHODS)) is not None:
+        return reason
     modules: Any = layer._modules
     base, part = modules["base_layer"], modules["lora_magnitude_vector"]._modules[key]
     if type(base) is not nn.Linear or layer.fan_in_fan_out:

@@ -41,9 +41,9 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
     Returns:
         The reason in a few words, or None if our ops can compute the call. Without `args`, only the layer is checked.
     """
-    if (reason := refuse_state(layer, kwargs)) is not None:
-        return reason
     keys = active_keys(layer, layer._modules["lora_A"]._modules)
+    if (reason := refuse_state(layer, keys, kwargs)) is not None:
+        return reason
     if len(keys) > 1 and (reason := _refuse_several(layer, keys)) is not None:
         return reason
     if keys[0] in layer.lora_variant:
@@ -58,8 +58,8 @@ def refusal(layer: PeftLinear, args: tuple[Any, ...] = (), kwargs: Mapping[str, 
     return None
 
 
-def refuse_state(layer: Any, kwargs: Mapping[str, Any] | None) -> str | None:
-    """Refuse a LoRA layer of any type of base layer by what is active in it, and by where the call goes."""
+def refuse_state(layer: Any, keys: list[str], kwargs: Mapping[str, Any] | None) -> str | None:
+    """Refuse a LoRA layer of any type of base layer by its active adapters, and by where the call goes."""
     if layer._disable_adapters:
         return "adapters are disabled"
     if layer.merged_adapters:
@@ -68,7 +68,7 @@ def refuse_state(layer: Any, kwargs: Mapping[str, Any] | None) -> str | None:
         for name in ROUTING:
             if kwargs.get(name) is not None:
                 return f"the call passes {name}"
-    if not active_keys(layer, layer._modules["lora_A"]._modules):
+    if not keys:
         return "no active adapter in this layer"
     if "forward" in layer.__dict__:
         return "forward is replaced on the layer itself (device hooks, for instance)"
