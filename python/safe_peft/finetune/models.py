@@ -139,11 +139,9 @@ def add_adapters(
     from ..bottleneck import BottleneckConfig
 
     kind = peft.TaskType.SEQ_CLS if task == "seq-cls" else peft.TaskType.CAUSAL_LM
+    name, make = ("LoRA", peft.LoraConfig) if bottleneck is None else ("bottleneck", BottleneckConfig)
     try:
         with quiet():
-            if bottleneck is not None:
-                return peft.get_peft_model(model, BottleneckConfig(task_type=kind, **bottleneck))
-            return peft.get_peft_model(model, peft.LoraConfig(task_type=kind, **lora))
+            return peft.get_peft_model(model, make(task_type=kind, **(lora if bottleneck is None else bottleneck)))
     except (ValueError, TypeError, NotImplementedError) as error:
-        kind = "LoRA" if bottleneck is None else "bottleneck"
-        raise ConfigError(f"{kind} options: {first_line(error)}") from error
+        raise ConfigError(f"{name} options: {first_line(error)}") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,16 @@ DEPENDS = "a sample's output depends on the other samples of its batch, or on so
 DRAWN = "random numbers are drawn below the cut"
 
 
+class _Batch(NamedTuple):
+    """A batch: its tokens per sample, with padding, and a hash of its samples' keys."""
+
+    tokens: int | None
+    samples: int | None
+
+
+_ELSEWHERE = _Batch(None, None)  # another process has kept the sample
+
+
 class Prefix:
     """The cache of one stack: its blocks by their paths, lowest first."""
 
@@ -47,8 +57,7 @@ class Prefix:
         self._batches: set[tuple[str, ...]] = set()  # the keys of the batches that were kept
         self._independent = False  # samples were computed in two batches, with the same result
         self._any_length = False  # and with more or less padding
-        self._lengths: dict[str, int] = {}  # by key, the tokens of the batch in which a sample was kept, with padding
-        self._kept_in: dict[str, int] = {}  # by key, the hash of the keys of that batch
+        self._kept_in: dict[str, _Batch] = {}  # by key, the batch in which a sample was kept
         self._checked_up_to = 0  # the highest block whose input was compared
 
     def run(
@@ -168,17 +177,13 @@ class Prefix:
         is_same = is_whole and tuple(keys) in self._batches
         if not self._independent and not is_same:
             return dict(known)
-        padded = {row: one for row, one in known.items() if self._lengths.get(keys[row]) != tokens}
+        padded = {row: one for row, one in known.items() if self._kept_in.get(keys[row], _ELSEWHERE).tokens != tokens}
         checked = {} if self._any_length else padded
         deepest = max(known, key=lambda row: known[row].depth, default=None)
         if deepest is None or not self._independent:
             return checked
         is_new = self._checked_up_to < known[deepest].depth and not is_same
         return {**checked, deepest: known[deepest]} if self._cache.checks or is_new else checked
-
-    def _was_kept_in(self, keys: Sequence[str], row: int) -> bool:
-        """Whether a sample was kept in this same batch: to compare it there shows nothing about other batches."""
-        return self._kept_in.get(keys[row]) == hash(tuple(keys))
 
     def _compare(self, cut: int) -> str:
         """Forget what a changed block has computed; return why the blocks below the cut cannot be skipped."""
@@ -224,12 +229,11 @@ class Prefix:
         if plan.reason or drew:
             self._cache.refuse(plan.reason or drew)
             return hidden
-        values = hidden.detach()
+        values, batch = hidden.detach(), _batch(plan, hidden)
         for row in range(len(plan.keys)):
             if row not in plan.known or plan.known[row].depth < plan.cut:
                 self._cache.store.put(plan.keys[row], plan.cut, _value(plan, values, row))
-                self._lengths[plan.keys[row]] = hidden.shape[1]
-                self._kept_in[plan.keys[row]] = hash(tuple(plan.keys))
+                self._kept_in[plan.keys[row]] = batch
         self._batches.add(tuple(plan.keys))
         return self._probe(plan, hidden) if plan.probes and not saves_by_hooks() else hidden
 
@@ -251,9 +255,10 @@ class Prefix:
             value = _value(plan, hidden.detach(), row).cpu()
             if value.shape != kept.shape or value.dtype != kept.dtype:
                 continue
-            if not self._was_kept_in(plan.keys, row):
+            before, now = self._kept_in.get(plan.keys[row], _ELSEWHERE), _batch(plan, hidden)
+            if before.samples != now.samples:  # the same samples show nothing about other batches
                 self._independent, self._checked_up_to = True, max(self._checked_up_to, index)
-            self._any_length |= self._lengths.get(plan.keys[row]) != hidden.shape[1]
+            self._any_length |= before.tokens != now.tokens
             eps = torch.finfo(value.dtype).eps
             error = min(3 * eps**0.5, 512 * eps) * float(value.abs().max())
             if not torch.allclose(kept, value, rtol=0.0, atol=error):
@@ -306,6 +311,10 @@ def _value(plan: Plan, values: Tensor, row: int) -> Tensor:
     """Return a sample's hidden states, without padding that has no effect."""
     places = plan.kept[row]
     return values[row] if places is None else values[row, places.to(values.device)]
+
+
+def _batch(plan: Plan, hidden: Tensor) -> _Batch:
+    return _Batch(hidden.shape[1], hash(tuple(plan.keys)))
 
 
 def _first(output: Any) -> Any:
