@@ -59,7 +59,7 @@ sanitize: tools ## the extension's tests under AddressSanitizer and UBSan
 
 BENCH := HF_HUB_OFFLINE=1 $(BIN)/pytest --benchmark-columns=median
 MEMORY := bench/training/bench_retention.py bench/training/bench_peak.py
-FAMILIES := $(patsubst %,bench/training/bench_%.py,families conv experts)
+FAMILIES := $(patsubst %,bench/training/bench_%.py,families conv experts bottleneck)
 
 bench: tools ## measure memory, training steps and ops, compared with stock PEFT (ARGS= goes to pytest)
 	@$(BENCH) $(MEMORY) --benchmark-json=bench/results/cpu-memory.json $(ARGS)

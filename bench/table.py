@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ INTRODUCTION = (
     "run in turns. *noise* is PEFT compared with itself."
 )
 Benchmark = dict[str, Any]
+Params = dict[str, Any]
 
 
 def rows_of(results: dict[str, Any], test: str, provider: str | None = None) -> list[Benchmark]:
@@ -59,14 +62,25 @@ def op_table(results: dict[str, Any]) -> list[str]:
     return table(header, rows)
 
 
-def step_table(results: dict[str, Any]) -> list[str]:
-    """A whole training step."""
-    peft, rows = rows_of(results, "test_step", "peft"), []
-    for safe in rows_of(results, "test_step", "safe"):
-        stock, params = find(peft, safe), safe["params"]
-        frozen = f"{params.get('percent', 0)} %"
-        rows.append([frozen, str(params["p"]), ratio(safe), ratio(stock), mib(stock), mib(safe)])
-    return table(["frozen", "dropout", "**time**", "noise", "PEFT retains MiB", "we retain"], rows)
+def step_table(
+    results: dict[str, Any], test: str, columns: Mapping[str, Callable[[Params], str]], stock_name: str = "PEFT"
+) -> list[str]:
+    """A whole training step; the first columns show the parameters of the measurement."""
+    stock, rows = rows_of(results, test, "peft"), []
+    for safe in rows_of(results, test, "safe"):
+        peft, params = find(stock, safe), safe["params"]
+        rows.append([*(cell(params) for cell in columns.values()), ratio(safe), ratio(peft), mib(peft), mib(safe)])
+    return table([*columns, "**time**", "noise", f"{stock_name} retains MiB", "we retain"], rows)
+
+
+def dropout(params: Params) -> str:
+    """A cell with the probability of dropout."""
+    return str(params["p"])
+
+
+def adapters(frozen: str) -> Callable[[Params], str]:
+    """A cell that says which adapters train."""
+    return lambda params: frozen if params["frozen"] else "all train"
 
 
 def families_table(results: dict[str, Any]) -> list[str]:
@@ -78,26 +92,6 @@ def families_table(results: dict[str, Any]) -> list[str]:
         rows.append([params["family"], str(params["p"]), params["frozen"], ratio(row), *sizes])
     header = ["adapters", "dropout", "frozen", "**time**", "PEFT retains MiB", "we retain", "**ratio**"]
     return table(header, rows)
-
-
-def conv_table(results: dict[str, Any]) -> list[str]:
-    """A whole training step with LoRA on convolutions."""
-    peft, rows = rows_of(results, "test_conv_step", "peft"), []
-    for safe in rows_of(results, "test_conv_step", "safe"):
-        stock, params = find(peft, safe), safe["params"]
-        adapters = "all but the lowest block's frozen" if params["frozen"] else "all train"
-        rows.append([str(params["p"]), adapters, ratio(safe), ratio(stock), mib(stock), mib(safe)])
-    return table(["dropout", "adapters", "**time**", "noise", "PEFT retains MiB", "we retain"], rows)
-
-
-def experts_table(results: dict[str, Any]) -> list[str]:
-    """A whole training step with LoRA on experts' parameters."""
-    peft, rows = rows_of(results, "test_experts_step", "peft"), []
-    for safe in rows_of(results, "test_experts_step", "safe"):
-        stock, params = find(peft, safe), safe["params"]
-        adapters = "the experts' frozen" if params["frozen"] else "all train"
-        rows.append([params["shape"], adapters, ratio(safe), ratio(stock), mib(stock), mib(safe)])
-    return table(["shape", "adapters", "**time**", "noise", "PEFT retains MiB", "we retain"], rows)
 
 
 def smollm2_table(results: dict[str, Any]) -> list[str]:
@@ -195,7 +189,7 @@ SECTIONS = (
         "A whole training step of MiniLM (real weights, 32 x 32 tokens, LoRA r 8 on all 36 linear layers, AdamW; the "
         "lowest adapters are frozen):",
         "test_step",
-        step_table,
+        partial(step_table, test="test_step", columns={"frozen": lambda p: f"{p['percent']} %", "dropout": dropout}),
     ),
     (
         "A whole training step with each [family of adapters](adapters.md), of a BERT or a GPT-2 with random weights "
@@ -205,16 +199,39 @@ SECTIONS = (
         families_table,
     ),
     (
+        "A whole training step of a BERT-shaped model with bottleneck adapters after attention and MLP (2 blocks, "
+        "d 768, 48 hidden units, 8 x 64 tokens, AdamW), compared with the same tuner unbound:",
+        "test_bottleneck_step",
+        partial(
+            step_table,
+            test="test_bottleneck_step",
+            columns={
+                "activation": lambda p: p["non_linearity"],
+                "dropout": dropout,
+                "adapters": adapters("all but the lowest block's frozen"),
+            },
+            stock_name="unbound",
+        ),
+    ),
+    (
         "A whole training step of a UNet's residual blocks with LoRA r 8 on every convolution (2 blocks, 320 channels, "
         "2 x 32 x 32 positions, AdamW):",
         "test_conv_step",
-        conv_table,
+        partial(
+            step_table,
+            test="test_conv_step",
+            columns={"dropout": dropout, "adapters": adapters("all but the lowest block's frozen")},
+        ),
     ),
     (
         "A whole training step with LoRA r 8 on the experts' parameters and on attention (2 blocks, d 256, 2 x 256 "
         "tokens, AdamW):",
         "test_experts_step",
-        experts_table,
+        partial(
+            step_table,
+            test="test_experts_step",
+            columns={"shape": lambda p: p["shape"], "adapters": adapters("the experts' frozen")},
+        ),
     ),
     ("Scoring, with the default options:", "test_scoring", scoring_table),
     ("`lora` alone, forward and backward:", "test_lora", op_table),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -55,14 +55,25 @@ def run(part: str, task: Task, seeds: Sequence[int], folder: Path, forks: Path, 
         chosen: the arms; all if there are none.
     """
     data, arms = Data(task), SCREENING if part == "screening" else WINDOWS
+    for seed, arm, path in missing(part, seeds, chosen or arms, folder):
+        training = forked(task, data, seed, forks) if part == "screening" else Training(task, data, seed)
+        write(path, {"seed": seed, "arm": arm, **freeze(training, options(part, arm, seed)), **training.test()})
+        yield f"{path.name} {path.read_text()}"
+
+
+def missing(part: str, seeds: Sequence[int], arms: Iterable[str], folder: Path) -> Iterator[tuple[int, str, Path]]:
+    """Yield the seeds and arms of a part that have no file yet, with the paths of these files."""
     for seed in seeds:
-        for arm in chosen or arms:
+        for arm in arms:
             path = folder / f"{part}-{seed}-{arm.replace(' ', '-')}.json"
-            if path.exists():
-                continue
-            training = forked(task, data, seed, forks) if part == "screening" else Training(task, data, seed)
-            write(path, {"seed": seed, "arm": arm, **freeze(training, options(part, arm, seed)), **training.test()})
-            yield f"{path.name} {path.read_text()}"
+            if not path.exists():
+                yield seed, arm, path
+
+
+def finished(part: str, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the results of a part."""
+    for path in sorted(folder.glob(f"{part}-*.json")):
+        yield json.loads(path.read_text(encoding="utf-8"))
 
 
 def freeze(training: Training, config: SafeConfig) -> dict[str, Any]:
@@ -101,8 +112,7 @@ def freeze(training: Training, config: SafeConfig) -> dict[str, Any]:
 def summary(part: str, folder: Path) -> list[str]:
     """Return the table of a part: costs, and the rise of the test cross entropy compared with nothing frozen."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(folder.glob(f"{part}-*.json")):
-        one = json.loads(path.read_text(encoding="utf-8"))
+    for one in finished(part, folder):
         base = folder / f"oracle-{one['seed']}-{NOTHING}.json"
         if base.exists():
             found[one["arm"]].append(one | {"base": json.loads(base.read_text(encoding="utf-8"))})

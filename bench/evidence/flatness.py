@@ -6,7 +6,6 @@ balanced, so that an arm cannot look flat because its factors have another scale
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -39,24 +38,15 @@ def run(task: Task, seeds: Sequence[int], folder: Path, _forks: Path, chosen: Se
         chosen: the arms; all if there are none.
     """
     data = Data(task)
-    for seed in seeds:
-        for arm in chosen or ARMS:
-            path = folder / f"flatness-{seed}-{arm}.json"
-            if path.exists():
-                continue
-            config, training = ARMS[arm], Training(task, data, seed)
-            if config is None:
-                costs: dict[str, Any] = {
-                    "seconds": training.run(task.steps),
-                    "bytes_end": 1.0,
-                    "bytes": 1.0,
-                    "flops": 1.0,
-                }
-                training.binding.detach()
-            else:
-                costs = arms.freeze(training, config(seed))
-            write(path, {"seed": seed, "arm": arm, **costs, **training.test(), **sharpness(training)})
-            yield f"{path.name} {path.read_text()}"
+    for seed, arm, path in arms.missing("flatness", seeds, chosen or ARMS, folder):
+        config, training = ARMS[arm], Training(task, data, seed)
+        if config is None:
+            costs: dict[str, Any] = {"seconds": training.run(task.steps), "bytes_end": 1.0, "bytes": 1.0, "flops": 1.0}
+            training.binding.detach()
+        else:
+            costs = arms.freeze(training, config(seed))
+        write(path, {"seed": seed, "arm": arm, **costs, **training.test(), **sharpness(training)})
+        yield f"{path.name} {path.read_text()}"
 
 
 def sharpness(training: Training, rows: int = ROWS) -> dict[str, float]:
@@ -138,8 +128,7 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 def summary(folder: Path) -> list[str]:
     """Return the table of docs/evidence.md: means over seeds, and standard errors."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for path in sorted(folder.glob("flatness-*.json")):
-        one = json.loads(path.read_text(encoding="utf-8"))
+    for one in arms.finished("flatness", folder):
         found[one["arm"]].append(one)
     base = {one["seed"]: one for one in found.get("nothing", [])}
     columns = "bytes, end | bytes, mean | FLOPs | accuracy | difference, points | train loss | eigenvalue | SAM"

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from comparison import compare
 from minilm import Step
 from peft import get_peft_model
 from pytest_benchmark.fixture import BenchmarkFixture
+from step_pairs import compare_with_stock
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification
 
-import safe_peft
-from safe_kernels import retention
 from safe_peft.bottleneck import BottleneckConfig
 
 BLOCKS, UNITS, ROWS, LENGTH = 2, 48, 8, 64
@@ -48,9 +46,4 @@ def make_batch(vocabulary: int) -> dict[str, Tensor]:
 def test_bottleneck_step(
     benchmark: BenchmarkFixture, non_linearity: str, p: float, frozen: bool, provider: str
 ) -> None:
-    steps = {name: make_step(non_linearity, p, frozen) for name in ("peft", "safe")}
-    safe_peft.bind(steps["safe"].model)
-    losses = [float(step.forward().detach()) for step in steps.values()]
-    assert p > 0.0 or abs(losses[1] / losses[0] - 1) < 1e-5
-    retained = retention.measure(steps[provider].forward, exclude=steps[provider].model).bytes
-    compare(benchmark, steps[provider], steps["peft"], rounds=6, retained_bytes=retained)
+    compare_with_stock(benchmark, lambda: make_step(non_linearity, p, frozen), provider, same_loss=p == 0.0)

@@ -10,15 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from comparison import compare
 from minilm import Step
 from peft import LoraConfig, get_peft_model
 from pytest_benchmark.fixture import BenchmarkFixture
+from step_pairs import compare_with_stock
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-import safe_peft
-from safe_kernels import retention
 
 BLOCKS, CHANNELS, SIZE, ROWS = 2, 320, 32, 2
 TARGETS = ["conv1", "conv2", "conv_shortcut"]
@@ -64,9 +61,4 @@ def make_step(p: float, frozen: bool) -> Step:
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("p", [0.0, 0.1])
 def test_conv_step(benchmark: BenchmarkFixture, p: float, frozen: bool, provider: str) -> None:
-    steps = {name: make_step(p, frozen) for name in ("peft", "safe")}
-    safe_peft.bind(steps["safe"].model)
-    losses = [float(step.forward().detach()) for step in steps.values()]
-    assert p > 0.0 or abs(losses[1] / losses[0] - 1) < 1e-5
-    retained = retention.measure(steps[provider].forward, exclude=steps[provider].model).bytes
-    compare(benchmark, steps[provider], steps["peft"], rounds=6, retained_bytes=retained)
+    compare_with_stock(benchmark, lambda: make_step(p, frozen), provider, same_loss=p == 0.0)

@@ -11,13 +11,10 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from comparison import compare
 from minilm import Step
 from peft import LoraConfig, get_peft_model
 from pytest_benchmark.fixture import BenchmarkFixture
-
-import safe_peft
-from safe_kernels import retention
+from step_pairs import compare_with_stock
 
 SIZES = {"vocab_size": 1000, "hidden_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 64}
 MOE: dict[str, tuple[str, dict[str, Any]]] = {
@@ -62,9 +59,4 @@ def make_step(shape: str, frozen: bool) -> Step:
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("shape", MOE)
 def test_experts_step(benchmark: BenchmarkFixture, shape: str, frozen: bool, provider: str) -> None:
-    steps = {name: make_step(shape, frozen) for name in ("peft", "safe")}
-    safe_peft.bind(steps["safe"].model)
-    losses = [float(step.forward().detach()) for step in steps.values()]
-    assert abs(losses[1] / losses[0] - 1) < 1e-5
-    retained = retention.measure(steps[provider].forward, exclude=steps[provider].model).bytes
-    compare(benchmark, steps[provider], steps["peft"], rounds=6, retained_bytes=retained)
+    compare_with_stock(benchmark, lambda: make_step(shape, frozen), provider, same_loss=True)
