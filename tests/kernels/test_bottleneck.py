@@ -7,6 +7,7 @@ from itertools import chain, combinations
 import pytest
 import torch
 from bottlenecks import NAMES, Bottleneck, assert_results, bottleneck, formula, results
+from linears import retained_by
 from oracle import DTYPES, Dtypes, Shape
 from torch.autograd import gradcheck
 
@@ -106,16 +107,9 @@ def expected_bytes(p: Bottleneck, names: set[str]) -> int:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
 def test_every_subset_of_requires_grad_and_what_it_retains(names: tuple[str, ...], dropout_p: float, kind: str) -> None:
-    p = bottleneck(MIDDLE, DTYPES[4], kind=kind, dropout_p=dropout_p).require(*names)
-    retained = measure(p.call, exclude=p.weights)
-    out = retained.output
-    assert (out.grad_fn is not None) == bool(names)
-    if names:
-        out.backward(p.grad)
-    grads = {name: tensor.grad for name, tensor in p.inputs.items() if tensor.grad is not None}
-    assert set(grads) == set(names)
-    assert_results(p, {"out": out.detach(), **grads})
-    assert retained.bytes == expected_bytes(p, set(names))
+    p = bottleneck(MIDDLE, DTYPES[4], kind=kind, dropout_p=dropout_p)
+    retained = retained_by(p, names, assert_results, p.weights)
+    assert retained == expected_bytes(p, set(names))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES, ids=str)

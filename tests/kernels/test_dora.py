@@ -7,7 +7,7 @@ from itertools import chain, combinations
 import pytest
 import torch
 from doras import NAMES, Dora, dora
-from linears import assert_results, results
+from linears import assert_results, results, retained_by
 from oracle import DTYPES, Dtypes, Shape
 from torch.autograd import gradcheck
 
@@ -84,22 +84,15 @@ def test_the_norm_of_an_adapter_that_nearly_undoes_the_weight(dtypes: Dtypes) ->
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
 def test_every_subset_of_requires_grad_and_what_it_retains(names: tuple[str, ...], dropout_p: float) -> None:
-    p = dora(MIDDLE, DTYPES[4], dropout_p=dropout_p).require(*names)
-    retained = measure(p.call, exclude=(p.weight, p.bias, p.A, p.B, p.magnitude))
-    out = retained.output
-    assert (out.grad_fn is not None) == bool(names)
-    if names:
-        out.backward(p.grad)
-    grads = {name: tensor.grad for name, tensor in p.inputs.items() if tensor.grad is not None}
-    assert set(grads) == set(names)
-    assert_results(p, {"out": out.detach(), **grads})
+    p = dora(MIDDLE, DTYPES[4], dropout_p=dropout_p)
+    retained = retained_by(p, names, assert_results, (p.weight, p.bias, p.A, p.B, p.magnitude))
     given = set(names)
     only_B = "B" in given and not given & {"A", "magnitude"}
     drops = given & ({"x", "A", "magnitude"} if only_B else {"x", "A", "B", "magnitude"}) if dropout_p else ()
     hidden = p.x.numel() // p.x.shape[-1] * p.A.shape[0] * p.A.element_size()
     kept = hidden if only_B else p.x.nbytes if given & {"A", "B", "magnitude"} else 0
     norm = p.weight.shape[0] * 4 if given - {"bias"} else 0
-    assert retained.bytes == kept + norm + (16 if drops else 0)
+    assert retained == kept + norm + (16 if drops else 0)
 
 
 def test_behind_an_activation_it_retains_what_that_does() -> None:

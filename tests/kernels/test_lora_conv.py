@@ -7,7 +7,7 @@ from itertools import chain, combinations
 import pytest
 import torch
 from convs import D_OUT, NAMES, RANK, SQUARE, WINDOWS, Conv, Window, conv
-from linears import assert_results, results
+from linears import assert_results, results, retained_by
 from oracle import DTYPES, Dtypes
 from torch.autograd import gradcheck
 
@@ -69,21 +69,14 @@ def test_channels_last_stays(dropout_p: float, names: tuple[str, ...]) -> None:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
 def test_every_subset_of_requires_grad_and_what_it_retains(names: tuple[str, ...], dropout_p: float) -> None:
-    p = conv(WINDOWS[4], DTYPES[4], dropout_p=dropout_p).require(*names)
-    retained = measure(p.call, exclude=(p.weight, p.bias, p.A, p.B))
-    out = retained.output
-    assert (out.grad_fn is not None) == bool(names)
-    if names:
-        out.backward(p.grad)
-    grads = {name: tensor.grad for name, tensor in p.inputs.items() if tensor.grad is not None}
-    assert set(grads) == set(names)
-    assert_results(p, {"out": out.detach(), **grads})
+    p = conv(WINDOWS[4], DTYPES[4], dropout_p=dropout_p)
+    retained = retained_by(p, names, assert_results, (p.weight, p.bias, p.A, p.B))
     given = set(names)
     only_B = "B" in given and "A" not in given
     drops = given & ({"x", "A"} if only_B else {"x", "A", "B"}) if dropout_p else ()
-    hidden = out.numel() // D_OUT * RANK * p.A.element_size()
+    hidden = p.grad.numel() // D_OUT * RANK * p.A.element_size()
     kept = hidden if only_B else p.x.nbytes if "A" in given else 0
-    assert retained.bytes == kept + (16 if drops else 0)
+    assert retained == kept + (16 if drops else 0)
 
 
 def test_all_readers_of_an_input_retain_it_once() -> None:

@@ -6,7 +6,7 @@ from itertools import chain, combinations
 
 import pytest
 import torch
-from linears import NAMES, Linear, assert_results, linear, results
+from linears import NAMES, Linear, assert_results, linear, results, retained_by
 from oracle import DTYPES, Dtypes, Shape
 from torch.autograd import gradcheck
 
@@ -46,21 +46,14 @@ def test_any_strides() -> None:
 
 @pytest.mark.parametrize("names", SUBSETS, ids="+".join)
 def test_every_subset_of_requires_grad_and_what_it_retains(names: tuple[str, ...]) -> None:
-    p = linear(MIDDLE, DTYPES[4], dropout_p=0.2).require(*names)
-    retained = measure(p.call, exclude=(p.weight, p.bias, p.A, p.B))
-    out = retained.output
-    assert (out.grad_fn is not None) == bool(names)
-    if names:
-        out.backward(p.grad)
-    grads = {name: tensor.grad for name, tensor in p.inputs.items() if tensor.grad is not None}
-    assert set(grads) == set(names)
-    assert_results(p, {"out": out.detach(), **grads})
+    p = linear(MIDDLE, DTYPES[4], dropout_p=0.2)
+    retained = retained_by(p, names, assert_results, (p.weight, p.bias, p.A, p.B))
     given = set(names)
     only_B = "B" in given and not given & {"weight", "A"}
     drops = given & ({"x", "A"} if only_B else {"x", "A", "B"})
     hidden = p.x.numel() // p.x.shape[-1] * p.A.shape[0] * p.A.element_size()
     kept = hidden if only_B else p.x.nbytes if given & {"weight", "A", "B"} else 0
-    assert retained.bytes == kept + (16 if drops else 0)
+    assert retained == kept + (16 if drops else 0)
 
 
 def test_behind_an_activation_it_retains_what_that_does() -> None:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +12,7 @@ from oracle import DTYPES, Dtypes, Results, Shape, Truth, assert_as_good, keep_m
 from torch import Tensor
 
 import safe_kernels
+from safe_kernels.retention import measure
 
 NAMES = ("x", "weight", "bias", "A", "B")
 
@@ -102,3 +103,19 @@ def assert_results(p: Linear, got: Results) -> None:
     size = {name: value.abs().max().item() if value.numel() else 0.0 for name, value in exact.items()}
     for name, tensor in got.items():
         assert_as_good(name, tensor, incumbent[name], Truth(exact, size))
+
+
+def retained_by(
+    p: Any, names: tuple[str, ...], judge: Callable[[Any, Results], None], exclude: Iterable[Tensor]
+) -> int:
+    """The bytes that a call retains if these inputs require grad. They alone get a gradient, and it is judged."""
+    p.require(*names)
+    retained = measure(p.call, exclude=exclude)
+    out = retained.output
+    assert (out.grad_fn is not None) == bool(names)
+    if names:
+        out.backward(p.grad)
+    grads = {name: tensor.grad for name, tensor in p.inputs.items() if tensor.grad is not None}
+    assert set(grads) == set(names)
+    judge(p, {"out": out.detach(), **grads})
+    return retained.bytes

@@ -56,3 +56,25 @@ def assert_stocks(model: PeftModel, x: Tensor, fast_calls: list[Any], autocast: 
     rounding = max(torch.finfo(stock["out"].dtype).eps, 2**-21)  # sums over many rows in fp32 have more than one
     for name, value in ours.items():
         assert error(value, truth[name]) <= 2 * error(stock[name], truth[name]) + rounding, name
+
+
+def assert_compiled(model: PeftModel, x: Tensor, tensors: int) -> None:
+    """A bound layer, compiled as a whole, gives the same output and gradients to the bit."""
+    torch._dynamo.reset()
+    with bind(model):
+        eager, compiled = step(model, x), step(torch.compile(model, backend="aot_eager", fullgraph=True), x)
+    assert all(torch.equal(eager[name.removeprefix("_orig_mod.")], value) for name, value in compiled.items())
+    assert len(eager) == len(compiled) == tensors
+
+
+def assert_pefts_if_merged_or_disabled(model: PeftModel, base: nn.Module, x: Tensor, fast_calls: list[Any]) -> None:
+    expected = model(x)
+    with bind(model):
+        with model.disable_adapter():
+            assert torch.equal(model(x), base(x))
+        model.merge_adapter()
+        assert error(model(x), expected) < 1e-5
+        model.unmerge_adapter()
+        assert not fast_calls
+        assert error(model(x), expected) < 1e-5
+    assert len(fast_calls) == 1

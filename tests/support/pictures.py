@@ -12,7 +12,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput as Output
 
 
 class Block(nn.Module):
-    """A block of a UNet: two convolutions, and one of size 1 beside them."""
+    """A block of a UNet: two convolutions, and one of size 1 in parallel."""
 
     def __init__(self, d_in: int, d_out: int) -> None:
         super().__init__()

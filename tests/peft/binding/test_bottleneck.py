@@ -15,7 +15,7 @@ from blocks import retained
 from families import family
 from life import SCENARIOS, Failure, Scenario, assert_same, assert_same_files, outcome
 from life import state as seen
-from one_layer import ADAPTERS, D_IN, D_OUT, ROWS, One, assert_stocks, batch, layer_of, step
+from one_layer import ADAPTERS, D_IN, D_OUT, ROWS, One, assert_compiled, assert_stocks, batch, layer_of
 from oracle import taking_turns
 from peft import PeftModel
 from ranks import together
@@ -210,13 +210,9 @@ def test_a_training_is_the_tuners(placement: str) -> None:
 @pytest.mark.parametrize("placement", PLACEMENTS)
 @pytest.mark.parametrize("names", [NAMES, ("x",)], ids="+".join)
 def test_compiled_whole(placement: str, names: tuple[str, ...]) -> None:
-    torch._dynamo.reset()
-    model, x = one(placement=placement), batch().requires_grad_()
+    model = one(placement=placement)
     require(model, names)
-    with bind(model):
-        eager, compiled = step(model, x), step(torch.compile(model, backend="aot_eager", fullgraph=True), x)
-    assert all(torch.equal(eager[name.removeprefix("_orig_mod.")], value) for name, value in compiled.items())
-    assert len(eager) == len(compiled) == len(names) + 1
+    assert_compiled(model, batch().requires_grad_(), len(names) + 1)
 
 
 LIFE = "use_it ask_about_it disable_adapters save_and_load copy_it switch_modes checkpoint_activations unload "

@@ -9,7 +9,17 @@ import pytest
 import torch
 from blocks import error
 from families import family
-from one_layer import ADAPTERS, D_OUT, ROWS, One, assert_stocks, batch, layer_of, step
+from one_layer import (
+    ADAPTERS,
+    D_OUT,
+    ROWS,
+    One,
+    assert_compiled,
+    assert_pefts_if_merged_or_disabled,
+    assert_stocks,
+    batch,
+    layer_of,
+)
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.dora import DoraLinearLayer
 from tiny import adamw, batches, bert, randomise_adapters, run, train
@@ -161,26 +171,12 @@ def test_planned_bytes_are_those_of_a_step() -> None:
 
 
 def test_compiled_whole() -> None:
-    torch._dynamo.reset()
-    model, x = one(), batch().requires_grad_()
-    with bind(model):
-        eager, compiled = step(model, x), step(torch.compile(model, backend="aot_eager", fullgraph=True), x)
-    assert all(torch.equal(eager[name.removeprefix("_orig_mod.")], value) for name, value in compiled.items())
-    assert len(eager) == len(compiled) == 5
+    assert_compiled(one(), batch().requires_grad_(), 5)
 
 
 def test_a_merged_and_a_disabled_adapter_are_pefts(fast_calls: list[Any]) -> None:
-    model, x = one(), batch()
-    expected = model(x)
-    with bind(model):
-        with model.disable_adapter():
-            assert torch.equal(model(x), layer_of(model).base_layer(x))
-        model.merge_adapter()
-        assert error(model(x), expected) < 1e-5
-        model.unmerge_adapter()
-        assert not fast_calls
-        assert error(model(x), expected) < 1e-5
-    assert len(fast_calls) == 1
+    model = one()
+    assert_pefts_if_merged_or_disabled(model, layer_of(model).base_layer, batch(), fast_calls)
 
 
 def test_a_vector_gets_a_dimension_as_in_peft(fast_calls: list[Any]) -> None:

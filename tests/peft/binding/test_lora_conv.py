@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import error
-from one_layer import ADAPTERS, assert_stocks, step
+from one_layer import ADAPTERS, assert_compiled, assert_pefts_if_merged_or_disabled, assert_stocks, step
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from tiny import randomise_adapters
@@ -180,12 +179,7 @@ def test_the_score_is_that_of_the_output_and_the_base_layers_output(layer: str, 
 
 @pytest.mark.parametrize("layer", ["3x3", "1d"])
 def test_compiled_whole(layer: str) -> None:
-    torch._dynamo.reset()
-    model, x = one(layer), batch(layer).requires_grad_()
-    with bind(model):
-        eager, compiled = step(model, x), step(torch.compile(model, backend="aot_eager", fullgraph=True), x)
-    assert all(torch.equal(eager[name.removeprefix("_orig_mod.")], value) for name, value in compiled.items())
-    assert len(eager) == len(compiled) == 4
+    assert_compiled(one(layer), batch(layer).requires_grad_(), 4)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
@@ -215,17 +209,8 @@ def test_a_write_to_the_input_is_an_error_as_in_stock() -> None:
 
 
 def test_a_merged_and_a_disabled_adapter_are_pefts(fast_calls: list[Any]) -> None:
-    model, x = one(), batch()
-    expected = model(x)
-    with bind(model):
-        with model.disable_adapter():
-            assert torch.equal(model(x), layer_of(model).base_layer(x))
-        model.merge_adapter()
-        assert error(model(x), expected) < 1e-5
-        model.unmerge_adapter()
-        assert not fast_calls
-        assert error(model(x), expected) < 1e-5
-    assert len(fast_calls) == 1
+    model = one()
+    assert_pefts_if_merged_or_disabled(model, layer_of(model).base_layer, batch(), fast_calls)
 
 
 @pytest.mark.parametrize(
