@@ -19,6 +19,8 @@ from torch.nn.modules import module as global_hooks
 from .class_swap import STATE, original_type
 
 F = TypeVar("F", bound=Callable[..., Any])
+Methods = tuple[tuple[type, str, Any], ...]
+"""Classes, names of methods, and the classes' own methods of these names."""
 
 _ORDINARY = frozenset({*nn.Module().__dict__, STATE, "_is_hf_initialized"})
 """Attributes of every module, and a note of transformers."""
@@ -84,12 +86,12 @@ def own_method(kind: type, name: str) -> Any:
     return method if module.partition(".")[0] == owner.partition(".")[0] else None
 
 
-def own_methods(*methods: tuple[type, str]) -> tuple[tuple[type, str, Any], ...]:
+def own_methods(*methods: tuple[type, str]) -> Methods:
     """Return what `replaced` needs to know about methods, each given by its class and name."""
     return tuple((kind, name, own_method(kind, name)) for kind, name in methods)
 
 
-def replaced(methods: tuple[tuple[type, str, Any], ...]) -> str | None:
+def replaced(methods: Methods) -> str | None:
     """Return in a few words which of the methods is no longer the class's own; None if all are."""
     for kind, name, method in methods:
         if method is None or getattr(kind, name) is not method:

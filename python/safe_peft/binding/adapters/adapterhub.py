@@ -15,9 +15,9 @@ from torch import Tensor, nn
 import safe_kernels
 
 from ..class_swap import STATE, autocasts, is_hooked, original_type, own_forward
-from ..code import own_method, own_methods, replaced, watched
+from ..code import own_method, own_methods
 from .base import Adapter, register_adapter
-from .bottleneck import BottleneckAdapter
+from .bottleneck import BottleneckAdapter, refuse_code
 from .lora import FLOATS, TENSORS, refuse_tensor
 from .observed import Call, ObservedLayer, Sample
 
@@ -39,12 +39,8 @@ def kind_of(layer: Any) -> str | None:
 
 def refusal(layer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None) -> str | None:
     """Return why the adapter's own code must compute its products, in a few words; None if the op can."""
-    if "forward" in layer.__dict__:
-        return "forward is replaced on the layer itself (device hooks, for instance)"
-    if (reason := replaced(_METHODS)) is not None:
+    if (reason := refuse_code(layer, _METHODS)) is not None:
         return reason
-    if watched():
-        return "hooks on the calls of all modules, those of the adapter among them"
     sequence, up = layer.adapter_down, layer.adapter_up
     down = sequence[-2]
     if type(sequence) is not nn.Sequential or type(down) is not nn.Linear or type(up) is not nn.Linear:

@@ -12,7 +12,7 @@ import safe_kernels
 
 from ...bottleneck.layer import BottleneckLayer
 from ..class_swap import STATE, autocasts, is_hooked, own_forward
-from ..code import own_methods, replaced, watched
+from ..code import Methods, own_methods, replaced, watched
 from .base import Adapter, LayerState, active_keys, register_adapter
 from .lora import DROPOUTS, FLOATS, TENSORS, LoraAdapter, observed, refuse_tensor
 from .observed import ObservedLayer
@@ -40,13 +40,18 @@ def refusal(layer: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | 
         return "no active adapter in this layer"
     if len(keys) > 1:
         return "several bottleneck adapters are active"
+    if (reason := refuse_code(layer, _METHODS)) is not None:
+        return reason
+    return _refuse_adapter(layer, keys[0]) or (_refuse_input(layer, args[0]) if args else None)
+
+
+def refuse_code(layer: Any, methods: Methods) -> str | None:
+    """Refuse a layer whose code is not the library's own, or whose inner calls are watched."""
     if "forward" in layer.__dict__:
         return "forward is replaced on the layer itself (device hooks, for instance)"
-    if (reason := replaced(_METHODS)) is not None:
+    if (reason := replaced(methods)) is not None:
         return reason
-    if watched():
-        return "hooks on the calls of all modules, those of the adapter among them"
-    return _refuse_adapter(layer, keys[0]) or (_refuse_input(layer, args[0]) if args else None)
+    return "hooks on the calls of all modules, those of the adapter among them" if watched() else None
 
 
 def _refuse_adapter(layer: Any, key: str) -> str | None:
