@@ -3,45 +3,46 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from evidence import arms, flatness, oracle, table
-from evidence.training import Task
+from evidence.tasks import TASKS
 
 ROOT = Path(__file__).parents[2]
 FOLDER, FORKS = ROOT / "bench" / "results" / "evidence", ROOT / "build" / "evidence"
 
-PARTS = {
-    "oracle": oracle.run,
-    "screening": partial(arms.run, "screening"),
-    "windows": partial(arms.run, "windows"),
-    "flatness": flatness.run,
-}
+PARTS = {"oracle": oracle.run, "flatness": flatness.run, **{part: partial(arms.run, part) for part in arms.PARTS}}
 
 
 def main() -> None:
     """Read the arguments, run, print."""
     parser = argparse.ArgumentParser(prog="make evidence", description=__doc__)
     parser.add_argument("part", choices=(*PARTS, "table", "summary"))
+    parser.add_argument("--task", choices=tuple(TASKS), default="film", help="film by default")
+    parser.add_argument("--epochs", type=int, default=1, help="passes over the training rows, in as many steps")
     parser.add_argument("--seeds", default="0,1,2,3", help="seeds, separated by commas")
     parser.add_argument("--only", default="", help="units such as 0.mlp,3.attention, or arms; all by default")
-    parser.add_argument("--folder", type=Path, default=FOLDER, help="for the JSON files")
+    parser.add_argument("--folder", type=Path, help="for the JSON files; bench/results/evidence/<task> by default")
     given = parser.parse_args()
+    name = given.task if given.epochs == 1 else f"{given.task}-{given.epochs}-epochs"
+    folder, task = given.folder or FOLDER / name, replace(TASKS[given.task], epochs=given.epochs)
     if given.part in PARTS:
-        given.folder.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         chosen = [one for one in given.only.split(",") if one]
         seeds = [int(seed) for seed in given.seeds.split(",")]
-        for line in PARTS[given.part](Task(), seeds, given.folder, FORKS, chosen):
+        for line in PARTS[given.part](task, seeds, folder, FORKS / name, chosen):
             print(line, flush=True)
-    print("\n".join(table.lines() if given.part == "table" else summary(given.folder)))
+    print("\n".join(table.lines() if given.part == "table" else summary(folder)))
 
 
 def summary(folder: Path) -> list[str]:
     """Return the tables of what was run."""
     lines = oracle.summary(folder)
-    for part in ("screening", "windows"):
-        lines += ["", f"{part}:", "", *arms.summary(part, folder)] if any(folder.glob(f"{part}-*.json")) else []
+    for part in arms.PARTS:
+        found = arms.summary(part, folder)
+        lines += ["", f"{part}:", "", *found] if len(found) > 2 else []
     if any(folder.glob("flatness-*.json")):
         lines += ["", "flatness:", "", *flatness.summary(folder)]
     return lines

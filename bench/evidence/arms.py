@@ -14,7 +14,8 @@ from statistics import fmean, stdev
 from typing import Any
 
 from evidence.oracle import NOTHING, write
-from evidence.training import Data, Task, Training, forked
+from evidence.tasks import Data, Task
+from evidence.training import Training, forked
 from safe_peft import AdapterFreezer, SafeConfig
 from safe_peft.finetune.measure import retained_bytes, step_flops
 
@@ -31,31 +32,40 @@ SCREENING: dict[str, dict[str, Any]] = {
 }
 """The arms of the screening. In those that are "recomputed", frozen blocks run again in backward."""
 WINDOWS: dict[str, dict[str, Any]] = {
-    f"{begin:g} to {end:g}": {"warmup": begin, "max_warmup": min(1.5 * begin, end), "freeze_end": end}
-    for begin, end in ((0.2, 0.7), (0.15, 0.5), (0.1, 0.4), (0.1, 0.3), (0.1, 0.2))
+    f"{begin:g} to {end:g}": {"warmup": begin, "max_warmup": min(round(1.5 * begin, 3), end), "freeze_end": end}
+    for begin, end in ((0.2, 0.7), (0.2, 0.2), (0.3, 0.3), (0.4, 0.4), (0.15, 0.5), (0.1, 0.4), (0.1, 0.3), (0.1, 0.2))
 }
 """The default options with other windows."""
+CURVES: dict[str, dict[str, Any]] = {
+    f"{arm} {target:g}": {**SCREENING[arm], "target_fraction": target}
+    for arm in ("cka", "progress", "random_sets", "prefix", "cka recomputed", "random_sets recomputed")
+    for target in (0.25, 0.5, 0.75, 0.875)
+}
+"""The default options with other scores, policies and shares of the bytes."""
+PARTS = {"screening": SCREENING, "windows": WINDOWS, "curves": CURVES}
+DEFAULTS = {"windows": "0.2 to 0.7", "curves": "cka 0.75"}
+"""The arms that are the default options. "flatness" trains with these, too."""
 
 
 def options(part: str, arm: str, seed: int) -> SafeConfig:
-    """Return the options of an arm of "screening" or "windows"."""
-    given = {"target_fraction": 0.875, **EARLY, **SCREENING[arm]} if part == "screening" else WINDOWS[arm]
-    return SafeConfig(seed=seed, **given)
+    """Return the options of an arm of a part."""
+    early = {"target_fraction": 0.875, **EARLY} if part == "screening" else {}
+    return SafeConfig(**{**early, **PARTS[part][arm]}, seed=seed)
 
 
 def run(part: str, task: Task, seeds: Sequence[int], folder: Path, forks: Path, chosen: Sequence[str]) -> Iterator[str]:
     """Run what is missing of a part, and yield a line per finished run.
 
     Args:
-        part: "screening" or "windows".
+        part: "screening", "windows" or "curves".
         task: the sizes.
         seeds: the seeds.
         folder: for the JSON files.
         forks: for the states at the forks.
         chosen: the arms; all if there are none.
     """
-    data, arms = Data(task), SCREENING if part == "screening" else WINDOWS
-    for seed, arm, path in missing(part, seeds, chosen or arms, folder):
+    data = Data(task)
+    for seed, arm, path in missing(part, seeds, chosen or PARTS[part], folder):
         training = forked(task, data, seed, forks) if part == "screening" else Training(task, data, seed)
         write(path, {"seed": seed, "arm": arm, **freeze(training, options(part, arm, seed)), **training.test()})
         yield f"{path.name} {path.read_text()}"
@@ -111,18 +121,23 @@ def freeze(training: Training, config: SafeConfig) -> dict[str, Any]:
 
 def summary(part: str, folder: Path) -> list[str]:
     """Return the table of a part: costs, and the rise of the test cross entropy compared with nothing frozen."""
+    flat = {(one["seed"], one["arm"]): one for one in finished("flatness", folder)}
+    runs = {(seed, DEFAULTS[part]): one for (seed, arm), one in flat.items() if arm == "default" and part in DEFAULTS}
+    runs |= {(one["seed"], one["arm"]): one for one in finished(part, folder)}
+    bases = {seed: one for (seed, arm), one in flat.items() if arm == NOTHING}
+    bases |= {one["seed"]: one for one in finished("oracle", folder) if one["unit"] == NOTHING}
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for one in finished(part, folder):
-        base = folder / f"oracle-{one['seed']}-{NOTHING}.json"
-        if base.exists():
-            found[one["arm"]].append(one | {"base": json.loads(base.read_text(encoding="utf-8"))})
+    for (seed, arm), one in runs.items():
+        if seed in bases:
+            found[arm].append(one | {"base": bases[seed]})
     lines = ["| arm | bytes, end | bytes, mean | FLOPs | rise of the test cross entropy, nats | accuracy | seeds |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for arm, runs in found.items():
-        cells = [f"{fmean(one[name] for one in runs):.2f}" for name in ("bytes_end", "bytes", "flops")]
-        cells.append(mean([one["cross_entropy"] - one["base"]["cross_entropy"] for one in runs], "+.4f"))
-        cells.append(mean([100 * (one["accuracy"] - one["base"]["accuracy"]) for one in runs], "+.2f") + " points")
-        lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs)} |")
+    for arm in (arm for arm in PARTS[part] if arm in found):
+        runs_of = found[arm]
+        cells = [f"{fmean(one[name] for one in runs_of):.2f}" for name in ("bytes_end", "bytes", "flops")]
+        cells.append(mean([one["cross_entropy"] - one["base"]["cross_entropy"] for one in runs_of], "+.4f"))
+        cells.append(mean([100 * (one["accuracy"] - one["base"]["accuracy"]) for one in runs_of], "+.2f") + " points")
+        lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs_of)} |")
     return lines
 
 

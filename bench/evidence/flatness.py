@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from evidence import arms
 from evidence.oracle import write
-from evidence.training import Data, Task, Training
+from evidence.tasks import Data, Task
+from evidence.training import Training
 from safe_peft import SafeConfig
 
 ARMS: dict[str, Callable[[int], SafeConfig] | None] = {

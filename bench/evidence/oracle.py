@@ -8,13 +8,15 @@ entropy, compared with the training in which nothing is frozen.
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from evidence.training import Data, Task, Training, forked
+from evidence.tasks import Data, Task
+from evidence.training import Training, forked
 from safe_peft import AdapterFreezer, SafeConfig
 from safe_peft.freezing.scores import score_names
 
@@ -24,9 +26,9 @@ SCORING_STEPS = 3
 
 def unit_of(adapter: str) -> str:
     """Return the unit of an adapter: the number of its block, and "attention" or "mlp"."""
-    _, rest = adapter.split("encoder.layer.")
-    number, part = rest.split(".", 1)
-    return f"{number}.{'attention' if part.startswith('attention') else 'mlp'}"
+    found = re.search(r"\.layers?\.(\d+)\.(\w+)", adapter)
+    assert found is not None, adapter
+    return f"{found[1]}.{'attention' if 'att' in found[2] else 'mlp'}"
 
 
 def units(training: Training) -> dict[str, list[str]]:

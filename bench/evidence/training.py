@@ -1,82 +1,19 @@
-"""MiniLM on film sentences: a training up to a fork, and trainings that continue from it with other adapters frozen."""
+"""A training up to a fork, and trainings that continue from it with other adapters frozen."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
-import assets
 import torch
-from minilm import make_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-from transformers import AutoTokenizer, get_linear_schedule_with_warmup
+from torch import nn
+from transformers import get_linear_schedule_with_warmup
 
+from evidence.tasks import Data, Task
 from safe_peft import bind
 from safe_peft.binding.adapters import Adapter
-
-
-@dataclass(frozen=True)
-class Task:
-    """The sizes of the experiment.
-
-    Args:
-        steps: optimizer steps of a whole training.
-        fork: the step after which the trainings of one seed differ.
-        batch_size: rows per batch.
-        max_length: a sentence is cut after this many tokens.
-        test_rows: rows of the test.
-        learning_rate: AdamW's peak; it rises over 6 % of the steps and then falls linearly to zero.
-        dropout: LoRA's dropout.
-    """
-
-    steps: int = 160
-    fork: int = 24
-    batch_size: int = 32
-    max_length: int = 64
-    test_rows: int = 5446
-    learning_rate: float = 3e-3
-    dropout: float = 0.1
-
-
-class Data:
-    """The sentences, as batches: 5,120 train; the test has its own rows, and the training rows that are left."""
-
-    def __init__(self, task: Task) -> None:
-        self._task = task
-        tokenizer = AutoTokenizer.from_pretrained(assets.fetch("minilm"))
-        train, test = assets.load_film_reviews()
-        rows = 5120
-        self.train, held = train[:rows], [*test, *train[rows:]]
-        self.test = held[: task.test_rows]
-        self._encode = lambda examples: tokenizer(
-            [example[0] for example in examples],
-            padding=True,
-            truncation=True,
-            max_length=task.max_length,
-            return_tensors="pt",
-        )
-
-    def batch(self, examples: Sequence[Any]) -> dict[str, Tensor]:
-        """Return examples as a padded batch with labels."""
-        return {**self._encode(examples), "labels": torch.tensor([example[1] for example in examples])}
-
-    def training(self, seed: int) -> Iterator[dict[str, Tensor]]:
-        """Yield the batches of a whole training: every seed has its own order."""
-        generator, size = torch.Generator().manual_seed(seed), self._task.batch_size
-        while True:
-            order = torch.randperm(len(self.train), generator=generator).tolist()
-            for begin in range(0, len(order) - size + 1, size):
-                yield self.batch([self.train[index] for index in order[begin : begin + size]])
-
-    def tests(self) -> Iterator[dict[str, Tensor]]:
-        """Yield the test in batches of sentences of similar length."""
-        ordered = sorted(self.test, key=lambda example: len(example[0]))
-        for begin in range(0, len(ordered), 128):
-            yield self.batch(ordered[begin : begin + 128])
 
 
 class Training:
@@ -85,13 +22,12 @@ class Training:
     Args:
         task: the sizes.
         data: the batches.
-        seed: of initial values, batches and dropout.
+        seed: of the order of the batches, and of dropout.
     """
 
     def __init__(self, task: Task, data: Data, seed: int) -> None:
         self.task, self.data, self.seed, self.done = task, data, seed, 0
-        torch.manual_seed(seed)
-        self.model = make_model(task.dropout)
+        self.model = task.make_model()
         self.binding = bind(self.model)
         self.adapters: list[Adapter] = self.binding.live_adapters()
         self.named = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
@@ -136,11 +72,10 @@ class Training:
         self.model.eval()
         loss = right = count = 0.0
         for batch in self.data.tests():
-            labels = batch.pop("labels")
-            logits = self.model(**batch).logits
+            logits, labels = self.data.judged(self.model(**batch).logits, batch["labels"])
             loss += float(nn.functional.cross_entropy(logits, labels, reduction="sum"))
             right += float((logits.argmax(-1) == labels).sum())
-            count += len(labels)
+            count += float((labels != -100).sum())
         self.model.train()
         return {"cross_entropy": loss / count, "accuracy": right / count}
 

@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from evidence import arms, flatness, oracle, table
-from evidence.training import Data, Task, Training, forked
+from evidence.tasks import TASKS, Data, Task, with_swapped_words
+from evidence.training import Training, forked
+
+from safe_peft import SafeConfig
 
 TASK = Task(steps=6, fork=3, batch_size=4, max_length=16, test_rows=12)
 
@@ -28,6 +31,38 @@ def test_a_training_from_the_fork_is_the_training_without_it(data: Data, tmp_pat
     for name, parameter in whole.named.items():
         assert torch.equal(parameter, parted.named[name]), name
     assert parted.test() == whole.test()
+
+
+def test_neighbouring_words_are_swapped_where_the_label_says_so() -> None:
+    texts = ["a film that I like", "so so", "one", "it is too long for me"] * 10
+    found = with_swapped_words([(text, 7) for text in texts])
+    assert found == with_swapped_words([(text, 7) for text in texts]) and {label for _, label in found} == {0, 1}
+    for before, (after, label) in zip(texts, found, strict=True):
+        old, new = before.split(), after.split()
+        moved = [place for place, pair in enumerate(zip(old, new, strict=True)) if pair[0] != pair[1]]
+        assert sorted(old) == sorted(new) and len(moved) == 2 * label
+        assert label == 0 or moved[1] == moved[0] + 1
+
+
+@pytest.mark.slow
+def test_the_text_task_is_judged_by_token(tmp_path: Path) -> None:
+    task = replace(TASKS["text"], steps=2, fork=1, batch_size=2, max_length=8, test_rows=3)
+    data = Data(task)
+    training = forked(task, data, 0, tmp_path)
+    assert list(oracle.units(training))[:3] == ["0.attention", "0.mlp", "1.attention"]
+    training.run(task.steps)
+    (batch,) = data.tests()
+    training.model.eval()
+    with torch.no_grad():
+        expected = float(training.model(**batch).loss)
+    assert training.test()["cross_entropy"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_every_arm_has_options_that_are_valid() -> None:
+    for part, found in arms.PARTS.items():
+        assert all(arms.options(part, arm, 3).seed == 3 for arm in found)
+    for part, arm in arms.DEFAULTS.items():
+        assert arms.options(part, arm, 0) == SafeConfig(), arm
 
 
 @pytest.mark.slow
