@@ -19,7 +19,7 @@ PARTS = {"oracle": oracle.run, "flatness": flatness.run, **{part: partial(arms.r
 def main() -> None:
     """Read the arguments, run, print."""
     parser = argparse.ArgumentParser(prog="make evidence", description=__doc__)
-    parser.add_argument("part", choices=(*PARTS, "table", "summary"))
+    parser.add_argument("part", choices=(*PARTS, "table", "summary", "picture"))
     parser.add_argument("--task", choices=tuple(TASKS), default="film", help="film by default")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training rows, in as many steps")
     parser.add_argument("--seeds", default="0,1,2,3", help="seeds, separated by commas")
@@ -34,6 +34,11 @@ def main() -> None:
         seeds = [int(seed) for seed in given.seeds.split(",")]
         for line in PARTS[given.part](task, seeds, folder, FORKS / name, chosen):
             print(line, flush=True)
+    if given.part == "picture":
+        from evidence.picture import draw  # needs matplotlib, and the set-up of `make demo` has none
+
+        draw(folder, ("windows", "curves"), ROOT / "docs" / "evidence.svg")
+        return
     print("\n".join(table.lines() if given.part == "table" else summary(folder)))
 
 

@@ -7,7 +7,6 @@ which nothing is frozen is the oracle's.
 from __future__ import annotations
 
 import json
-from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
@@ -119,29 +118,38 @@ def freeze(training: Training, config: SafeConfig) -> dict[str, Any]:
     }
 
 
-def summary(part: str, folder: Path) -> list[str]:
-    """Return the table of a part: costs, and the rise of the test cross entropy compared with nothing frozen."""
+def paired(part: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """Return the results of a part by arm, each with its "base": the training of the same seed with nothing frozen."""
     flat = {(one["seed"], one["arm"]): one for one in finished("flatness", folder)}
     runs = {(seed, DEFAULTS[part]): one for (seed, arm), one in flat.items() if arm == "default" and part in DEFAULTS}
     runs |= {(one["seed"], one["arm"]): one for one in finished(part, folder)}
     bases = {seed: one for (seed, arm), one in flat.items() if arm == NOTHING}
     bases |= {one["seed"]: one for one in finished("oracle", folder) if one["unit"] == NOTHING}
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for (seed, arm), one in runs.items():
+    found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in PARTS[part]}
+    for (seed, arm), one in sorted(runs.items()):
         if seed in bases:
             found[arm].append(one | {"base": bases[seed]})
+    return {arm: runs for arm, runs in found.items() if runs}
+
+
+def summary(part: str, folder: Path) -> list[str]:
+    """Return the table of a part: costs, and the rise of the test cross entropy compared with nothing frozen."""
     lines = ["| arm | bytes, end | bytes, mean | FLOPs | rise of the test cross entropy, nats | accuracy | seeds |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for arm in (arm for arm in PARTS[part] if arm in found):
-        runs_of = found[arm]
-        cells = [f"{fmean(one[name] for one in runs_of):.2f}" for name in ("bytes_end", "bytes", "flops")]
-        cells.append(mean([one["cross_entropy"] - one["base"]["cross_entropy"] for one in runs_of], "+.4f"))
-        cells.append(mean([100 * (one["accuracy"] - one["base"]["accuracy"]) for one in runs_of], "+.2f") + " points")
-        lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs_of)} |")
+    for arm, runs in paired(part, folder).items():
+        cells = [f"{fmean(one[name] for one in runs):.2f}" for name in ("bytes_end", "bytes", "flops")]
+        cells.append(mean([one["cross_entropy"] - one["base"]["cross_entropy"] for one in runs], "+.4f"))
+        cells.append(mean([100 * (one["accuracy"] - one["base"]["accuracy"]) for one in runs], "+.2f") + " points")
+        lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs)} |")
     return lines
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Return the standard error of a mean."""
+    return stdev(values) / len(values) ** 0.5
 
 
 def mean(values: Sequence[float], form: str) -> str:
     """Return a mean as text, and its standard error if there are several values."""
-    error = f" ± {stdev(values) / len(values) ** 0.5:{form.lstrip('+')}}" if len(values) > 1 else ""
+    error = f" ± {standard_error(values):{form.lstrip('+')}}" if len(values) > 1 else ""
     return f"{fmean(values):{form}}{error}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evidence import arms, flatness, oracle, table
+from evidence import arms, flatness, oracle, picture, table
 from evidence.tasks import TASKS, Data, Task, with_swapped_words
 from evidence.training import Training, forked
 
@@ -97,7 +97,9 @@ def test_a_frozen_unit_does_not_change(data: Data, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("part", "arm"), [("screening", "random_sets recomputed"), ("windows", "0.1 to 0.3")])
 def test_an_arm_frees_bytes_and_flops(part: str, arm: str, tmp_path: Path) -> None:
     task = replace(TASK, steps=20)
-    oracle.write(tmp_path / "oracle-0-nothing.json", {"seed": 0, "cross_entropy": 0.5, "accuracy": 0.75})
+    oracle.write(
+        tmp_path / "oracle-0-nothing.json", {"seed": 0, "unit": oracle.NOTHING, "cross_entropy": 0.5, "accuracy": 0.75}
+    )
     assert len(list(arms.run(part, task, [0], tmp_path, tmp_path / "forks", [arm]))) == 1
     assert list(arms.run(part, task, [0], tmp_path, tmp_path / "forks", [arm])) == []
     (path,) = tmp_path.glob(f"{part}-*.json")
@@ -106,6 +108,8 @@ def test_an_arm_frees_bytes_and_flops(part: str, arm: str, tmp_path: Path) -> No
     assert 0 < found["bytes_end"] < found["bytes"] < 1 and found["frozen"]
     assert found["flops"] > 0
     assert arms.summary(part, tmp_path)[-1].startswith(f"| {arm} | {found['bytes_end']:.2f} | ")
+    picture.draw(tmp_path, (part,), tmp_path / "picture.svg")
+    assert f"<!-- {arm} (1) -->" in (tmp_path / "picture.svg").read_text()
 
 
 def test_the_sharpness_is_that_of_the_loss_whatever_the_scale_of_the_factors(data: Data) -> None:
