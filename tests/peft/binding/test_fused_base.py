@@ -18,7 +18,7 @@ from toy import gradients, pairs, toy
 
 import safe_kernels
 from safe_kernels.retention import measure
-from safe_peft import bind, explain
+from safe_peft import bind, explain, plan_memory
 from safe_peft.binding.adapters import lora as adapters
 
 FUSED, APART = "safe_kernels::lora_linear", "safe_kernels::lora"
@@ -168,17 +168,30 @@ def test_checkpointing(asked: list[tuple[Any, ...]], reentrant: bool) -> None:
     assert all(torch.equal(value, found[1][name]) for name, value in found[0].items())
 
 
-def test_compiled_whole(asked: list[tuple[Any, ...]]) -> None:
-    model, inputs = toy(1), next(pairs(1))
+def test_compiled_whole() -> None:
+    """The compiled code has the one op. The choice does not depend on the device."""
+    model, inputs, called = toy(1), next(pairs(1)), list[str]()
+
+    def backend(graph: Any, example: Any) -> Any:
+        called.extend(str(node.target) for node in graph.graph.nodes if "lora" in str(node.target))
+        return torch._dynamo.lookup_backend("aot_eager")(graph, example)
+
     with bind(model):
         model(**inputs).backward()
         expected = gradients(model)
-        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
         for _ in range(2):
             compiled(**inputs).backward()
             found = gradients(model)
             assert set(found) == set(expected)
             assert all(error(value, expected[name]) < 1e-6 for name, value in found.items())
+    assert [name for name in called if "safe_kernels" in name] == 2 * ["safe_kernels.lora_linear"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_plan_traces_the_one_op(asked: list[tuple[Any, ...]], device: str) -> None:
+    plan_memory(toy(1), batch=next(pairs(1)), device=device)
+    assert len(asked) == 2
 
 
 def test_what_the_adapter_does_not_do_takes_pefts_path(asked: list[tuple[Any, ...]]) -> None:

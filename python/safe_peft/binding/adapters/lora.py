@@ -26,7 +26,8 @@ from .score_inputs import OptimizerStep, ScoreInputs
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 DROPOUTS = frozenset({nn.Dropout, nn.Identity})
-TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
+PARAMETERS = frozenset({nn.Parameter, FakeTensor})
+TENSORS = PARAMETERS | {Tensor}
 _CALLED = ("forward", "__call__", "_cast_input_dtype")
 _METHODS: dict[type, tuple[Any, ...]] = {}
 ROUTING = ("adapter_names", *VARIANT_KWARG_KEYS)
@@ -171,9 +172,9 @@ def _plain(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
     if type(base) is not nn.Linear or is_hooked(base) or autocasts(x):
         return None
     weight, bias = base._parameters.get("weight"), base._parameters.get("bias", x)
-    if type(weight) is not nn.Parameter or weight.dtype != x.dtype:
+    if weight is None or type(weight) not in PARAMETERS or weight.dtype != x.dtype:
         return None
-    if bias is not None and (type(bias) is not nn.Parameter or bias.dtype != x.dtype):
+    if bias is not None and (type(bias) not in PARAMETERS or bias.dtype != x.dtype):
         return None
     return weight, bias
 
