@@ -181,6 +181,11 @@ def resources(kernel: Any, target: str) -> Resources:
 
 def hottest_loop(kernel: Any) -> int:
     """How many instructions the longest loop of a CUDA kernel has."""
+    return instructions(kernel)[0]
+
+
+def instructions(kernel: Any) -> tuple[int, int]:
+    """How many instructions the longest loop of a CUDA kernel has, 0 without one; and the whole kernel."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         _run_ptxas(kernel.asm["ptx"], kernel.metadata.target.arch, cubin)
@@ -189,7 +194,8 @@ def hottest_loop(kernel: Any) -> int:
     lines = [(int(address, 16), text) for address, text in found if "NOP" not in text]
     jumps = [(re.search(r"\bBRA\b.* 0x([0-9a-f]+)", text), at) for at, text in lines]
     loops = [(int(jump[1], 16), at) for jump, at in jumps if jump and int(jump[1], 16) < at]
-    return max(sum(first <= at <= last for at, _ in lines) for first, last in loops)
+    longest = max((sum(first <= at <= last for at, _ in lines) for first, last in loops), default=0)
+    return longest, len(lines)
 
 
 def _log_of_ptxas(backend: CUDABackend, ptx: str, metadata: Any, options: Any, capability: int) -> bytes:
