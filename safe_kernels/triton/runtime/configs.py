@@ -258,6 +258,7 @@ def _fits(entry: Config, kernel: str, operand: torch.dtype, rank: int, terms: bo
     return serves and width <= entry.rank and target().shared >= entry.shared and columns >= entry.columns
 
 
+@lru_cache(maxsize=4096)
 def rank_tile(rank: int, operand: torch.dtype, is_sweep: bool = False) -> int:
     """Columns of an adapter per tile: at least the minimum of tensor cores, at most as many as fit in registers.
 
