@@ -59,16 +59,18 @@ sanitize: tools ## the extension's tests under AddressSanitizer and UBSan
 
 BENCH := HF_HUB_OFFLINE=1 $(BIN)/pytest --benchmark-columns=median
 MEMORY := bench/training/bench_retention.py bench/training/bench_peak.py
+LAUNCHES := bench/kernels/bench_launches.py
 FAMILIES := $(patsubst %,bench/training/bench_%.py,families conv experts bottleneck)
 
 bench: tools ## measure memory, training steps and ops, compared with stock PEFT (ARGS= goes to pytest)
 	@$(BENCH) $(MEMORY) --benchmark-json=bench/results/cpu-memory.json $(ARGS)
 	@$(BENCH) bench/training $(patsubst %,--ignore=%,$(MEMORY) $(FAMILIES)) --benchmark-json=bench/results/cpu-training.json $(ARGS)
 	@$(BENCH) $(FAMILIES) --benchmark-json=bench/results/cpu-families.json $(ARGS)
-	@$(BENCH) bench/kernels --benchmark-json=bench/results/cpu-kernels.json $(ARGS)
+	@$(BENCH) bench/kernels --ignore=$(LAUNCHES) --benchmark-json=bench/results/cpu-kernels.json $(ARGS)
+	@$(BENCH) $(LAUNCHES) --benchmark-json=bench/results/cpu-launches.json $(ARGS)
 
 bench-table: tools ## write the tables of docs/benchmarks.md and the README's picture from the newest results
-	@$(BIN)/python bench/table.py $(patsubst %,bench/results/cpu-%.json,memory training families kernels) --write docs/benchmarks.md
+	@$(BIN)/python bench/table.py $(patsubst %,bench/results/cpu-%.json,memory training families kernels launches) --write docs/benchmarks.md
 	@$(BIN)/python bench/picture.py bench/results/cpu-memory.json docs/retained.svg
 
 evidence: setup ## the experiments of docs/evidence.md that have not run yet (PART=oracle, flatness, table or summary; ARGS="--seeds 0,1")

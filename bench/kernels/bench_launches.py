@@ -6,6 +6,7 @@ No GPU is needed: Triton's launcher and ours call a driver that runs nothing (te
 from __future__ import annotations
 
 from collections.abc import Callable
+from time import process_time
 from typing import Any
 
 import pytest
@@ -34,6 +35,7 @@ CASES: dict[str, tuple[str, tuple[Any, ...]]] = {
     "lora, scored": ("lora", (X, BASE, A, B, 2.0, 0.1, STATE, *BLOCKS)),
     "lora_backward": ("lora_backward", (BASE, X, A, B, 2.0, 0.1, STATE, [True, True, True])),
     "rms_norm": ("rms_norm", (X, normal(D), 1e-6, 0.0, True)),
+    "rms_norm_backward": ("rms_norm_backward", (X, BASE, normal(D), torch.rand(N), 0.0, True, [True, False])),
     "gated_activation": ("gated_activation", (X, BASE, "silu", 0.0, None)),
 }
 
@@ -46,9 +48,11 @@ def often(call: Callable[..., Any], op: str, arguments: tuple[Any, ...]) -> Call
     return run
 
 
+@pytest.mark.benchmark(timer=process_time)
 @pytest.mark.parametrize("case", CASES)
 def test_launches(benchmark: BenchmarkFixture, case: str) -> None:
     driver, (op, arguments) = stub(), CASES[case]
     _, watch = driver.watched(lambda: driver.hosted(op, *arguments))
     replayed, by_python = (often(call, op, arguments) for call in (driver.dispatched, driver.hosted))
-    compare(benchmark, replayed, by_python, rounds=100, launches=len(watch.launches), calls=CALLS)
+    facts = {"launches": len(watch.launches), "calls": CALLS}
+    compare(benchmark, replayed, by_python, rounds=100, clock=process_time, **facts)
