@@ -47,7 +47,7 @@ class Task:
     epochs: int = 1
     max_length: int = 64
     test_rows: int = 5446
-    learning_rate: float = 3e-3
+    learning_rate: float = 2e-3
     dropout: float = 0.1
 
     def make_model(self) -> nn.Module:
