@@ -28,6 +28,7 @@ class Plan:
         padding: [samples, tokens], True where there is padding that has no effect; None without padding.
         known: by sample, the block whose input is known, and this input.
         checked: samples that are computed although they are known, by what is kept of them.
+        tried: samples that run with the rest and once more without it, for a comparison.
         drawn: the state of the generators before the first block.
 
     Attributes:
@@ -45,6 +46,7 @@ class Plan:
     padding: Tensor | None
     known: Mapping[int, Known]
     checked: Mapping[int, Known]
+    tried: Sequence[int]
     drawn: Sequence[bytes]
 
     def __post_init__(self) -> None:

@@ -54,11 +54,12 @@ class Prefix:
         self._tuples: dict[int, int] = {}  # by block, the length of the tuple that it returns; 0 means a tensor
         self._never = ""  # why this stack's blocks always run
         self._padding_matters: bool | None = None  # None until a backward has shown it
-        self._batches: set[tuple[str, ...]] = set()  # the keys of the batches that were kept
+        self._batches: set[int] = set()  # hashes of the batches that were kept
         self._independent = False  # samples were computed in two batches, with the same result
         self._any_length = False  # and with more or less padding
         self._kept_in: dict[str, _Batch] = {}  # by key, the batch in which a sample was kept
         self._checked_up_to = 0  # the highest block whose input was compared
+        self._parts_up_to = 0  # below this block, a part of a batch was compared with the whole
 
     def run(
         self,
@@ -115,7 +116,10 @@ class Prefix:
             return self._like(index, unknown(hidden))
         samples = Samples(args, kwargs, hidden)
         if len(plan.active) == len(plan.keys) or samples.reason:
-            return self._of_form(plan, index, call(args, kwargs), hidden.shape)
+            output = self._of_form(plan, index, call(args, kwargs), hidden.shape)
+            if plan.tried and not plan.reason and not self._equals_part(plan, samples, call, _first(output)):
+                plan.reason = DEPENDS
+            return output
         rows = torch.tensor(plan.active, device=hidden.device)
         output = call(*samples.some(rows))
         part = _first(self._of_form(plan, index, output, torch.Size((len(rows), *hidden.shape[1:]))))
@@ -123,6 +127,18 @@ class Prefix:
         full = unknown(hidden, part.dtype)
         full[rows] = part
         return self._like(index, full)
+
+    def _equals_part(self, plan: Plan, samples: Samples, call: Callable[..., Any], output: Tensor) -> bool:
+        """Whether a block computes some samples without the rest as in the whole batch.
+
+        Shapes do not always show which arguments have a value per sample: there may be as many heads as samples.
+        """
+        rows, again = torch.tensor(plan.tried, device=output.device), output.clone()
+        try:
+            again[rows] = _first(call(*samples.some(rows)))
+        except (RuntimeError, ValueError, TypeError, IndexError):  # arguments, or outputs, do not fit together
+            return False
+        return all(_is_close(_value(plan, again, row), _value(plan, output, row)) for row in plan.tried)
 
     def _of_form(self, plan: Plan, index: int, output: Any, shape: torch.Size) -> Any:
         """Return a block's output; note if it is not what can be kept and made again."""
@@ -144,6 +160,8 @@ class Prefix:
     def _plan(self, running: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Plan | None:
         cut = next((index for index, block in enumerate(self._blocks[:-1]) if trains(block)), len(self._blocks) - 1)
         hidden, notes = hidden_of(args, kwargs), running.notes
+        if cut < len(self._moments):
+            self._forget(cut)  # what trains may change in a way that PyTorch does not count
         if cut == 0 or hidden is None or hidden.requires_grad or not notes["usable"]:
             return None
         samples = Samples(args, kwargs, hidden)
@@ -156,8 +174,12 @@ class Prefix:
         known = self._known(keys, cut)
         checked = self._to_check(keys, known, cut, hidden.shape[1])
         known = {row: one for row, one in known.items() if row not in checked}
+        depths = [known[row].depth if row in known else 0 for row in range(len(keys))]
+        tried = [row for row, depth in enumerate(depths) if depth < max(depths)] if self._parts_up_to < cut else []
+        if tried:  # the first batch of which only a part would run
+            known, checked = {}, {**checked, **known}
         self._cache.count(len(keys), len(known))
-        plan = Plan(cut, self._names[cut], keys, kept, padding, known, checked, drawn)
+        plan = Plan(cut, self._names[cut], keys, kept, padding, known, checked, tried, drawn)
         # Padding that was filled is always checked: then backward finds a loss that depends on it.
         plan.probes = padding is not None and (self._padding_matters is None or plan.filled)
         return plan
@@ -174,7 +196,7 @@ class Prefix:
         """Return known samples to compute all the same: all, until samples of a batch are known to be independent."""
         # The same samples in the same order, of which none has to run without the others.
         is_whole = len(known) == len(keys) and len({one.depth for one in known.values()}) == 1
-        is_same = is_whole and tuple(keys) in self._batches
+        is_same = is_whole and hash(tuple(keys)) in self._batches
         if not self._independent and not is_same:
             return dict(known)
         padded = {row: one for row, one in known.items() if self._kept_in.get(keys[row], _ELSEWHERE).tokens != tokens}
@@ -189,10 +211,7 @@ class Prefix:
         """Forget what a changed block has computed; return why the blocks below the cut cannot be skipped."""
         for index, moment in enumerate(self._moments):
             if not moment.holds():
-                del self._moments[index:]
-                self._cache.store.drop(above=index)
-                self._independent, self._any_length, self._checked_up_to = False, False, 0
-                self._batches.clear()
+                self._forget(index)
                 break
         if watched():
             return "there are hooks on all modules"
@@ -205,17 +224,25 @@ class Prefix:
             self._batches.clear()
         return ""
 
+    def _forget(self, index: int) -> None:
+        """Forget what a block has computed, and those above it."""
+        del self._moments[index:]
+        self._cache.store.drop(above=index)
+        self._independent, self._any_length, self._checked_up_to, self._parts_up_to = False, False, 0, 0
+        self._batches.clear()
+
     def _without_padding(self, masks: Sequence[Tensor], hidden: Tensor) -> tuple[list[Tensor | None], Tensor | None]:
         """Return the tokens of each sample without padding that has no effect, and where padding is."""
         every: list[Tensor | None] = [None] * len(hidden)
         if len(masks) != 1 or masks[0].shape != hidden.shape[:2]:
             return every, None  # with two masks, such as an encoder's and a decoder's, one may belong to another stack
         real = (masks[0] != 0).cpu()
+        real |= ~real.any(1, keepdim=True)  # a sample of nothing but padding is kept whole
         if real.all():
             return every, None
         if self._padding_matters is not False:
             return every, ~real
-        return [None if row.all() or not row.any() else row.nonzero().flatten() for row in real], ~real
+        return [None if row.all() else row.nonzero().flatten() for row in real], ~real
 
     def _arrive(self, plan: Plan, hidden: Tensor) -> Tensor:
         """Keep what was computed, and return the input of the cut."""
@@ -231,10 +258,11 @@ class Prefix:
             return hidden
         values, batch = hidden.detach(), _batch(plan, hidden)
         for row in range(len(plan.keys)):
-            if row not in plan.known or plan.known[row].depth < plan.cut:
-                self._cache.store.put(plan.keys[row], plan.cut, _value(plan, values, row))
+            is_new = row not in plan.known or plan.known[row].depth < plan.cut
+            if is_new and self._cache.store.put(plan.keys[row], plan.cut, _value(plan, values, row)):
                 self._kept_in[plan.keys[row]] = batch
-        self._batches.add(tuple(plan.keys))
+        self._batches.add(hash(tuple(plan.keys)))
+        self._parts_up_to = plan.cut if plan.tried else self._parts_up_to
         return self._probe(plan, hidden) if plan.probes and not saves_by_hooks() else hidden
 
     def _inexact(self, plan: Plan, hidden: Tensor) -> str:
@@ -259,9 +287,7 @@ class Prefix:
             if before.samples != now.samples:  # the same samples show nothing about other batches
                 self._independent, self._checked_up_to = True, max(self._checked_up_to, index)
             self._any_length |= before.tokens != now.tokens
-            eps = torch.finfo(value.dtype).eps
-            error = min(3 * eps**0.5, 512 * eps) * float(value.abs().max())
-            if not torch.allclose(kept, value, rtol=0.0, atol=error):
+            if not _is_close(kept, value):
                 plan.reason, self._independent, self._any_length = DEPENDS, False, False
                 return
 
@@ -311,6 +337,15 @@ def _value(plan: Plan, values: Tensor, row: int) -> Tensor:
     """Return a sample's hidden states, without padding that has no effect."""
     places = plan.kept[row]
     return values[row] if places is None else values[row, places.to(values.device)]
+
+
+def _is_close(one: Tensor, other: Tensor) -> bool:
+    """Whether two outputs are the same but for the rounding of products in batches of other sizes."""
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    eps = torch.finfo(one.dtype).eps
+    error = min(3 * eps**0.5, 512 * eps) * float(other.abs().nan_to_num().max())
+    return torch.allclose(one, other, rtol=0.0, atol=error, equal_nan=True)
 
 
 def _batch(plan: Plan, hidden: Tensor) -> _Batch:
