@@ -43,9 +43,11 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     variable_list result(7);
     if (!grads[0].defined()) return result;
     Tensor grad_x = ctx->get_saved_variables()[0];
+    // An ignored row has no gradient, even if what arrives is not finite, such as 1 / 0 tokens.
+    const Tensor factors = grads[0].masked_fill(grad_x.eq(0).all(-1), 0.0);
     // The retained gradient depends on x, which a recorded backward (create_graph=True) must not overlook.
     if (at::GradMode::is_enabled()) grad_x = grad_x.detach().set_requires_grad(true);
-    result[0] = ScaleRows::call(grads[0], grad_x);
+    result[0] = ScaleRows::call(factors, grad_x);
     return result;
   }
 };

@@ -99,6 +99,13 @@ def test_several_chunks_at_a_real_vocabulary(dtype: torch.dtype) -> None:
     check(head(70, d=8, classes=140_000, dtype=dtype, bias=False))
 
 
+def test_a_gradient_that_is_not_finite_does_not_reach_ignored_rows() -> None:
+    p = head(3, 13)
+    p.grad = torch.full_like(p.grad, torch.inf)
+    ours, stock = (results(p, run)["x"][p.target == IGNORED] for run in (lambda x: p.call(x=x), p.stock))
+    assert len(ours) and torch.equal(ours, stock) and not ours.any()
+
+
 @pytest.mark.parametrize("options", CHANGES, ids=str)
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
 def test_the_reference(dtype: torch.dtype, options: dict[str, float]) -> None:

@@ -74,7 +74,7 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> Head:
     known = _CHECKED.get(base)
     if known is None or known[0] != state:
         known = _CHECKED[base] = (state, set())
-    if call not in known[1]:
+    if call not in known[1] and labels.shape[1] > 1:  # one token per sample has no target, and no loss to compare
         _compare(inner, base, head, batch)
         if call is not None:
             known[1].add(call)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,13 +87,15 @@ def _loss(hidden: Tensor, head: Head, labels: Tensor, items: Any) -> Tensor:
 def _run_again(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, **options: float) -> Tensor:
     """Compute the losses with gradients for a head that trains: each chunk runs again in backward."""
 
-    def losses(rows: Tensor, targets: Tensor) -> Tensor:
+    def losses(rows: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         logits = F.linear(rows, weight, bias)
         changed = change(logits.to(torch.promote_types(logits.dtype, torch.float32)), **options)
         return F.cross_entropy(changed, targets, ignore_index=IGNORED, reduction="none")
 
     chunks = zip(x.flatten(0, 1).split(_ROWS), target.flatten().split(_ROWS), strict=True)
-    return torch.cat([checkpoint(losses, *chunk, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
+    # As arguments, the weights are saved, so a write to them before backward is an error, as for the model's own loss.
+    again = partial(checkpoint, losses, use_reentrant=False, preserve_rng_state=False)
+    return torch.cat([again(*chunk, weight, bias) for chunk in chunks])
 
 
 BY_NAME: dict[str, Loss] = {"model": own_loss, "chunked": chunked_loss}

@@ -67,12 +67,34 @@ def test_a_head_that_trains_runs_again_in_backward() -> None:
     assert kept[0] - kept[1] > 0.4 * ROWS * LENGTH * VOCABULARY * 4
 
 
-def test_a_batch_without_targets() -> None:
-    model, given = made("llama"), batch()
+@pytest.mark.parametrize("items", [{}, {"num_items_in_batch": 0}], ids=str)
+def test_a_batch_without_targets(items: dict[str, int]) -> None:
+    model, given = made("llama"), {**batch(), **items}
     given["labels"] = torch.full_like(given["labels"], -100)
     expected, found = results(model, own_loss, given), results(model, chunked_loss, given)
     torch.testing.assert_close(found, expected, equal_nan=True)
     assert found[0].isnan() and not any(grad.any() for grad in found[1])
+
+
+def test_samples_of_one_token_come_first() -> None:
+    model = made("llama")
+    given = {name: value[:, :1] for name, value in batch().items()}
+    expected, found = results(model, own_loss, given), results(model, chunked_loss, given)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+    with pytest.raises(ConfigError, match="chunked differs"):  # they have shown nothing
+        refused = AddsToItsLoss(model.get_base_model().config)
+        chunked_loss(refused, given)
+        chunked_loss(refused, batch())
+
+
+def test_a_head_that_trains_is_not_written_to_before_backward() -> None:
+    model = small(hf.LlamaConfig, hf.LlamaForCausalLM, tie_word_embeddings=False)
+    for loss in (own_loss, chunked_loss):
+        value = loss(model, batch())
+        with torch.no_grad():
+            model.lm_head.weight.mul_(1.5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            value.backward()
 
 
 def test_a_label_that_is_no_token_is_refused() -> None:
