@@ -1,4 +1,4 @@
-"""A node of the graph that only keeps tensors, as backward's other nodes do."""
+"""A node of the graph that only keeps tensors, as backward's other nodes do; and what identifies their memory."""
 
 from __future__ import annotations
 
@@ -26,3 +26,8 @@ def keep(tensors: Sequence[Tensor]) -> Any:
     """Return a node with these tensors as its `saved_tensors`."""
     with torch.enable_grad():
         return _Keep.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """Return what identifies a tensor's memory; None for a tensor without a storage, such as a sparse one."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None

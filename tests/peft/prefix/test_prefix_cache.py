@@ -240,7 +240,7 @@ def test_blocks_that_train_again_are_not_known() -> None:
     assert pair.cache.usage.known > known
 
 
-@pytest.mark.parametrize("what", ["weight", "scaling", "disabled", "module", "dropout"])
+@pytest.mark.parametrize("what", ["weight", "data", "scaling", "disabled", "module", "dropout"])
 def test_a_change_below_the_cut_is_noticed_at_once(what: str) -> None:
     pair = Pair(bert(3))
     pair.train(epochs(2))
@@ -249,6 +249,8 @@ def test_a_change_below_the_cut_is_noticed_at_once(what: str) -> None:
         if what == "weight":
             with torch.no_grad():
                 layer.base_layer.weight.mul_(1.5)
+        elif what == "data":
+            layer.base_layer.weight.data = layer.base_layer.weight * 1.5
         elif what == "scaling":
             layer.scaling["default"] *= 3
         elif what == "disabled":

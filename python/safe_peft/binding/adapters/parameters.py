@@ -26,7 +26,7 @@ from torch.nn.utils.parametrize import cached, is_parametrized, register_paramet
 from safe_kernels.retention import Recorder
 
 from ..class_swap import is_bound, is_transformed
-from ..keep import keep
+from ..keep import keep, storage_of
 from .base import active_keys, adapter_keys, register_adapter
 from .lora import FLOATS, TENSORS, LoraAdapter
 from .without_kernel import BaseRunsApart
@@ -177,9 +177,9 @@ class _Hooks:
                 return part
         indices = self._indices(tensor)
         if indices is None:
-            self._others.add(_storage(tensor))
+            self._others.add(storage_of(tensor))
             return self._pack(tensor)
-        gather = _Gather(self._pack(tensor), tensor.nbytes, _storage(tensor), indices)
+        gather = _Gather(self._pack(tensor), tensor.nbytes, storage_of(tensor), indices)
         self._gathers.append(weakref.ref(gather))
         return gather
 
@@ -213,11 +213,6 @@ class _Hooks:
         return self._unpack(packed.packed) if packed.kept is None else packed.make()
 
 
-def _storage(tensor: Tensor) -> int | None:
-    """Return what identifies a tensor's memory; None for a tensor without a storage, such as a sparse one."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None
-
-
 def _save(tensor: Tensor) -> tuple[Tensor, int]:
     # Detached: an output saved by its own node would keep that node alive in a cycle.
     return tensor.detach(), tensor._version
@@ -246,7 +241,7 @@ class _Recipe:
         """Return the recipe of a tensor that is a part of the weight, as the weight was made; None for any other."""
         if type(tensor) not in TENSORS or tensor.dtype != weight.dtype or tensor.numel() == 0:
             return None
-        if _storage(tensor) != _storage(weight) or tensor._version != self.version:
+        if storage_of(tensor) != storage_of(weight) or tensor._version != self.version:
             return None
         start, size = tensor.storage_offset() - weight.storage_offset(), weight[0].numel()
         end = start + sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))

@@ -28,7 +28,7 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 from safe_kernels.inversion import fingerprint, leave_hooks
 
 from ..adapters.base import unscored
-from ..keep import keep
+from ..keep import keep, storage_of
 from .arguments import Given, TensorsUsed, version
 from .trains import may_ask_for_gradient, modules_in
 
@@ -207,9 +207,14 @@ class Moment:
         # An id is used again if its object is gone, so the objects are kept.
         self._tensors = [t for m in modules for kind in (m._parameters, m._buffers) for t in kind.values()]
         self._parameters = self._parameter_values()
+        self._storages = self._parameter_storages()
 
     def _parameter_values(self) -> dict[int, Any]:
         return {id(p): _values(p) for m in self._modules for p in m._parameters.values() if p is not None}
+
+    def _parameter_storages(self) -> list[int | None]:
+        """Return what `parameter.data = ...` replaces."""
+        return [storage_of(p) for module in self._modules for p in module._parameters.values() if p is not None]
 
     def _buffer_versions(self) -> list[tuple[int, int]]:
         return [(id(b), version(b)) for module in self._modules for b in module._buffers.values() if b is not None]
@@ -222,7 +227,7 @@ class Moment:
         """Whether modules, parameters and buffers are as they were then."""
         if self.buffers_changed() or not all(map(_is_as, self._modules, self._then)):
             return False
-        return self._parameter_values() == self._parameters
+        return self._parameter_values() == self._parameters and self._parameter_storages() == self._storages
 
     def check_parameters(self, name: str) -> None:
         """Raise an error if a parameter was written in place since then, or removed, as parametrizing and pruning do.
