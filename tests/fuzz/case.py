@@ -33,7 +33,7 @@ WORDS: dict[str, tuple[Any, ...]] = {
     "spot": SPOTS,
     "high": (False, True),
     "asks": ("nothing", "hidden", "attentions", "router"),
-    "entry": ("model", "backbone"),
+    "entry": ("model", "backbone", "chunked"),
     "writes": ("nothing", "result", "result no grad", "result data", "embeddings"),
     "change": (
         *(
@@ -75,7 +75,8 @@ class Case:
         dropout: of the model itself; "dropout" as `adapter` is LoRA's own.
         hook: what a hook does at the module `spot` of a low or `high` block.
         asks: what else of the model's result is in the loss.
-        entry: whether the model's own loss is taken, or one of the backbone's hidden states.
+        entry: whether the model's own loss is taken, `chunked_loss` where stock takes the model's own, or one of the
+            backbone's hidden states.
         writes: what the program writes to in place.
         change: what is changed at the model.
         when: whether the hook and the change are made before `bind`, after it, or (a change) between two calls.
@@ -153,6 +154,13 @@ def sensible(case: Case) -> Case:
         set_to["asks"] = "hidden"
     if case.asks == "router" or case.cache == "given" or case.family in TWO_STACKS:
         set_to["entry"] = "model"
+    if case.entry == "chunked" and case.family not in DECODERS:
+        set_to["entry"] = "backbone"
+    elif case.entry == "chunked":  # its head has no adapter, and no hook sees the calls that compare it
+        set_to |= {"asks": "nothing", "writes": "nothing", "hook": "none", "compiled": False}
+        set_to |= {"targets": "all"} if case.targets == "head too" else {}
+        set_to |= {"adapter": "lora"} if case.adapter == "head" else {}
+        set_to |= {"change": "nothing"} if case.change in ("global hook", "class forward") else {}  # of the head too
     if case.checkpointing == "reentrant":  # else stock PEFT trains nothing, with a warning, and ours does
         set_to["input_grads"] = True
     if case.compiled:  # a slow one: nothing that compilers refuse

@@ -18,6 +18,7 @@ import safe_peft
 from build import batch_of, leaf_of, model_of, prefix_of
 from safe_kernels import retention
 from safe_peft.binding.blocks import PARTS
+from safe_peft.loss import own_loss
 
 
 @dataclass
@@ -40,6 +41,7 @@ class Run:
     call: Callable[..., Any]
     seen: Seen
     dtype: torch.dtype | None
+    bound: bool
     leaves: list[Tensor] = field(default_factory=list)
     events: list[str] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
@@ -62,6 +64,9 @@ class Run:
             if case.entry == "backbone":
                 batch = {name: value for name, value in batch.items() if name != "labels"}
                 return self._of_hidden(self.model.get_base_model().base_model(**batch, **extra))
+            if case.entry == "chunked":
+                loss = safe_peft.chunked_loss if self.bound else own_loss
+                return loss(self.model, {**batch, **extra})
             return self._of_all(self.call(**batch, **extra))
 
     def autocast(self) -> AbstractContextManager[Any]:
@@ -256,7 +261,7 @@ def _prepare(case: Case, bound: bool, recompute: bool, dtype: torch.dtype | None
         _, embeddings = spot_of(case, model, "embeddings")
         embeddings.register_forward_hook(lambda m, args, out: out[..., :3].zero_() and None)
     call = torch.compile(model, backend="aot_eager") if case.compiled else model
-    run = Run(case, model, call, seen, dtype)
+    run = Run(case, model, call, seen, dtype, bound)
     if case.when == "between":
         run.between = partial(change, case, model, undo)
     torch.manual_seed(1)
