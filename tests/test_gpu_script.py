@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -46,11 +49,11 @@ def stand_in(folder: Path, case: str) -> str:
     return str(python)
 
 
-def await_checks(out: Path, running: subprocess.Popen[str]) -> None:
+def await_checks(out: Path, is_running: Callable[[], bool]) -> None:
     """Until some checks are done."""
     give_up = time.monotonic() + 120
     while not (out.exists() and read(out)["parts"]["check"].get("checked", 0) > 2):
-        assert running.poll() is None and time.monotonic() < give_up
+        assert is_running() and time.monotonic() < give_up
         time.sleep(0.05)
 
 
@@ -76,7 +79,7 @@ def test_a_part_that_fails_stops_no_other(tmp_path: Path) -> None:
 
 def test_a_script_that_is_told_to_stop_prints_what_there_is(tmp_path: Path) -> None:
     running = script(tmp_path / "out.json", ONLY="check")
-    await_checks(tmp_path / "out.json", running)
+    await_checks(tmp_path / "out.json", lambda: running.poll() is None)
     running.terminate()
     printed, _ = running.communicate(timeout=60)
     assert running.returncode == 128 + signal.SIGTERM
@@ -84,19 +87,32 @@ def test_a_script_that_is_told_to_stop_prints_what_there_is(tmp_path: Path) -> N
     assert read(tmp_path / "out.json")["machine"]["gpu"] == "none (dry run)"
 
 
-def checks(out: Path, tests: Path, **environment: str) -> subprocess.Popen[str]:
-    """The tests of a file or folder, recorded as the script records them."""
-    command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.checks", str(tests), "--dry-run", "--out", str(out)]
-    given = {"SAFE_KERNELS_TEST_DEVICE": "cpu", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    environment = {**ENVIRONMENT, **given, **environment}
-    return subprocess.Popen([*command, "--part", "check"], env=environment, cwd=ROOT, text=True)
+def checks(out: Path, tests: str, **environment: str) -> BaseProcess:
+    """Tests, recorded as the script records those on a GPU; in a fork, which has imported everything."""
+    (path := out.with_name("test_some.py")).write_text(tests)
+    options = ["-p", "bench.gpu.checks", str(path), "--dry-run", "--out", str(out), "--part", "check"]
+
+    def run() -> None:
+        os.environ |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", **environment}
+        sys.path.insert(0, str(ROOT))
+        sys.exit(pytest.main(options))
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    return process
+
+
+def code_of(process: BaseProcess) -> int | None:
+    process.join()
+    return process.exitcode
 
 
 def test_a_part_that_is_killed_leaves_what_it_measured(tmp_path: Path) -> None:
-    running = checks(tmp_path / "out.json", ROOT / "tests/gpu/test_values.py")
-    await_checks(tmp_path / "out.json", running)
+    lasting = "import pytest, time\n@pytest.mark.parametrize('n', range(5))\ndef test_a(n): time.sleep(n // 4 * 99)\n"
+    running = checks(tmp_path / "out.json", lasting)
+    await_checks(tmp_path / "out.json", running.is_alive)
     running.kill()
-    running.wait()
+    assert code_of(running) == -signal.SIGKILL
     assert read(tmp_path / "out.json")["parts"]["check"]["wrong"] == {}
 
 
@@ -141,11 +157,10 @@ def test_c() -> None:
 
 
 def test_after_a_fault_another_process_goes_on_behind_it(tmp_path: Path) -> None:
-    (tests := tmp_path / "test_faulty.py").write_text(FAULTY)
     out = tmp_path / "out.json"
-    assert checks(out, tests).wait() == AGAIN
+    assert code_of(checks(out, FAULTY)) == AGAIN
     assert read(out)["parts"]["check"]["checked"] == 2
-    assert checks(out, tests, GOES_ON="1").wait() == 1
+    assert code_of(checks(out, FAULTY, GOES_ON="1")) == 1
     part = read(out)["parts"]["check"]
     wrong = {name.rpartition("::")[2]: problems for name, problems in part["wrong"].items()}
     assert part["checked"] == 3
@@ -153,14 +168,13 @@ def test_after_a_fault_another_process_goes_on_behind_it(tmp_path: Path) -> None
         "test_b": ["RuntimeError: CUDA error: an illegal memory access was encountered"],
         "test_c": ["AssertionError: another reason"],
     }
-    assert checks(out, tests, GOES_ON="1").wait() == 1, "nothing is left to do, and some of it was wrong"
+    assert code_of(checks(out, FAULTY, GOES_ON="1")) == 1, "nothing is left to do, and some of it was wrong"
 
 
 def test_checks_that_have_no_time_left_do_not_run(tmp_path: Path) -> None:
-    (tests := tmp_path / "test_faulty.py").write_text(FAULTY)
-    assert checks(tmp_path / "out.json", tests, DEADLINE=str(time.time())).wait() == 0
+    assert code_of(checks(tmp_path / "out.json", FAULTY, DEADLINE=str(time.time()))) == 0
     part = read(tmp_path / "out.json")["parts"]["check"]
-    assert part["left_out"].endswith("test_faulty.py::test_a on") and "checked" not in part
+    assert part["left_out"].endswith("test_some.py::test_a on") and "checked" not in part
 
 
 def test_the_script_starts_a_part_again_that_asks_for_it(tmp_path: Path) -> None:
