@@ -52,7 +52,9 @@ def gpt2(**lora: Any) -> PeftModel:
     )
     options = {"task_type": "CAUSAL_LM", "r": 4, "lora_alpha": 8, "lora_dropout": DROPOUT, "fan_in_fan_out": True}
     options |= {"target_modules": ["c_attn", "c_proj", "c_fc"]} | lora
-    return get_peft_model(GPT2LMHeadModel(config), LoraConfig(**options)).train()
+    model = GPT2LMHeadModel(config)
+    model.loss_type = "ForCausalLM"  # transformers does not know GPT-2's, and its warning breaks a compiler's graph
+    return get_peft_model(model, LoraConfig(**options)).train()
 
 
 def batches(count: int, rows: int = 8, length: int = 12, seed: int = 1) -> Iterator[dict[str, Tensor]]:
