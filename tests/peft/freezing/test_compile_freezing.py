@@ -246,7 +246,7 @@ def test_a_trainer_that_compiles(tmp_path: Path) -> None:
         arguments = TrainingArguments(
             str(tmp_path), max_steps=16, logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, **compiling
         )
-        callback = SafeCallback(SafeConfig(**EARLY | {"score_interval": 4}))
+        callback = SafeCallback(SafeConfig(**EARLY | {"score_interval": 4, "freeze_interval": 6}))
         trainer = Trainer(model=bert(1), args=arguments, train_dataset=Rows(128), callbacks=[callback])
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
