@@ -7,6 +7,8 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 CPP := $(shell find csrc tests -name '*.cpp' -o -name '*.h' 2>/dev/null)
 export VENV
+# Where it is set, each of the processes of the tests would compile all Python that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)

@@ -7,7 +7,8 @@ readonly IN_SOURCE='beside|whoever|nobody|mend|mends|mended|a freezing|bytes a r
 IN_DOCS="$IN_SOURCE|whatever|whichever|somebody|freezings|scorings|rows a batch|knows|asks|tell|tells|told|stands|vouch|vouches"
 IN_DOCS="$IN_DOCS|afresh|alike|all the same|anew|at hand|besides|kin|likewise|meanwhile|nor|passed over|say so|unseen|without a word"
 readonly IN_DOCS
-if grep -nwiE "$IN_DOCS" ./*.md docs/*.md || grep -rnwiE "$IN_SOURCE" csrc safe_kernels python bench --include='*.[hp]*'; then
+if grep -nwiE "$IN_DOCS" ./*.md docs/*.md ||
+  grep -rnwiE "$IN_SOURCE" csrc safe_kernels python bench --include='*.[hp]*' --exclude-dir=__pycache__; then
   printf 'make lint: write these sentences with the subject first and the usual words (docs/glossary.md).\n' >&2
   exit 1
 fi
