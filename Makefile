@@ -75,7 +75,7 @@ bench-table: tools ## write the tables of docs/benchmarks.md and the README's pi
 	@$(BIN)/python bench/table.py $(patsubst %,bench/results/cpu-%.json,memory training families kernels launches) --write docs/benchmarks.md
 	@$(BIN)/python bench/picture.py bench/results/cpu-memory.json docs/retained.svg
 
-evidence: setup ## the experiments of docs/evidence.md that have not run yet (PART=oracle, flatness, table or summary; ARGS="--seeds 0,1")
+evidence: setup ## the experiments of docs/evidence.md that have not run yet (PART=oracle, windows, curves, flatness, table or summary; ARGS="--seeds 0,1")
 	@PYTHONPATH=examples:bench:bench/training $(BIN)/python -m evidence $(or $(PART),summary) $(ARGS)
 
 wheel: tools ## a wheel for the torch that is installed: dist/
