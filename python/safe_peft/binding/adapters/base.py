@@ -11,11 +11,15 @@ from typing import Any, ClassVar
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 from safe_kernels import AdapterStatistics
 
 from ..class_swap import STATE, SwappedModule, original_type
 from .score_inputs import ScoreInputs
+
+PARAMETERS = frozenset({nn.Parameter, FakeTensor})
+"""Types of parameters that the ops take; those of a model without values are fake tensors."""
 
 
 @dataclass(slots=True, eq=False)

@@ -8,19 +8,17 @@ from typing import Any, ClassVar
 import torch
 from peft.tuners.lora.layer import Conv1d, Conv2d, Conv3d
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 import safe_kernels
 
 from ..class_swap import STATE, autocasts, is_hooked, original_type, own_forward
 from ..code import own_methods, replaced, watched
-from .base import active_keys, dotted_name, register_adapter
+from .base import PARAMETERS, active_keys, dotted_name, register_adapter
 from .lora import DROPOUTS, ROUTING, LoraAdapter, as_peft, refuse_adapter, refuse_state, refuse_tensor
 from .observed import ObservedLayer
 from .without_kernel import BaseRunsApart
 
 _CONVS: dict[type, type[nn.Module]] = {Conv1d: nn.Conv1d, Conv2d: nn.Conv2d, Conv3d: nn.Conv3d}
-_PARAMETERS = {nn.Parameter, FakeTensor}
 
 
 def _called(layer: type, conv: type) -> tuple[tuple[type, str], ...]:
@@ -68,7 +66,7 @@ def _refuse_base(layer: Any, key: str, conv: type[nn.Module]) -> str | None:
         return "_conv_forward is replaced on the base layer, lora_A or lora_B (seamless tiling, for instance)"
     weight: Any = base._parameters.get("weight")
     bias = base._parameters.get("bias")
-    if type(weight) not in _PARAMETERS or not (bias is None or type(bias) in _PARAMETERS) or "bias" in base.__dict__:
+    if type(weight) not in PARAMETERS or not (bias is None or type(bias) in PARAMETERS) or "bias" in base.__dict__:
         return "weight or bias of the base layer is not an ordinary parameter"
     if weight.requires_grad:
         return "base weight trains"

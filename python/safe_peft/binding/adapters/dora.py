@@ -15,7 +15,6 @@ from peft.tuners.lora.dora import DoraLinearLayer
 from peft.tuners.lora.layer import Linear as PeftLinear
 from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
 import safe_kernels
 from safe_kernels import AdapterStatistics
@@ -23,11 +22,11 @@ from safe_kernels.functional import draw_rng_state
 
 from ..class_swap import autocasts, is_hooked
 from ..code import own_methods, replaced
+from .base import PARAMETERS
 
 _METHODS = own_methods(
     (DoraLinearVariant, "forward"), (DoraLinearLayer, "forward"), (DoraLinearLayer, "get_weight_norm")
 )
-_PARAMETERS = {nn.Parameter, FakeTensor}
 
 
 def refusal(layer: PeftLinear, key: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
@@ -52,7 +51,7 @@ def refusal(layer: PeftLinear, key: str, args: tuple[Any, ...], kwargs: Mapping[
         return "DoRA with hooks on the base layer or on the magnitude, which the fast path would not run"
     weight: Any = base._parameters.get("weight")
     magnitude = part._parameters.get("weight")
-    if not {type(weight), type(magnitude)} <= _PARAMETERS:
+    if not {type(weight), type(magnitude)} <= PARAMETERS:
         return "DoRA whose base weight or magnitude is not an ordinary parameter"
     if weight.requires_grad:
         return "DoRA over a base weight that trains"
