@@ -6,6 +6,7 @@ import random
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,13 @@ from .store import Known
 OFF = "set prefix_cache=None"
 
 
+class Batch(NamedTuple):
+    """A batch: its tokens per sample, with padding, and a hash of its samples' keys."""
+
+    tokens: int | None
+    samples: int | None
+
+
 @dataclass(eq=False)
 class Plan:
     """One forward of a stack.
@@ -24,6 +32,7 @@ class Plan:
         cut: the index of the first block that always runs.
         name: the name of that block.
         keys: of the samples.
+        batch: what identifies this batch.
         kept: per sample, the indices of its tokens; None means all.
         padding: [samples, tokens], True where there is padding that has no effect; None without padding.
         known: by sample, the block whose input is known, and this input.
@@ -42,6 +51,7 @@ class Plan:
     cut: int
     name: str
     keys: Sequence[str]
+    batch: Batch
     kept: Sequence[Tensor | None]
     padding: Tensor | None
     known: Mapping[int, Known]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from ..binding.blocks.trains import modules_in, trains
 from ..binding.class_swap import is_hooked, saves_by_hooks
 from ..binding.code import watched
 from ..binding.forward_hooks import Call
-from .forward import OFF, Plan, generators, unknown
+from .forward import OFF, Batch, Plan, generators, unknown
 from .samples import Samples
 from .store import Known
 
@@ -33,14 +33,7 @@ DEPENDS = "a sample's output depends on the other samples of its batch, or on so
 DRAWN = "random numbers are drawn below the cut"
 
 
-class _Batch(NamedTuple):
-    """A batch: its tokens per sample, with padding, and a hash of its samples' keys."""
-
-    tokens: int | None
-    samples: int | None
-
-
-_ELSEWHERE = _Batch(None, None)  # another process has kept the sample
+_ELSEWHERE = Batch(None, None)  # another process has kept the sample
 
 
 class Prefix:
@@ -54,10 +47,10 @@ class Prefix:
         self._tuples: dict[int, int] = {}  # by block, the length of the tuple that it returns; 0 means a tensor
         self._never = ""  # why this stack's blocks always run
         self._padding_matters: bool | None = None  # None until a backward has shown it
-        self._batches: set[int] = set()  # hashes of the batches that were kept
+        self._batches: set[int | None] = set()  # hashes of the batches that were kept
         self._independent = False  # samples were computed in two batches, with the same result
         self._any_length = False  # and with more or less padding
-        self._kept_in: dict[str, _Batch] = {}  # by key, the batch in which a sample was kept
+        self._kept_in: dict[str, Batch] = {}  # by key, the batch in which a sample was kept
         self._checked_up_to = 0  # the highest block whose input was compared
         self._parts_up_to = 0  # below this block, a part of a batch was compared with the whole
 
@@ -171,15 +164,15 @@ class Prefix:
         drawn = generators() if self._number else notes["random"]
         kept, padding = self._without_padding(notes["masks"], hidden)
         keys = [f"{self._number}.{key}" for key in samples.keys(kept)]
-        known = self._known(keys, cut)
-        checked = self._to_check(keys, known, cut, hidden.shape[1])
+        known, batch = self._known(keys, cut), Batch(hidden.shape[1], hash(tuple(keys)))
+        checked = self._to_check(keys, known, batch)
         known = {row: one for row, one in known.items() if row not in checked}
         depths = [known[row].depth if row in known else 0 for row in range(len(keys))]
         tried = [row for row, depth in enumerate(depths) if depth < max(depths)] if self._parts_up_to < cut else []
         if tried:  # the first batch of which only a part would run
             known, checked = {}, {**checked, **known}
         self._cache.count(len(keys), len(known))
-        plan = Plan(cut, self._names[cut], keys, kept, padding, known, checked, tried, drawn)
+        plan = Plan(cut, self._names[cut], keys, batch, kept, padding, known, checked, tried, drawn)
         # Padding that was filled is always checked: then backward finds a loss that depends on it.
         plan.probes = padding is not None and (self._padding_matters is None or plan.filled)
         return plan
@@ -192,14 +185,16 @@ class Prefix:
             return {}  # what a block returns is known once it has run here
         return {row: one for row, one in found.items() if one is not None and one.depth <= cut}
 
-    def _to_check(self, keys: Sequence[str], known: Mapping[int, Known], cut: int, tokens: int) -> dict[int, Known]:
+    def _to_check(self, keys: Sequence[str], known: Mapping[int, Known], batch: Batch) -> dict[int, Known]:
         """Return known samples to compute all the same: all, until samples of a batch are known to be independent."""
         # The same samples in the same order, of which none has to run without the others.
         is_whole = len(known) == len(keys) and len({one.depth for one in known.values()}) == 1
-        is_same = is_whole and hash(tuple(keys)) in self._batches
+        is_same = is_whole and batch.samples in self._batches
         if not self._independent and not is_same:
             return dict(known)
-        padded = {row: one for row, one in known.items() if self._kept_in.get(keys[row], _ELSEWHERE).tokens != tokens}
+        padded = {
+            row: one for row, one in known.items() if self._kept_in.get(keys[row], _ELSEWHERE).tokens != batch.tokens
+        }
         checked = {} if self._any_length else padded
         deepest = max(known, key=lambda row: known[row].depth, default=None)
         if deepest is None or not self._independent:
@@ -256,12 +251,12 @@ class Prefix:
         if plan.reason or drew:
             self._cache.refuse(plan.reason or drew)
             return hidden
-        values, batch = hidden.detach(), _batch(plan, hidden)
+        values = hidden.detach()
         for row in range(len(plan.keys)):
             is_new = row not in plan.known or plan.known[row].depth < plan.cut
             if is_new and self._cache.store.put(plan.keys[row], plan.cut, _value(plan, values, row)):
-                self._kept_in[plan.keys[row]] = batch
-        self._batches.add(hash(tuple(plan.keys)))
+                self._kept_in[plan.keys[row]] = plan.batch
+        self._batches.add(plan.batch.samples)
         self._parts_up_to = plan.cut if plan.tried else self._parts_up_to
         return self._probe(plan, hidden) if plan.probes and not saves_by_hooks() else hidden
 
@@ -283,10 +278,10 @@ class Prefix:
             value = _value(plan, hidden.detach(), row).cpu()
             if value.shape != kept.shape or value.dtype != kept.dtype:
                 continue
-            before, now = self._kept_in.get(plan.keys[row], _ELSEWHERE), _batch(plan, hidden)
-            if before.samples != now.samples:  # the same samples show nothing about other batches
+            before = self._kept_in.get(plan.keys[row], _ELSEWHERE)
+            if before.samples != plan.batch.samples:  # the same samples show nothing about other batches
                 self._independent, self._checked_up_to = True, max(self._checked_up_to, index)
-            self._any_length |= before.tokens != now.tokens
+            self._any_length |= before.tokens != plan.batch.tokens
             if not _is_close(kept, value):
                 plan.reason, self._independent, self._any_length = DEPENDS, False, False
                 return
@@ -346,10 +341,6 @@ def _is_close(one: Tensor, other: Tensor) -> bool:
     eps = torch.finfo(one.dtype).eps
     error = min(3 * eps**0.5, 512 * eps) * float(other.abs().nan_to_num().max())
     return torch.allclose(one, other, rtol=0.0, atol=error, equal_nan=True)
-
-
-def _batch(plan: Plan, hidden: Tensor) -> _Batch:
-    return _Batch(hidden.shape[1], hash(tuple(plan.keys)))
 
 
 def _first(output: Any) -> Any:
