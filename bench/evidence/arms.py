@@ -1,26 +1,27 @@
 """Trainings that freeze by different scores, policies and windows: what each frees, and what it costs in quality.
 
 All trainings of a seed use the same batches and the same dropout, so their differences are paired. The training in
-which nothing is frozen is the oracle's.
+which nothing is frozen is an arm of the oracle and of "flatness".
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from evidence.oracle import NOTHING, write
+from evidence.oracle import NOTHING
+from evidence.results import finished, mean, missing, write
 from evidence.tasks import Data, Task
 from evidence.training import Training, forked
 from safe_peft import AdapterFreezer, SafeConfig
 from safe_peft.finetune.measure import retained_bytes, step_flops
 
 SCORES = ("cka", "velocity", "drift", "sensitivity", "progress", "realised", "random")
-EARLY = {"warmup": 0.15, "max_warmup": 0.15, "freeze_end": 0.3, "freeze_interval": 0.025, "score_interval": 0.025}
-SCREENING: dict[str, dict[str, Any]] = {
+EARLY: dict[str, Any] = {"target_fraction": 0.875, "warmup": 0.15, "max_warmup": 0.15, "freeze_end": 0.3}
+EARLY |= {"freeze_interval": 0.025, "score_interval": 0.025}
+CHOICES: dict[str, dict[str, Any]] = {
     **{score: {"score": score} for score in SCORES},
     "prefix": {"policy": "prefix"},
     "random_sets": {"policy": "random_sets"},
@@ -29,14 +30,16 @@ SCREENING: dict[str, dict[str, Any]] = {
     **{f"{score} recomputed": {"score": score, "recompute": "frozen"} for score in ("cka", "progress", "realised")},
     "random_sets recomputed": {"policy": "random_sets", "recompute": "frozen"},
 }
-"""The arms of the screening. In those that are "recomputed", frozen blocks run again in backward."""
+"""Scores and policies. In those that are "recomputed", frozen blocks run again in backward."""
+SCREENING = {arm: {**EARLY, **chosen} for arm, chosen in CHOICES.items()}
+"""An early window, to an eighth of the bytes."""
 WINDOWS: dict[str, dict[str, Any]] = {
     f"{begin:g} to {end:g}": {"warmup": begin, "max_warmup": min(round(1.5 * begin, 3), end), "freeze_end": end}
     for begin, end in ((0.2, 0.7), (0.2, 0.2), (0.3, 0.3), (0.4, 0.4), (0.15, 0.5), (0.1, 0.4), (0.1, 0.3), (0.1, 0.2))
 }
 """The default options with other windows."""
 CURVES: dict[str, dict[str, Any]] = {
-    f"{arm} {target:g}": {**SCREENING[arm], "target_fraction": target}
+    f"{arm} {target:g}": {**CHOICES[arm], "target_fraction": target}
     for arm in ("cka", "progress", "random_sets", "prefix", "cka recomputed", "random_sets recomputed")
     for target in (0.25, 0.5, 0.75, 0.875)
 }
@@ -48,8 +51,7 @@ DEFAULTS = {"windows": "0.2 to 0.7", "curves": "cka 0.75"}
 
 def options(part: str, arm: str, seed: int) -> SafeConfig:
     """Return the options of an arm of a part."""
-    early = {"target_fraction": 0.875, **EARLY} if part == "screening" else {}
-    return SafeConfig(**{**early, **PARTS[part][arm]}, seed=seed)
+    return SafeConfig(**PARTS[part][arm], seed=seed)
 
 
 def run(part: str, task: Task, seeds: Sequence[int], folder: Path, forks: Path, chosen: Sequence[str]) -> Iterator[str]:
@@ -68,21 +70,6 @@ def run(part: str, task: Task, seeds: Sequence[int], folder: Path, forks: Path, 
         training = forked(task, data, seed, forks) if part == "screening" else Training(task, data, seed)
         write(path, {"seed": seed, "arm": arm, **freeze(training, options(part, arm, seed)), **training.test()})
         yield f"{path.name} {path.read_text()}"
-
-
-def missing(part: str, seeds: Sequence[int], arms: Iterable[str], folder: Path) -> Iterator[tuple[int, str, Path]]:
-    """Yield the seeds and arms of a part that have no file yet, with the paths of these files."""
-    for seed in seeds:
-        for arm in arms:
-            path = folder / f"{part}-{seed}-{arm.replace(' ', '-')}.json"
-            if not path.exists():
-                yield seed, arm, path
-
-
-def finished(part: str, folder: Path) -> Iterator[dict[str, Any]]:
-    """Yield the results of a part."""
-    for path in sorted(folder.glob(f"{part}-*.json")):
-        yield json.loads(path.read_text(encoding="utf-8"))
 
 
 def freeze(training: Training, config: SafeConfig) -> dict[str, Any]:
@@ -142,14 +129,3 @@ def summary(part: str, folder: Path) -> list[str]:
         cells.append(mean([100 * (one["accuracy"] - one["base"]["accuracy"]) for one in runs], "+.2f") + " points")
         lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs)} |")
     return lines
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Return the standard error of a mean."""
-    return stdev(values) / len(values) ** 0.5
-
-
-def mean(values: Sequence[float], form: str) -> str:
-    """Return a mean as text, and its standard error if there are several values."""
-    error = f" ± {standard_error(values):{form.lstrip('+')}}" if len(values) > 1 else ""
-    return f"{fmean(values):{form}}{error}"

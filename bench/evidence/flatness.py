@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from evidence import arms
-from evidence.oracle import write
+from evidence.results import finished, mean, missing, write
 from evidence.tasks import Data, Task
 from evidence.training import Training
 from safe_peft import SafeConfig
@@ -39,7 +39,7 @@ def run(task: Task, seeds: Sequence[int], folder: Path, _forks: Path, chosen: Se
         chosen: the arms; all if there are none.
     """
     data = Data(task)
-    for seed, arm, path in arms.missing("flatness", seeds, chosen or ARMS, folder):
+    for seed, arm, path in missing("flatness", seeds, chosen or ARMS, folder):
         config, training = ARMS[arm], Training(task, data, seed)
         if config is None:
             costs: dict[str, Any] = {"seconds": training.run(task.steps), "bytes_end": 1.0, "bytes": 1.0, "flops": 1.0}
@@ -129,18 +129,18 @@ def flat(tensors: Sequence[Tensor]) -> Tensor:
 def summary(folder: Path) -> list[str]:
     """Return the table of docs/evidence.md: means over seeds, and standard errors."""
     found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for one in arms.finished("flatness", folder):
+    for one in finished("flatness", folder):
         found[one["arm"]].append(one)
     base = {one["seed"]: one for one in found.get("nothing", [])}
     columns = "bytes, end | bytes, mean | FLOPs | accuracy | difference, points | train loss | eigenvalue | SAM"
     lines = [f"| arm | {columns} | seeds |", "|---|---|---|---|---|---|---|---|---|---|"]
     for arm in (arm for arm in ARMS if arm in found):
         runs = found[arm]
-        cells = [arms.mean([one[name] for one in runs], ".2f") for name in ("bytes_end", "bytes", "flops")]
-        cells.append(arms.mean([one["accuracy"] for one in runs], ".4f"))
+        cells = [mean([one[name] for one in runs], ".2f") for name in ("bytes_end", "bytes", "flops")]
+        cells.append(mean([one["accuracy"] for one in runs], ".4f"))
         paired = [100 * (one["accuracy"] - base[one["seed"]]["accuracy"]) for one in runs if one["seed"] in base]
-        cells.append(arms.mean(paired, "+.2f") if paired and arm != "nothing" else "")
-        cells += [arms.mean([one[name] for one in runs], form) for name, form in
+        cells.append(mean(paired, "+.2f") if paired and arm != "nothing" else "")
+        cells += [mean([one[name] for one in runs], form) for name, form in
                   (("train_loss", ".3f"), ("eigenvalue", ".1f"), ("sam", ".4f"))]  # fmt: skip
         lines.append(f"| {arm} | {' | '.join(cells)} | {len(runs)} |")
     return lines

@@ -7,14 +7,13 @@ entropy, compared with the training in which nothing is frozen.
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any
+from statistics import fmean
 
+from evidence.results import finished, standard_error, write
 from evidence.tasks import Data, Task
 from evidence.training import Training, forked
 from safe_peft import AdapterFreezer, SafeConfig
@@ -81,13 +80,6 @@ def importance(task: Task, data: Data, seed: int, forks: Path, score: str) -> di
     return found
 
 
-def write(path: Path, value: dict[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    unfinished = path.with_suffix(".part")
-    unfinished.write_text(json.dumps(value), encoding="utf-8")
-    unfinished.replace(path)
-
-
 def spearman(one: Sequence[float], other: Sequence[float]) -> float:
     """Return Spearman's rank correlation; the numbers of each side differ."""
     ranks = [[sorted(side).index(value) for value in side] for side in (one, other)]
@@ -99,8 +91,7 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
 def prices(folder: Path) -> dict[str, dict[int, float]]:
     """Return the price of each unit by seed, in nats of test cross entropy, from the files of finished runs."""
     found: dict[int, dict[str, float]] = defaultdict(dict)
-    for path in sorted(folder.glob("oracle-*.json")):
-        one = json.loads(path.read_text(encoding="utf-8"))
+    for one in finished("oracle", folder):
         found[one["seed"]][one["unit"]] = one["cross_entropy"]
     result: dict[str, dict[int, float]] = defaultdict(dict)
     for seed, by_unit in found.items():
@@ -116,7 +107,7 @@ def summary(folder: Path) -> list[str]:
     lines = ["| frozen alone | rise of the test cross entropy, nats | standard error | seeds |", "|---|---|---|---|"]
     for unit, by_seed in sorted(found.items()):
         values = list(by_seed.values())
-        error = f"{stdev(values) / len(values) ** 0.5:.4f}" if len(values) > 1 else ""
+        error = f"{standard_error(values):.4f}" if len(values) > 1 else ""
         lines.append(f"| block {unit.replace('.', ', ')} | {fmean(values):+.4f} | {error} | {len(values)} |")
     seeds = set.intersection(*(set(by_seed) for by_seed in found.values())) if found else set()
     if len(found) < 3 or not seeds:
@@ -133,8 +124,7 @@ def summary(folder: Path) -> list[str]:
 def _scores(folder: Path) -> dict[str, dict[int, dict[str, float]]]:
     """Return the summed importance of each unit by score and seed."""
     found: dict[str, dict[int, dict[str, float]]] = defaultdict(dict)
-    for path in sorted(folder.glob("scores-*.json")):
-        one = json.loads(path.read_text(encoding="utf-8"))
+    for one in finished("scores", folder):
         sums: dict[str, float] = defaultdict(float)
         for name, value in one["importance"].items():
             sums[unit_of(name)] += value

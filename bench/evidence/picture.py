@@ -11,6 +11,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot as plt
 
 from evidence import arms
+from evidence.results import standard_error
 
 PANELS = {"bytes": "retained bytes, mean of the run", "flops": "FLOPs of the run"}
 
@@ -30,7 +31,7 @@ def draw(folder: Path, parts: tuple[str, ...], target: Path) -> None:
         found.pop(arms.DEFAULTS["curves"], None)  # the default options are an arm of the windows, too
     for number, (arm, runs) in enumerate(found.items()):
         rises = [run["cross_entropy"] - run["base"]["cross_entropy"] for run in runs]
-        error = arms.standard_error(rises) if len(rises) > 1 else None
+        error = standard_error(rises) if len(rises) > 1 else None
         style = {"color": f"C{number % 10}", "marker": "os^v"[number // 10 % 4]}
         for panel, name in zip(panels, PANELS, strict=False):
             at = fmean(run[name] for run in runs)

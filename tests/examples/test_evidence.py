@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from evidence import arms, flatness, oracle, picture, table
+from evidence import arms, flatness, oracle, picture, results, table
 from evidence.tasks import TASKS, Data, Task, with_swapped_words
 from evidence.training import Training, forked
 
@@ -98,7 +98,7 @@ def test_a_frozen_unit_does_not_change(data: Data, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("part", "arm"), [("screening", "random_sets recomputed"), ("windows", "0.1 to 0.3")])
 def test_an_arm_frees_bytes_and_flops(part: str, arm: str, tmp_path: Path) -> None:
     task = replace(TASK, steps=20)
-    oracle.write(
+    results.write(
         tmp_path / "oracle-0-nothing.json", {"seed": 0, "unit": oracle.NOTHING, "cross_entropy": 0.5, "accuracy": 0.75}
     )
     assert len(list(arms.run(part, task, [0], tmp_path, tmp_path / "forks", [arm]))) == 1
