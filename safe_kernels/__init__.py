@@ -30,6 +30,7 @@ from safe_kernels.functional import (
     lora_conv,
     lora_linear,
     rms_norm,
+    rotary,
 )
 from safe_kernels.inversion import invertible
 from safe_kernels.statistics import AdapterStatistics, RowBlocks
@@ -59,4 +60,5 @@ __all__ = [
     "reference",
     "retention",
     "rms_norm",
+    "rotary",
 ]

@@ -1,8 +1,8 @@
-"""Norms, gates and dropout, compared with the stock operations, with torch.compile of these, and with Liger."""
+"""Norms, gates, dropout and rotary embeddings, compared with stock operations, torch.compile of these, and Liger."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import safe_kernels
 from .op_cases import Case, Providers, Run, Shapes, compiled
 
 EPS = 1e-6
+HEAD = 64
 
 
 def rowwise_cases(s: Shapes, size: dict[str, Any]) -> Iterator[Case]:
@@ -34,8 +35,15 @@ def rowwise_cases(s: Shapes, size: dict[str, Any]) -> Iterator[Case]:
         "stock": partial(F.dropout, s.x, p),
         "safe": partial(safe_kernels.dropout, s.x, p),
     }
+    angles = torch.ones(2, 1, s.rows, min(HEAD, s.width), dtype=s.x.dtype, device=s.x.device)
+    rotations: Providers = {
+        "stock": partial(in_heads, stock_rotary, s.x, angles),
+        "safe": partial(in_heads, safe_kernels.rotary, s.x, angles),
+        "compile": partial(compiled(partial(in_heads, stock_rotary)), s.x, angles),
+    }
     # Backward of the norm reads the gradient and the output, and writes; of the gate it reads three and writes two.
-    for name, forwards, passes in (("rms_norm", norms, 5), ("gated silu", gates, 8), ("dropout", drops, 4)):
+    cases = (("rms_norm", norms, 5), ("gated silu", gates, 8), ("dropout", drops, 4), ("rotary", rotations, 4))
+    for name, forwards, passes in cases:
         before = add_liger(name, forwards, [s.x, up], row)
         least = {"least_bytes": passes * large}
         yield Case(f"{name} forward + backward", size, s.steps(forwards), [s.x, up], least, before)
@@ -51,9 +59,21 @@ def stock_gate(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
+def in_heads(rotate: Callable[..., Tensor], x: Tensor, angles: Tensor) -> Tensor:
+    """Rotate the heads of all rows, which are the tokens of one sample."""
+    heads = x.view(1, len(x), -1, angles.shape[-1]).transpose(1, 2)
+    return rotate(heads, *angles).transpose(1, 2).reshape(x.shape)
+
+
+def stock_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Compute as transformers does."""
+    half = x.shape[-1] // 2
+    return x * cos.unsqueeze(1) + torch.cat((-x[..., half:], x[..., :half]), -1) * sin.unsqueeze(1)
+
+
 def add_liger(name: str, forwards: Providers, tensors: list[Tensor], row: Tensor) -> Providers:
     """Add Liger. Its backward writes into its inputs, so it gets copies, which are made again before each run."""
-    if name == "dropout":
+    if name in ("dropout", "rotary"):
         return {}
     copies = [tensor.detach().clone().requires_grad_() for tensor in tensors]
 

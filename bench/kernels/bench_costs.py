@@ -122,6 +122,15 @@ def norm(d: int) -> None:
     host_function("rms_norm_backward")(x, x, weight, rstd, 0.0, True, [True, False])
 
 
+def rotary(d: int) -> None:
+    """Queries and keys of a block of Llama."""
+    width = 64 if d == 2048 else 128
+    angles = meta(1, TOKENS, width)
+    for features in (d, LLAMA[d][0]):
+        for transposed in (False, True):
+            host_function("rotary")(meta(1, TOKENS, features // width, width), angles, angles, transposed)
+
+
 CASES: dict[str, tuple[Callable[[int], None], str]] = {
     "`lora_linear`": (lambda d: layer("lora_linear", d, d, HALF), "11 17.0 2.48 142 260 496"),
     "`lora_linear`, fp32": (lambda d: layer("lora_linear", d, d, SINGLE), "11 18.4 6.91 227 433 844"),
@@ -130,10 +139,11 @@ CASES: dict[str, tuple[Callable[[int], None], str]] = {
     "`lora`, fp32": (lambda d: layer("lora", d, d, SINGLE), "9 16.4 6.99 217 415 810"),
     "Llama block": (lambda d: block(d, HALF), "77 166.8 23.57 1395 2480 4755"),
     "Llama block, fp32": (lambda d: block(d, SINGLE), "77 182.3 67.38 2311 4201 8175"),
+    "`rotary`": (rotary, "28 63.0 ? 328 613 1067"),
     "`rms_norm`": (norm, "2 8.0 1.38 64 125 250"),
 }
 """Forward and backward, with dropout 0.1 where the adapter trains, and what this module counted at commit 27fbf1b with
-the names of that commit in `LOOPS`."""
+the names of that commit in `LOOPS`. For `rotary`: the launches and bytes of transformers' function."""
 
 
 @pytest.mark.parametrize("name", CASES)

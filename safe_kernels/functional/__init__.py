@@ -14,6 +14,7 @@ from safe_kernels.functional.lora_conv import lora_conv
 from safe_kernels.functional.lora_linear import lora_linear
 from safe_kernels.functional.random import draw_rng_state
 from safe_kernels.functional.rms_norm import rms_norm
+from safe_kernels.functional.rotary import rotary
 
 __all__ = [
     "activation",
@@ -28,4 +29,5 @@ __all__ = [
     "lora_conv",
     "lora_linear",
     "rms_norm",
+    "rotary",
 ]

@@ -20,6 +20,7 @@ from safe_kernels.reference.lora_conv import lora_conv, lora_conv_backward
 from safe_kernels.reference.lora_linear import lora_linear, lora_linear_backward
 from safe_kernels.reference.philox import MASK_VERSION, dropout_keep, dropout_scale, dropout_threshold, philox
 from safe_kernels.reference.rms_norm import rms_norm, rms_norm_backward
+from safe_kernels.reference.rotary import rotary
 
 OPS = (
     activation,
@@ -43,6 +44,7 @@ OPS = (
     lora_linear_backward,
     rms_norm,
     rms_norm_backward,
+    rotary,
 )
 """The functions that are registered as ops, under their own names."""
 
@@ -76,4 +78,5 @@ __all__ = [
     "philox",
     "rms_norm",
     "rms_norm_backward",
+    "rotary",
 ]

@@ -28,6 +28,7 @@ STEMS: dict[str, tuple[str, ...]] = {
     "lora": ("lora", "lora_backward"),
     "lora_linear": ("lora_linear", "lora_linear_backward"),
     "rms_norm": ("rms_norm", "rms_norm_backward"),
+    "rotary": ("rotary",),
 }
 """The ops of each file with host functions."""
 

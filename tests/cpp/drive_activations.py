@@ -36,12 +36,22 @@ def once(gate: Tensor, up: Tensor, grad: Tensor, kind: str, dropout_p: float, se
             close(a, b, f"gated_activation_backward {mask}: {what}")
 
 
+def rotated(rows: int, width: int, dtype: torch.dtype, transposed: bool) -> None:
+    """Rows are tokens of two samples with three heads; an odd last feature is copied."""
+    x, *angles = (
+        exactly(torch.randn(size).to(dtype)) for size in [(2, rows, 3, width)] + [(1, rows, width // 2 * 2)] * 2
+    )
+    arguments = (x, *angles, transposed)
+    close(torch.ops.safe_kernels.rotary(*arguments), reference.rotary(*arguments), f"rotary: {list(x.shape)} {dtype}")
+
+
 def problem(rows: int, width: int, dtype: torch.dtype) -> list[Tensor]:
     return [exactly((2 * torch.randn(rows, width)).to(dtype)) for _ in range(3)]
 
 
 def many_shapes() -> None:
     for i, (rows, width) in enumerate(itertools.product(ROWS[:7], WIDTHS)):
+        rotated(rows, width, DTYPES[i % 4], i % 2 == 0)
         once(*problem(rows, width, DTYPES[i % 4]), KINDS[i // 4 % 4], (0.0, 0.1, 0.9, 1.0)[i % 3], seed=i)
 
 

@@ -118,6 +118,8 @@ def rowwise(rows: int, width: int, dtype: torch.dtype) -> Iterator[Case]:
     yield Case(f"rms_norm {name}", safe_kernels.rms_norm, [x, row], {"eps": 1e-6})
     yield Case(f"layer_norm {name}", safe_kernels.layer_norm, [x, row, row], {"eps": 1e-6})
     yield Case(f"dropout {name}", safe_kernels.dropout, [x], {"dropout_p": 0.3})
+    heads, angles = Normal((2, 3, rows, width), dtype), Normal((1, rows, width // 2 * 2), dtype)
+    yield Case(f"rotary {name}", safe_kernels.rotary, [heads, angles, angles], trained=(0,))
     # Every kind has the same code around its formula.
     for kind in ("silu", "gelu", "gelu_tanh", "relu") if dtype == HALF else ("silu",):
         options = {"kind": kind, "dropout_p": 0.1 if kind == "silu" else 0.0}

@@ -44,6 +44,7 @@ CONV_SHAPES = {
     "lora_A": (RANK, D_IN, 2),
     "lora_B": (D_OUT, RANK, 1),
 }
+ROTARY_SHAPES = {"x": (2, 3, 2, 6), **dict.fromkeys(["cos", "sin"], (2, 3, 6))}
 LISTS = {"stride": [2], "padding": [0], "dilation": [1], "x_size": list(CONV_SHAPES["x"])}
 ODD_LISTS = [[], [0], [1], [3], [-1], [1, 1], [ROWS, D_IN, 5], [ROWS, D_IN, 7], [D_IN, 6], [2, ROWS, D_IN, 6]]
 
@@ -122,12 +123,15 @@ VALUES: dict[str, list[Any]] = {
     "block_rows": [0, -1, 1, 7, 8, 100, 8193, FAR, -(2**63), 2**64, None],
     "retain_output": [True, False],
     "from_output": [True, False],
+    "transposed": [True, False],
 }
 
 
 def shape_of(op: str, name: str) -> tuple[int, ...]:
     if op.startswith("lora_conv"):
         return CONV_SHAPES[name]
+    if op == "rotary":
+        return ROTARY_SHAPES[name]
     if name == "grad":
         return (ROWS, D_OUT if op.startswith(("lora", "dora", "bottleneck")) else D_IN)
     if name in ("weight", "bias") and op.startswith(("lora_linear", "dora", "linear_cross")):
@@ -159,7 +163,9 @@ def arguments_of(op: str, random: Random) -> dict[str, Any]:
         else:
             numbers = {"dropout_p": 0.25, "eps": 1e-3, "block_rows": 3, "ignore_index": -100, "groups": 1}
             found[name] = {"kind": "silu", "activation": "silu", **numbers}.get(name, 0.5)
-    return found | {name: random.random() < 0.5 for name in ("retain_output", "from_output") if name in found}
+    return found | {
+        name: random.random() < 0.5 for name in ("retain_output", "from_output", "transposed") if name in found
+    }
 
 
 def mutated(op: str, random: Random) -> tuple[dict[str, Any], list[str]]:

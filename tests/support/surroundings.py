@@ -52,6 +52,14 @@ WEIGHT = torch.randn(D_OUT, D_IN, generator=torch.Generator().manual_seed(7), dt
 
 TARGET = torch.tensor([[0, 3], [-100, 2], [1, 1]])
 
+ANGLES = torch.randn(2, 1, 2, 4, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+
+
+def rotate(x: Tensor) -> Tensor:
+    first, second = x.chunk(2, -1)
+    cos, sin = ANGLES.unsqueeze(3)
+    return x * cos + torch.cat((-second, first), -1) * sin
+
 
 def dora(x: Tensor, bias: Tensor, A: Tensor, B: Tensor, magnitude: Tensor) -> Tensor:
     scale = magnitude / (WEIGHT + 2.0 * (B @ A).detach()).norm(dim=1)
@@ -118,6 +126,7 @@ CASES: dict[str, Case] = {
         lambda gate, up: drop(F.silu(gate) * up),
         (X, X),
     ),
+    "rotary": Case(lambda x: torch.ops.safe_kernels.rotary(x, *ANGLES), rotate, ((2, 2, 2, 4),)),
     "dropout": Case(lambda x: safe_kernels.dropout(x, DROPOUT_P, rng_state=STATE), drop, (X,)),
     "activation into lora": Case(  # `lora` retains what makes x again
         lambda gate, A, B: safe_kernels.lora(

@@ -69,6 +69,10 @@ def transposed() -> Arguments:
     return [normal(D_IN, N).t(), 0.1, random_state()]
 
 
+def heads() -> Arguments:
+    return [normal(2, 5, 4, 16), normal(1, 5, 16), normal(1, 5, 16)]
+
+
 Case = tuple[str, Callable[[], Arguments]]
 CASES: dict[str, Case] = {
     "lora": ("lora", lora),
@@ -105,6 +109,11 @@ CASES: dict[str, Case] = {
     "gated_activation_backward": (
         "gated_activation_backward",
         lambda: [normal(N, D_IN), *halves()[:3], 0.1, random_state(), [True, True]],
+    ),
+    "rotary": ("rotary", lambda: [*heads(), False]),
+    "rotary of heads before tokens, transposed": (
+        "rotary",
+        lambda: [normal(2, 4, 5, 16).transpose(1, 2), *heads()[1:], True],
     ),
     "dropout": ("dropout", lambda: [normal(N, D_IN), 0.1, random_state()]),
     "dropout, unaligned": ("dropout", unaligned),

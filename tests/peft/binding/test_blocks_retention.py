@@ -52,9 +52,9 @@ BLOCKS = {
     # Query and key are normed by head: two outputs more, and a 1/std for each head of each.
     "qwen3": Block(features=8.0, norms=2 + 2 * HEADS),
     "smollm": Block(features=5.0),  # one key and value head for two of the query
-    # SDPA keeps the value, which is a third of the one tensor that qkv_proj made, and gives its output in a layout that
-    # o_proj cannot read without a copy. (Its dropouts are resid_pdrop, zero here.)
-    "phi3": Block(features=9.0, adapters=4),
+    # SDPA keeps the value, which is a third of the one tensor that qkv_proj made. (Its dropouts are resid_pdrop, zero
+    # here.)
+    "phi3": Block(features=8.0, adapters=4),
     "bert": BERT,
     "roberta": BERT,
     "distilbert": Block(mlp=1, adapters=6, dropouts=1),

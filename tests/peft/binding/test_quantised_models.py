@@ -67,6 +67,7 @@ def test_a_block_is_served_whole_and_gives_what_peft_gives(kind: str) -> None:
     assert sorted(part.path for part in found.parts) == [
         "safe_kernels::gated_activation",
         *["safe_kernels::rms_norm"] * 3,
+        "safe_kernels::rotary",
     ]
     for after, was in zip(quantised_bytes(model), before, strict=True):
         assert torch.equal(after, was), "binding and training leave the quantised weights alone"

@@ -48,6 +48,7 @@ WORDS: dict[str, list[int] | None] = {
     "the pre-activation (f)": [WIDE],
     "its output (f), as PyTorch does": [WIDE],
     "16 bytes": [RANDOM],
+    "cos and sin, once for all layers (r numbers per token each)": [2 * RANK],
     "its input (d)": [INPUT],
     "the gradient of its input (d)": [INPUT],
     "no graph node": None,
@@ -166,6 +167,11 @@ def dropout(state: str) -> list[int | None]:
     return [retained(lambda: safe_kernels.dropout(x, 0.1))]
 
 
+def rotary(state: str) -> list[int | None]:
+    x, angles = leaf(D, state).view(1, D // 4, TOKENS, 4), torch.randn(2, 1, TOKENS, 4)
+    return [retained(lambda: torch.cat([safe_kernels.rotary(x, *angles) for _ in range(READERS)]))]
+
+
 def last_layer(state: str) -> list[int | None]:
     x, head = leaf(D, state), weight(F, D)
     target = torch.arange(TOKENS) % F
@@ -207,6 +213,7 @@ MEASURED: dict[str, Callable[[str], list[int | None]]] = {
     "`activation` (GELU, SiLU)": plain,
     "`activation` (ReLU)": partial(plain, kind="relu"),
     "`dropout`": dropout,
+    "`rotary` (queries and keys)": rotary,
     "`linear_cross_entropy` (a frozen head and the loss)": last_layer,
     "a whole frozen block that is recomputed in backward": frozen_block,
 }

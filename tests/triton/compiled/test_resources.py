@@ -54,6 +54,9 @@ def norms(dtype: torch.dtype, width: int) -> None:
 def elementwise(dtype: torch.dtype, dropout_p: float) -> None:
     x, state = meta(ROWS, WIDTH, dtype=dtype), meta(2, dtype=torch.int64)
     call("dropout", x, 0.1, state)
+    angles = meta(1, ROWS, 128, dtype=dtype)
+    for is_transposed in (False, True):
+        call("rotary", meta(1, ROWS, 32, 128, dtype=dtype), angles, angles, is_transposed)
     for kind in ("silu", "gelu", "gelu_tanh", "relu"):
         call("activation", x, kind, dropout_p, state)
         call("activation_backward", x, x, kind, dropout_p, state)

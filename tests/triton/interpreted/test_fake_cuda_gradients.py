@@ -60,6 +60,7 @@ SHAPES = {
     "scale": (D_IN,),
     "shift": (D_IN,),
     "up": (2, ROWS // 2, D_IN),
+    "heads": (2, ROWS // 2, 3, D_IN),
 }
 CALLS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
     "lora": (("x", "base", "lora_A", "lora_B"), lambda *t: safe_kernels.lora(*t, 2.0, dropout_p=0.1)),
@@ -80,6 +81,7 @@ CALLS: dict[str, tuple[tuple[str, ...], Callable[..., Tensor]]] = {
     "layer_norm": (("x", "scale", "shift"), lambda *t: safe_kernels.layer_norm(*t, 1e-6)),
     "activation": (("x",), lambda x: safe_kernels.activation(x, "gelu", dropout_p=0.1)),
     "gated_activation": (("x", "up"), lambda *t: safe_kernels.gated_activation(*t, "silu", dropout_p=0.1)),
+    "rotary": (("heads",), lambda x: torch.ops.safe_kernels.rotary(x, *x.new_ones(2, 1, ROWS // 2, D_IN))),
     "dropout": (("x",), lambda x: safe_kernels.dropout(x, 0.3)),
 }
 SUBSETS = [
@@ -142,7 +144,7 @@ def test_forward_and_backward_are_traced_as_one_op_each(op: str) -> None:
         graph = make_fx(step)(*tensors(op, "cuda", names).values()).graph
     targets = [str(node.target) for node in graph.nodes if "safe_kernels" in str(node.target)]
     stem = op.split()[0]
-    back = stem if stem == "dropout" else f"{stem}_backward"
+    back = stem if stem in ("dropout", "rotary") else f"{stem}_backward"
     assert targets == [f"safe_kernels.{stem}.default", f"safe_kernels.{back}.default"]
     values = [node.meta.get("val") for node in graph.nodes]
     assert {value.device.type for value in values if isinstance(value, Tensor)} == {"cuda"}

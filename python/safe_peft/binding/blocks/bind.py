@@ -15,13 +15,14 @@ from .base import Part, SafePart
 from .checkpointing import Entry, SafeEmbedding, SafeOwner, before_blocks, input_embeddings
 from .mlps import KINDS, Activation, Dropout, Mlp
 from .norms import Norm, reason
+from .rotary import Rotary
 from .stack import Block, SafeBlock, stacks, transformer_blocks
 from .trains import modules_in
 
 PARTS = ("norms", "mlps", "attention", "dropouts")
 """The names that `bind(parts=...)` accepts."""
 ANYWHERE: tuple[type[Part], ...] = (Norm, Dropout)
-IN_BLOCKS: tuple[type[Part], ...] = (Mlp, Attention, Activation)
+IN_BLOCKS: tuple[type[Part], ...] = (Mlp, Attention, Activation, Rotary)
 """Recognised only inside blocks: elsewhere the layer after an activation may train as a whole, and nothing is saved."""
 _ACTIVATIONS = ("torch.nn.modules.activation", "transformers.activations")
 
