@@ -7,7 +7,7 @@ reads are compared in every call, so another package may replace them at any tim
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any
@@ -67,9 +67,8 @@ class Rotary(Part):
             rotate = names.get(name)
             if not isinstance(rotate, FunctionType) or not _rotates(rotate):
                 continue
-            read = rotate.__globals__
             part = cls(name, _keeps_dtype(rotate), _rotates(rotate, width=6), forward)
-            part._known = ((names, name, rotate), *((read, n, read[n]) for n in rotate.__code__.co_names if n in read))
+            part._known = ((names, name, rotate), *_read_by(rotate))
             part._run = _renamed(forward, _Names(names, **{name: part._rotate(rotate)}))
             return None if part._run is None else part
         return None
@@ -122,6 +121,18 @@ def _rotates(function: FunctionType, width: int = 8) -> bool:
     cos, sin = sample(2, 5, width, seed=2), sample(2, 5, width, seed=3)
     expected = [reference.rotary(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k)]
     return all(agrees(lambda i=i: function(q, k, cos, sin)[i], expected[i]) for i in (0, 1))  # type: ignore[misc]
+
+
+def _read_by(function: FunctionType) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """Yield the global names that a function and the functions behind these names read, with their values."""
+    rest, done = [function], {function}
+    for reader in rest:
+        names = reader.__globals__
+        for name in names.keys() & set(reader.__code__.co_names):
+            yield names, name, names[name]
+            if isinstance(names[name], FunctionType) and names[name] not in done:
+                done.add(names[name])
+                rest.append(names[name])
 
 
 def _keeps_dtype(function: FunctionType) -> bool:
