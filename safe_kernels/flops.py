@@ -39,9 +39,10 @@ Example:
 
 from __future__ import annotations
 
+import inspect
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch.utils.flop_counter import register_flop_formula
@@ -63,23 +64,25 @@ __all__ = [
 ]
 
 Shape = Sequence[int]
+Formula = TypeVar("Formula", bound=Callable[..., int])
 
 
-@register_flop_formula(torch.ops.safe_kernels.lora)
-def lora_flop(
-    x: Shape,
-    base: Shape,
-    lora_A: Shape,
-    lora_B: Shape,
-    scaling: float,
-    dropout_p: float = 0.0,
-    rng_state: Shape | None = None,
-    block_starts: Shape | None = None,
-    block_rows: int = 0,
-    row_weight: Shape | None = None,
-    *,
-    out_shape: Any = None,
-) -> int:
+def _of_op(formula: Formula) -> Formula:
+    """Register a formula for the op of its name. It takes the arguments of the op that it reads, by name."""
+    op = getattr(torch.ops.safe_kernels, formula.__name__.removesuffix("_flop"))
+    names = [argument.name for argument in op.default._schema.arguments]
+    read = inspect.signature(formula).parameters
+
+    @register_flop_formula(op)
+    def count(*args: Any, **kwargs: Any) -> int:
+        given = dict(zip(names, args, strict=False)) | kwargs
+        return formula(**{name: value for name, value in given.items() if name in read})
+
+    return formula
+
+
+@_of_op
+def lora_flop(x: Shape, lora_A: Shape, lora_B: Shape, block_starts: Shape | None = None, block_rows: int = 0) -> int:
     """FLOPs of `lora` from its arguments' shapes."""
     rows, (rank, d_in), d_out = math.prod(x[:-1]), lora_A, lora_B[0]
     flops = 2 * rows * rank * (d_in + d_out)
@@ -88,19 +91,8 @@ def lora_flop(
     return flops + block_starts[0] * statistics_flop(min(block_rows, rows), d_out, rank)
 
 
-@register_flop_formula(torch.ops.safe_kernels.lora_backward)
-def lora_backward_flop(
-    grad: Shape,
-    x: Shape | None,
-    lora_A: Shape,
-    lora_B: Shape,
-    scaling: float,
-    dropout_p: float,
-    rng_state: Shape | None,
-    output_mask: Sequence[bool],
-    *,
-    out_shape: Any = None,
-) -> int:
+@_of_op
+def lora_backward_flop(grad: Shape, lora_A: Shape, lora_B: Shape, output_mask: Sequence[bool]) -> int:
     """FLOPs of `lora_backward` from its arguments' shapes."""
     rows, (rank, d_in), d_out = math.prod(grad[:-1]), lora_A, lora_B[0]
     wants_x, wants_A, wants_B = output_mask
@@ -109,88 +101,39 @@ def lora_backward_flop(
     return 2 * rows * rank * (inner + outer)
 
 
-@register_flop_formula(torch.ops.safe_kernels.lora_linear)
+@_of_op
 def lora_linear_flop(
     x: Shape,
     weight: Shape,
-    bias: Shape | None,
     lora_A: Shape,
     lora_B: Shape,
-    scaling: float,
-    dropout_p: float = 0.0,
-    rng_state: Shape | None = None,
     block_starts: Shape | None = None,
     block_rows: int = 0,
-    row_weight: Shape | None = None,
-    *,
-    out_shape: Any = None,
 ) -> int:
     """FLOPs of `lora_linear` from its arguments' shapes."""
-    adapter = lora_flop(x, (*x[:-1], weight[0]), lora_A, lora_B, scaling, 0.0, None, block_starts, block_rows)
-    return 2 * math.prod(x) * weight[0] + adapter
+    return 2 * math.prod(x) * weight[0] + lora_flop(x, lora_A, lora_B, block_starts, block_rows)
 
 
-@register_flop_formula(torch.ops.safe_kernels.lora_linear_backward)
+@_of_op
 def lora_linear_backward_flop(
-    grad: Shape,
-    x: Shape | None,
-    weight: Shape,
-    lora_A: Shape,
-    lora_B: Shape,
-    scaling: float,
-    dropout_p: float,
-    rng_state: Shape | None,
-    output_mask: Sequence[bool],
-    *,
-    out_shape: Any = None,
+    grad: Shape, weight: Shape, lora_A: Shape, lora_B: Shape, output_mask: Sequence[bool]
 ) -> int:
     """FLOPs of `lora_linear_backward` from its arguments' shapes."""
     wants_x, wants_weight, _, wants_A, wants_B = output_mask
-    mask = (wants_x, wants_A, wants_B)
-    adapter = lora_backward_flop(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, mask)
+    adapter = lora_backward_flop(grad, lora_A, lora_B, (wants_x, wants_A, wants_B))
     return 2 * (wants_x + wants_weight) * math.prod(grad) * weight[1] + adapter
 
 
-@register_flop_formula(torch.ops.safe_kernels.lora_conv)
-def lora_conv_flop(
-    x: Shape,
-    weight: Shape,
-    bias: Shape | None,
-    lora_A: Shape,
-    lora_B: Shape,
-    scaling: float,
-    stride: Shape,
-    padding: Shape,
-    dilation: Shape,
-    groups: int = 1,
-    dropout_p: float = 0.0,
-    rng_state: Shape | None = None,
-    *,
-    out_shape: Shape,
-) -> int:
-    """FLOPs of `lora_conv` from its arguments' shapes."""
+@_of_op
+def lora_conv_flop(weight: Shape, lora_A: Shape, lora_B: Shape, out_shape: Shape) -> int:
+    """FLOPs of `lora_conv` from the shapes of its arguments and its result."""
     positions = math.prod(out_shape) // max(1, weight[0])
     return 2 * positions * sum(map(math.prod, (weight, lora_A, lora_B)))
 
 
-@register_flop_formula(torch.ops.safe_kernels.lora_conv_backward)
+@_of_op
 def lora_conv_backward_flop(
-    grad: Shape,
-    x: Shape | None,
-    weight: Shape,
-    lora_A: Shape,
-    lora_B: Shape,
-    scaling: float,
-    x_size: Shape,
-    stride: Shape,
-    padding: Shape,
-    dilation: Shape,
-    groups: int,
-    dropout_p: float,
-    rng_state: Shape | None,
-    output_mask: Sequence[bool],
-    *,
-    out_shape: Any = None,
+    grad: Shape, weight: Shape, lora_A: Shape, lora_B: Shape, output_mask: Sequence[bool]
 ) -> int:
     """FLOPs of `lora_conv_backward` from its arguments' shapes."""
     wants_x, wants_A, wants_B = output_mask
@@ -199,119 +142,47 @@ def lora_conv_backward_flop(
     return 2 * (math.prod(grad) // max(1, weight[0])) * (inner + outer + wants_x * math.prod(weight))
 
 
-@register_flop_formula(torch.ops.safe_kernels.dora)
-def dora_flop(
-    x: Shape,
-    weight: Shape,
-    bias: Shape | None,
-    lora_A: Shape,
-    lora_B: Shape,
-    magnitude: Shape,
-    scaling: float,
-    dropout_p: float = 0.0,
-    rng_state: Shape | None = None,
-    *,
-    out_shape: Any = None,
-) -> int:
+@_of_op
+def dora_flop(x: Shape, weight: Shape, lora_A: Shape, lora_B: Shape, dropout_p: float = 0.0) -> int:
     """FLOPs of `dora` from its arguments' shapes."""
     products = 2 if dropout_p > 0.0 else 1
-    adapter = lora_flop(x, (*x[:-1], weight[0]), lora_A, lora_B, scaling)
-    return 2 * (products * math.prod(x) + math.prod(lora_A)) * weight[0] + adapter
+    return 2 * (products * math.prod(x) + math.prod(lora_A)) * weight[0] + lora_flop(x, lora_A, lora_B)
 
 
-@register_flop_formula(torch.ops.safe_kernels.dora_backward)
+@_of_op
 def dora_backward_flop(
-    grad: Shape,
-    x: Shape | None,
-    weight: Shape,
-    lora_A: Shape,
-    lora_B: Shape,
-    magnitude: Shape,
-    norm: Shape,
-    scaling: float,
-    dropout_p: float,
-    rng_state: Shape | None,
-    output_mask: Sequence[bool],
-    *,
-    out_shape: Any = None,
+    grad: Shape, weight: Shape, lora_A: Shape, lora_B: Shape, dropout_p: float, output_mask: Sequence[bool]
 ) -> int:
     """FLOPs of `dora_backward` from its arguments' shapes."""
     wants_x, wants_A, wants_B, wants_magnitude = output_mask
-    mask = (wants_x, wants_A, wants_B or wants_magnitude)
-    adapter = lora_backward_flop(grad, x, lora_A, lora_B, scaling, dropout_p, rng_state, mask)
+    adapter = lora_backward_flop(grad, lora_A, lora_B, (wants_x, wants_A, wants_B or wants_magnitude))
     products = wants_magnitude + wants_x * (2 if dropout_p > 0.0 else 1)
     return 2 * products * math.prod(grad) * weight[1] + adapter
 
 
-@register_flop_formula(torch.ops.safe_kernels.linear_cross_entropy)
-def linear_cross_entropy_flop(
-    x: Shape,
-    weight: Shape,
-    bias: Shape | None,
-    target: Shape,
-    ignore_index: int = -100,
-    scaling: float = 1.0,
-    softcap: float = 0.0,
-    *,
-    out_shape: Any = None,
-) -> int:
+@_of_op
+def linear_cross_entropy_flop(x: Shape, weight: Shape) -> int:
     """FLOPs of `linear_cross_entropy` from its arguments' shapes."""
     return 2 * math.prod(x) * weight[0]
 
 
-@register_flop_formula(torch.ops.safe_kernels.linear_cross_entropy_backward)
-def linear_cross_entropy_backward_flop(
-    x: Shape,
-    weight: Shape,
-    bias: Shape | None,
-    target: Shape,
-    ignore_index: int,
-    scaling: float,
-    softcap: float,
-    *,
-    out_shape: Any = None,
-) -> int:
+@_of_op
+def linear_cross_entropy_backward_flop(x: Shape, weight: Shape) -> int:
     """FLOPs of `linear_cross_entropy_backward` from its arguments' shapes."""
-    return 2 * linear_cross_entropy_flop(x, weight, bias, target)
+    return 2 * linear_cross_entropy_flop(x, weight)
 
 
-@register_flop_formula(torch.ops.safe_kernels.bottleneck)
+@_of_op
 def bottleneck_flop(
-    x: Shape,
-    residual: Shape,
-    W_down: Shape,
-    b_down: Shape,
-    W_up: Shape,
-    b_up: Shape,
-    activation: str,
-    scaling: float,
-    dropout_p: float = 0.0,
-    rng_state: Shape | None = None,
-    block_starts: Shape | None = None,
-    block_rows: int = 0,
-    row_weight: Shape | None = None,
-    *,
-    out_shape: Any = None,
+    x: Shape, W_down: Shape, W_up: Shape, block_starts: Shape | None = None, block_rows: int = 0
 ) -> int:
     """FLOPs of `bottleneck` from its arguments' shapes."""
-    return lora_flop(x, residual, W_down, W_up, scaling, 0.0, None, block_starts, block_rows)
+    return lora_flop(x, W_down, W_up, block_starts, block_rows)
 
 
-@register_flop_formula(torch.ops.safe_kernels.bottleneck_backward)
+@_of_op
 def bottleneck_backward_flop(
-    grad: Shape,
-    x: Shape | None,
-    z: Shape | None,
-    W_down: Shape,
-    b_down: Shape,
-    W_up: Shape,
-    activation: str,
-    scaling: float,
-    dropout_p: float,
-    rng_state: Shape | None,
-    output_mask: Sequence[bool],
-    *,
-    out_shape: Any = None,
+    grad: Shape, z: Shape | None, W_down: Shape, W_up: Shape, output_mask: Sequence[bool]
 ) -> int:
     """FLOPs of `bottleneck_backward` from its arguments' shapes."""
     rows, (rank, d_in), d_out = math.prod(grad[:-1]), W_down, W_up[0]

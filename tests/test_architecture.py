@@ -258,10 +258,10 @@ def test_a_kernel_for_gpus_is_named_so() -> None:
 
 
 @pytest.mark.parametrize("op", [op for op in ops() if hasattr(flops, f"{op}_flop")])
-def test_schema_and_flop_formula_name_the_same_arguments(op: str) -> None:
+def test_a_flop_formula_names_arguments_of_its_schema(op: str) -> None:
     """Ops that are no products of matrices count no FLOPs, as everywhere in torch's counter, and need no formula."""
-    formula = inspect.signature(getattr(flops, f"{op}_flop")).parameters
-    assert [name for name in formula if name != "out_shape"] == argument_names(op)
+    formula = [name for name in inspect.signature(getattr(flops, f"{op}_flop")).parameters if name != "out_shape"]
+    assert formula == [name for name in argument_names(op) if name in formula]
 
 
 @pytest.mark.parametrize("op", [op for op in ops() if not op.endswith("_backward")])
