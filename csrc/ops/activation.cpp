@@ -23,20 +23,6 @@ void check_activation_backward(const Tensor& grad, const Tensor& x, std::string_
   check_alike(grad, "grad", x, "x");
 }
 
-Tensor activation(const Tensor& x, std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state) {
-  return call_op<activation>("safe_kernels::activation", x, kind, dropout_p, rng_state);
-}
-
-Tensor activation_again(const Tensor& x, std::string_view kind, double dropout_p,
-                        const std::optional<Tensor>& rng_state) {
-  return call_overload<activation_again>("safe_kernels::activation", "again", x, kind, dropout_p, rng_state);
-}
-
-Tensor activation_backward(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
-                           const std::optional<Tensor>& rng_state) {
-  return call_op<activation_backward>("safe_kernels::activation_backward", grad, x, kind, dropout_p, rng_state);
-}
-
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m, "activation(Tensor x, str kind, float dropout_p=0., Tensor? rng_state=None) -> Tensor");
   define_op(m, "activation.again(Tensor x, str kind, float dropout_p, Tensor? rng_state) -> Tensor");

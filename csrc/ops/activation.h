@@ -5,19 +5,28 @@
 #include <optional>
 #include <string_view>
 
+#include "dispatch.h"
+
 namespace safe_kernels {
 
 using at::Tensor;
 
 // Calls through the dispatcher. The formulas and shapes are in safe_kernels/reference/.
-Tensor activation(const Tensor& x, std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state);
+inline Tensor activation(const Tensor& x, std::string_view kind, double dropout_p,
+                         const std::optional<Tensor>& rng_state) {
+  return call_op<activation>("safe_kernels::activation", x, kind, dropout_p, rng_state);
+}
 
 // The same values. A compiler merges equal calls, but not this one with `activation`.
-Tensor activation_again(const Tensor& x, std::string_view kind, double dropout_p,
-                        const std::optional<Tensor>& rng_state);
+inline Tensor activation_again(const Tensor& x, std::string_view kind, double dropout_p,
+                               const std::optional<Tensor>& rng_state) {
+  return call_overload<activation_again>("safe_kernels::activation", "again", x, kind, dropout_p, rng_state);
+}
 
-Tensor activation_backward(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
-                           const std::optional<Tensor>& rng_state);
+inline Tensor activation_backward(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
+                                  const std::optional<Tensor>& rng_state) {
+  return call_op<activation_backward>("safe_kernels::activation_backward", grad, x, kind, dropout_p, rng_state);
+}
 
 // Every kernel calls it, so that errors are the same on every backend. Sizes are compared as SymInt, so that
 // torch.compile's dynamic shapes stay dynamic.

@@ -76,24 +76,6 @@ void check_bottleneck_backward(const Tensor& grad, const std::optional<Tensor>& 
   }
 }
 
-std::tuple<Tensor, Tensor, Tensor> bottleneck(const Tensor& x, const Tensor& residual, const Tensor& W_down,
-                                              const Tensor& b_down, const Tensor& W_up, const Tensor& b_up,
-                                              std::string_view activation, double scaling, double dropout_p,
-                                              const std::optional<Tensor>& rng_state,
-                                              const std::optional<Tensor>& block_starts, int64_t block_rows,
-                                              const std::optional<Tensor>& row_weight) {
-  return call_op<bottleneck>("safe_kernels::bottleneck", x, residual, W_down, b_down, W_up, b_up, activation, scaling,
-                             dropout_p, rng_state, block_starts, block_rows, row_weight);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
-    const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& z, const Tensor& W_down,
-    const Tensor& b_down, const Tensor& W_up, std::string_view activation, double scaling, double dropout_p,
-    const std::optional<Tensor>& rng_state, std::array<bool, 5> output_mask) {
-  return call_op<bottleneck_backward>("safe_kernels::bottleneck_backward", grad, x, z, W_down, b_down, W_up, activation,
-                                      scaling, dropout_p, rng_state, output_mask);
-}
-
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m,
             "bottleneck(Tensor x, Tensor residual, Tensor W_down, Tensor b_down, Tensor W_up, Tensor b_up, "

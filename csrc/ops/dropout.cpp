@@ -10,10 +10,6 @@ void check_dropout_op(const Tensor& x, double dropout_p, const Tensor& rng_state
   check_dropout(dropout_p, rng_state, x, "x");
 }
 
-Tensor dropout(const Tensor& x, double dropout_p, const Tensor& rng_state) {
-  return call_op<dropout>("safe_kernels::dropout", x, dropout_p, rng_state);
-}
-
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m, "dropout(Tensor x, float dropout_p, Tensor rng_state) -> Tensor");
 }

@@ -2,12 +2,16 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "dispatch.h"
+
 namespace safe_kernels {
 
 using at::Tensor;
 
 // Calls through the dispatcher. The formula is in safe_kernels/reference/.
-Tensor dropout(const Tensor& x, double dropout_p, const Tensor& rng_state);
+inline Tensor dropout(const Tensor& x, double dropout_p, const Tensor& rng_state) {
+  return call_op<dropout>("safe_kernels::dropout", x, dropout_p, rng_state);
+}
 
 // Every kernel calls it, so that errors are the same on every backend.
 void check_dropout_op(const Tensor& x, double dropout_p, const Tensor& rng_state);

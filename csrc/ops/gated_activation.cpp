@@ -22,25 +22,6 @@ void check_gated_activation_backward(const Tensor& grad, const Tensor& gate, con
   check_alike(grad, "grad", gate, "gate");
 }
 
-Tensor gated_activation(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
-                        const std::optional<Tensor>& rng_state) {
-  return call_op<gated_activation>("safe_kernels::gated_activation", gate, up, kind, dropout_p, rng_state);
-}
-
-Tensor gated_activation_again(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
-                              const std::optional<Tensor>& rng_state) {
-  return call_overload<gated_activation_again>("safe_kernels::gated_activation", "again", gate, up, kind, dropout_p,
-                                               rng_state);
-}
-
-std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up,
-                                                     std::string_view kind, double dropout_p,
-                                                     const std::optional<Tensor>& rng_state,
-                                                     std::array<bool, 2> output_mask) {
-  return call_op<gated_activation_backward>("safe_kernels::gated_activation_backward", grad, gate, up, kind, dropout_p,
-                                            rng_state, output_mask);
-}
-
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m,
             "gated_activation(Tensor gate, Tensor up, str kind, float dropout_p=0., Tensor? rng_state=None) -> Tensor");

@@ -28,20 +28,6 @@ void check_layer_norm_backward(const Tensor& grad, const Tensor& retained, const
   TORCH_CHECK_VALUE(!output_mask[2] || given(bias), "the gradient of bias is wanted, but bias is None");
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const std::optional<Tensor>& weight,
-                                              const std::optional<Tensor>& bias, double eps, bool retain_output) {
-  return call_op<layer_norm>("safe_kernels::layer_norm", x, weight, bias, eps, retain_output);
-}
-
-std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& grad, const Tensor& retained,
-                                                       const std::optional<Tensor>& weight,
-                                                       const std::optional<Tensor>& bias,
-                                                       const std::optional<Tensor>& mean, const Tensor& rstd,
-                                                       bool from_output, std::array<bool, 3> output_mask) {
-  return call_op<layer_norm_backward>("safe_kernels::layer_norm_backward", grad, retained, weight, bias, mean, rstd,
-                                      from_output, output_mask);
-}
-
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m,
             "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps, bool retain_output=True) "

@@ -42,19 +42,6 @@ void check_linear_cross_entropy(const Tensor& x, const Tensor& weight, const std
   TORCH_CHECK_VALUE(softcap >= 0.0 && std::isfinite(softcap), "softcap must be at least 0 and finite, got ", softcap);
 }
 
-Tensor linear_cross_entropy(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                            const Tensor& target, int64_t ignore_index, double scaling, double softcap) {
-  return call_op<linear_cross_entropy>("safe_kernels::linear_cross_entropy", x, weight, bias, target, ignore_index,
-                                       scaling, softcap);
-}
-
-std::tuple<Tensor, Tensor> linear_cross_entropy_backward(const Tensor& x, const Tensor& weight,
-                                                         const std::optional<Tensor>& bias, const Tensor& target,
-                                                         int64_t ignore_index, double scaling, double softcap) {
-  return call_op<linear_cross_entropy_backward>("safe_kernels::linear_cross_entropy_backward", x, weight, bias, target,
-                                                ignore_index, scaling, softcap);
-}
-
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m,
             "linear_cross_entropy(Tensor x, Tensor weight, Tensor? bias, Tensor target, int ignore_index=-100, "

@@ -76,22 +76,6 @@ void check_lora_backward(const Tensor& grad, const std::optional<Tensor>& x, con
   }
 }
 
-std::tuple<Tensor, Tensor> lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B,
-                                double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
-                                const std::optional<Tensor>& block_starts, int64_t block_rows,
-                                const std::optional<Tensor>& row_weight) {
-  return call_op<lora>("safe_kernels::lora", x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts,
-                       block_rows, row_weight);
-}
-
-std::tuple<Tensor, Tensor, Tensor> lora_backward(const Tensor& grad, const std::optional<Tensor>& x,
-                                                 const Tensor& lora_A, const Tensor& lora_B, double scaling,
-                                                 double dropout_p, const std::optional<Tensor>& rng_state,
-                                                 std::array<bool, 3> output_mask) {
-  return call_op<lora_backward>("safe_kernels::lora_backward", grad, x, lora_A, lora_B, scaling, dropout_p, rng_state,
-                                output_mask);
-}
-
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m,
             "lora(Tensor x, Tensor base, Tensor lora_A, Tensor lora_B, float scaling, "

@@ -115,24 +115,6 @@ Tensor with_batch(const Tensor& tensor, int64_t positions) {
   return tensor.dim() == positions + 2 ? tensor : tensor.unsqueeze(0);
 }
 
-Tensor lora_conv(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
-                 const Tensor& lora_B, double scaling, at::IntArrayRef stride, at::IntArrayRef padding,
-                 at::IntArrayRef dilation, int64_t groups, double dropout_p, const std::optional<Tensor>& rng_state) {
-  return call_op<lora_conv>("safe_kernels::lora_conv", x, weight, bias, lora_A, lora_B, scaling, stride, padding,
-                            dilation, groups, dropout_p, rng_state);
-}
-
-std::tuple<Tensor, Tensor, Tensor> lora_conv_backward(const Tensor& grad, const std::optional<Tensor>& x,
-                                                      const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B,
-                                                      double scaling, c10::SymIntArrayRef x_size,
-                                                      at::IntArrayRef stride, at::IntArrayRef padding,
-                                                      at::IntArrayRef dilation, int64_t groups, double dropout_p,
-                                                      const std::optional<Tensor>& rng_state,
-                                                      std::array<bool, 3> output_mask) {
-  return call_op<lora_conv_backward>("safe_kernels::lora_conv_backward", grad, x, weight, lora_A, lora_B, scaling,
-                                     x_size, stride, padding, dilation, groups, dropout_p, rng_state, output_mask);
-}
-
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m,
             "lora_conv(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "

@@ -60,23 +60,6 @@ void check_lora_linear_backward(const Tensor& grad, const std::optional<Tensor>&
   }
 }
 
-std::tuple<Tensor, Tensor> lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                       const Tensor& lora_A, const Tensor& lora_B, double scaling, double dropout_p,
-                                       const std::optional<Tensor>& rng_state,
-                                       const std::optional<Tensor>& block_starts, int64_t block_rows,
-                                       const std::optional<Tensor>& row_weight) {
-  return call_op<lora_linear>("safe_kernels::lora_linear", x, weight, bias, lora_A, lora_B, scaling, dropout_p,
-                              rng_state, block_starts, block_rows, row_weight);
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
-    const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,
-    const Tensor& lora_B, double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
-    std::array<bool, 5> output_mask) {
-  return call_op<lora_linear_backward>("safe_kernels::lora_linear_backward", grad, x, weight, lora_A, lora_B, scaling,
-                                       dropout_p, rng_state, output_mask);
-}
-
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m,
             "lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor lora_A, Tensor lora_B, float scaling, "

@@ -20,18 +20,6 @@ void check_rms_norm_backward(const Tensor& grad, const Tensor& retained, const T
   check_per_row(rstd, "rstd", retained, "retained");
 }
 
-std::tuple<Tensor, Tensor> rms_norm(const Tensor& x, const Tensor& weight, double eps, double weight_offset,
-                                    bool retain_output) {
-  return call_op<rms_norm>("safe_kernels::rms_norm", x, weight, eps, weight_offset, retain_output);
-}
-
-std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& retained, const Tensor& weight,
-                                             const Tensor& rstd, double weight_offset, bool from_output,
-                                             std::array<bool, 2> output_mask) {
-  return call_op<rms_norm_backward>("safe_kernels::rms_norm_backward", grad, retained, weight, rstd, weight_offset,
-                                    from_output, output_mask);
-}
-
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m,
             "rms_norm(Tensor x, Tensor weight, float eps, float weight_offset=0., bool retain_output=True) "
