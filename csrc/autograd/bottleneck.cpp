@@ -117,28 +117,10 @@ struct BottleneckFunction : torch::autograd::Function<BottleneckFunction> {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> bottleneck_autograd(const Tensor& x, const Tensor& residual, const Tensor& W_down,
-                                                       const Tensor& b_down, const Tensor& W_up, const Tensor& b_up,
-                                                       std::string_view activation, double scaling, double dropout_p,
-                                                       const std::optional<Tensor>& rng_state,
-                                                       const std::optional<Tensor>& block_starts, int64_t block_rows,
-                                                       const std::optional<Tensor>& row_weight) {
-  check_bottleneck(x, residual, W_down, b_down, W_up, b_up, activation, dropout_p, rng_state, block_starts, block_rows,
-                   row_weight);
-  if (!builds_graph("bottleneck", x, residual, W_down, b_down, W_up, b_up))
-    return below_autograd([&] {
-      return bottleneck(x, residual, W_down, b_down, W_up, b_up, activation, scaling, dropout_p, rng_state,
-                        block_starts, block_rows, row_weight);
-    });
-  auto outputs = BottleneckFunction::apply(x, residual, W_down, b_down, W_up, b_up, activation, scaling, dropout_p,
-                                           rng_state, block_starts, block_rows, row_weight);
-  return {outputs[0], outputs[1], outputs[2]};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
-  m.impl("bottleneck", bottleneck_autograd);
+  differentiable<bottleneck, check_bottleneck, BottleneckFunction>(m, "bottleneck");
   once_differentiable<bottleneck_backward, check_bottleneck_backward>(m, "bottleneck_backward");
 }
 

@@ -27,6 +27,7 @@ struct DoraFunction : torch::autograd::Function<DoraFunction> {
                                const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B,
                                const Tensor& magnitude, double scaling, double dropout_p,
                                const std::optional<Tensor>& rng_state) {
+    TORCH_CHECK_VALUE(!weight.requires_grad(), "weight must not require grad: dora makes no gradient for it");
     auto [out, norm] =
         below_autograd([&] { return dora(x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout_p, rng_state); });
     ctx->set_materialize_grads(false);
@@ -76,22 +77,10 @@ struct DoraFunction : torch::autograd::Function<DoraFunction> {
   }
 };
 
-std::tuple<Tensor, Tensor> dora_autograd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                         const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude,
-                                         double scaling, double dropout_p, const std::optional<Tensor>& rng_state) {
-  check_dora(x, weight, bias, lora_A, lora_B, magnitude, dropout_p, rng_state);
-  if (!builds_graph("dora", x, weight, bias, lora_A, lora_B, magnitude))
-    return below_autograd(
-        [&] { return dora(x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout_p, rng_state); });
-  TORCH_CHECK_VALUE(!weight.requires_grad(), "weight must not require grad: dora makes no gradient for it");
-  auto outputs = DoraFunction::apply(x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout_p, rng_state);
-  return {outputs[0], outputs[1]};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
-  m.impl("dora", dora_autograd);
+  differentiable<dora, check_dora, DoraFunction>(m, "dora");
   once_differentiable<dora_backward, check_dora_backward>(m, "dora_backward");
 }
 

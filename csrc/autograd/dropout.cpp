@@ -14,16 +14,15 @@ namespace safe_kernels {
 namespace {
 
 using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
-  static Variable forward(AutogradContext* ctx, const Tensor& x, double dropout_p, const Tensor& rng_state) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, double dropout_p, const Tensor& rng_state) {
     at::AutoDispatchBelowADInplaceOrView below_autograd;
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({dropout_p > 0.0 ? rng_state : Tensor()});
     ctx->saved_data["dropout_p"] = dropout_p;
-    return dropout(x, dropout_p, rng_state);
+    return {dropout(x, dropout_p, rng_state)};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -35,14 +34,10 @@ struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
   }
 };
 
-Tensor dropout_autograd(const Tensor& x, double dropout_p, const Tensor& rng_state) {
-  check_dropout_op(x, dropout_p, rng_state);
-  if (!builds_graph("dropout", x)) return below_autograd([&] { return dropout(x, dropout_p, rng_state); });
-  return DropoutFunction::apply(x, dropout_p, rng_state);
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) { m.impl("dropout", dropout_autograd); }
+TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
+  differentiable<dropout, check_dropout_op, DropoutFunction>(m, "dropout");
+}
 
 }  // namespace safe_kernels

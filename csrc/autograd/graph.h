@@ -88,16 +88,43 @@ auto each_of(std::tuple<Tensors...>& results) {
   return std::apply([](Tensors&... each) { return std::tie(each...); }, results);
 }
 
-// The Autograd kernel of `backward_op`, whose results have no derivative. Its node is in the graph only if backward is
-// recorded (create_graph=True). Without the node PyTorch would treat the results as constants, and a second derivative
-// would be silently wrong. torch::autograd::autogradNotImplementedFallback() makes such a node too, but it cannot check
-// the arguments, and its error does not say that a second derivative was requested or how to avoid it.
+// The Autograd kernel of an op: the op alone, or a node of kind `Function` if the graph needs one.
+template <auto op, auto check, class Function>
+struct Differentiable;
+
+template <class Results, class... Args, Results (*op)(Args...), auto check, class Function>
+struct Differentiable<op, check, Function> {
+  static inline const char* name = nullptr;  // constant-initialised: no later initialiser resets it after registration
+
+  static Results call(Args... args) {
+    check(args...);
+    if (!builds_graph(name, args...)) return below_autograd([&] { return op(args...); });
+    const auto outputs = Function::apply(args...);
+    Results results;
+    size_t i = 0;
+    std::apply([&](auto&... each) { ((each = outputs[i++]), ...); }, each_of(results));
+    return results;
+  }
+};
+
+// Usage: differentiable<lora, check_lora, LoraFunction>(m, "lora").
+template <auto op, auto check, class Function>
+void differentiable(torch::Library& m, const char* name) {
+  using Kernel = Differentiable<op, check, Function>;
+  Kernel::name = name;
+  m.impl(name, Kernel::call);
+}
+
+// The node of `backward_op`, whose results have no derivative. It is in the graph only if backward is recorded
+// (create_graph=True). Without it PyTorch would treat the results as constants, and a second derivative would be
+// silently wrong. torch::autograd::autogradNotImplementedFallback() makes such a node too, but it cannot check the
+// arguments, and its error does not say that a second derivative was requested or how to avoid it.
 template <auto backward_op, auto check>
 struct OnceDifferentiable;
 
 template <class Results, class... Args, Results (*backward_op)(Args...), auto check>
 struct OnceDifferentiable<backward_op, check> : torch::autograd::Function<OnceDifferentiable<backward_op, check>> {
-  static inline const char* name = nullptr;  // constant-initialised: no later initialiser resets it after registration
+  using Kernel = Differentiable<backward_op, check, OnceDifferentiable>;
 
   static torch::autograd::variable_list forward(torch::autograd::AutogradContext* /*ctx*/, Args... args) {
     Results results = below_autograd([&] { return backward_op(args...); });
@@ -106,26 +133,14 @@ struct OnceDifferentiable<backward_op, check> : torch::autograd::Function<OnceDi
 
   static torch::autograd::variable_list backward(torch::autograd::AutogradContext* /*ctx*/,
                                                  const torch::autograd::variable_list& /*grads*/) {
-    refuse_double_backward(name);
-  }
-
-  static Results call(Args... args) {
-    check(args...);
-    if (!builds_graph(name, args...)) return below_autograd([&] { return backward_op(args...); });
-    const auto outputs = OnceDifferentiable::apply(args...);
-    Results results;
-    size_t i = 0;
-    std::apply([&](auto&... each) { ((each = outputs[i++]), ...); }, each_of(results));
-    return results;
+    refuse_double_backward(Kernel::name);
   }
 };
 
 // Usage: once_differentiable<lora_backward, check_lora_backward>(m, "lora_backward").
 template <auto backward_op, auto check>
 void once_differentiable(torch::Library& m, const char* name) {
-  using Kernel = OnceDifferentiable<backward_op, check>;
-  Kernel::name = name;
-  m.impl(name, Kernel::call);
+  differentiable<backward_op, check, OnceDifferentiable<backward_op, check>>(m, name);
 }
 
 }  // namespace safe_kernels

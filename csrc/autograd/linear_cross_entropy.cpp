@@ -16,7 +16,6 @@ namespace safe_kernels {
 namespace {
 
 using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 // Rounded once: the factor, such as 1 / tokens, stays in the dtype of the losses.
@@ -26,17 +25,19 @@ Tensor scale_rows(const Tensor& factors, const Tensor& grad_x) {
 
 void check_nothing(const Tensor& /*factors*/, const Tensor& /*grad_x*/) {}
 
-using ScaleRows = OnceDifferentiable<scale_rows, check_nothing>;
+using ScaleRows = OnceDifferentiable<scale_rows, check_nothing>::Kernel;
 
 struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropyFunction> {
-  static Variable forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                          const std::optional<Tensor>& bias, const Tensor& target, int64_t ignore_index, double scaling,
-                          double softcap) {
+  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
+                               const std::optional<Tensor>& bias, const Tensor& target, int64_t ignore_index,
+                               double scaling, double softcap) {
+    TORCH_CHECK_VALUE(!weight.requires_grad() && !requires_grad(bias), weight.requires_grad() ? "weight" : "bias",
+                      " must not require grad: linear_cross_entropy makes no gradient for it");
     auto [loss, grad_x] = below_autograd(
         [&] { return linear_cross_entropy_backward(x, weight, bias, target, ignore_index, scaling, softcap); });
     ctx->set_materialize_grads(false);
     ctx->save_for_backward({grad_x});
-    return loss;
+    return {loss};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -52,22 +53,12 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
   }
 };
 
-Tensor linear_cross_entropy_autograd(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                     const Tensor& target, int64_t ignore_index, double scaling, double softcap) {
-  check_linear_cross_entropy(x, weight, bias, target, ignore_index, scaling, softcap);
-  if (!builds_graph("linear_cross_entropy", x, weight, bias))
-    return below_autograd(
-        [&] { return linear_cross_entropy(x, weight, bias, target, ignore_index, scaling, softcap); });
-  TORCH_CHECK_VALUE(!weight.requires_grad() && !requires_grad(bias), weight.requires_grad() ? "weight" : "bias",
-                    " must not require grad: linear_cross_entropy makes no gradient for it");
-  return LinearCrossEntropyFunction::apply(x, weight, bias, target, ignore_index, scaling, softcap);
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
   ScaleRows::name = "linear_cross_entropy_backward";
-  m.impl("linear_cross_entropy", linear_cross_entropy_autograd);
+  differentiable<linear_cross_entropy, check_linear_cross_entropy, LinearCrossEntropyFunction>(m,
+                                                                                               "linear_cross_entropy");
   once_differentiable<linear_cross_entropy_backward, check_linear_cross_entropy>(m, "linear_cross_entropy_backward");
 }
 

@@ -18,7 +18,6 @@ namespace safe_kernels {
 namespace {
 
 using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 struct LoraFunction : torch::autograd::Function<LoraFunction> {
@@ -69,25 +68,10 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
   }
 };
 
-std::tuple<Tensor, Tensor> lora_autograd(const Tensor& x, const Tensor& base, const Tensor& lora_A,
-                                         const Tensor& lora_B, double scaling, double dropout_p,
-                                         const std::optional<Tensor>& rng_state,
-                                         const std::optional<Tensor>& block_starts, int64_t block_rows,
-                                         const std::optional<Tensor>& row_weight) {
-  check_lora(x, base, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
-  if (!builds_graph("lora", x, base, lora_A, lora_B))
-    return below_autograd([&] {
-      return lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
-    });
-  auto outputs =
-      LoraFunction::apply(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
-  return {outputs[0], outputs[1]};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
-  m.impl("lora", lora_autograd);
+  differentiable<lora, check_lora, LoraFunction>(m, "lora");
   once_differentiable<lora_backward, check_lora_backward>(m, "lora_backward");
 }
 

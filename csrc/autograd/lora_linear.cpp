@@ -77,27 +77,10 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
   }
 };
 
-std::tuple<Tensor, Tensor> lora_linear_autograd(const Tensor& x, const Tensor& weight,
-                                                const std::optional<Tensor>& bias, const Tensor& lora_A,
-                                                const Tensor& lora_B, double scaling, double dropout_p,
-                                                const std::optional<Tensor>& rng_state,
-                                                const std::optional<Tensor>& block_starts, int64_t block_rows,
-                                                const std::optional<Tensor>& row_weight) {
-  check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
-  if (!builds_graph("lora_linear", x, weight, bias, lora_A, lora_B))
-    return below_autograd([&] {
-      return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows,
-                         row_weight);
-    });
-  auto outputs = LoraLinearFunction::apply(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts,
-                                           block_rows, row_weight);
-  return {outputs[0], outputs[1]};
-}
-
 }  // namespace
 
 TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) {
-  m.impl("lora_linear", lora_linear_autograd);
+  differentiable<lora_linear, check_lora_linear, LoraLinearFunction>(m, "lora_linear");
   once_differentiable<lora_linear_backward, check_lora_linear_backward>(m, "lora_linear_backward");
 }
 

@@ -213,8 +213,8 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_cpu(const Tensor& x, const Tensor&
                                                   const std::optional<Tensor>& rng_state,
                                                   const std::optional<Tensor>& block_starts, int64_t block_rows,
                                                   const std::optional<Tensor>& row_weight) {
-  check_bottleneck(x, residual, W_down, b_down, W_up, b_up, activation, dropout_p, rng_state, block_starts, block_rows,
-                   row_weight);
+  check_bottleneck(x, residual, W_down, b_down, W_up, b_up, activation, scaling, dropout_p, rng_state, block_starts,
+                   block_rows, row_weight);
   const auto dtype = compute_dtype({x, residual, W_down});
   const bool scores = given(block_starts);
   const int64_t r = W_down.size(0);

@@ -46,7 +46,7 @@ Tensor weight_norm(const Tensor& weight, const Tensor& A, const Tensor& B, doubl
 std::tuple<Tensor, Tensor> dora_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                     const Tensor& lora_A, const Tensor& lora_B, const Tensor& magnitude, double scaling,
                                     double dropout_p, const std::optional<Tensor>& rng_state) {
-  check_dora(x, weight, bias, lora_A, lora_B, magnitude, dropout_p, rng_state);
+  check_dora(x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout_p, rng_state);
   const WithoutAutocast guard(c10::autocast_dispatch_keyset);
   const auto dtype = compute_dtype({x, weight, lora_A, lora_B, magnitude});
   const Tensor A = lora_A.to(dtype), B = lora_B.to(dtype);

@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> lora_cpu(const Tensor& x, const Tensor& base, const T
                                     double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
                                     const std::optional<Tensor>& block_starts, int64_t block_rows,
                                     const std::optional<Tensor>& row_weight) {
-  check_lora(x, base, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
+  check_lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
   const auto dtype = compute_dtype({x, base, lora_A, lora_B});
   const bool scores = given(block_starts);
   const Tensor At = padded(lora_A.t(), dtype), Bt = lora_B.to(dtype).t().contiguous(), out = empty_like_rows(base);

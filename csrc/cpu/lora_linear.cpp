@@ -25,7 +25,8 @@ std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& x, const Tensor& weight
                                            const std::optional<Tensor>& rng_state,
                                            const std::optional<Tensor>& block_starts, int64_t block_rows,
                                            const std::optional<Tensor>& row_weight) {
-  check_lora_linear(x, weight, bias, lora_A, lora_B, dropout_p, rng_state, block_starts, block_rows, row_weight);
+  check_lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows,
+                    row_weight);
   return lora(x, at::linear(x, weight, bias), lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows,
               row_weight);
 }

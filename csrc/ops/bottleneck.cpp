@@ -39,9 +39,10 @@ void check_weights(const Tensor& W_down, const Tensor& b_down, const Tensor& W_u
 }  // namespace
 
 void check_bottleneck(const Tensor& x, const Tensor& residual, const Tensor& W_down, const Tensor& b_down,
-                      const Tensor& W_up, const Tensor& b_up, std::string_view activation, double dropout_p,
-                      const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts,
-                      int64_t block_rows, const std::optional<Tensor>& row_weight) {
+                      const Tensor& W_up, const Tensor& b_up, std::string_view activation, double /*scaling*/,
+                      double dropout_p, const std::optional<Tensor>& rng_state,
+                      const std::optional<Tensor>& block_starts, int64_t block_rows,
+                      const std::optional<Tensor>& row_weight) {
   check_kind(activation, "activation");
   check_weights(W_down, b_down, W_up);
   check_bias(b_up, "b_up", W_up, "W_up");

@@ -34,9 +34,10 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> bottleneck_backward(
 
 // These throw an error that names the argument if a call is wrong on every backend.
 void check_bottleneck(const Tensor& x, const Tensor& residual, const Tensor& W_down, const Tensor& b_down,
-                      const Tensor& W_up, const Tensor& b_up, std::string_view activation, double dropout_p,
-                      const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts,
-                      int64_t block_rows, const std::optional<Tensor>& row_weight);
+                      const Tensor& W_up, const Tensor& b_up, std::string_view activation, double scaling,
+                      double dropout_p, const std::optional<Tensor>& rng_state,
+                      const std::optional<Tensor>& block_starts, int64_t block_rows,
+                      const std::optional<Tensor>& row_weight);
 
 void check_bottleneck_backward(const Tensor& grad, const std::optional<Tensor>& x, const std::optional<Tensor>& z,
                                const Tensor& W_down, const Tensor& b_down, const Tensor& W_up,

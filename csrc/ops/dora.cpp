@@ -18,7 +18,7 @@ void check_per_output(const Tensor& tensor, const char* name, const Tensor& weig
 }  // namespace
 
 void check_dora(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
-                const Tensor& lora_B, const Tensor& magnitude, double dropout_p,
+                const Tensor& lora_B, const Tensor& magnitude, double /*scaling*/, double dropout_p,
                 const std::optional<Tensor>& rng_state) {
   check_weight(weight, lora_A, lora_B);
   check_features(x, "x", weight, "weight", 1);

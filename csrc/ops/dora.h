@@ -31,7 +31,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor> dora_backward(const Tensor& gr
 
 // Throws an error that names the argument if a call is wrong on every backend.
 void check_dora(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
-                const Tensor& lora_B, const Tensor& magnitude, double dropout_p,
+                const Tensor& lora_B, const Tensor& magnitude, double scaling, double dropout_p,
                 const std::optional<Tensor>& rng_state);
 
 void check_dora_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& weight, const Tensor& lora_A,

@@ -47,9 +47,9 @@ void check_blocks(const Tensor& x, const Tensor& block_starts, int64_t block_row
   check_device(*row_weight, "row_weight", x, "x");
 }
 
-void check_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B, double dropout_p,
-                const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts, int64_t block_rows,
-                const std::optional<Tensor>& row_weight) {
+void check_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B, double /*scaling*/,
+                double dropout_p, const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts,
+                int64_t block_rows, const std::optional<Tensor>& row_weight) {
   check_adapter(lora_A, lora_B);
   check_device(lora_B, "lora_B", lora_A, "lora_A");
   check_features(x, "x", lora_A, "lora_A", 1);

@@ -38,9 +38,9 @@ void check_leading(const Tensor& tensor, const char* name, const Tensor& x);
 void check_blocks(const Tensor& x, const Tensor& block_starts, int64_t block_rows,
                   const std::optional<Tensor>& row_weight);
 
-void check_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B, double dropout_p,
-                const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts, int64_t block_rows,
-                const std::optional<Tensor>& row_weight);
+void check_lora(const Tensor& x, const Tensor& base, const Tensor& lora_A, const Tensor& lora_B, double scaling,
+                double dropout_p, const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts,
+                int64_t block_rows, const std::optional<Tensor>& row_weight);
 
 void check_lora_backward(const Tensor& grad, const std::optional<Tensor>& x, const Tensor& lora_A, const Tensor& lora_B,
                          double scaling, double dropout_p, const std::optional<Tensor>& rng_state,

@@ -28,9 +28,9 @@ void check_weight(const Tensor& weight, const Tensor& lora_A, const Tensor& lora
 }
 
 void check_lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
-                       const Tensor& lora_B, double dropout_p, const std::optional<Tensor>& rng_state,
-                       const std::optional<Tensor>& block_starts, int64_t block_rows,
-                       const std::optional<Tensor>& row_weight) {
+                       const Tensor& lora_B, double /*scaling*/, double dropout_p,
+                       const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts,
+                       int64_t block_rows, const std::optional<Tensor>& row_weight) {
   check_weight(weight, lora_A, lora_B);
   check_features(x, "x", weight, "weight", 1);
   check_dtype(x, "x", weight);

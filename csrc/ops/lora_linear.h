@@ -34,7 +34,7 @@ inline std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward(
 void check_weight(const Tensor& weight, const Tensor& lora_A, const Tensor& lora_B);
 
 void check_lora_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
-                       const Tensor& lora_B, double dropout_p, const std::optional<Tensor>& rng_state,
+                       const Tensor& lora_B, double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
                        const std::optional<Tensor>& block_starts, int64_t block_rows,
                        const std::optional<Tensor>& row_weight);
 
