@@ -71,6 +71,15 @@ inline void check_per_feature(const at::Tensor& tensor, const char* name, const 
   check_device(tensor, name, x, like);
 }
 
+// A bias or the like: one number per row of a layer's weight.
+inline void check_per_output(const at::Tensor& tensor, const char* name, const at::Tensor& weight,
+                             const char* weight_name) {
+  check_floating(tensor, name);
+  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_size(0) == weight.sym_size(0), name, " must have shape [",
+                    weight.sym_size(0), "], one number per row of ", weight_name, ", got ", tensor.sym_sizes());
+  check_device(tensor, name, weight, weight_name);
+}
+
 // A statistic of a norm: one number per row of x.
 inline void check_per_row(const at::Tensor& tensor, const char* name, const at::Tensor& x, const char* like) {
   check_floating(tensor, name);

@@ -9,7 +9,6 @@
 
 #include "ops/bottleneck.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/arange.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <torch/csrc/autograd/custom_function.h>

@@ -3,7 +3,6 @@
 //   none of them                      no node at all
 // If only x requires grad and retain_output is true, the output replaces x and mean once a reader retains it.
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

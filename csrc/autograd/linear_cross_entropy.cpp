@@ -5,7 +5,6 @@
 
 #include "ops/linear_cross_entropy.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

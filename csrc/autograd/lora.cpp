@@ -4,7 +4,6 @@
 //   base only          nothing
 //   none of them       no node at all
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

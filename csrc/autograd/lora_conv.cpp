@@ -8,7 +8,6 @@
 
 #include "ops/lora_conv.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/convolution.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>

@@ -5,7 +5,6 @@
 //   none of them               no node at all
 // The layer's output without the adapter is never stored, so it is not retained either.
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

@@ -3,7 +3,6 @@
 //   neither                     no node at all
 // If only x requires grad and retain_output is true, the output replaces x once a reader retains it.
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 

@@ -2,6 +2,7 @@
 
 #include "cpu/dropout.h"
 
+#include <ATen/Dispatch.h>
 #include <torch/library.h>
 
 #include "ops/dropout.h"
@@ -27,21 +28,17 @@ SAFE_KERNELS_INLINE void dropout_body(const DropoutArgs<T>& args, int64_t begin,
   }
 }
 
-SAFE_KERNELS_VARIANTS(dropout_rows, dropout_body<float>, DropoutArgs<float>)
-SAFE_KERNELS_VARIANTS(dropout_rows, dropout_body<double>, DropoutArgs<double>)
-
-template <typename T>
-void run_dropout(const Tensor& x, const Tensor& out, const Dropout& dropout) {
-  const DropoutArgs<T> args{Rows(x), Rows(out), dropout};
-  over_rows(args.x, [&](int64_t begin, int64_t end) { dropout_rows(args, begin, end); });
-}
+SAFE_KERNELS_REAL_VARIANTS(dropout_rows, dropout_body, DropoutArgs)
 
 Tensor dropout_cpu(const Tensor& x, double dropout_p, const Tensor& rng_state) {
   check_dropout_op(x, dropout_p, rng_state);
   const Dropout dropout = make_dropout(dropout_p, rng_state);
   if (dropout.threshold == 0) return x.clone(at::MemoryFormat::Contiguous);
   const Tensor out = empty_like_rows(x);
-  (x.scalar_type() == at::kDouble ? run_dropout<double> : run_dropout<float>)(x, out, dropout);
+  AT_DISPATCH_FLOATING_TYPES(compute_dtype({x}), "dropout", [&] {
+    const DropoutArgs<scalar_t> args{Rows(x), Rows(out), dropout};
+    over_rows(args.x, [&](int64_t begin, int64_t end) { dropout_rows(args, begin, end); });
+  });
   return out;
 }
 

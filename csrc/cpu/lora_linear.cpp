@@ -9,16 +9,12 @@
 #include <ATen/ops/mm.h>
 #include <torch/library.h>
 
-#include "checks.h"
+#include "cpu/rows.h"
 #include "ops/lora.h"
 
 namespace safe_kernels::cpu {
 
 namespace {
-
-Tensor as_matrix(const Tensor& tensor) {
-  return tensor.reshape({c10::multiply_integers(tensor.sizes().slice(0, tensor.dim() - 1)), tensor.size(-1)});
-}
 
 std::tuple<Tensor, Tensor> lora_linear_cpu(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                                            const Tensor& lora_A, const Tensor& lora_B, double scaling, double dropout_p,
@@ -38,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cpu(
   check_lora_linear_backward(grad, x, weight, lora_A, lora_B, scaling, dropout_p, rng_state, output_mask);
   const auto [want_x, want_weight, want_bias, want_A, want_B] = output_mask;
   const auto dtype = weight.scalar_type();
-  const Tensor typed = grad.to(dtype), rows = as_matrix(typed);
+  const Tensor typed = grad.to(dtype), rows = matrix_of(typed);
   Tensor grad_x = at::empty({0}, weight.options()), grad_weight = at::empty_like(grad_x),
          grad_bias = at::empty_like(grad_x);
   Tensor grad_A = at::empty({0}, lora_A.options()), grad_B = at::empty({0}, lora_B.options());
@@ -46,8 +42,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> lora_linear_backward_cpu(
     std::tie(grad_x, grad_A, grad_B) =
         lora_backward(typed, x, lora_A, lora_B, scaling, dropout_p, rng_state, {want_x, want_A, want_B});
   grad_x = grad_x.to(dtype);
-  if (want_x) as_matrix(grad_x).addmm_(rows, weight);
-  if (want_weight) grad_weight = rows.t().mm(as_matrix(x->to(dtype)));
+  if (want_x) matrix_of(grad_x).addmm_(rows, weight);
+  if (want_weight) grad_weight = rows.t().mm(matrix_of(x->to(dtype)));
   if (want_bias) grad_bias = rows.sum(0);
   return {grad_x, grad_weight, grad_bias, grad_A, grad_B};
 }

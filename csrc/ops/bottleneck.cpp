@@ -19,12 +19,9 @@ void check_layer(const Tensor& weight, const char* name, const char* shape, cons
 }
 
 void check_bias(const Tensor& bias, const char* name, const Tensor& weight, const char* weight_name) {
-  check_floating(bias, name);
-  TORCH_CHECK_VALUE(bias.dim() == 1 && bias.sym_size(0) == weight.sym_size(0), name, " must have shape [",
-                    weight.sym_size(0), "], one number per row of ", weight_name, ", got ", bias.sym_sizes());
+  check_per_output(bias, name, weight, weight_name);
   TORCH_CHECK_TYPE(bias.scalar_type() == weight.scalar_type(), name, " and ", weight_name, " must have one dtype, got ",
                    bias.scalar_type(), " and ", weight.scalar_type());
-  check_device(bias, name, weight, weight_name);
 }
 
 void check_weights(const Tensor& W_down, const Tensor& b_down, const Tensor& W_up) {

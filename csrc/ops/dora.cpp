@@ -6,25 +6,14 @@
 
 namespace safe_kernels {
 
-namespace {
-
-void check_per_output(const Tensor& tensor, const char* name, const Tensor& weight) {
-  check_floating(tensor, name);
-  TORCH_CHECK_VALUE(tensor.dim() == 1 && tensor.sym_size(0) == weight.sym_size(0), name, " must have shape [",
-                    weight.sym_size(0), "], one number per row of weight, got ", tensor.sym_sizes());
-  check_device(tensor, name, weight, "weight");
-}
-
-}  // namespace
-
 void check_dora(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A,
                 const Tensor& lora_B, const Tensor& magnitude, double /*scaling*/, double dropout_p,
                 const std::optional<Tensor>& rng_state) {
   check_weight(weight, lora_A, lora_B);
   check_features(x, "x", weight, "weight", 1);
   check_device(x, "x", weight, "weight");
-  if (given(bias)) check_per_output(*bias, "bias", weight);
-  check_per_output(magnitude, "magnitude", weight);
+  if (given(bias)) check_per_output(*bias, "bias", weight, "weight");
+  check_per_output(magnitude, "magnitude", weight, "weight");
   check_dropout(dropout_p, rng_state, x, "x");
 }
 
@@ -34,8 +23,8 @@ void check_dora_backward(const Tensor& grad, const std::optional<Tensor>& x, con
                          const std::array<bool, 4>& output_mask) {
   check_weight(weight, lora_A, lora_B);
   check_features(grad, "grad", weight, "weight", 0);
-  check_per_output(magnitude, "magnitude", weight);
-  check_per_output(norm, "norm", weight);
+  check_per_output(magnitude, "magnitude", weight, "weight");
+  check_per_output(norm, "norm", weight, "weight");
   check_dropout(dropout_p, rng_state, grad, "grad");
   if (given(x)) {
     check_features(*x, "x", weight, "weight", 1);

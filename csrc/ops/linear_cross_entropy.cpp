@@ -15,11 +15,7 @@ void check_head(const Tensor& x, const Tensor& weight, const std::optional<Tenso
   TORCH_CHECK_VALUE(weight.dim() == 2 && weight.sym_size(1) == x.sym_size(-1) && weight.sym_size(0) >= 1,
                     "weight must have shape [classes, ", x.sym_size(-1), "], the last dimension of x ", x.sym_sizes(),
                     ", and at least one class, got ", weight.sym_sizes());
-  if (given(bias)) {
-    check_floating(*bias, "bias");
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "bias must have shape [",
-                      weight.sym_size(0), "], one number per row of weight, got ", bias->sym_sizes());
-  }
+  if (given(bias)) check_per_output(*bias, "bias", weight, "weight");
   for (const auto& [tensor, name] : {std::pair(weight, "weight"), std::pair(given(bias) ? *bias : weight, "bias")}) {
     check_device(tensor, name, x, "x");
     TORCH_CHECK_TYPE(tensor.scalar_type() == x.scalar_type(), name, " must have the dtype of x, ", x.scalar_type(),

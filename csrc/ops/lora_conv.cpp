@@ -77,12 +77,7 @@ void check_lora_conv(const Tensor& x, const Tensor& weight, const std::optional<
                      const std::optional<Tensor>& rng_state) {
   check_kernels(weight, lora_A, lora_B, stride, padding, dilation, groups);
   check_channels(x, "x", weight, lora_A.sym_size(1));
-  if (given(bias)) {
-    check_floating(*bias, "bias");
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "bias must have shape [",
-                      weight.sym_size(0), "], one number per output channel, got ", bias->sym_sizes());
-    check_device(*bias, "bias", weight, "weight");
-  }
+  if (given(bias)) check_per_output(*bias, "bias", weight, "weight");
   check_dropout(dropout_p, rng_state, x, "x");
 }
 

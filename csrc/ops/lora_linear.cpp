@@ -35,11 +35,8 @@ void check_lora_linear(const Tensor& x, const Tensor& weight, const std::optiona
   check_features(x, "x", weight, "weight", 1);
   check_dtype(x, "x", weight);
   if (given(bias)) {
-    check_dense(*bias, "bias");
-    TORCH_CHECK_VALUE(bias->dim() == 1 && bias->sym_size(0) == weight.sym_size(0), "bias must have shape [",
-                      weight.sym_size(0), "], one number per row of weight, got ", bias->sym_sizes());
+    check_per_output(*bias, "bias", weight, "weight");
     check_dtype(*bias, "bias", weight);
-    check_device(*bias, "bias", weight, "weight");
   }
   check_dropout(dropout_p, rng_state, x, "x");
   if (given(block_starts)) check_blocks(x, *block_starts, block_rows, row_weight);
