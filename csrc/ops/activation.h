@@ -5,6 +5,7 @@
 #include <optional>
 #include <string_view>
 
+#include "checks.h"
 #include "dispatch.h"
 
 namespace safe_kernels {
@@ -30,11 +31,22 @@ inline Tensor activation_backward(const Tensor& grad, const Tensor& x, std::stri
 
 // Every kernel calls it, so that errors are the same on every backend. Sizes are compared as SymInt, so that
 // torch.compile's dynamic shapes stay dynamic.
-void check_kind(std::string_view kind, const char* name = "kind");
+inline void check_kind(std::string_view kind, const char* name = "kind") {
+  TORCH_CHECK_VALUE(kind == "silu" || kind == "gelu" || kind == "gelu_tanh" || kind == "relu", name,
+                    " must be one of 'silu', 'gelu', 'gelu_tanh', 'relu', got '", std::string(kind), "'");
+}
 
-void check_activation(const Tensor& x, std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state);
+inline void check_activation(const Tensor& x, std::string_view kind, double dropout_p,
+                             const std::optional<Tensor>& rng_state) {
+  check_kind(kind);
+  check_has_features(x, "x");
+  check_dropout(dropout_p, rng_state, x, "x");
+}
 
-void check_activation_backward(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
-                               const std::optional<Tensor>& rng_state);
+inline void check_activation_backward(const Tensor& grad, const Tensor& x, std::string_view kind, double dropout_p,
+                                      const std::optional<Tensor>& rng_state) {
+  check_activation(x, kind, dropout_p, rng_state);
+  check_alike(grad, "grad", x, "x");
+}
 
 }  // namespace safe_kernels

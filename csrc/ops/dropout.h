@@ -2,6 +2,7 @@
 
 #include <ATen/core/Tensor.h>
 
+#include "checks.h"
 #include "dispatch.h"
 
 namespace safe_kernels {
@@ -14,6 +15,9 @@ inline Tensor dropout(const Tensor& x, double dropout_p, const Tensor& rng_state
 }
 
 // Every kernel calls it, so that errors are the same on every backend.
-void check_dropout_op(const Tensor& x, double dropout_p, const Tensor& rng_state);
+inline void check_dropout_op(const Tensor& x, double dropout_p, const Tensor& rng_state) {
+  check_has_features(x, "x");
+  check_dropout(dropout_p, rng_state, x, "x");
+}
 
 }  // namespace safe_kernels

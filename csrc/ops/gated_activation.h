@@ -7,7 +7,9 @@
 #include <string_view>
 #include <tuple>
 
+#include "checks.h"
 #include "dispatch.h"
+#include "ops/activation.h"
 
 namespace safe_kernels {
 
@@ -36,11 +38,21 @@ inline std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad, 
 
 // Every kernel calls it, so that errors are the same on every backend. Sizes are compared as SymInt, so that
 // torch.compile's dynamic shapes stay dynamic.
-void check_gated_activation(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
-                            const std::optional<Tensor>& rng_state);
+inline void check_gated_activation(const Tensor& gate, const Tensor& up, std::string_view kind, double dropout_p,
+                                   const std::optional<Tensor>& rng_state) {
+  check_kind(kind);
+  check_has_features(gate, "gate");
+  check_has_features(up, "up");
+  check_alike(up, "up", gate, "gate");
+  check_dropout(dropout_p, rng_state, gate, "gate");
+}
 
-void check_gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up, std::string_view kind,
-                                     double dropout_p, const std::optional<Tensor>& rng_state,
-                                     const std::array<bool, 2>& output_mask);
+inline void check_gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up,
+                                            std::string_view kind, double dropout_p,
+                                            const std::optional<Tensor>& rng_state,
+                                            const std::array<bool, 2>& /*output_mask*/) {
+  check_gated_activation(gate, up, kind, dropout_p, rng_state);
+  check_alike(grad, "grad", gate, "gate");
+}
 
 }  // namespace safe_kernels

@@ -1,24 +1,6 @@
 #include "ops/rms_norm.h"
 
-#include "checks.h"
-#include "dispatch.h"
-
 namespace safe_kernels {
-
-void check_rms_norm(const Tensor& x, const Tensor& weight, double eps) {
-  check_has_features(x, "x");
-  check_per_feature(weight, "weight", x, "x");
-  check_eps(eps);
-}
-
-void check_rms_norm_backward(const Tensor& grad, const Tensor& retained, const Tensor& weight, const Tensor& rstd,
-                             double /*weight_offset*/, bool /*from_output*/,
-                             const std::array<bool, 2>& /*output_mask*/) {
-  check_has_features(retained, "retained");
-  check_same_shape(grad, "grad", retained, "retained");
-  check_per_feature(weight, "weight", retained, "retained");
-  check_per_row(rstd, "rstd", retained, "retained");
-}
 
 TORCH_LIBRARY_FRAGMENT(safe_kernels, m) {
   define_op(m,

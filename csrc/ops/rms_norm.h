@@ -5,6 +5,7 @@
 #include <array>
 #include <tuple>
 
+#include "checks.h"
 #include "dispatch.h"
 
 namespace safe_kernels {
@@ -25,9 +26,19 @@ inline std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Te
 }
 
 // Throws an error that names the argument if a call is wrong on every backend.
-void check_rms_norm(const Tensor& x, const Tensor& weight, double eps);
+inline void check_rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  check_has_features(x, "x");
+  check_per_feature(weight, "weight", x, "x");
+  check_eps(eps);
+}
 
-void check_rms_norm_backward(const Tensor& grad, const Tensor& retained, const Tensor& weight, const Tensor& rstd,
-                             double weight_offset, bool from_output, const std::array<bool, 2>& output_mask);
+inline void check_rms_norm_backward(const Tensor& grad, const Tensor& retained, const Tensor& weight,
+                                    const Tensor& rstd, double /*weight_offset*/, bool /*from_output*/,
+                                    const std::array<bool, 2>& /*output_mask*/) {
+  check_has_features(retained, "retained");
+  check_same_shape(grad, "grad", retained, "retained");
+  check_per_feature(weight, "weight", retained, "retained");
+  check_per_row(rstd, "rstd", retained, "retained");
+}
 
 }  // namespace safe_kernels
