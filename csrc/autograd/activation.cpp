@@ -17,21 +17,17 @@ namespace safe_kernels {
 namespace {
 
 using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
 bool retains_output(std::string_view kind) { return kind == "relu"; }
 
-struct ActivationFunction : torch::autograd::Function<ActivationFunction> {
-  static Variable forward(AutogradContext* ctx, const Tensor& x, std::string_view kind, double dropout_p,
-                          const std::optional<Tensor>& rng_state) {
-    ctx->set_materialize_grads(false);
-    Tensor out = below_autograd([&] { return activation(x, kind, dropout_p, rng_state); });
+struct ActivationFunction : OpNode<ActivationFunction, activation> {
+  static void save(AutogradContext* ctx, const Tensor& out, const Tensor& x, std::string_view kind, double dropout_p,
+                   const std::optional<Tensor>& rng_state) {
     if (!retains_output(kind)) announce_reader(x);
     ctx->save_for_backward({retains_output(kind) ? out : x, dropout_p > 0.0 ? *rng_state : Tensor()});
     ctx->saved_data["kind"] = std::string(kind);
     ctx->saved_data["dropout_p"] = dropout_p;
-    return out;
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -48,7 +44,7 @@ Tensor activation_autograd(const Tensor& x, std::string_view kind, double dropou
                            const std::optional<Tensor>& rng_state) {
   check_activation(x, kind, dropout_p, rng_state);
   if (!builds_graph("activation", x)) return below_autograd([&] { return activation(x, kind, dropout_p, rng_state); });
-  Tensor out = ActivationFunction::apply(x, kind, dropout_p, rng_state);
+  Tensor out = ActivationFunction::apply(x, kind, dropout_p, rng_state)[0];
   if (!retains_output(kind)) attach_recipe(out, x, Tensor(), kind, dropout_p, rng_state);
   return out;
 }

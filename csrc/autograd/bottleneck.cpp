@@ -49,18 +49,13 @@ Tensor as_kept(const Tensor& z, const Tensor& W_down) {
   return c10::elementSize(dtype) < static_cast<size_t>(z.element_size()) ? z.to(dtype) : z;
 }
 
-struct BottleneckFunction : torch::autograd::Function<BottleneckFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& residual, const Tensor& W_down,
-                               const Tensor& b_down, const Tensor& W_up, const Tensor& b_up,
-                               std::string_view activation, double scaling, double dropout_p,
-                               const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts,
-                               int64_t block_rows, const std::optional<Tensor>& row_weight) {
-    auto [out, z, statistics] = below_autograd([&] {
-      return bottleneck(x, residual, W_down, b_down, W_up, b_up, activation, scaling, dropout_p, rng_state,
-                        block_starts, block_rows, row_weight);
-    });
-    ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({z, statistics});
+struct BottleneckFunction : OpNode<BottleneckFunction, bottleneck> {
+  static void save(AutogradContext* ctx, const std::tuple<Tensor, Tensor, Tensor>& results, const Tensor& x,
+                   const Tensor& /*residual*/, const Tensor& W_down, const Tensor& b_down, const Tensor& W_up,
+                   const Tensor& /*b_up*/, std::string_view activation, double scaling, double dropout_p,
+                   const std::optional<Tensor>& rng_state, const std::optional<Tensor>& /*block_starts*/,
+                   int64_t /*block_rows*/, const std::optional<Tensor>& /*row_weight*/) {
+    const auto& [out, z, statistics] = results;
     const bool needs_x = W_down.requires_grad(), needs_value = !needs_x && W_up.requires_grad();
     const bool needs_slope = !needs_x && !needs_value && (x.requires_grad() || b_down.requires_grad());
     const bool keeps_signs = needs_slope && activation == "relu";
@@ -83,7 +78,6 @@ struct BottleneckFunction : torch::autograd::Function<BottleneckFunction> {
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = makes_mask ? dropout_p : 0.0;
     ctx->saved_data["keeps_signs"] = keeps_signs;
-    return {out, z, statistics};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {

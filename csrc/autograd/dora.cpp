@@ -21,21 +21,17 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct DoraFunction : torch::autograd::Function<DoraFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                               const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B,
-                               const Tensor& magnitude, double scaling, double dropout_p,
-                               const std::optional<Tensor>& rng_state) {
+struct DoraFunction : OpNode<DoraFunction, dora> {
+  static void save(AutogradContext* ctx, const std::tuple<Tensor, Tensor>& results, const Tensor& x,
+                   const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B,
+                   const Tensor& magnitude, double scaling, double dropout_p, const std::optional<Tensor>& rng_state) {
     TORCH_CHECK_VALUE(!weight.requires_grad(), "weight must not require grad: dora makes no gradient for it");
-    auto [out, norm] =
-        below_autograd([&] { return dora(x, weight, bias, lora_A, lora_B, magnitude, scaling, dropout_p, rng_state); });
-    ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({norm});
     const bool only_B = !lora_A.requires_grad() && !magnitude.requires_grad();
     const bool adapter_trains = !only_B || lora_B.requires_grad();
     variable_list saved(7);
     if (adapter_trains || x.requires_grad())
-      saved = {Tensor(), as_read(weight), as_read(lora_A), as_read(lora_B), as_read(magnitude), norm, Tensor()};
+      saved = {Tensor(),           as_read(weight),      as_read(lora_A), as_read(lora_B),
+               as_read(magnitude), std::get<1>(results), Tensor()};
     if (adapter_trains) keep_adapter_input(ctx, saved, x, lora_A, only_B, dropout_p, rng_state, /*may_cast=*/false);
     const bool makes_mask = dropout_p > 0.0 && (x.requires_grad() || (adapter_trains && !keeps_hidden(ctx)));
     if (makes_mask) saved[6] = *rng_state;
@@ -43,7 +39,6 @@ struct DoraFunction : torch::autograd::Function<DoraFunction> {
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
     ctx->saved_data["has_bias"] = bias.has_value() && bias->defined();
-    return {out, norm};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {

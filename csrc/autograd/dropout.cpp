@@ -3,7 +3,6 @@
 
 #include "ops/dropout.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -16,13 +15,11 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct DropoutFunction : torch::autograd::Function<DropoutFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, double dropout_p, const Tensor& rng_state) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->set_materialize_grads(false);
+struct DropoutFunction : OpNode<DropoutFunction, dropout> {
+  static void save(AutogradContext* ctx, const Tensor& /*out*/, const Tensor& /*x*/, double dropout_p,
+                   const Tensor& rng_state) {
     ctx->save_for_backward({dropout_p > 0.0 ? rng_state : Tensor()});
     ctx->saved_data["dropout_p"] = dropout_p;
-    return {dropout(x, dropout_p, rng_state)};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {

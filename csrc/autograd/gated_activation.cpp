@@ -5,7 +5,6 @@
 
 #include "ops/gated_activation.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -18,18 +17,14 @@ namespace safe_kernels {
 namespace {
 
 using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-struct GatedActivationFunction : torch::autograd::Function<GatedActivationFunction> {
-  static Variable forward(AutogradContext* ctx, const Tensor& gate, const Tensor& up, std::string_view kind,
-                          double dropout_p, const std::optional<Tensor>& rng_state) {
-    at::AutoDispatchBelowADInplaceOrView below_autograd;
-    ctx->set_materialize_grads(false);
+struct GatedActivationFunction : OpNode<GatedActivationFunction, gated_activation> {
+  static void save(AutogradContext* ctx, const Tensor& /*out*/, const Tensor& gate, const Tensor& up,
+                   std::string_view kind, double dropout_p, const std::optional<Tensor>& rng_state) {
     ctx->save_for_backward({gate, gate.requires_grad() ? up : Tensor(), dropout_p > 0.0 ? *rng_state : Tensor()});
     ctx->saved_data["kind"] = std::string(kind);
     ctx->saved_data["dropout_p"] = dropout_p;
-    return gated_activation(gate, up, kind, dropout_p, rng_state);
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -53,7 +48,7 @@ Tensor gated_activation_autograd(const Tensor& gate, const Tensor& up, std::stri
   check_gated_activation(gate, up, kind, dropout_p, rng_state);
   if (!builds_graph("gated_activation", gate, up))
     return below_autograd([&] { return gated_activation(gate, up, kind, dropout_p, rng_state); });
-  Tensor out = GatedActivationFunction::apply(gate, up, kind, dropout_p, rng_state);
+  Tensor out = GatedActivationFunction::apply(gate, up, kind, dropout_p, rng_state)[0];
   // If up is not retained anyway, a reader needs less memory for the output than for a recipe.
   if (gate.requires_grad()) attach_recipe(out, gate, up, kind, dropout_p, rng_state);
   return out;

@@ -88,6 +88,23 @@ auto each_of(std::tuple<Tensors...>& results) {
   return std::apply([](Tensors&... each) { return std::tie(each...); }, results);
 }
 
+// A node that calls `op` in forward. `Kind::save(ctx, results, arguments...)` saves what backward needs. All results
+// but the first have no derivative.
+template <class Kind, auto op>
+struct OpNode;
+
+template <class Kind, class Results, class... Args, Results (*op)(Args...)>
+struct OpNode<Kind, op> : torch::autograd::Function<Kind> {
+  static torch::autograd::variable_list forward(torch::autograd::AutogradContext* ctx, Args... args) {
+    Results results = below_autograd([&] { return op(args...); });
+    auto outputs = std::apply([](auto&... each) { return torch::autograd::variable_list{each...}; }, each_of(results));
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable(torch::autograd::variable_list(outputs.begin() + 1, outputs.end()));
+    Kind::save(ctx, results, args...);
+    return outputs;
+  }
+};
+
 // The Autograd kernel of an op: the op alone, or a node of kind `Function` if the graph needs one.
 template <auto op, auto check, class Function>
 struct Differentiable;

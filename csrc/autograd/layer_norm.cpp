@@ -32,17 +32,15 @@ variable_list to_save(const Tensor& x, const std::optional<Tensor>& weight, cons
   return {x, or_undefined(weight), or_undefined(bias), keeps_mean(x, weight) ? mean : Tensor(), rstd};
 }
 
-struct LayerNormFunction : torch::autograd::Function<LayerNormFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const std::optional<Tensor>& weight,
-                               const std::optional<Tensor>& bias, double eps, bool retain_output) {
-    auto [out, mean, rstd] = below_autograd([&] { return layer_norm(x, weight, bias, eps, retain_output); });
-    ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({mean, rstd});
+struct LayerNormFunction : OpNode<LayerNormFunction, layer_norm> {
+  static void save(AutogradContext* ctx, const std::tuple<Tensor, Tensor, Tensor>& results, const Tensor& x,
+                   const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, double /*eps*/,
+                   bool retain_output) {
+    const auto& [out, mean, rstd] = results;
     announce_reader(x);
     variable_list saved = to_save(x, weight, bias, mean, rstd);
     if (retain_output && !requires_grad(weight) && !requires_grad(bias)) note_parameters(ctx, saved, /*end=*/3);
     ctx->save_for_backward(std::move(saved));
-    return {out, mean, rstd};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {

@@ -19,16 +19,11 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct LoraFunction : torch::autograd::Function<LoraFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& base, const Tensor& lora_A,
-                               const Tensor& lora_B, double scaling, double dropout_p,
-                               const std::optional<Tensor>& rng_state, const std::optional<Tensor>& block_starts,
-                               int64_t block_rows, const std::optional<Tensor>& row_weight) {
-    auto [out, statistics] = below_autograd([&] {
-      return lora(x, base, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows, row_weight);
-    });
-    ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({statistics});
+struct LoraFunction : OpNode<LoraFunction, lora> {
+  static void save(AutogradContext* ctx, const std::tuple<Tensor, Tensor>& /*results*/, const Tensor& x,
+                   const Tensor& /*base*/, const Tensor& lora_A, const Tensor& lora_B, double scaling, double dropout_p,
+                   const std::optional<Tensor>& rng_state, const std::optional<Tensor>& /*block_starts*/,
+                   int64_t /*block_rows*/, const std::optional<Tensor>& /*row_weight*/) {
     const bool adapter_trains = lora_A.requires_grad() || lora_B.requires_grad();
     const bool any = adapter_trains || x.requires_grad();
     variable_list saved{Tensor(), any ? as_read(lora_A) : Tensor(), any ? as_read(lora_B) : Tensor(), Tensor()};
@@ -39,7 +34,6 @@ struct LoraFunction : torch::autograd::Function<LoraFunction> {
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = dropout_p;
-    return {out, statistics};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {

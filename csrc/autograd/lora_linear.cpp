@@ -20,18 +20,12 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight,
-                               const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B,
-                               double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
-                               const std::optional<Tensor>& block_starts, int64_t block_rows,
-                               const std::optional<Tensor>& row_weight) {
-    auto [out, statistics] = below_autograd([&] {
-      return lora_linear(x, weight, bias, lora_A, lora_B, scaling, dropout_p, rng_state, block_starts, block_rows,
-                         row_weight);
-    });
-    ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({statistics});
+struct LoraLinearFunction : OpNode<LoraLinearFunction, lora_linear> {
+  static void save(AutogradContext* ctx, const std::tuple<Tensor, Tensor>& /*results*/, const Tensor& x,
+                   const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& lora_A, const Tensor& lora_B,
+                   double scaling, double dropout_p, const std::optional<Tensor>& rng_state,
+                   const std::optional<Tensor>& /*block_starts*/, int64_t /*block_rows*/,
+                   const std::optional<Tensor>& /*row_weight*/) {
     const bool reads_x = weight.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad();
     const bool drops = dropout_p > 0.0 && (x.requires_grad() || lora_A.requires_grad() || lora_B.requires_grad());
     const bool only_B = !weight.requires_grad() && !lora_A.requires_grad();
@@ -47,7 +41,6 @@ struct LoraLinearFunction : torch::autograd::Function<LoraLinearFunction> {
     ctx->saved_data["scaling"] = scaling;
     ctx->saved_data["dropout_p"] = makes_mask ? dropout_p : 0.0;
     ctx->saved_data["has_bias"] = given(bias);
-    return {out, statistics};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {

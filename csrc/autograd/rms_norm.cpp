@@ -18,19 +18,15 @@ namespace {
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-struct RmsNormFunction : torch::autograd::Function<RmsNormFunction> {
-  static variable_list forward(AutogradContext* ctx, const Tensor& x, const Tensor& weight, double eps,
-                               double weight_offset, bool retain_output) {
-    auto [out, rstd] = below_autograd([&] { return rms_norm(x, weight, eps, weight_offset, retain_output); });
-    ctx->set_materialize_grads(false);
-    ctx->mark_non_differentiable({rstd});
+struct RmsNormFunction : OpNode<RmsNormFunction, rms_norm> {
+  static void save(AutogradContext* ctx, const std::tuple<Tensor, Tensor>& results, const Tensor& x,
+                   const Tensor& weight, double /*eps*/, double weight_offset, bool retain_output) {
     announce_reader(x);
-    variable_list saved{x, weight, rstd};
+    variable_list saved{x, weight, std::get<1>(results)};
     // transformers adds the offset in forward and keeps the sum; a later change of the weight does not affect it.
     if ((retain_output && !weight.requires_grad()) || weight_offset != 0.0) note_parameters(ctx, saved, /*end=*/2);
     ctx->save_for_backward(std::move(saved));
     ctx->saved_data["weight_offset"] = weight_offset;
-    return {out, rstd};
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
