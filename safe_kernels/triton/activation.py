@@ -11,11 +11,9 @@ from safe_kernels.triton.runtime.host import served_by
 
 @served_by(reference.activation)
 def activation(x: Tensor, kind: str, dropout_p: float = 0.0, rng_state: Tensor | None = None) -> Tensor:
-    """See `safe_kernels.reference.activation`."""
     return gated_activation(x, None, kind, dropout_p, rng_state)
 
 
 @served_by(reference.activation_backward)
 def activation_backward(grad: Tensor, x: Tensor, kind: str, dropout_p: float, rng_state: Tensor | None) -> Tensor:
-    """See `safe_kernels.reference.activation_backward`."""
     return gated_activation_backward(grad, x, None, kind, dropout_p, rng_state, [True, False])[0]

@@ -29,7 +29,6 @@ def bottleneck(
     block_rows: int = 0,
     row_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `safe_kernels.reference.bottleneck`."""
     require_shape("W_down", W_down, (W_up.shape[1], x.shape[-1]))
     require_shape("b_down", b_down, W_down.shape[:1])
     require_shape("b_up", b_up, W_up.shape[:1])
@@ -58,7 +57,6 @@ def bottleneck_backward(
     rng_state: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `safe_kernels.reference.bottleneck_backward`."""
     wants_x, wants_W_down, wants_b_down, wants_W_up, wants_b_up = output_mask
     wants_slope = wants_x or wants_W_down or wants_b_down
     ops, like_x = torch.ops.safe_kernels, grad if x is None else x

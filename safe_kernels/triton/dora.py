@@ -48,7 +48,6 @@ def dora(
     dropout_p: float = 0.0,
     rng_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `safe_kernels.reference.dora`."""
     require_shape("lora_A", lora_A, (lora_B.shape[1], x.shape[-1]))
     require_shape("weight", weight, (lora_B.shape[0], x.shape[-1]))
     require_shape("magnitude", magnitude, lora_B.shape[:1])
@@ -80,7 +79,6 @@ def dora_backward(
     rng_state: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `safe_kernels.reference.dora_backward`."""
     wants_x, wants_A, wants_B, wants_magnitude = output_mask
     ops, rows, W, A, B = torch.ops.safe_kernels, flat(grad), weight.to(grad.dtype), lora_A.float(), lora_B.float()
     scale = magnitude.float() / norm.float()

@@ -35,7 +35,6 @@ def _dropout_kernel(
 
 @host.served_by(reference.dropout)
 def dropout(x: Tensor, dropout_p: float, rng_state: Tensor) -> Tensor:
-    """See `safe_kernels.reference.dropout`."""
     out = empty(x, x.shape)
     host.elementwise(_dropout_kernel, [x], [out], host.dropout(dropout_p, rng_state))
     return out

@@ -98,7 +98,6 @@ def gated_activation_backward(
     rng_state: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor | None]:
-    """See `safe_kernels.reference.gated_activation_backward`."""
     wants_gate, wants_up = output_mask
     grad_gate = empty(gate, gate.shape if wants_gate else 0)
     grad_up = None if up is None else empty(up, up.shape if wants_up else 0)

@@ -14,7 +14,6 @@ from safe_kernels.triton.runtime.launch_replay import empty
 def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, retain_output: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `safe_kernels.reference.layer_norm`."""
     return norm_forward(x, Affine(weight, bias, 0.0), eps, centred=True)
 
 
@@ -29,7 +28,6 @@ def layer_norm_backward(
     from_output: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `safe_kernels.reference.layer_norm_backward`."""
     like_weight, like_bias = retained if weight is None else weight, retained if bias is None else bias
     wanted = (output_mask[0], output_mask[1] and weight is not None, output_mask[2] and bias is not None)
     grad_x, weights, biases = norm_backward(

@@ -100,7 +100,6 @@ def lora(
     block_rows: int = 0,
     row_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `safe_kernels.reference.lora`."""
     drop = dropout(dropout_p, rng_state)
     require_shape("lora_A", lora_A, (lora_B.shape[1], x.shape[-1]))
     require_shape("base", base, (*x.shape[:-1], lora_B.shape[0]))
@@ -185,7 +184,6 @@ def lora_backward(
     rng_state: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """See `safe_kernels.reference.lora_backward`."""
     wants_x, wants_A, wants_B = output_mask
     wanted = (wants_x, wants_A and x is not None, wants_B and x is not None)
     require_shape("lora_B", lora_B, (grad.shape[-1], lora_A.shape[0]))

@@ -126,7 +126,6 @@ def lora_linear(
     block_rows: int = 0,
     row_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `safe_kernels.reference.lora_linear`."""
     drop, rows = dropout(dropout_p, rng_state), flat(x)
     require_shape("lora_A", lora_A, (lora_B.shape[1], rows.shape[1]))
     require_shape("weight", weight, (lora_B.shape[0], rows.shape[1]))
@@ -152,7 +151,6 @@ def lora_linear_backward(
     rng_state: Tensor | None,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See `safe_kernels.reference.lora_linear_backward`."""
     wants_x, wants_weight, wants_bias, wants_A, wants_B = output_mask
     grad = grad.to(weight.dtype)
     drop, rows = dropout(dropout_p, rng_state), flat(grad)

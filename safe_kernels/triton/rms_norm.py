@@ -14,7 +14,6 @@ from safe_kernels.triton.runtime.launch_replay import empty
 def rms_norm(
     x: Tensor, weight: Tensor, eps: float, weight_offset: float = 0.0, retain_output: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """See `safe_kernels.reference.rms_norm`."""
     out, _, rstd = norm_forward(x, Affine(weight, None, weight_offset), eps, centred=False)
     return out, rstd
 
@@ -29,7 +28,6 @@ def rms_norm_backward(
     from_output: bool,
     output_mask: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    """See `safe_kernels.reference.rms_norm_backward`."""
     affine, wanted = Affine(weight, None, weight_offset), (output_mask[0], output_mask[1], False)
     grad_x, weights, _ = norm_backward(grad, retained, affine, (None, rstd), False, from_output, wanted)
     return grad_x, empty(weight, 0) if weights is None else weights.to(weight.dtype)
