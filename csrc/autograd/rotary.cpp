@@ -3,7 +3,6 @@
 
 #include "ops/rotary.h"
 
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -14,16 +13,15 @@ namespace safe_kernels {
 namespace {
 
 using torch::autograd::AutogradContext;
-using torch::autograd::Variable;
 using torch::autograd::variable_list;
 
-struct RotaryFunction : torch::autograd::Function<RotaryFunction> {
-  static Variable forward(AutogradContext* ctx, const Tensor& x, const Tensor& cos, const Tensor& sin,
-                          bool transposed) {
-    ctx->set_materialize_grads(false);
+struct RotaryFunction : OpNode<RotaryFunction, rotary> {
+  static void save(AutogradContext* ctx, const Tensor& /*out*/, const Tensor& /*x*/, const Tensor& cos,
+                   const Tensor& sin, bool transposed) {
+    TORCH_CHECK_NOT_IMPLEMENTED(!cos.requires_grad() && !sin.requires_grad(), cos.requires_grad() ? "cos" : "sin",
+                                " must not require grad: safe_kernels::rotary has a gradient for x only; detach it");
     ctx->save_for_backward({cos, sin});
     ctx->saved_data["transposed"] = transposed;
-    return below_autograd([&] { return rotary(x, cos, sin, transposed); });
   }
 
   static variable_list backward(AutogradContext* ctx, variable_list grads) {
@@ -35,18 +33,8 @@ struct RotaryFunction : torch::autograd::Function<RotaryFunction> {
   }
 };
 
-Tensor rotary_autograd(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
-  check_rotary(x, cos, sin);
-  const bool needs_node = builds_graph("rotary", x, cos, sin);
-  TORCH_CHECK_NOT_IMPLEMENTED(!needs_node || (!cos.requires_grad() && !sin.requires_grad()),
-                              cos.requires_grad() ? "cos" : "sin",
-                              " must not require grad: safe_kernels::rotary has a gradient for x only; detach it");
-  if (!needs_node) return below_autograd([&] { return rotary(x, cos, sin, transposed); });
-  return RotaryFunction::apply(x, cos, sin, transposed);
-}
-
 }  // namespace
 
-TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) { m.impl("rotary", rotary_autograd); }
+TORCH_LIBRARY_IMPL(safe_kernels, Autograd, m) { differentiable<rotary, check_rotary, RotaryFunction>(m, "rotary"); }
 
 }  // namespace safe_kernels

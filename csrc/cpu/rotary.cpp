@@ -45,7 +45,7 @@ SAFE_KERNELS_INLINE void rotary_body(const RotaryArgs<T>& args, int64_t begin, i
 SAFE_KERNELS_REAL_VARIANTS(rotary_rows, rotary_body, RotaryArgs)
 
 Tensor rotary_cpu(const Tensor& x, const Tensor& cos, const Tensor& sin, bool transposed) {
-  check_rotary(x, cos, sin);
+  check_rotary(x, cos, sin, transposed);
   const Tensor out = empty_like_rows(x);
   AT_DISPATCH_FLOATING_TYPES(compute_dtype({x, cos}), "rotary", [&] {
     const RotaryArgs<scalar_t> args{Rows(x), Rows(cos), Rows(sin), Rows(out), x.size(2), transposed};
