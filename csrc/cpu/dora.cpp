@@ -30,14 +30,15 @@ constexpr int64_t kNormElements = 64 * 1024;  // a few rows of weight, that stay
 
 // The norm of each row of weight + scaling * B A, of which only a few rows exist at a time. The sum of its terms
 // |w|^2 + 2 scaling (w A')b + scaling^2 b (A A')b would need no row at all, but cancels if the adapter undoes a weight.
-Tensor weight_norm(const Tensor& weight, const Tensor& A, const Tensor& B, double scaling) {
+// A scaling of 0 multiplies B and not the product, which BLAS would leave out: NaN stays NaN.
+Tensor weight_norm(const Tensor& weight, const Tensor& A, const Tensor& scaled_B) {
   const int64_t d_out = weight.size(0);
   const int64_t rows = std::max<int64_t>(1, kNormElements / std::max<int64_t>(1, weight.size(1)));
   Tensor norm = at::empty({d_out}, A.options());
   for (int64_t first = 0; first < d_out; first += rows) {
     const int64_t count = std::min(rows, d_out - first);
     const Tensor part = weight.narrow(0, first, count).to(A.scalar_type());
-    const Tensor changed = at::addmm(part, B.narrow(0, first, count), A, 1, scaling);
+    const Tensor changed = at::addmm(part, scaled_B.narrow(0, first, count), A);
     norm.narrow(0, first, count).copy_(at::linalg_vector_norm(changed, 2, 1));
   }
   return norm;
@@ -51,7 +52,7 @@ std::tuple<Tensor, Tensor> dora_cpu(const Tensor& x, const Tensor& weight, const
   const auto dtype = compute_dtype({x, weight, lora_A, lora_B, magnitude});
   const Tensor A = lora_A.to(dtype), B = lora_B.to(dtype);
   // Rounded as in PEFT: a new adapter, whose magnitude is such a norm, changes nothing.
-  const Tensor norm = weight_norm(weight, A, B, scaling).to(lora_A.scalar_type());
+  const Tensor norm = weight_norm(weight, A, B * scaling).to(lora_A.scalar_type());
   const Tensor scale = magnitude.to(dtype) / norm.to(dtype);
   const Tensor W = weight.to(x.scalar_type());
   const auto b = given(bias) ? std::optional(bias->to(x.scalar_type())) : std::nullopt;

@@ -44,6 +44,13 @@ def test_shapes(shape: Shape) -> None:
     check(dora(shape, has_bias=False))
 
 
+def test_a_broken_adapter_shows_in_the_norm_also_with_a_scaling_of_zero() -> None:
+    x, weight, A, B = torch.ones(2, 3), torch.ones(4, 3), torch.ones(1, 3), torch.ones(4, 1)
+    B[2] = torch.nan
+    _, norm = torch.ops.safe_kernels.dora(x, weight, None, A, B, torch.ones(4), 0.0)
+    assert norm.isnan().tolist() == [False, False, True, False]
+
+
 @pytest.mark.parametrize("leading", [(), (2, 3, 4), (3, 0, 2)], ids=str)
 def test_any_leading_dimensions(leading: tuple[int, ...]) -> None:
     check(dora(MIDDLE, leading=leading, dropout_p=0.1))
