@@ -12,6 +12,7 @@ import typer
 
 from ..errors import ConfigError
 from ..finetune.config import FinetuneConfig as Run
+from ..freezing.config import POINTS
 from ..freezing.config import SafeConfig as Safe
 
 
@@ -27,7 +28,6 @@ def _panel(panel: str) -> Callable[..., Any]:
 data, lora, training = _panel("Data and model"), _panel("LoRA, by PEFT's own names"), _panel("Training")
 freezing, hidden = _panel("Freezing"), partial(typer.Option, hidden=True)
 STEPS_OR_SHARE = "optimizer steps (100) or a share of the training (0.2)"
-POINTS = ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval")
 LISTS = ("target_modules", "modules_to_save")
 LORA_ONLY = {"r": 8, "lora_alpha": 16, "bias": "none", "use_rslora": False, "use_dora": False}
 LORA_OPTIONS = (*LORA_ONLY, "lora_dropout", *LISTS)

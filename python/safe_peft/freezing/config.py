@@ -15,6 +15,7 @@ from .curves import curve_names
 
 Point = int | float
 """A point in the training: an int counts optimizer steps, a float is a share of the training."""
+POINTS = ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval")
 
 DEFAULT_FRACTION = 0.75
 RENAMED = 'SafeConfig(target=...) is called freeze_by now, and "bytes" is its default; target will be removed.'
@@ -115,7 +116,7 @@ class SafeConfig:
             object.__setattr__(self, "never_freeze", patterns := tuple(patterns))
         self._check_choices()
         self._check_target()
-        for name in ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval"):
+        for name in POINTS:
             _check_point(name, getattr(self, name))
         for name, least in {"score_blocks": 1, "block_rows": 1, "seed": 0, "total_steps": 1}.items():
             if name != "total_steps" or self.total_steps is not None:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from ..errors import ConfigError
-from .config import Point, SafeConfig, check_int
+from .config import POINTS, Point, SafeConfig, check_int
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,7 @@ def resolve(config: SafeConfig, total_steps: int | None = None) -> Schedule:
     """
     total = config.total_steps if total_steps is None else total_steps
     total = None if total is None else check_int("total_steps", total, least=1)
-    points = {
-        name: _steps(name, getattr(config, name), total)
-        for name in ("warmup", "max_warmup", "freeze_end", "freeze_interval", "score_interval")
-    }
+    points = {name: _steps(name, getattr(config, name), total) for name in POINTS}
     for earlier, later in (("warmup", "max_warmup"), ("max_warmup", "freeze_end")):
         if points[earlier] > points[later]:
             raise ConfigError(
