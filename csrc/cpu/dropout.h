@@ -3,6 +3,7 @@
 #pragma once
 
 #include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
 
 #include <algorithm>
 #include <memory>
@@ -20,6 +21,43 @@ inline Dropout make_dropout(double dropout_p, const std::optional<at::Tensor>& r
   const int64_t* words = state.const_data_ptr<int64_t>();
   return Dropout(dropout_p, words[0], words[1]);
 }
+
+inline at::Tensor empty_like_rows(const at::Tensor& tensor) {
+  return at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::Contiguous));
+}
+
+// A tensor's rows in dtype T: its own memory if it has that dtype, otherwise a converted copy of one row.
+template <typename T>
+struct Reader {
+  const Rows& rows;
+  std::unique_ptr<T[]> copy;
+
+  explicit Reader(const Rows& rows)
+      : rows(rows), copy(scratch<T>(rows.dtype == c10::CppTypeToScalarType<T>::value ? 0 : rows.columns)) {}
+
+  SAFE_KERNELS_INLINE const T* row(int64_t i) const { return read_block(rows, i, i + 1, copy.get()).data; }
+};
+
+// The same for a result: fill row(i), then call done(i).
+template <typename T>
+struct Writer {
+  const Rows& rows;
+  const bool direct;
+  std::unique_ptr<T[]> copy;
+
+  explicit Writer(const Rows& rows)
+      : rows(rows),
+        direct(rows.dtype == c10::CppTypeToScalarType<T>::value),
+        copy(scratch<T>(direct ? 0 : rows.columns)) {}
+
+  SAFE_KERNELS_INLINE T* row(int64_t i) const {
+    return direct ? static_cast<T*>(rows.data) + i * rows.stride : copy.get();
+  }
+
+  SAFE_KERNELS_INLINE void done(int64_t i) const {
+    if (!direct) write_row(rows, i, copy.get());
+  }
+};
 
 // Dropout of one row at a time.
 template <typename T>

@@ -13,6 +13,7 @@
 
 #include "checks.h"
 #include "cpu/rows.h"
+#include "cpu/scratch.h"
 #include "cpu/simd.h"
 
 namespace safe_kernels::cpu {
@@ -52,17 +53,18 @@ SAFE_KERNELS_INLINE void normalise(const T* __restrict__ x, T mean, T rstd, cons
 template <bool kCentred, typename T>
 SAFE_KERNELS_INLINE void norm_forward_rows(const NormForwardArgs<T>& args, int64_t begin, int64_t end) {
   const int64_t columns = args.x.columns;
-  const Reader<T> xs(args.x);
-  const Writer<T> outs(args.out);
+  const bool direct = args.out.dtype == c10::CppTypeToScalarType<T>::value;
+  const auto copy = scratch<T>(columns), result = scratch<T>(direct ? 0 : columns);
   for (int64_t row = begin; row < end; ++row) {
-    const T* x = xs.row(row);
+    const T* x = read_block(args.x, row, row + 1, copy.get()).data;
     const T mean = kCentred ? mean_of(x, columns) : T(0);
     const T square = sum_of_distances<true>(x, mean, columns) / static_cast<T>(columns);
     const T rstd = T(1) / std::sqrt(square + args.eps);
     if constexpr (kCentred) args.mean[row] = mean;
     args.rstd[row] = rstd;
-    normalise<kCentred>(x, mean, rstd, args.scale, args.bias, columns, outs.row(row));
-    outs.done(row);
+    T* out = direct ? static_cast<T*>(args.out.data) + row * columns : result.get();
+    normalise<kCentred>(x, mean, rstd, args.scale, args.bias, columns, out);
+    if (!direct) write_row(args.out, row, out);
   }
 }
 
@@ -181,15 +183,20 @@ SAFE_KERNELS_INLINE void norm_backward_chunk(const NormBackwardArgs<T>& args, in
   const int64_t columns = args.grad.columns;
   const int64_t begin = chunk * args.chunk_rows, end = std::min(begin + args.chunk_rows, args.grad.count);
   const bool wants_x = args.grad_x.data != nullptr;
-  const Reader<T> grads(args.grad), retained(args.retained);
-  const Writer<T> outs(args.grad_x);
+  const bool direct = wants_x && args.grad_x.dtype == c10::CppTypeToScalarType<T>::value;
+  const auto grad_copy = scratch<T>(columns), retained_copy = scratch<T>(columns), result = scratch<T>(columns);
   for (int64_t i = begin; i < end; ++i) {
-    const BackwardRow<T, kCentred, kFromOutput> row{
-        args, grads.row(i), retained.row(i), args.mean == nullptr ? T(0) : args.mean[i], args.rstd[i], columns};
+    const BackwardRow<T, kCentred, kFromOutput> row{args,
+                                                    read_block(args.grad, i, i + 1, grad_copy.get()).data,
+                                                    read_block(args.retained, i, i + 1, retained_copy.get()).data,
+                                                    args.mean == nullptr ? T(0) : args.mean[i],
+                                                    args.rstd[i],
+                                                    columns};
     row.add_to_chunk(chunk, i == begin);
     if (!wants_x) continue;
-    row.make_grad_x(outs.row(i));
-    outs.done(i);
+    T* target = direct ? static_cast<T*>(args.grad_x.data) + i * columns : result.get();
+    row.make_grad_x(target);
+    if (!direct) write_row(args.grad_x, i, target);
   }
 }
 
@@ -231,7 +238,7 @@ const T* data_or_null(const Tensor& tensor) {
 
 std::tuple<Tensor, Tensor, Tensor> norm_forward(const Tensor& x, const Affine& affine, double eps, bool centred) {
   const auto dtype = compute_dtype({x, affine.weight, affine.bias});
-  const Tensor out = empty_like_rows(x);
+  const Tensor out = at::empty(x.sizes(), x.options().memory_format(at::MemoryFormat::Contiguous));
   const Tensor rstd = at::empty(x.sizes().slice(0, x.dim() - 1), x.options().dtype(dtype));
   const Tensor mean = centred ? at::empty_like(rstd) : Tensor(), scale = scale_of(affine, x, dtype);
   const Tensor shift = centred ? per_feature(affine.bias, 0.0, x, dtype) : Tensor();

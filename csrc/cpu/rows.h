@@ -3,19 +3,16 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
 #include <initializer_list>
-#include <memory>
 #include <optional>
 #include <type_traits>
 
 #include "checks.h"
 #include "cpu/half.h"
 #include "cpu/isa.h"
-#include "cpu/scratch.h"
 
 namespace safe_kernels::cpu {
 
@@ -108,43 +105,6 @@ SAFE_KERNELS_INLINE Block<T> read_block(const Rows& rows, int64_t begin, int64_t
   for (int64_t row = begin; row < end; ++row)
     read_row(rows, row, 0, rows.columns, scratch + (row - begin) * rows.columns);
   return {scratch, rows.columns};
-}
-
-// A tensor's rows in dtype T: its own memory if it has that dtype, otherwise a converted copy of one row.
-template <typename T>
-struct Reader {
-  const Rows& rows;
-  std::unique_ptr<T[]> copy;
-
-  explicit Reader(const Rows& rows)
-      : rows(rows), copy(scratch<T>(rows.dtype == c10::CppTypeToScalarType<T>::value ? 0 : rows.columns)) {}
-
-  SAFE_KERNELS_INLINE const T* row(int64_t i) const { return read_block(rows, i, i + 1, copy.get()).data; }
-};
-
-// The same for a result: fill row(i), then call done(i).
-template <typename T>
-struct Writer {
-  const Rows& rows;
-  const bool direct;
-  std::unique_ptr<T[]> copy;
-
-  explicit Writer(const Rows& rows)
-      : rows(rows),
-        direct(rows.dtype == c10::CppTypeToScalarType<T>::value),
-        copy(scratch<T>(direct ? 0 : rows.columns)) {}
-
-  SAFE_KERNELS_INLINE T* row(int64_t i) const {
-    return direct ? static_cast<T*>(rows.data) + i * rows.stride : copy.get();
-  }
-
-  SAFE_KERNELS_INLINE void done(int64_t i) const {
-    if (!direct) write_row(rows, i, copy.get());
-  }
-};
-
-inline at::Tensor empty_like_rows(const at::Tensor& tensor) {
-  return at::empty(tensor.sizes(), tensor.options().memory_format(at::MemoryFormat::Contiguous));
 }
 
 }  // namespace safe_kernels::cpu
