@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import small_tiles
 import torch
 from record_cases import (
     CASES,
@@ -39,7 +40,8 @@ CANNOT = "safe_kernels cannot record the launches of a call on a GPU"
 
 
 @pytest.fixture(autouse=True)
-def driver() -> Iterator[Stub]:
+def driver(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stub]:
+    small_tiles.use(monkeypatch)  # they compile in half of the time, and a record does not depend on their size
     _C.forget_records()
     yield stub()
     _C.forget_records()
