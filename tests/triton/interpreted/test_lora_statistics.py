@@ -5,18 +5,21 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from oracle import DTYPES, Dtypes, Problem, Shape, one_minus_cka, problem
+from oracle import DTYPES, Dtypes, Problem, Shape, one_minus_cka, problem, taking_turns
 
 import safe_kernels
 from safe_kernels import AdapterStatistics, RowBlocks, reference
 from safe_kernels.triton.runtime import configs
 
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 2e-2}
-SHAPE = Shape(96, 40, 56, 5)
+SHAPE = Shape(96, 24, 40, 5)
 TRAINED = [dtypes for dtypes in DTYPES if dtypes.x != torch.float64]
 
 
-@pytest.fixture(params=[16, 128], ids=["by tiles", "at once"], autouse=True)
+BY_TILES_AND_AT_ONCE = (16, 128)
+
+
+@pytest.fixture(params=BY_TILES_AND_AT_ONCE, ids=["by tiles", "at once"], autouse=True)
 def most_rows_at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, _small_tiles: None) -> int:
     """Rows of the largest block that one program takes."""
     entries = configs.Config(request.param, 16, rank=16, terms=True), configs.Config(request.param, 16, rank=16)
@@ -41,19 +44,26 @@ def realistic(dtypes: Dtypes, magnitude: float, shape: Shape = SHAPE) -> Problem
     return p
 
 
-@pytest.mark.parametrize("magnitude", [1e-4, 1e-2, 1.0])
-@pytest.mark.parametrize("dtypes", TRAINED, ids=str)
+@pytest.mark.parametrize(
+    ("dtypes", "magnitude", "most_rows_at_once"),
+    taking_turns(TRAINED, (1e-4, 1e-2, 1.0), BY_TILES_AND_AT_ONCE),
+    indirect=["most_rows_at_once"],
+    ids=str,
+)
 def test_against_the_definition(dtypes: Dtypes, magnitude: float) -> None:
     p, starts = realistic(dtypes, magnitude), [0, 48]
     got = score(p, RowBlocks(torch.tensor(starts), 40)).one_minus_cka()
     assert got == pytest.approx(one_minus_cka(p, starts, 40), rel=TOLERANCE[p.x.dtype])
 
 
-@pytest.mark.parametrize("rank", [1, 17, 70])
-@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize(
+    ("rank", "weighted", "most_rows_at_once"),
+    taking_turns((1, 17, 70), (False, True), BY_TILES_AND_AT_ONCE),
+    indirect=["most_rows_at_once"],
+)
 def test_the_sums_themselves(rank: int, weighted: bool) -> None:
     """Blocks that overlap, that begin anywhere, that run past the end, and rows that do not count."""
-    p = realistic(DTYPES[0], 0.1, Shape(70, 33, 45, rank))
+    p = realistic(DTYPES[0], 0.1, Shape(70, 17, 20, rank))
     weight = torch.from_numpy(np.random.default_rng(0).random(70) < 0.7) if weighted else None
     starts = torch.tensor([3, 10, 50])
     _, got = torch.ops.safe_kernels.lora(*p.inputs, 2.0, 0.0, None, starts, 33, weight)
@@ -63,14 +73,19 @@ def test_the_sums_themselves(rank: int, weighted: bool) -> None:
     assert got[3] == expected[3]
 
 
-@pytest.mark.parametrize("alignment", [0.9, 0.999])
-@pytest.mark.parametrize(("dtypes", "sign"), [(DTYPES[0], 1), (DTYPES[0], -1), (DTYPES[2], 1), (DTYPES[4], -1)])
-def test_an_adapter_that_scales_the_features_it_finds(dtypes: Dtypes, alignment: float, sign: int) -> None:
+@pytest.mark.parametrize(
+    ("kind", "alignment", "most_rows_at_once"),
+    taking_turns(
+        [(DTYPES[0], 1), (DTYPES[0], -1), (DTYPES[2], 1), (DTYPES[4], -1)], (0.9, 0.999), BY_TILES_AND_AT_ONCE
+    ),
+    indirect=["most_rows_at_once"],
+)
+def test_an_adapter_that_scales_the_features_it_finds(kind: tuple[Dtypes, int], alignment: float) -> None:
     """K and E nearly parallel: only sums made from the same rows in good precision survive.
 
     In half precision the features have a mean, ten times as large as what varies, since products are centred.
     """
-    generator = torch.Generator().manual_seed(1)
+    (dtypes, sign), generator = kind, torch.Generator().manual_seed(1)
     x = torch.randn(SHAPE.rows, SHAPE.d_in, generator=generator)
     A = torch.randn(SHAPE.rank, SHAPE.d_in, generator=generator) / SHAPE.d_in**0.5
     B = torch.randn(SHAPE.d_out, SHAPE.rank, generator=generator)
@@ -122,7 +137,9 @@ def test_padding_that_is_no_number_does_not_count() -> None:
     assert torch.equal(score(p, RowBlocks(torch.tensor([0]), 64, weight)).sums, clean)
 
 
-def test_a_block_has_no_more_rows_than_elsewhere(launches: list[str]) -> None:
+def test_a_block_has_no_more_rows_than_elsewhere(launches: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(configs.TABLE, "lora_sweep", (configs.Config(4096, block_k=16),))
+    monkeypatch.setitem(configs.TABLE, "lora_apply", (configs.Config(4096, 16),))
     p = problem(Shape(9000, 1, 1, 1))
     message = "block_rows must be at most 8192, since a block takes two matrices of its rows squared, got 9000"
     with pytest.raises(ValueError, match=message):
