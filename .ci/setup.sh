@@ -6,19 +6,20 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-readonly VENV=${VENV:-.venv} DEFAULT_TORCH="torch==2.13.0" LOG=build/setup.log
+readonly VENV=${VENV:-.venv} DEFAULT_TORCH="torch==2.13.0"
+LOG=build/setup.log
 readonly PIP=("$VENV/bin/python" -m pip --disable-pip-version-check --no-input)
 readonly DEPENDENCIES="$VENV/.dependencies" EXTENSION="$VENV/.extension" # stamps: what was installed, what was built
 readonly TOOLS="$VENV/.tools"
 readonly PYTHONS=${PYTHON:-python3 python3.13 python3.12 python3.11 python} COMPILERS=${CXX:-c++ g++ clang++}
-half_made=""
+half_made="" installing="" built=""
 
 say() { if [[ -t 2 ]]; then printf '\033[1m==>\033[0m %s\n' "$*" >&2; else printf '==> %s\n' "$*" >&2; fi; }
 die() {
   printf 'make setup: %s\n' "$*" >&2
   exit 1
 }
-trap '[[ -z $half_made ]] || rm -rf "$half_made"' EXIT
+trap '[[ -z $installing ]] || wait "$installing" || true; [[ -z $half_made ]] || rm -rf "$half_made"' EXIT
 trap 'exit 130' INT TERM HUP
 
 # What each stage depends on, by content: a checkout that only touches files sets nothing up again.
@@ -68,11 +69,12 @@ check_disk() { # megabytes
   ((free >= $1)) || die "the set-up needs $1 MB of disk and only $free MB are free here; free some space and try again."
 }
 
-# Runs pip with its output in the log, and turns a failure into one sentence.
+# Runs pip with its output in the log, and turns a failure into one sentence. Python compiles what it imports, when it
+# first does: most files never are.
 pip_install() { # what, arguments of pip install...
   local what=$1
   shift
-  if "${PIP[@]}" install "$@" >"$LOG" 2>&1; then return; fi
+  if "${PIP[@]}" install --no-compile "$@" >"$LOG" 2>&1; then return; fi
   if grep -qE "No space left on device|Errno 28|Disk quota exceeded" "$LOG"; then
     die "$what could not be installed because the disk is full; free some space and try again ($LOG)."
   elif grep -q "DO NOT MATCH THE HASHES" "$LOG"; then
@@ -142,7 +144,9 @@ install_dependencies() {
   half_made=""
 }
 
-install_tools() {
+install_tools() { # beside the extension, which takes longer
+  trap - INT # that a shell ignores in what it does beside
+  LOG=build/tools.log
   say "installing the tools of the tests"
   requirements cli report dev >"$VENV/requirements.txt"
   pip_install "a tool" --requirement "$VENV/requirements.txt"
@@ -161,7 +165,6 @@ build_extension() {
   "$VENV/bin/python" -c "import torch, safe_kernels._C" 2>"$LOG" ||
     die "the extension was built but cannot be loaded: $(tail -n 1 "$LOG")"
   extension_key >"$EXTENSION"
-  say "ready: $VENV"
 }
 
 mkdir -p build
@@ -173,6 +176,14 @@ if command -v flock >/dev/null; then # of two runs at once the second waits, and
   fi
 fi
 if ! venv_works || ! is_current "$DEPENDENCIES" "$(dependencies_key)"; then install_dependencies; fi
-if [[ ${1:-} == dev ]] && ! is_current "$TOOLS" "$(<"$DEPENDENCIES")"; then install_tools; fi
+if [[ ${1:-} == dev ]] && ! is_current "$TOOLS" "$(<"$DEPENDENCIES")"; then
+  install_tools &
+  installing=$!
+fi
 is_built() { compgen -G "safe_kernels/_C*.so" >/dev/null && is_current "$EXTENSION" "$(extension_key)"; }
-if ! is_built; then build_extension; fi
+if ! is_built; then
+  build_extension
+  built=1
+fi
+[[ -z $installing ]] || wait "$installing"
+[[ -z $installing$built ]] || say "ready: $VENV"
