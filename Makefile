@@ -1,7 +1,7 @@
 # Every target does the set-up it needs; a second run finds it done. `make` alone lists the targets.
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help setup tools demo test test-gpu fuzz processes kernels matrix clients lint format sanitize bench bench-table evidence wheel clean
+.PHONY: help setup tools demo test test-gpu fuzz processes kernels matrix clients lint style format sanitize bench bench-table evidence wheel clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -22,8 +22,10 @@ tools: ## the same, and what the tests need
 demo: setup ## fine-tune MiniLM on film reviews, with stock PEFT and with SAFE (ARGS="--help" for its options)
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-test: lint ## lint, types and every test (ARGS= goes to pytest)
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS)
+test: style ## lint, types and every test (ARGS= goes to pytest)
+	@$(BIN)/mypy >build/mypy.log 2>&1 & types=$$!; \
+	HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist loadfile --no-loadscope-reorder $(ARGS); \
+	code=$$?; wait $$types || code=1; cat build/mypy.log; exit $$code
 
 test-gpu: tools ## the kernels on this machine's GPUs, compared with float64 and with the CPU kernels (ARGS= goes to pytest)
 	@HF_HUB_OFFLINE=1 $(BIN)/pytest tests/gpu $(ARGS)
@@ -35,8 +37,8 @@ processes: tools ## DDP and FSDP2 on four processes, and a compiled model on two
 	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/pytest tests/peft/distributed/slow_processes.py $(ARGS)
 
 kernels: tools ## the kernels for GPUs, without one: run in Triton's interpreter, compiled for each kind of GPU
-	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/triton/interpreted $(ARGS)
-	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto tests/triton/compiled $(ARGS)
+	@TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal tests/triton/interpreted $(ARGS)
+	@OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses auto --dist worksteal tests/triton/compiled $(ARGS)
 
 matrix: ## the tests with other releases of torch, transformers, peft (CORNERS="oldest image middle newest adapterhub")
 	@ARGS="$(ARGS)" bash .ci/matrix.sh $(CORNERS)
@@ -44,11 +46,13 @@ matrix: ## the tests with other releases of torch, transformers, peft (CORNERS="
 clients: ## the recipes inside TRL, sentence-transformers, diffusers, Lightning, timm and accelerate (ARGS= goes to pytest)
 	@ARGS="$(ARGS)" bash .ci/clients.sh
 
-lint: tools ## ruff, clang-format, mypy, and words that are hard to read
+lint: style ## ruff, clang-format, mypy, and words that are hard to read
+	@$(BIN)/mypy
+
+style: tools
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --quiet --check .
 	@$(BIN)/clang-format --dry-run --Werror $(CPP)
-	@$(BIN)/mypy
 	@bash .ci/words.sh
 
 format: tools ## format Python and C++ in place
