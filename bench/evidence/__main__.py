@@ -21,13 +21,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make evidence", description=__doc__)
     parser.add_argument("part", choices=(*PARTS, "table", "summary", "picture"))
     parser.add_argument("--task", choices=tuple(TASKS), default="film", help="film by default")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of a training; 160 by default")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training rows, in as many steps")
     parser.add_argument("--seeds", default="0,1,2,3", help="seeds, separated by commas")
     parser.add_argument("--only", default="", help="units such as 0.mlp,3.attention, or arms; all by default")
     parser.add_argument("--folder", type=Path, help="for the JSON files; bench/results/evidence/<task> by default")
     given = parser.parse_args()
-    name = given.task if given.epochs == 1 else f"{given.task}-{given.epochs}-epochs"
-    folder, task = given.folder or FOLDER / name, replace(TASKS[given.task], epochs=given.epochs)
+    sizes = {"steps": given.steps, "epochs": given.epochs}
+    name = "-".join([given.task, *(f"{n}-{size}" for size, n in sizes.items() if n != getattr(TASKS["film"], size))])
+    folder, task = given.folder or FOLDER / name, replace(TASKS[given.task], **sizes)
     if given.part in PARTS:
         folder.mkdir(parents=True, exist_ok=True)
         chosen = [one for one in given.only.split(",") if one]
