@@ -1,4 +1,4 @@
-"""Checks whether a module still computes what it computed when it was recognised.
+"""Checks whether a module, or a function, still computes what it computed when it was recognised.
 
 Every call that skips the module makes this check. Three things may change: a method of its class, one of its
 attributes, and the global hooks on the calls of all modules. Each call compares all three. Parameters, children and
@@ -7,9 +7,12 @@ attributes, and the global hooks on the calls of all modules. Each call compares
 
 from __future__ import annotations
 
+import copy
+import dis
 import inspect
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from enum import Enum
+from types import BuiltinFunctionType, CellType, CodeType, FunctionType, ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -28,6 +31,10 @@ _VALUES = frozenset({bool, int, float, complex, str, bytes, type(None)})
 """Types that are compared by value; all others are compared by identity."""
 _GONE = object()
 _OBSERVES = "_safe_observes"
+_CHANGERS = frozenset({"globals", "exec", "eval"})
+"""Functions that may change the global names of their caller."""
+_STABLE = ("builtins", "math", "torch", "typing")
+"""Packages whose modules and classes are taken to stay as they are."""
 _TRACKER = "torch.utils.module_tracker"
 _HOOKS_ON_ALL: tuple[dict[int, Any], ...] = (
     global_hooks._global_forward_hooks,
@@ -78,6 +85,75 @@ class Code:
         return None if self.mutable is None else f"{kind.__name__} reads {self.mutable}, whose contents may change"
 
 
+class FunctionCode:
+    """A function under a global name, and all that it and the functions behind it read.
+
+    Args:
+        names: the global names of a module.
+        name: of the function.
+
+    Raises:
+        ValueError: The function changes names, or reads something that may change and still be the same object.
+    """
+
+    __slots__ = ("cells", "functions", "names")
+
+    def __init__(self, names: dict[str, Any], name: str) -> None:
+        self.names = [(names, name, names[name])]
+        self.cells = list[tuple[CellType, Any]]()
+        rest: list[FunctionType] = [names[name]]
+        for reader in rest:
+            known = [(reader.__globals__, each, reader.__globals__.get(each, _GONE)) for each in names_read(reader)]
+            cells = [(cell, cell.cell_contents) for cell in reader.__closure__ or ()]
+            defaults = (*(reader.__defaults__ or ()), *(reader.__kwdefaults__ or {}).values())
+            for value in (*(value for _, _, value in known), *(value for _, value in cells), *defaults):
+                if not _is_compared(value):
+                    raise ValueError(f"{reader.__name__} reads a {type(value).__name__}, whose contents may change")
+                if isinstance(value, FunctionType) and value not in rest:
+                    rest.append(value)
+            self.names += known
+            self.cells += cells
+        self.functions = [(each, *definition(each)) for each in rest]
+
+    def change(self) -> str | None:
+        """Return in a few words what has changed; None if nothing has."""
+        for names, name, value in self.names:
+            if names.get(name, _GONE) is not value:
+                return f"{name} is replaced"
+        for function, *known in self.functions:
+            if redefined(function, *known):
+                return f"{function.__name__} is redefined"
+        for cell, value in self.cells:
+            if cell.cell_contents is not value:
+                return f"a variable around {self.names[0][1]} has changed"
+        return None
+
+
+def definition(function: FunctionType) -> tuple[CodeType, Any, dict[str, Any] | None]:
+    """Return a function's code and default arguments, for `redefined`."""
+    return function.__code__, function.__defaults__, copy.copy(function.__kwdefaults__)
+
+
+def redefined(function: FunctionType, code: CodeType, defaults: Any, kwdefaults: dict[str, Any] | None) -> bool:
+    """Whether another package has given a function, still the same object, other code or default arguments."""
+    same = function.__code__ is code and function.__defaults__ is defaults
+    return not same or function.__kwdefaults__ != kwdefaults
+
+
+def names_read(function: FunctionType) -> list[str]:
+    """Return the global names that a function reads, also in the functions and comprehensions inside it.
+
+    Raises:
+        ValueError: It may change global names, or variables of a function around it.
+    """
+    steps = {(step.opname, step.argval) for code in _codes(function.__code__) for step in dis.get_instructions(code)}
+    read = sorted({name for step, name in steps if step in ("LOAD_GLOBAL", "LOAD_NAME")})
+    changes = any(step in ("STORE_GLOBAL", "DELETE_GLOBAL") for step, _ in steps) or not _CHANGERS.isdisjoint(read)
+    if changes or any(("STORE_DEREF", name) in steps for name in function.__code__.co_freevars):
+        raise ValueError(f"{function.__name__} changes names")
+    return read
+
+
 def own_method(kind: type, name: str) -> Any:
     """Return a class's method; None if another package has replaced the method, usually with a wrapper."""
     method = getattr(kind, name)
@@ -115,6 +191,22 @@ def _names(method: Any) -> tuple[str, ...]:
     """Return the names that a function reads, including attributes."""
     code = getattr(inspect.unwrap(method), "__code__", None) if callable(method) else None
     return getattr(code, "co_names", ())
+
+
+def _codes(code: CodeType) -> Iterator[CodeType]:
+    """Yield a function's code, and that of the functions and comprehensions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _codes(constant)
+
+
+def _is_compared(value: Any) -> bool:
+    """Whether a value that a function reads stays the same as long as its identity does, or is compared itself."""
+    if isinstance(value, ModuleType | type):
+        return (value.__name__ if isinstance(value, ModuleType) else value.__module__).partition(".")[0] in _STABLE
+    compared = isinstance(value, FunctionType | BuiltinFunctionType | torch.dtype | torch.device)
+    return compared or value is _GONE or type(value) in _VALUES
 
 
 def _is_fixed(value: Any) -> bool:

@@ -95,7 +95,8 @@ class Part(ABC):
 
 _READ = ("p", "inplace")
 """Attributes of a dropout that every call reads."""
-_FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes of the ops."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 
@@ -104,7 +105,7 @@ def is_plain(*values: Any) -> bool:
     """Whether all values are tensors that an op supports, outside of torch.func and torch.jit.trace."""
     return not is_transformed() and all(
         type(value) in _TENSORS
-        and value.dtype in _FLOATS
+        and value.dtype in FLOATS
         and value.layout is torch.strided
         and not value.is_nested
         and value.dim() > 0

@@ -9,31 +9,36 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CellType, FunctionType
+from types import CellType, CodeType, FunctionType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import safe_kernels
 from safe_kernels import reference
 
 from ..class_swap import is_transformed, original_type
-from ..code import own_method
-from .base import Part, agrees, is_plain, sample
+from ..code import FunctionCode, definition, names_read, own_method, redefined
+from .base import FLOATS, Part, agrees, is_plain, sample
 
 _PARAMETERS = ["q", "k", "cos", "sin"]
+_READ_BY_PYTHON = ("__builtins__", "__name__", "__package__", "__path__", "__spec__", "__warningregistry__")
+"""Global names that relative imports and warnings need."""
 
 
 class _Names(dict[str, Any]):
-    """The global names of a module, some of them with other values."""
+    """The global names of a module, with another value for a function as long as that is the recognised one.
 
-    def __init__(self, module: dict[str, Any], **others: Any) -> None:
-        super().__init__(others)
-        self.module = module
+    Python looks them up one by one in `__missing__`, except those that it reads from the dictionary itself.
+    """
+
+    def __init__(self, module: dict[str, Any], name: str, code: FunctionCode, ours: Callable[..., Any]) -> None:
+        super().__init__({own: module[own] for own in _READ_BY_PYTHON if own in module})
+        self.module, self.name, self.code, self.ours = module, name, code, ours
 
     def __missing__(self, name: str) -> Any:
-        return self.module[name]
+        return self.ours if name == self.name and self.code.change() is None else self.module[name]
 
 
 @dataclass
@@ -42,48 +47,56 @@ class Rotary(Part):
 
     Args:
         name: of the function, among the global names of the forward.
-        keeps_dtype: whether its results have the dtype of q and k, also if cos and sin have another one.
+        code: of the function.
+        dtypes: of q and k, and of cos and sin, for which its results have the dtype of q and k.
         takes_part: whether cos and sin may be for the first features of each head.
     """
 
     stem = "attention"
     op = "safe_kernels::rotary"
     name: str
-    keeps_dtype: bool
+    code: FunctionCode
+    dtypes: frozenset[tuple[torch.dtype, torch.dtype]]
     takes_part: bool
     _forward: Any = None
+    _levels: tuple[tuple[FunctionType, CodeType, Any, dict[str, Any] | None], ...] = ()
     _run: Any = None
-    _known: tuple[tuple[dict[str, Any], str, Any], ...] = ()
 
     @classmethod
     def recognise(cls, module: nn.Module) -> Rotary | None:
         """Recognise the function by its results for a query and a key."""
         forward = own_method(original_type(module), "forward")
-        inner = inspect.unwrap(forward) if forward is not None else None
-        if not isinstance(inner, FunctionType):
+        levels = list(_levels(forward))
+        if not levels or not all(isinstance(level, FunctionType) for level in levels):
             return None
-        names = inner.__globals__
-        for name in inner.__code__.co_names:
-            rotate = names.get(name)
-            if not isinstance(rotate, FunctionType) or not _rotates(rotate):
+        names = levels[-1].__globals__
+        for name in filter(lambda name: _is_named_so(names.get(name)), levels[-1].__code__.co_names):
+            try:
+                found, code = name in names_read(levels[-1]), FunctionCode(names, name)
+            except ValueError:
                 continue
-            part = cls(name, _keeps_dtype(rotate), _rotates(rotate, width=6), forward)
-            part._known = ((names, name, rotate), *_read_by(rotate))
-            part._run = _renamed(forward, _Names(names, **{name: part._rotate(rotate)}))
+            if not found or not _rotates(names[name]):
+                continue
+            part = cls(name, code, _dtypes(names[name]), _rotates(names[name], width=6), forward)
+            part._levels = tuple((level, *definition(level)) for level in levels)
+            part._run = _renamed(forward, _Names(names, name, code, part._rotate(names[name])))
             return None if part._run is None else part
         return None
 
     def refusal(self, module: nn.Module) -> str | None:
-        if original_type(module).forward is not self._forward or "forward" in module.__dict__:
-            return f"{original_type(module).__name__}.forward is replaced"
-        for names, name, value in self._known:
-            if names.get(name) is not value:
-                return f"{name} is replaced"
-        return None
+        return self._replaced(module) or self.code.change()
+
+    def _replaced(self, module: nn.Module) -> str | None:
+        """Return in a few words whether the module has another forward than the recognised one."""
+        kind: Any = original_type(module)
+        same = kind.forward is self._forward and "forward" not in module.__dict__
+        if same and not any(redefined(*level) for level in self._levels):
+            return None
+        return f"{kind.__name__}.forward is replaced"
 
     def compute(self, module: Any, /, *args: Any, **kwargs: Any) -> Any:
         """Run the module's own forward with the op. A compiler fuses the function by itself."""
-        if torch.compiler.is_compiling() or is_transformed() or self.refusal(module) is not None:
+        if torch.compiler.is_compiling() or is_transformed() or self._replaced(module) is not None:
             return None
         return self._run(module, *args, **kwargs)
 
@@ -99,7 +112,7 @@ class Rotary(Part):
         """Whether the op computes a call, with results as the function gives them."""
         if not is_plain(q, k, cos, sin) or cos.requires_grad or sin.requires_grad or cos.shape != sin.shape:
             return False
-        if cos.dtype != sin.dtype or not (self.keeps_dtype or q.dtype == k.dtype == cos.dtype):
+        if q.dtype != k.dtype or cos.dtype != sin.dtype or (q.dtype, cos.dtype) not in self.dtypes:
             return False
         return all(
             x.dim() == 4
@@ -113,31 +126,50 @@ class Rotary(Part):
         )
 
 
+def _is_named_so(value: Any) -> bool:
+    """Whether a value is a function whose first arguments have the names of those of a rotary position embedding."""
+    try:
+        return isinstance(value, FunctionType) and list(inspect.signature(value).parameters)[:4] == _PARAMETERS
+    except (TypeError, ValueError):  # an invalid __signature__
+        return False
+
+
 def _rotates(function: FunctionType, width: int = 8) -> bool:
     """Whether a function rotates queries and keys by the formula of the op."""
-    if list(inspect.signature(function).parameters)[:4] != _PARAMETERS:
-        return False
-    q, k = sample(2, 3, 5, 8), sample(2, 1, 5, 8, seed=1)
-    cos, sin = sample(2, 5, width, seed=2), sample(2, 5, width, seed=3)
-    expected = [reference.rotary(x.transpose(1, 2), cos, sin).transpose(1, 2) for x in (q, k)]
-    return all(agrees(lambda i=i: function(q, k, cos, sin)[i], expected[i]) for i in (0, 1))  # type: ignore[misc]
+    given = (sample(2, 3, 5, 8), sample(2, 1, 5, 8, seed=1), sample(2, 5, width, seed=2), sample(2, 5, width, seed=3))
+    expected = [reference.rotary(x.transpose(1, 2), *given[2:]).transpose(1, 2) for x in given[:2]]
+    return all(agrees(lambda i=i: _try(function, *given)[i], expected[i]) for i in (0, 1))  # type: ignore[misc]
 
 
-def _read_by(function: FunctionType) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """Yield the global names that a function and the functions behind these names read, with their values."""
-    rest, done = [function], {function}
-    for reader in rest:
-        names = reader.__globals__
-        for name in names.keys() & set(reader.__code__.co_names):
-            yield names, name, names[name]
-            if isinstance(names[name], FunctionType) and names[name] not in done:
-                done.add(names[name])
-                rest.append(names[name])
+def _try(function: FunctionType, *given: Tensor) -> tuple[Tensor, Tensor]:
+    """Call a function that should return two tensors and change nothing.
+
+    Raises:
+        TypeError: It does something else.
+    """
+    copies = [tensor.clone() for tensor in given]
+    found = function(*copies)
+    if type(found) is not tuple or len(found) != 2 or not all(map(torch.equal, copies, given)):
+        raise TypeError(f"{function.__name__} must return two tensors and leave its arguments as they are")
+    return found
 
 
-def _keeps_dtype(function: FunctionType) -> bool:
-    q, cos = sample(1, 1, 2, 4).bfloat16(), torch.ones(1, 2, 4)
-    return agrees(lambda: function(q, q, cos, cos)[0].mul(0), torch.zeros_like(q))
+def _dtypes(function: FunctionType) -> frozenset[tuple[torch.dtype, torch.dtype]]:
+    """Return the dtypes of q and k, and of cos and sin, for which both results have the dtype of q and k."""
+
+    def keeps(dtype: torch.dtype, other: torch.dtype) -> bool:
+        q, cos = torch.ones(1, 1, 2, 4, dtype=dtype), torch.ones(1, 2, 4, dtype=other)
+        return all(agrees(lambda i=i: _try(function, q, q, cos, cos)[i].mul(0), q.mul(0)) for i in (0, 1))  # type: ignore[misc]
+
+    usual = {pair for dtype in FLOATS for pair in ((dtype, dtype), (dtype, torch.float32))}
+    return frozenset(pair for pair in usual if keeps(*pair))
+
+
+def _levels(function: Any) -> Iterator[FunctionType]:
+    """Yield a function and those inside its decorators."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
 
 
 def _renamed(function: Any, names: dict[str, Any]) -> Any:
@@ -147,9 +179,16 @@ def _renamed(function: Any, names: dict[str, Any]) -> Any:
         made = FunctionType(function.__code__, names, function.__name__, function.__defaults__, cells)
     else:
         changed = _renamed(inner, names)
-        if changed is None or not any(cell.cell_contents is inner for cell in cells or ()):
+        if changed is None or not any(_holds(cell, inner) for cell in cells or ()):
             return None
-        cells = tuple(CellType(changed) if cell.cell_contents is inner else cell for cell in cells)
+        cells = tuple(CellType(changed) if _holds(cell, inner) else cell for cell in cells)
         made = FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, cells)
     made.__kwdefaults__ = function.__kwdefaults__
     return made
+
+
+def _holds(cell: CellType, function: Any) -> bool:
+    try:
+        return cell.cell_contents is function
+    except ValueError:  # the decorator has not assigned it yet
+        return False
