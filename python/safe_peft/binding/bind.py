@@ -202,11 +202,18 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
     layers = {short_name(name): module for name, module in modules if adapter_of(module) is not None}
     if not layers:
         raise BindingError(_nothing_to_bind(model, [module for _, module in modules]))
-    own = [layer for layer in layers.values() if not is_bound(layer)]
-    for layer in own:
-        swap_class(layer, mixin_for(layer, adapter_of(layer).mixin), LayerState())  # type: ignore[union-attr]
-    bound, recompute = bind_blocks(unwrap(model), parts)
-    return Binding(layers, tuple(transformer_blocks(unwrap(model))), recompute, own + bound)
+    own: list[nn.Module] = []
+    try:
+        for layer in layers.values():
+            if not is_bound(layer):
+                swap_class(layer, mixin_for(layer, adapter_of(layer).mixin), LayerState())  # type: ignore[union-attr]
+                own.append(layer)
+        recompute = bind_blocks(unwrap(model), parts, own)
+    except BaseException:  # Ctrl-C among them: what is bound without a `Binding` could not be unbound again
+        for module in own:
+            restore_class(module)
+        raise
+    return Binding(layers, tuple(transformer_blocks(unwrap(model))), recompute, own)
 
 
 def _nothing_to_bind(model: nn.Module, modules: list[nn.Module]) -> str:

@@ -13,9 +13,12 @@ from peft import LoHaConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from tiny import adamw, batches, bert, causal_batches, gpt2, randomise_adapters, train
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from safe_peft import BindingError, bind
 from safe_peft.binding.adapters.lora import SafeLoraLinear
+from safe_peft.binding.blocks.norms import Norm
+from safe_peft.binding.class_swap import is_bound
 
 Maker = Callable[..., PeftModel]
 
@@ -61,6 +64,32 @@ def test_what_others_see_of_the_model_stays_the_same(tmp_path: Path) -> None:
     stock = {path.name: path.read_bytes() for path in (tmp_path / "stock").iterdir()}
     bound = {path.name: path.read_bytes() for path in (tmp_path / "bound").iterdir()}
     assert stock == bound
+
+
+def test_an_interrupted_bind_leaves_nothing_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = bert()
+
+    def interrupt(module: nn.Module) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Norm, "recognise", interrupt)
+        bind(model)
+    assert not any(map(is_bound, model.modules()))
+    with bind(model):
+        assert any(map(is_bound, model.modules()))
+    assert not any(map(is_bound, model.modules()))
+
+
+def test_bind_does_not_depend_on_a_fake_mode_around_it() -> None:
+    model = bert()
+    bound = []
+    for mode in (torch.enable_grad(), FakeTensorMode()):
+        with mode:
+            binding = bind(model)
+        bound.append([name for name, module in model.named_modules() if is_bound(module)])
+        binding.detach()
+    assert bound[0] == bound[1]
 
 
 def test_names_are_paths_in_the_users_own_model() -> None:

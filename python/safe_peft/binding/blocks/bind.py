@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ...distributed.wrappers import short_name, walk
 from ..adapters import peft_kind
@@ -66,18 +67,23 @@ def _look_at(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part | None, bo
 
 
 def _recognise(module: nn.Module, kinds: Sequence[type[Part]]) -> Part | None:
-    with torch.device("cpu"), torch.autocast("cpu", enabled=False):  # independent of the caller's settings
+    # Independent of the caller's settings.
+    with torch.device("cpu"), torch.autocast("cpu", enabled=False), unset_fake_temporarily():
         return next((part.watch(module) for kind in kinds if (part := kind.recognise(module)) is not None), None)
 
 
-def bind_blocks(model: nn.Module, parts: Collection[str] = PARTS) -> tuple[list[nn.Module], set[str]]:
+def bind_blocks(model: nn.Module, parts: Collection[str], own: list[nn.Module]) -> set[str]:
     """Bind every part of these kinds and every block of a model that is not bound yet.
 
+    Args:
+        model: without wrappers.
+        parts: some of `PARTS`.
+        own: gets the modules that were bound, one by one, for `restore_class`.
+
     Returns:
-        The modules that were bound, for `restore_class`; and the set of names of the blocks to recompute. You may
-        change this set at any time. Several bindings of one model share it.
+        The set of names of the blocks to recompute. You may change this set at any time. Several bindings of one model
+        share it.
     """
-    own: list[nn.Module] = []
 
     def swap(module: nn.Module, mixin: type[SwappedModule], state: object) -> None:
         if not is_bound(module):
@@ -102,4 +108,4 @@ def bind_blocks(model: nn.Module, parts: Collection[str] = PARTS) -> tuple[list[
             swap(embeddings, SafeEmbedding, entry)
             for owner in owners:
                 swap(owner, SafeOwner, entry)
-    return own, names
+    return names
