@@ -187,6 +187,13 @@ def test_imports_and_warnings_of_the_forward(monkeypatch: pytest.MonkeyPatch, op
     assert len(ops) == 2
 
 
+@pytest.mark.parametrize(("argument", "count"), [("scale=1.0", 2), ("scale=0.5", 0), ("scale=q.new_ones(())", 0)])
+def test_a_default_that_is_given_by_name(argument: str, count: int, ops: list[Tensor]) -> None:
+    run = Run(("apply_rotary(q, k, cos, sin)\n", f"apply_rotary(q, k, cos, sin, {argument})\n"))
+    run.assert_same()
+    assert len(ops) == count
+
+
 UNUSUAL = {
     "class": (
         "class Attention",

@@ -101,8 +101,11 @@ class Rotary(Part):
         return self._run(module, *args, **kwargs)
 
     def _rotate(self, own: Callable[..., Any]) -> Callable[..., Any]:
+        defaults = {name: parameter.default for name, parameter in inspect.signature(own).parameters.items()}
+
         def rotate(q: Any, k: Any, cos: Any, sin: Any, *args: Any, **kwargs: Any) -> Any:
-            if args or kwargs or not self._takes(q, k, cos, sin):
+            others = args or any(type(x) is not type(defaults.get(n)) or x != defaults[n] for n, x in kwargs.items())
+            if others or not self._takes(q, k, cos, sin):
                 return own(q, k, cos, sin, *args, **kwargs)
             return safe_kernels.rotary(q, cos, sin), safe_kernels.rotary(k, cos, sin)
 
