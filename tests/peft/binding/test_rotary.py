@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from blocks import error, loss_and_gradients, retained
+from blocks import error, loss_and_gradients, retained, together
 from families import family
 from torch import Tensor, nn
 
@@ -155,15 +155,22 @@ def test_a_function_that_computes_otherwise_is_not_recognised(monkeypatch: pytes
     assert Rotary.recognise(attention(model)) is None
 
 
-def test_autocast_and_other_dtypes_are_stocks(rotations: list[Tensor]) -> None:
+def test_autocast_as_near_the_truth_and_no_more_bytes(rotations: list[Tensor]) -> None:
+    """Queries are bfloat16, and cos is float32: the result is float32."""
     one = family("llama")
     model, batch = one.model(), one.batch()
+    truth, true_grads = loss_and_gradients(model, batch)
     with torch.autocast("cpu", torch.bfloat16):
-        stock = loss_and_gradients(model, batch)
+        stock, stock_grads = loss_and_gradients(model, batch)
+        with bind(model, parts=("norms", "mlps", "dropouts")):
+            without = retained(model, batch)
         with bind(model):
-            ours = loss_and_gradients(model, batch)
-    assert rotations == [], "queries of bfloat16, and cos of float32: the function's result is float32"
-    assert error(ours[0], stock[0]) <= 2e-2
+            ours, grads = loss_and_gradients(model, batch)
+            assert retained(model, batch) == without
+    assert len(rotations) == 4 * model.config.num_hidden_layers
+    assert {tensor.dtype for tensor in rotations} == {torch.float32}
+    assert error(ours, truth) <= 2 * error(stock, truth) + torch.finfo(torch.bfloat16).eps
+    assert error(together(grads), together(true_grads)) <= 2 * error(together(stock_grads), together(true_grads))
 
 
 def test_angles_that_require_grad(rotations: list[Tensor]) -> None:

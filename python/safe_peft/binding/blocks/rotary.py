@@ -48,7 +48,7 @@ class Rotary(Part):
     Args:
         name: of the function, among the global names of the forward.
         code: of the function.
-        dtypes: of q and k, and of cos and sin, for which its results have the dtype of q and k.
+        dtypes: of q and k, and of cos and sin; and for each such pair the dtype of the results.
         takes_part: whether cos and sin may be for the first features of each head.
     """
 
@@ -56,7 +56,7 @@ class Rotary(Part):
     op = "safe_kernels::rotary"
     name: str
     code: FunctionCode
-    dtypes: frozenset[tuple[torch.dtype, torch.dtype]]
+    dtypes: dict[tuple[torch.dtype, torch.dtype], torch.dtype]
     takes_part: bool
     _forward: Any = None
     _levels: tuple[tuple[FunctionType, CodeType, Any, dict[str, Any] | None], ...] = ()
@@ -107,7 +107,8 @@ class Rotary(Part):
             others = args or any(type(x) is not type(defaults.get(n)) or x != defaults[n] for n, x in kwargs.items())
             if others or not self._takes(q, k, cos, sin):
                 return own(q, k, cos, sin, *args, **kwargs)
-            return safe_kernels.rotary(q, cos, sin), safe_kernels.rotary(k, cos, sin)
+            dtype = self.dtypes[q.dtype, cos.dtype]
+            return safe_kernels.rotary(q.to(dtype), cos, sin), safe_kernels.rotary(k.to(dtype), cos, sin)
 
         return rotate
 
@@ -157,15 +158,19 @@ def _try(function: FunctionType, *given: Tensor) -> tuple[Tensor, Tensor]:
     return found
 
 
-def _dtypes(function: FunctionType) -> frozenset[tuple[torch.dtype, torch.dtype]]:
-    """Return the dtypes of q and k, and of cos and sin, for which both results have the dtype of q and k."""
-
-    def keeps(dtype: torch.dtype, other: torch.dtype) -> bool:
-        q, cos = torch.ones(1, 1, 2, 4, dtype=dtype), torch.ones(1, 2, 4, dtype=other)
-        return agrees(lambda: next((x for x in _try(function, q, q, cos, cos) if x.dtype != dtype), q), q)
-
-    usual = {pair for dtype in FLOATS for pair in ((dtype, dtype), (dtype, torch.float32))}
-    return frozenset(pair for pair in usual if keeps(*pair))
+@torch.no_grad()
+def _dtypes(function: FunctionType) -> dict[tuple[torch.dtype, torch.dtype], torch.dtype]:
+    """Return the dtype of both results for the dtypes of q and k, and of cos and sin: the same one, or float32."""
+    results: dict[tuple[torch.dtype, torch.dtype], torch.dtype] = {}
+    for pair in {pair for dtype in FLOATS for pair in ((dtype, dtype), (dtype, torch.float32))}:
+        q, cos = torch.ones(1, 1, 2, 4, dtype=pair[0]), torch.ones(1, 2, 4, dtype=pair[1])
+        try:
+            found = {x.dtype for x in _try(function, q, q, cos, cos)}
+        except Exception:
+            continue
+        if len(found) == 1 and found <= {pair[0], torch.promote_types(*pair)}:
+            results[pair] = found.pop()
+    return results
 
 
 def _levels(function: Any) -> Iterator[FunctionType]:
