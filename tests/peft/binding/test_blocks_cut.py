@@ -55,6 +55,23 @@ def test_checkpointing_of_both_kinds_gives_the_same_gradients(
     assert all(error(grad, expected[1][name]) <= 2e-5 for name, grad in grads.items())
 
 
+@pytest.mark.parametrize(("name", "checkpoints"), taking_turns(NAMES, (None, False, True)))
+def test_where_nothing_trains_a_backward_does_as_little_as_in_stock(name: str, checkpoints: bool | None) -> None:
+    model, batch = family(name).model(), family(name).batch()
+    model.requires_grad_(False)
+    model.enable_input_require_grads()
+    if checkpoints is not None:
+        model.base_model.model.gradient_checkpointing_enable({"use_reentrant": checkpoints})
+    stock = model(**batch).loss
+    stock.backward()
+    before = retained(model, batch)
+    with bind(model):
+        loss = model(**batch).loss
+        loss.backward()
+        assert retained(model, batch) <= before
+    assert error(loss.detach(), stock.detach()) <= 1e-6
+
+
 @pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
 @pytest.mark.parametrize("place", ["input_layernorm", "mlp.up_proj", "mlp"])
 def test_a_vector_that_a_hook_adds_below_the_cut_trains(place: str, reentrant: bool) -> None:

@@ -119,14 +119,20 @@ class Block:
         return hidden.detach() if self.entry.is_artificial(hidden) and not self._is_waited_for() else hidden
 
     def _is_waited_for(self) -> bool:
-        """Whether a hook needs a gradient up to and in the lowest block that trains, or outside of the blocks."""
+        """Whether a hook needs a gradient up to and in the lowest block that trains, or outside of the blocks.
+
+        If nothing trains at all, the leaf is all that a backward of the loss has, as in stock PEFT.
+        """
         for block in self.stack:
             modules = list(modules_in(block))
             if waits_for_gradient(modules) or may_ask_for_gradient(modules):
                 return True
             if trains(block):
                 return False
-        return waits_for_gradient(self.entry.after) or may_ask_for_gradient(self.entry.after)
+        after = self.entry.after
+        parameters = (parameter for module in after for parameter in module._parameters.values())
+        nothing_trains = not any(parameter is not None and parameter.requires_grad for parameter in parameters)
+        return nothing_trains or waits_for_gradient(after) or may_ask_for_gradient(after)
 
 
 def replace_hidden(
