@@ -10,6 +10,7 @@ from contextlib import suppress
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import forks
 import pytest
 import torch
 
@@ -32,6 +33,7 @@ def pytest_collection_finish() -> None:
     """What the imports made stays for good: no collection of garbage is to walk through it again."""
     gc.collect()
     gc.freeze()
+    forks.start_server()  # everything is imported, and no test has run
 
 
 @pytest.fixture(autouse=True)

@@ -1,40 +1,20 @@
-"""Runs a function of a test in several processes that form a group, and hands back what each returned.
-
-The processes are forked from a server that has imported everything once, so that a group costs a fraction of a second.
-"""
+"""Runs a function of a test in several processes that form a group, and hands back what each returned."""
 
 from __future__ import annotations
 
-import gc
+import importlib
 import importlib.util
-import multiprocessing
 import os
 import tempfile
-import time
-import traceback
 from collections.abc import Callable, Sequence
 from datetime import timedelta
-from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
+import forks
 import torch
 
 LIMIT = 90
 """Seconds after which a group counts as hung; gloo itself gives up sooner."""
-
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
-    [
-        "pytest",
-        "accelerate",
-        "safe_peft.callback",
-        "transformers.models.bert.modeling_bert",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor.parallel",
-        "torch.profiler",
-    ]
-)
 
 
 def together(function: Callable[..., Any], *args: Any, **options: Any) -> list[Any]:
@@ -67,54 +47,20 @@ def outcomes_of(
 ) -> list[tuple[Any, str | None]]:
     """The same, with each process's result and traceback; a process that died or hung says so in its place."""
     with tempfile.TemporaryDirectory() as folder:
-        place = (function.__code__.co_filename, function.__name__, f"{folder}/store", gloo_seconds, each)
-        pipes = [_context.Pipe(duplex=False) for _ in range(world)]
-        processes = [
-            _context.Process(target=_work, args=(sender, rank, world, place, args), daemon=True)
-            for rank, (_, sender) in enumerate(pipes)
-        ]
-        for process, (_, sender) in zip(processes, pipes, strict=True):
-            process.start()
-            sender.close()
-        deadline = time.monotonic() + LIMIT * (len(args[0]) if each else 1)
-        try:
-            return [_receive(reader, deadline) for reader, _ in pipes]
-        finally:
-            for process in processes:
-                process.kill()
-                process.join()
+        calls = [(function, rank, world, f"{folder}/store", gloo_seconds, each, args) for rank in range(world)]
+        ended = forks.call_each(_work, calls, LIMIT * (len(args[0]) if each else 1))
+    return [(one.value, one.error or None) for one in ended]
 
 
-def _receive(reader: Connection, deadline: float) -> tuple[Any, str | None]:
-    try:
-        if reader.poll(max(0.0, deadline - time.monotonic())):
-            return reader.recv()
-    except EOFError:
-        return None, "died"
-    return None, "hung"
-
-
-def _work(sender: Connection, rank: int, world: int, place: tuple[str, str, str, float, bool], args: Any) -> None:
-    path, name, store, seconds, each = place
-    gc.freeze()  # or a collection would write to, and so copy, all that was imported before the fork
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+def _work(
+    function: Callable[..., Any], rank: int, world: int, store: str, seconds: float, each: bool, args: Any
+) -> Any:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1", "ACCELERATE_USE_CPU": "true"}  # as torchrun does
-    try:
-        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        torch.distributed.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
-        )
-        call = getattr(module, name)
-        outcome = [call(rank, *case) for case in args[0]] if each else call(rank, *args), None
-    except BaseException:
-        outcome = None, traceback.format_exc()
-    sender.send(outcome)
-    sender.close()
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=seconds)
+    )
+    return [function(rank, *case) for case in args[0]] if each else function(rank, *args)
 
 
 def mend_versions() -> None:
