@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+gc.disable()  # until all is imported: imports make no garbage to speak of
 
 import forks
 import pytest
@@ -31,9 +32,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_collection_finish() -> None:
     """What the imports made stays for good: no collection of garbage is to walk through it again."""
+    gc.freeze()
+    gc.enable()
+    forks.start_server()  # everything is imported, and no test has run
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_garbage_of_other_files() -> None:
+    """Nor through what earlier files have left, for every `Trainer` collects garbage."""
     gc.collect()
     gc.freeze()
-    forks.start_server()  # everything is imported, and no test has run
 
 
 @pytest.fixture(autouse=True)
