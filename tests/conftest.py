@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-gc.disable()  # until all is imported: imports make no garbage to speak of
 
 import forks
 import pytest
@@ -21,6 +20,10 @@ with suppress(ModuleNotFoundError):  # tests/gpu has no property tests, and need
     settings.register_profile("quick", max_examples=50, deadline=None)
     settings.register_profile("thorough", max_examples=5000, deadline=None)
     settings.load_profile("quick")
+
+
+def pytest_configure() -> None:
+    gc.disable()  # until all is imported: imports make no garbage to speak of
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

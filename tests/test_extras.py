@@ -5,41 +5,43 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import forks
 import pytest
+import torch
+from torch import nn
 
 import safe_peft
 from safe_peft import FreezeReport, MissingPackageError
 
 EXTRAS = ("typer", "rich", "datasets", "matplotlib")
-TRAINS = """
-import sys
-sys.modules |= dict.fromkeys({extras})
-import torch
-from torch import nn
-from peft import LoraConfig, get_peft_model
-import safe_peft
-from safe_peft.report.report import FreezeReport
-
-layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
-model = get_peft_model(layers, LoraConfig(target_modules=["0", "2"]))
-optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
-freezer = safe_peft.AdapterFreezer(model, optimizer, safe_peft.SafeConfig(target_fraction=0.5), total_steps=6)
-for _ in range(6):
-    model(torch.ones(4, 8)).sum().backward()
-    optimizer.step()
-    freezer.step()
-report = freezer.report()
-print(len(report.adapters), safe_peft.explain(model) is not None, len(str(report).splitlines()))
-"""
 
 
 def run(code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
 
 
+def train() -> tuple[int, bool, int]:
+    forks.forget("safe_peft", "peft", *EXTRAS)
+    sys.modules |= dict.fromkeys(EXTRAS)  # type: ignore[arg-type] # None cannot be imported
+    from peft import LoraConfig, get_peft_model
+
+    import safe_peft
+
+    layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model = get_peft_model(layers, LoraConfig(target_modules=["0", "2"]))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    freezer = safe_peft.AdapterFreezer(model, optimizer, safe_peft.SafeConfig(target_fraction=0.5), total_steps=6)
+    for _ in range(6):
+        model(torch.ones(4, 8)).sum().backward()
+        optimizer.step()
+        freezer.step()
+    report = freezer.report()
+    return len(report.adapters), safe_peft.explain(model) is not None, len(str(report).splitlines())
+
+
 def test_a_training_needs_no_extra() -> None:
-    done = run(TRAINS.replace("{extras}", repr(EXTRAS)))
-    assert done.stdout.split() == ["2", "True", "4"], done.stderr
+    done = forks.call(train)
+    assert done.value == (2, True, 4), done.error
 
 
 def test_the_kernels_need_torch_alone() -> None:

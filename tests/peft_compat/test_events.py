@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-import subprocess
 import sys
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from life import gradients
@@ -142,14 +142,16 @@ def test_a_copy_of_a_model_under_way_is_an_ordinary_one() -> None:
     assert_goes_on(model, optimizer, freezer)
 
 
+def load_without_this_package(pickled: bytes) -> tuple[int, ...]:
+    forks.forget("safe_peft", "safe_kernels")
+    sys.modules["safe_peft"] = sys.modules["safe_kernels"] = None  # type: ignore[assignment]
+    model = torch.load(io.BytesIO(pickled), weights_only=False)
+    return tuple(model(torch.tensor([[3, 4]])).logits.shape)
+
+
 def test_a_pickle_of_a_model_under_way_loads_where_this_package_is_not() -> None:
     model, _, _ = under_way()
     buffer = io.BytesIO()
     torch.save(model, buffer)
-    code = (
-        "import sys, io, torch; sys.modules['safe_peft'] = sys.modules['safe_kernels'] = None; "
-        "model = torch.load(io.BytesIO(sys.stdin.buffer.read()), weights_only=False); "
-        "print(model(torch.tensor([[3, 4]])).logits.shape)"
-    )
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], input=buffer.getvalue(), capture_output=True)
-    assert done.stdout.decode().strip() == "torch.Size([1, 2, 50])", done.stderr.decode()
+    done = forks.call(load_without_this_package, buffer.getvalue())
+    assert done.value == (1, 2, 50), done.error

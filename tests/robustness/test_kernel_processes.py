@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 
+import forks
 import pytest
 import torch
 from surroundings import CASES
@@ -45,19 +43,6 @@ def same(got: list[Tensor], expected: list[Tensor]) -> bool:
 # ---------------------------------------------------------------- processes
 
 
-def in_a_new_process(function: str) -> None:
-    """Calls one of this file's functions where no other test has started threads that a fork would lose."""
-    command = [sys.executable, "-c", f"import test_kernel_processes as here; here.{function}()"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])}
-    with subprocess.Popen(command, env=environment, start_new_session=True, stderr=subprocess.PIPE, text=True) as child:
-        try:
-            _, err = child.communicate(timeout=PATIENCE)
-        finally:
-            with suppress(ProcessLookupError):
-                os.killpg(child.pid, signal.SIGKILL)  # what it forked too
-    assert child.returncode == 0, err
-
-
 def fork_after_threads() -> None:
     torch.set_num_threads(2)
     inputs = big_problem()
@@ -70,7 +55,8 @@ def fork_after_threads() -> None:
 
 def test_a_forked_child_computes_the_same_after_several_threads_did() -> None:
     """GNU's OpenMP has lost its threads in the child, so that, as for PyTorch's own ops, it has to do with one."""
-    in_a_new_process("fork_after_threads")
+    done = forks.call(fork_after_threads, seconds=PATIENCE)
+    assert done.code == 0, done.error
 
 
 class Rows(Dataset[list[Tensor]]):
@@ -92,7 +78,8 @@ def load_after_threads() -> None:
 
 
 def test_workers_of_a_data_loader_compute_the_same_after_several_threads_did() -> None:
-    in_a_new_process("load_after_threads")
+    done = forks.call(load_after_threads, seconds=PATIENCE)
+    assert done.code == 0, done.error
 
 
 PROGRAM = """

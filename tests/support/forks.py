@@ -64,6 +64,12 @@ def call_each(function: Callable[..., Any], calls: Sequence[Sequence[Any]], seco
     return ended
 
 
+def forget(*packages: str) -> None:
+    """In such a process: as if these had not been imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in packages]:
+        del sys.modules[name]
+
+
 def _serve(requests: Connection) -> NoReturn:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -84,7 +90,7 @@ def _run(function: Callable[..., Any], calls: Sequence[Sequence[Any]], seconds: 
         for number, args in enumerate(calls):
             reader, sender = _context.Pipe(duplex=False)
             prints = Path(folder, f"{number}.out"), Path(folder, f"{number}.err")
-            process = _context.Process(target=_work, args=(sender, prints, function, args), daemon=True)
+            process = _context.Process(target=_work, args=(sender, prints, function, args))
             process.start()
             sender.close()
             started.append((process, reader, prints))
@@ -93,7 +99,8 @@ def _run(function: Callable[..., Any], calls: Sequence[Sequence[Any]], seconds: 
         ended = []
         for (process, _, prints), (value, error) in zip(started, received, strict=True):
             process.join(0 if error == "hung" else 5)
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it forked too
             process.join()
             assert process.exitcode is not None
             ended.append(Ended(process.exitcode, value, error, *(path.read_text(errors="replace") for path in prints)))
@@ -110,6 +117,7 @@ def _receive(reader: Connection, deadline: float) -> tuple[Any, str]:
 
 
 def _work(sender: Connection, prints: tuple[Path, Path], function: Callable[..., Any], args: Sequence[Any]) -> None:
+    os.setsid()
     gc.freeze()  # or a collection would write to, and so copy, all that was imported before the fork
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for path, number in zip(prints, (1, 2), strict=True):

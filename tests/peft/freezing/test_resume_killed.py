@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import traceback
 from pathlib import Path
 
+import forks
 import pytest
 import torch
 from killed import CONFIG, KILLS, SAVE_AT, SAVE_STEPS, STEPS, TORN, RawLoop, callback_of, main, trainer
@@ -21,15 +20,10 @@ EXACT = ("adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the trainings left behind, in a fork: to import all that they need takes longer than they do."""
+    """What the trainings left behind."""
     folder = tmp_path_factory.mktemp("killed")
-    if (child := os.fork()) == 0:
-        try:
-            main(folder)
-        except BaseException:
-            traceback.print_exc()
-        os._exit(1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    done = forks.call(main, folder)
+    assert done.code == -signal.SIGKILL, done.error
     return folder
 
 

@@ -7,6 +7,7 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import forks
 import pytest
 import torch
 from killed import callback_of, trainer
@@ -105,13 +106,14 @@ class Dies(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def train_until_killed(folder: Path) -> None:
+    run(folder, CACHED, Dies()).train()
+
+
 def test_a_training_killed_with_a_warm_cache_goes_on_to_the_same_weights(tmp_path: Path) -> None:
     whole = run(tmp_path / "whole", CACHED)
     whole.train()
-    if (child := os.fork()) == 0:
-        run(tmp_path / "killed", CACHED, Dies()).train()
-        os._exit(1)
-    assert os.WTERMSIG(os.waitpid(child, 0)[1]) == signal.SIGKILL
+    assert forks.call(train_until_killed, tmp_path / "killed").code == -signal.SIGKILL
     again = run(tmp_path / "killed", CACHED)
     again.train(resume_from_checkpoint=last_checkpoint(tmp_path / "killed"))
     assert callback_of(again).freezer.ledger == callback_of(whole).freezer.ledger
