@@ -26,7 +26,8 @@ from safe_peft import AdapterFreezer, SafeCallback, SafeConfig, last_checkpoint
 STEPS, SAVE_STEPS, ACCUMULATE = 12, 3, 2
 SAVE_AT = 6
 """Killed while this step is saved: adapters were scored and frozen in it."""
-KILLS, TORN = 36, 99
+KILLS, TORN = {"raw": 12, "trainer": 36}, 99
+"""More than the operations on files of a save, which are 8 and 32."""
 OPERATIONS = ("os.rename", "os.mkdir", "os.remove", "os.rmdir")
 CONFIG = SafeConfig(warmup=2, max_warmup=4, freeze_end=10, freeze_interval=2, score_interval=3, freeze_by="adapters")
 RAW_CONFIG = SafeConfig.from_dict({**CONFIG.to_dict(), "score": "gradient_sensitivity"})
@@ -163,7 +164,7 @@ def die_in_torch_save() -> None:
 
 def fork_and_die(folder: Path, use: Callable[[Path], None]) -> bool:
     """Fork once for every way to die; True in a fork, which is to go on until it is dead."""
-    for number in (*range(KILLS), TORN):
+    for number in (*range(KILLS[folder.name]), TORN):
         copy = folder.with_name(f"{folder.name}-{number}")
         shutil.copytree(folder, copy)
         state = random.getstate()

@@ -44,7 +44,7 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 
 def ways(killed: Path, kind: str) -> list[Path]:
-    return [killed / f"{kind}-{number}" for number in (*range(KILLS), TORN)]
+    return [killed / f"{kind}-{number}" for number in (*range(KILLS[kind]), TORN)]
 
 
 def test_wherever_a_trainers_save_is_killed_a_whole_checkpoint_is_found(
