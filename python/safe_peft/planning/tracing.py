@@ -73,12 +73,13 @@ def trace(
     keep_dropout: bool = False,
     device: str = "",
     loss: Loss | None = None,
+    backward: bool = True,
 ) -> Trace:
     """Trace a step of a copy of a model, on the fast path or as stock PEFT. The model itself does not change.
 
     The model is a PEFT model on any device, bound or not, or the module of a `FakeModel`. The other arguments are those
     of `plan_memory`, with exact names of adapters and blocks, and with a kind of device. In stock PEFT the dropout of
-    frozen adapters always stays on.
+    frozen adapters always stays on. Without backward, the peak is that of forward.
 
     Raises:
         PlanError: The model does not run without values.
@@ -103,7 +104,7 @@ def trace(
             adapter.freeze(keep_dropout=keep_dropout or not fast)
     live = [adapter for adapter in adapters if adapter.name not in frozen]
     try:
-        return _run(fake, Accounts(fake.module, live, recompute if fast else ()), inputs, device, loss)
+        return _run(fake, Accounts(fake.module, live, recompute if fast else ()), inputs, device, loss, backward)
     except PlanError:
         raise
     except Exception as error:
@@ -119,7 +120,7 @@ def live_adapters(model: nn.Module) -> list[Adapter]:
     return Binding(layers).live_adapters()
 
 
-def _run(fake: FakeModel, accounts: Accounts, inputs: Inputs, kind: str, loss_of: Loss | None) -> Trace:
+def _run(fake: FakeModel, accounts: Accounts, inputs: Inputs, kind: str, loss_of: Loss | None, backward: bool) -> Trace:
     """Run one forward and backward on a fake model, with records of every saved tensor."""
     device, dtype = parameters_of(fake.module)[0].device, inputs.autocast
     with (
@@ -138,7 +139,7 @@ def _run(fake: FakeModel, accounts: Accounts, inputs: Inputs, kind: str, loss_of
         with LiveBytes([*existing, *batch], accounts.note_draw, fake=True) as live:
             known = {key for t in [*existing, *batch] for key, _ in storages(t)}
             loss, table = _forward(accounts, partial(_loss, loss_of, called, arguments), known)
-            if loss is not None:
+            if loss is not None and backward:
                 torch.autograd.backward(loss)  # Tensor.backward may be patched by a program that watches losses
             peak = live.peak
     trained = sum(p.numel() * p.element_size() for p in parameters_of(fake.module) if p.requires_grad)

@@ -70,6 +70,12 @@ def test_retained_bytes_are_those_of_a_real_step(name: str, which: str, fast: bo
     assert sum(planned.table.by_part().values()) == sum(planned.table.by_block().values()) == real
 
 
+def test_what_is_retained_is_known_without_backward() -> None:
+    model = family("bert").model(p=0.1, lora_dropout=0.1)
+    whole, part = (trace(model, inputs_for(model, ROWS, LENGTH), backward=backward) for backward in (True, False))
+    assert part.table == whole.table and part.peak < whole.peak
+
+
 def test_a_table_never_promises_too_much() -> None:
     model = family("llama").model(p=0.1, lora_dropout=0.1)
     frozen = names_of(model)[:-1]
