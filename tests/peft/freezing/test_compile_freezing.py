@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -95,9 +95,14 @@ def train(model: nn.Module, steps: int, backend: Counting | None = None, **optio
     return seen
 
 
+@functools.cache
+def uncompiled() -> dict[str, Any]:
+    return train(toy(), 18)
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_an_event_recompiles_once_and_a_scoring_not_at_all(way: Callable[..., nn.Module]) -> None:
-    expected = train(toy(), 18)
+    expected = uncompiled()
     backend = Counting()
     seen = train(way(toy(), backend=backend, fullgraph=True), 18, backend)
     assert seen["losses"] == pytest.approx(expected["losses"], rel=1e-5)
@@ -199,7 +204,7 @@ def test_dropout_in_a_compiled_backward_is_that_of_its_forward(checkpointed: boo
     model, batch = toy(lora_dropout=0.5), next(pairs(1))
     inner: Toy = model.base_model.model
     if checkpointed:
-        inner.around = partial(checkpoint, use_reentrant=False)
+        inner.around = functools.partial(checkpoint, use_reentrant=False)
     results = []
     with bind(model):
         for run in (model, torch.compile(model, backend=backend, fullgraph=True)):

@@ -35,28 +35,30 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+@pytest.mark.parametrize(
+    ("options", "stops"), zip(OPTIONS, ("before on after", "after", "on", "before"), strict=True), ids=ids
+)
 def test_a_trainer_resumed_before_on_and_after_freezings_ends_with_the_same_bits(
-    options: dict[str, Any], tmp_path: Path
+    options: dict[str, Any], stops: str, tmp_path: Path
 ) -> None:
-    whole = trainer(tmp_path, config(options), save_steps=1)
+    whole = trainer(tmp_path, config(options), save_steps=3)
     whole.train()
     ledger = callback_of(whole).freezer.ledger
     steps = {freezing.step for freezing in ledger.freezings}
     assert steps and len(ledger.freezings) < 12
-    for step in (3, min(steps), 9):
+    for step in ({"before": 3, "on": min(steps), "after": 9}[stop] for stop in stops.split()):
         again = trainer(tmp_path / "again", config(options), save_strategy="no")
         again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
         assert callback_of(again).freezer.ledger == ledger
         assert same(again.model.state_dict(), whole.model.state_dict())
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=ids)
+@pytest.mark.parametrize(("options", "stops"), zip(OPTIONS, [(5, 13), (13,), (5,), (13,)], strict=True), ids=ids)
 def test_a_custom_loop_resumed_within_an_accumulation_ends_with_the_same_bits(
-    options: dict[str, Any], tmp_path: Path
+    options: dict[str, Any], stops: tuple[int, ...], tmp_path: Path
 ) -> None:
     whole = RawLoop(tmp_path, config(options)).run()
-    for micro in (5, 13):
+    for micro in stops:
         first = RawLoop(tmp_path / str(micro), config(options)).run(micro)
         first.save()
         again = RawLoop(tmp_path / str(micro), config(options)).resume()
