@@ -269,8 +269,13 @@ class Planner:
     def _trace(self, frozen: Collection[str] = (), recompute: Collection[str] = ()) -> Trace:
         key = frozenset(frozen), frozenset(recompute)
         if key not in self._traces:
-            options = {"keep_dropout": self.config.keep_dropout, "backward": False}  # the peak decides nothing
-            self._traces[key] = trace(*self._known(), frozen=frozen, recompute=recompute, **options)
+            self._traces[key] = trace(
+                *self._known(),
+                frozen=frozen,
+                recompute=recompute,
+                keep_dropout=self.config.keep_dropout,
+                backward=False,  # the peak decides nothing
+            )
         return self._traces[key]
 
     def start_and_end(self, frozen: Sequence[str], recompute: Collection[str]) -> tuple[tuple[str, MemoryPlan], ...]:
