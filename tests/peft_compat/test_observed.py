@@ -75,9 +75,10 @@ class Oracle:
         return importance(X[counts], Y[counts])
 
 
-def scored_once(model: PeftModel, batch: dict[str, Tensor]) -> tuple[AdapterFreezer, Oracle]:
+def scored_once(model: PeftModel, batch: dict[str, Tensor], per_token: int = 1) -> tuple[AdapterFreezer, Oracle]:
+    """One block holds all rows, of which a token has so many, and no more: a matrix has as many rows and columns."""
     optimizer = adamw(model)
-    options = {**EARLY, "score_blocks": 1, "block_rows": 4096}
+    options = {**EARLY, "score_blocks": 1, "block_rows": batch["input_ids"].numel() * per_token}
     freezer = AdapterFreezer(model, optimizer, SafeConfig(**options))
     oracle = Oracle(freezer)
     train(model, optimizer, iter([batch]), freezer)
@@ -86,7 +87,7 @@ def scored_once(model: PeftModel, batch: dict[str, Tensor]) -> tuple[AdapterFree
 
 def test_every_kind_of_layer_is_scored_by_its_features_without_and_with_the_adapter() -> None:
     batch = next(batches(1))
-    freezer, oracle = scored_once(odd(), batch)
+    freezer, oracle = scored_once(odd(), batch, per_token=16)
     dims = {"slide": 2, "grouped": 2, "image": 3, "volume": 4}
     masked = {"words", "experts", "experts.base_layer", "mix", "slide", "grouped"}  # rows are tokens there
     names = [adapter.name for adapter in freezer.adapters]
