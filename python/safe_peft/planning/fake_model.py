@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import masking_utils
 
+from ..binding.adapters.base import TENSORS
 from ..binding.blocks import parts_of
 from ..binding.blocks.norms import INVERTS, Norm
 from ..binding.class_swap import STATE, original_type
@@ -30,7 +31,6 @@ from ..errors import PlanError, first_line
 
 _ALL, _ANY = torch.ops.aten.all.default, torch.ops.aten.any.default
 _FIND_PACKED = "find_packed_sequence_indices"
-_PLAIN = frozenset({Tensor, nn.Parameter, FakeTensor})
 _ATTACHED = "_attached"
 """Attribute of a copied parameter: names of the attributes that were copied with it."""
 
@@ -137,7 +137,7 @@ class _Copying(FakeCopyMode):
 def _attach(parameter: nn.Parameter, memo: dict[int, Any]) -> None:
     """Copy the attributes that bitsandbytes sets on its parameters, because a fake tensor cannot have its class."""
     own = vars(parameter)
-    known = type(parameter) in _PLAIN or is_traceable_wrapper_subclass(parameter)
+    known = type(parameter) in TENSORS or is_traceable_wrapper_subclass(parameter)
     names = own.get(_ATTACHED, () if known else tuple(own))
     if names:
         copied = {name: copy.deepcopy(own[name], memo) for name in names}

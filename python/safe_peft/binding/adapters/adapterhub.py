@@ -16,9 +16,9 @@ import safe_kernels
 
 from ..class_swap import STATE, autocasts, is_hooked, original_type, own_forward
 from ..code import own_method, own_methods
-from .base import Adapter, register_adapter
+from .base import FLOATS, TENSORS, Adapter, register_adapter
 from .bottleneck import BottleneckAdapter, refuse_code
-from .lora import FLOATS, TENSORS, refuse_tensor
+from .lora import refuse_tensor
 from .observed import Call, ObservedLayer, Sample
 
 _KINDS = {"ReLU": "relu", "SiLU": "silu", "GELUActivation": "gelu", "NewGELUActivation": "gelu_tanh"}

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
@@ -20,6 +21,10 @@ from .score_inputs import ScoreInputs
 
 PARAMETERS = frozenset({nn.Parameter, FakeTensor})
 """Types of parameters that the ops take; those of a model without values are fake tensors."""
+TENSORS = PARAMETERS | {Tensor}
+"""Types of tensors that the ops take."""
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
+"""The dtypes of the ops."""
 
 
 @dataclass(slots=True, eq=False)

@@ -13,8 +13,8 @@ import safe_kernels
 from ...bottleneck.layer import BottleneckLayer
 from ..class_swap import STATE, autocasts, is_hooked, own_forward
 from ..code import Methods, own_methods, replaced, watched
-from .base import Adapter, LayerState, active_keys, register_adapter
-from .lora import DROPOUTS, FLOATS, TENSORS, LoraAdapter, observed, refuse_tensor
+from .base import FLOATS, TENSORS, Adapter, LayerState, active_keys, register_adapter
+from .lora import DROPOUTS, LoraAdapter, observed, refuse_tensor
 from .observed import ObservedLayer
 
 _METHODS = own_methods(

@@ -19,13 +19,11 @@ from safe_kernels import AdapterStatistics
 from ..class_swap import STATE, autocasts, is_hooked, is_transformed, original_type, own_forward
 from ..code import own_method, watched
 from . import dora
-from .base import PARAMETERS, Adapter, LayerState, active_keys, register_adapter
+from .base import FLOATS, PARAMETERS, TENSORS, Adapter, LayerState, active_keys, register_adapter
 from .observed import ObservedLayer, aside
 from .score_inputs import OptimizerStep, ScoreInputs
 
-FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 DROPOUTS = frozenset({nn.Dropout, nn.Identity})
-TENSORS = PARAMETERS | {Tensor}
 _CALLED = ("forward", "__call__", "_cast_input_dtype")
 _METHODS: dict[type, tuple[Any, ...]] = {}
 ROUTING = ("adapter_names", *VARIANT_KWARG_KEYS)

@@ -27,8 +27,8 @@ from safe_kernels.retention import Recorder
 
 from ..class_swap import is_bound, is_transformed
 from ..keep import keep, storage_of
-from .base import active_keys, adapter_keys, register_adapter
-from .lora import FLOATS, TENSORS, LoraAdapter
+from .base import FLOATS, TENSORS, active_keys, adapter_keys, register_adapter
+from .lora import LoraAdapter
 from .without_kernel import BaseRunsApart
 
 _Proxy: Any = getattr(peft_layers, "_LoraFactorsProxy", None)

@@ -14,8 +14,8 @@ from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses import FakeTensor
 
+from ..adapters.base import FLOATS, TENSORS
 from ..class_swap import STATE, SwappedModule, is_hooked, is_transformed, original_type, own_forward
 from ..code import Code, watched
 
@@ -95,16 +95,13 @@ class Part(ABC):
 
 _READ = ("p", "inplace")
 """Attributes of a dropout that every call reads."""
-FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-"""The dtypes of the ops."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_TENSORS = frozenset({Tensor, nn.Parameter, FakeTensor})
 
 
 def is_plain(*values: Any) -> bool:
     """Whether all values are tensors that an op supports, outside of torch.func and torch.jit.trace."""
     return not is_transformed() and all(
-        type(value) in _TENSORS
+        type(value) in TENSORS
         and value.dtype in FLOATS
         and value.layout is torch.strided
         and not value.is_nested

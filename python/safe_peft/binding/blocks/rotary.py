@@ -18,9 +18,10 @@ from torch import Tensor, nn
 import safe_kernels
 from safe_kernels import reference
 
+from ..adapters.base import FLOATS
 from ..class_swap import is_transformed, original_type
 from ..code import FunctionCode, definition, names_read, own_method, redefined
-from .base import FLOATS, Part, agrees, is_plain, sample
+from .base import Part, agrees, is_plain, sample
 
 _PARAMETERS = ["q", "k", "cos", "sin"]
 _READ_BY_PYTHON = ("__builtins__", "__name__", "__package__", "__path__", "__spec__", "__warningregistry__")
@@ -58,7 +59,6 @@ class Rotary(Part):
     code: FunctionCode
     dtypes: dict[tuple[torch.dtype, torch.dtype], torch.dtype]
     takes_part: bool
-    _forward: Any = None
     _levels: tuple[tuple[FunctionType, CodeType, Any, dict[str, Any] | None], ...] = ()
     _run: Any = None
 
@@ -77,7 +77,7 @@ class Rotary(Part):
                 continue
             if not found or not _rotates(names[name]):
                 continue
-            part = cls(name, code, _dtypes(names[name]), _rotates(names[name], width=6), forward)
+            part = cls(name, code, _dtypes(names[name]), _rotates(names[name], width=6))
             part._levels = tuple((level, *definition(level)) for level in levels)
             part._run = _renamed(forward, _Names(names, name, code, part._rotate(names[name])))
             return None if part._run is None else part
@@ -89,7 +89,7 @@ class Rotary(Part):
     def _replaced(self, module: nn.Module) -> str | None:
         """Return in a few words whether the module has another forward than the recognised one."""
         kind: Any = original_type(module)
-        same = kind.forward is self._forward and "forward" not in module.__dict__
+        same = kind.forward is self._levels[0][0] and "forward" not in module.__dict__
         if same and not any(redefined(*level) for level in self._levels):
             return None
         return f"{kind.__name__}.forward is replaced"
