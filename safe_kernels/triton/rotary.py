@@ -69,7 +69,6 @@ def _rotary_kernel(
 
 @host.served_by(reference.rotary)
 def rotary(x: Tensor, cos: Tensor, sin: Tensor, transposed: bool = False) -> Tensor:
-    """See `safe_kernels.reference.rotary`."""
     batch, tokens, heads, N = x.shape
     shape = (batch if cos.shape[0] == batch else 1, tokens, min(cos.shape[-1], N) // 2 * 2)
     host.require_shape("cos", cos, shape)
