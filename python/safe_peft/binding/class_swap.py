@@ -96,10 +96,14 @@ def saves_by_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
+
+
 def autocasts(x: torch.Tensor) -> bool:
     """Whether autocast is on for a tensor's device; some devices, such as "meta", have no autocast."""
-    kind = x.device.type
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return _has_autocast(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 def is_hooked(module: nn.Module) -> bool:

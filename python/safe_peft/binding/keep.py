@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,10 +22,11 @@ class _Keep(torch.autograd.Function):
         raise AssertionError("nothing depends on this node")
 
 
-def keep(tensors: Sequence[Tensor]) -> Any:
-    """Return a node with these tensors as its `saved_tensors`."""
+def keep(tensors: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
+    """Return a function that returns these tensors, and raises PyTorch's error if one was written to in place."""
     with torch.enable_grad():
-        return _Keep.apply(torch.empty(0, requires_grad=True), *tensors).grad_fn
+        output = _Keep.apply(torch.empty(0, requires_grad=True), *tensors)
+    return lambda: output.grad_fn.saved_tensors  # torch 2.11 drops them when the node's output is gone
 
 
 def storage_of(tensor: Tensor) -> int | None:

@@ -257,10 +257,10 @@ class _Recipe:
             return _Proxy(left.to(W.dtype), right.to(W.dtype), self.scaling).forward(W)
 
 
-def _kept(node: Any, words: str) -> Any:
-    """Return the tensors of a node; if one was written to, `words` explain the fix."""
+def _kept(kept: Any, words: str) -> Any:
+    """Return the kept tensors; if one was written to, `words` explain the fix."""
     try:
-        return node.saved_tensors
+        return kept()
     except RuntimeError as error:
         if "inplace" not in str(error):
             raise

@@ -71,9 +71,10 @@ class Attention(Part):
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         x = given.pop(self.arguments[0], None)
         mask, bias = given.pop("attention_mask", None), given.pop("position_bias", None)
-        asks_for_more = x is None or any(value is not None and value is not False for value in given.values())
+        asks_for_more = any(value is not None and value is not False for value in given.values())
+        takes = isinstance(x, Tensor) and x.dim() == 3 and not asks_for_more and self.refusal(module) is None
         dropout = module._modules[self.dropout]
-        if asks_for_more or self.refusal(module) is not None or (dropout.training and dropout.p > 0):
+        if not takes or (dropout.training and dropout.p > 0):
             return None
         return None if bias is not None and bias.requires_grad else (self._attend(module, x, mask, bias),)
 

@@ -126,7 +126,7 @@ class Run:
             if self._kept is None:  # unpacked in the forward itself
                 return self._saved[handle.index]
             if self.reason:
-                return self._kept.saved_tensors[self._places.index(handle.index)]
+                return self._kept()[self._places.index(handle.index)]
             if handle.index not in self._saved:
                 self._saved = self._again()
             return self._saved.pop(handle.index)
@@ -135,7 +135,7 @@ class Run:
         """Repeat the call, and return the tensors that it saves."""
         self._moment.check_parameters(self._name)
         try:
-            kept = self._kept.saved_tensors
+            kept = self._kept()
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
