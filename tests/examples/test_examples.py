@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -23,7 +24,8 @@ def run(name: str, folder: Path, capsys: pytest.CaptureFixture[str], method: str
 
 def test_classification(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     said = run("classification.py", tmp_path, capsys, steps=10, test_rows=16)
-    assert "29 adapters frozen" in said and "accuracy 0." in said
+    frozen = 29 if transformers.__version__ >= "5" else 28  # BERT's attention in transformers 4 retains more
+    assert f"{frozen} adapters frozen" in said and "accuracy 0." in said
 
 
 def test_bottleneck(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

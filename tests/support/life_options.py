@@ -18,6 +18,7 @@ from adapted import adapted_bert
 from families import family
 from odd import odd
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import ParamWrapper
 from tiny import BERT_TARGETS, batches, bert, causal_batches, gpt2, randomise_adapters
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -98,6 +99,11 @@ def smollm(count: int) -> list[dict[str, Tensor]]:
 
 
 NO_KERNEL = "lora.Embedding has no kernel"
+PARAMETERS = "lora.ParamWrapper (target_parameters) has no kernel" + (
+    "; backward makes the changed weight again"
+    if hasattr(ParamWrapper, "get_delta_factors")
+    else " and retains the changed weight: this version of PEFT adds the product of A and B as one tensor"
+)
 TOKENS = "trainable_tokens.TrainableTokensLayer is not covered"
 OPTIONS = (
     bert_with("bias-all", bias="all"),
@@ -122,13 +128,7 @@ OPTIONS = (
     Option(
         "convolutions-and-parameters",
         odd,
-        reasons=frozenset(
-            {
-                FAST,
-                NO_KERNEL,
-                "lora.ParamWrapper (target_parameters) has no kernel; backward makes the changed weight again",
-            }
-        ),
+        reasons=frozenset({FAST, NO_KERNEL, PARAMETERS}),
     ),
     Option("tied", tied, causal_batches, frozenset({FAST, NO_KERNEL})),
     Option("layer_replication", replicated, causal_batches),

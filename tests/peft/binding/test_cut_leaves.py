@@ -101,7 +101,7 @@ def test_backward_hooks_below_the_cut_fire_as_in_stock(one: Family, where: str) 
     order: list[list[Any]] = []
 
     def hook(module: nn.Module, grads: Any, outputs: Any) -> None:
-        order.append(["hook", *(None if grad is None else float(grad.norm()) for grad in grads)])
+        order.append(["hook", *(None if grad is None else float(grad.double().norm()) for grad in grads)])
 
     if where == "all modules":
         handle = nn.modules.module.register_module_full_backward_hook(hook)

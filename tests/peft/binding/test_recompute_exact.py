@@ -39,14 +39,16 @@ def test_a_cache_is_filled_once(name: str, use_cache: bool | None, padded: str) 
 
     compare(model, compute)
     assert all(cache.get_seq_length() == length == IDS.shape[1] for cache, length in lengths)
-    assert bool(lengths) == (use_cache is not False)
+    if not (name == "gemma2" and hf.__version__ < "5"):  # which makes no cache in training
+        assert bool(lengths) == (use_cache is not False)
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_context_that_is_cached_is_read_twice(name: str) -> None:
     model = made(name)
     with torch.no_grad():
-        known = model(input_ids=IDS[:, :4], use_cache=True).past_key_values
+        known = model.eval()(input_ids=IDS[:, :4], use_cache=True).past_key_values
+    model.train()
 
     def compute() -> Tensor:
         cache = copy.deepcopy(known)

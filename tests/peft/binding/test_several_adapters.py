@@ -23,8 +23,8 @@ def stack(keys: tuple[str, ...], base_bias: bool = True, dtype: torch.dtype = to
     config = {"target_modules": ["0", "1"], "init_lora_weights": False, **lora}
     model = get_peft_model(base, LoraConfig(r=4, **config), autocast_adapter_dtype=False)  # type: ignore[arg-type]
     for r, key in enumerate(keys[1:], start=2):
-        model.add_adapter(key, LoraConfig(r=r, **config), autocast_adapter_dtype=False)
-    model.base_model.set_adapter(list(keys))
+        model.add_adapter(key, LoraConfig(r=r, **config))
+    model.to(dtype).base_model.set_adapter(list(keys))
     randomise_adapters(model)
     return model.train()
 

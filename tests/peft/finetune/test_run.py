@@ -169,8 +169,8 @@ def perplexity(model: nn.Module, folder: Path, source: str) -> float:
     """Row by row, without padding."""
     tokenizer, total, count = AutoTokenizer.from_pretrained(source), 0.0, 0
     for text in data.read_texts(folder / "eval.jsonl", "text"):
-        ids = tokenizer(text, return_tensors="pt")["input_ids"]
-        logits = model(input_ids=ids).logits[0, :-1]
+        encoded = tokenizer(text, return_tensors="pt")
+        ids, logits = encoded["input_ids"], model(**encoded).logits[0, :-1]
         total += float(nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum"))
         count += ids.shape[1] - 1
     return math.exp(total / count)

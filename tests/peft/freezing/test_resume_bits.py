@@ -22,7 +22,7 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"score": "gradient_sensitivity", "score_interval": 1},
     {"score": "relative_norm", "freeze_by": "bytes", "target_fraction": 0.6, "recompute": "frozen"},
-    {"memory_budget": 30_000, "recompute": "auto", "target_fraction": None, "keep_dropout": True},
+    {"memory_budget": 34_000, "recompute": "auto", "target_fraction": None, "keep_dropout": True},
 ]
 ids = ["cka", "gradient_sensitivity", "bytes", "budget"]
 

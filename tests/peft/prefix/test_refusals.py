@@ -65,7 +65,8 @@ class Collecting(nn.Module):
         hidden = self.bert.bert.embeddings(input_ids)
         kept = []
         for number, layer in enumerate(self.bert.bert.encoder.layer):
-            hidden = layer(hidden)
+            found = layer(hidden)
+            hidden = found[0] if isinstance(found, tuple) else found  # transformers 4
             if self.collects is True or (self.collects is not False and self.collects == number):
                 kept.append(hidden)
         return torch.stack([hidden, *kept]).mean(0)
