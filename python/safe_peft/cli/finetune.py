@@ -31,11 +31,11 @@ STEPS_OR_SHARE = "optimizer steps (100) or a share of the training (0.2)"
 LISTS = ("target_modules", "modules_to_save")
 LORA_ONLY = {"r": 8, "lora_alpha": 16, "bias": "none", "use_rslora": False, "use_dora": False}
 LORA_OPTIONS = (*LORA_ONLY, "lora_dropout", *LISTS)
-BOTTLENECK = "Bottleneck adapters instead of LoRA: the hidden size is divided by this number, such as 16."
+BOTTLENECK = "Bottleneck adapters instead of LoRA, such as 16: hidden size / bottleneck size."
 SCORES = "cka, drift, gradient_sensitivity, progress, random, realised, relative_norm, sensitivity or velocity."
-BY = "bytes: a share of the bytes that freezing all adapters saves; adapters: of their number."
-BUDGET = "Bytes that a step may retain at the end (6GiB); freezes by importance per byte."
-PREFIX = "Memory for outputs of the frozen blocks at the bottom (2GiB), which then run once."
+BY = "Meaning of the share. bytes: of the bytes that freezing all adapters saves; adapters: of their number."
+BUDGET = "Bytes that a step may retain at the end of freezing, such as 6GiB."
+PREFIX = "Memory for outputs of the lowest, frozen blocks, such as 2GiB; later epochs skip these blocks."
 
 # `safe-peft plan` has these options too.
 Task = Annotated[str, data("seq-cls (measured by accuracy) or causal-lm (by perplexity).")]
@@ -43,19 +43,17 @@ Rank = Annotated[int, lora("Rank of the adapters.", "--r")]
 Dropout = Annotated[float, lora("Dropout before the adapters.")]
 Targets = Annotated[str, lora("Layers to adapt: all-linear, or name suffixes separated by commas.")]
 Saved = Annotated[str | None, lora("Further layers to train in full, separated by commas.")]
-Loss = Annotated[str, training("model, or chunked: causal-lm without full logits in memory.")]
+Loss = Annotated[str, training("model: its own loss; chunked: for causal-lm, without the full logits in memory.")]
 
 
 def finetune(
-    model: Annotated[str, data("A folder or a hub id.")],
+    model: Annotated[str, data("Base model: a folder or a hub id.")],
     train: Annotated[str, data("Training file: csv, tsv, jsonl, json or parquet.")],
     eval: Annotated[str, data("Evaluation file with the same columns.", "--eval")],
     output: Annotated[str, data("Folder for the adapter, the tokenizer and the report.")],
     task: Task = Run.task,
-    text_column: Annotated[str, data("Column that holds the text.")] = Run.text_column,
-    label_column: Annotated[
-        str, data("Column that holds the class, for seq-cls: strings or integers.")
-    ] = Run.label_column,
+    text_column: Annotated[str, data("Column with the text.")] = Run.text_column,
+    label_column: Annotated[str, data("Column with the class, for seq-cls: strings or integers.")] = Run.label_column,
     r: Rank = 8,
     lora_alpha: Annotated[int, lora("Scaling is alpha / r.")] = 16,
     lora_dropout: Dropout = 0.0,
@@ -66,8 +64,8 @@ def finetune(
     use_dora: Annotated[bool, lora("DoRA: a magnitude per output feature trains too.", "--use-dora")] = False,
     bottleneck: Annotated[float | None, lora(BOTTLENECK)] = None,
     epochs: Annotated[int, training("Passes over the training file.")] = Run.epochs,
-    max_steps: Annotated[int | None, training("Optimizer steps, instead of epochs.")] = None,
-    batch_size: Annotated[int, training("Rows per batch.")] = Run.batch_size,
+    max_steps: Annotated[int | None, training("Number of optimizer steps, instead of epochs.")] = None,
+    batch_size: Annotated[int, training("Samples per batch.")] = Run.batch_size,
     learning_rate: Annotated[
         float, training("Peak learning rate of AdamW; it rises, then falls linearly to zero.")
     ] = Run.learning_rate,
@@ -79,29 +77,33 @@ def finetune(
         str, training("auto, cpu or cuda; CUDA_VISIBLE_DEVICES chooses among several GPUs.")
     ] = Run.device,
     method: Annotated[
-        str, freezing("safe, bind (kernels without freezing) or stock (PEFT without changes).")
+        str, freezing("safe, bind (the fast path without freezing) or stock (PEFT without changes).")
     ] = Run.method,
-    score: Annotated[str, freezing(SCORES)] = Safe.score,
+    score: Annotated[str, freezing(f"Measure of importance: {SCORES}")] = Safe.score,
     policy: Annotated[
-        str, freezing("greedy, or a control at equal bytes: random_sets, prefix or autofreeze.")
+        str, freezing("Which adapters freeze: greedy, or a control at equal bytes: random_sets, prefix or autofreeze.")
     ] = Safe.policy,
     target_fraction: Annotated[
         float | None, freezing("Share to freeze; 0.75 unless --threshold or --memory-budget is given.")
     ] = None,
-    threshold: Annotated[float | None, freezing("Freeze at or below this importance, instead of a share.")] = None,
+    threshold: Annotated[
+        float | None, freezing("Freeze adapters with at most this importance, instead of a share.")
+    ] = None,
     freeze_by: Annotated[str, freezing(BY)] = Safe.freeze_by,
     target: Annotated[str | None, hidden("--target")] = None,  # the old name of --freeze-by
     memory_budget: Annotated[str | None, freezing(BUDGET)] = None,
     recompute: Annotated[
-        str, freezing("Run frozen blocks again in backward: off, frozen (all) or auto.")
+        str, freezing("Frozen blocks that run again in backward: off, frozen (all) or auto (what the budget needs).")
     ] = Safe.recompute,
-    warmup: Annotated[str, freezing(f"Nothing freezes before: {STEPS_OR_SHARE}.")] = str(Safe.warmup),
-    max_warmup: Annotated[str, freezing("Freezing starts by then, even if importance still changes.")] = str(
+    warmup: Annotated[str, freezing(f"Nothing freezes before this point: {STEPS_OR_SHARE}.")] = str(Safe.warmup),
+    max_warmup: Annotated[str, freezing("Freezing begins here at the latest, even if importance still changes.")] = str(
         Safe.max_warmup
     ),
-    freeze_end: Annotated[str, freezing("The last freeze event.")] = str(Safe.freeze_end),
-    freeze_interval: Annotated[str, freezing("Between two freeze events.")] = str(Safe.freeze_interval),
-    score_interval: Annotated[str, freezing("Between two scoring steps.")] = str(Safe.score_interval),
+    freeze_end: Annotated[str, freezing("Point of the last freeze event.")] = str(Safe.freeze_end),
+    freeze_interval: Annotated[str, freezing("Distance between two freeze events.")] = str(Safe.freeze_interval),
+    score_interval: Annotated[str, freezing("Distance between steps that measure importance.")] = str(
+        Safe.score_interval
+    ),
     never_freeze: Annotated[
         list[str] | None, freezing("Shell pattern of adapters that never freeze; may be repeated.")
     ] = None,
@@ -110,11 +112,11 @@ def finetune(
         str, freezing("If a score is NaN or Inf: warn and continue, or raise and stop.")
     ] = Safe.on_nonfinite,
     prefix_cache: Annotated[str | None, freezing(PREFIX)] = None,
-    prefix_file: Annotated[str | None, freezing("Further bytes for them in a temporary file.")] = None,
-    prefix_dropout: Annotated[bool, freezing("Leave the model's own dropout on in these blocks.")] = True,
+    prefix_file: Annotated[str | None, freezing("Further bytes for these outputs, in a temporary file.")] = None,
+    prefix_dropout: Annotated[bool, freezing("Leave the model's own dropout on in the skipped blocks.")] = True,
     no_freeze: Annotated[bool, hidden("--no-freeze")] = False,  # the old name of --method bind
 ) -> None:
-    """Fine-tune adapters on your own text, and freeze the adapters that change least.
+    """Fine-tune adapters on your own text, and freeze the least important ones.
 
     The result is an ordinary PEFT checkpoint, with a report of the freeze events and the savings.
     """

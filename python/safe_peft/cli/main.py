@@ -17,7 +17,7 @@ from .plan import plan
 
 app = typer.Typer(
     name="safe-peft",
-    help="Fine-tune LoRA adapters and freeze the ones that change least: SAFE, with kernels that retain less.",
+    help="Fine-tune PEFT adapters in less memory, and freeze the least important ones (SAFE).",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -56,8 +56,8 @@ app.command()(clear_errors(plan))
 
 @app.command()
 @clear_errors
-def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.json, or the file itself.")]) -> None:
-    """Show a report's tables, and write its figure and its page again."""
+def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.json, or this file.")]) -> None:
+    """Print the tables of a saved report, and write its figures and its HTML page again."""
     from ..report.report import FreezeReport
     from ..report.tables import plans_table, runs_table, verdict
 
@@ -79,7 +79,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.j
 @app.command()
 @clear_errors
 def doctor() -> None:
-    """Show installed versions, the extension, the kernels of each device, and fixes for problems."""
+    """Check the installation: versions, the extension and the kernels of each device, with fixes for problems."""
     from .doctor import main as diagnose
 
     raise typer.Exit(diagnose())

@@ -13,15 +13,15 @@ from ..finetune.config import LOSSES, TASKS, FinetuneConfig, check_dropout
 from .finetune import Dropout, Loss, Rank, Saved, Targets, Task, names
 
 DTYPES = ("float32", "bfloat16", "float16")
-DEVICE = "Device of the training: cpu, cuda, or auto for this machine's. The plan needs no GPU."
+DEVICE = "Device of the training: cpu, cuda, or auto (this machine's). The plan itself needs no GPU."
 
 
 def plan(
     model: Annotated[str, Option(help="A folder or a hub id; its weights are not read.")],
     task: Task = "seq-cls",
-    batch_size: Annotated[int, Option(help="Rows per batch.")] = 32,
-    sequence_length: Annotated[int, Option(help="Tokens per row.")] = 128,
-    padded: Annotated[bool, Option("--padded", help="Rows have different lengths, so attention needs a mask.")] = False,
+    batch_size: Annotated[int, Option(help="Samples per batch.")] = 32,
+    sequence_length: Annotated[int, Option(help="Tokens per sample.")] = 128,
+    padded: Annotated[bool, Option("--padded", help="Samples differ in length, so attention gets a mask.")] = False,
     classes: Annotated[int, Option(help="Classes, for seq-cls.")] = 2,
     dtype: Annotated[str, Option(help=f"Dtype of the model's parameters: {', '.join(DTYPES)}.")] = "float32",
     device: Annotated[str, Option(help=DEVICE)] = "auto",
@@ -34,16 +34,16 @@ def plan(
         list[str] | None, Option(help="Shell pattern of adapters that are frozen; may be repeated.")
     ] = None,
     frozen_fraction: Annotated[
-        float | None, Option(help="Share of the adapters that are frozen, lowest first.")
+        float | None, Option(help="Share of the adapters that are frozen, the lowest first.")
     ] = None,
     recompute: Annotated[
         list[str] | None, Option(help="Shell pattern of frozen blocks that run again in backward.")
     ] = None,
-    groups: Annotated[bool, Option("--groups", help="List the bytes that each group of adapters would free.")] = False,
+    groups: Annotated[bool, Option("--groups", help="List what freezing each group of adapters would free.")] = False,
     json: Annotated[Path | None, Option("--json", help="Write the plan to this file.")] = None,
     picture: Annotated[Path | None, Option(help="Draw the plan into this PNG file.")] = None,
 ) -> None:
-    """Show the memory of a training step, stock PEFT compared with ours, without loading weights or training."""
+    """Show the memory of a training step, with stock PEFT and with the fast path. No weights are loaded."""
     lora = {"r": r, "lora_dropout": lora_dropout, "target_modules": names(target_modules)}
     if modules_to_save is not None:
         lora["modules_to_save"] = names(modules_to_save)
@@ -55,6 +55,8 @@ def plan(
         raise ConfigError(f"task must be one of {', '.join(TASKS)}, got {task!r}.")
     if loss not in LOSSES or (loss == "chunked" and task != "causal-lm"):
         raise ConfigError(f"loss must be one of {', '.join(LOSSES)}, chunked only for causal-lm, got {loss!r}.")
+    if classes < 1:
+        raise ConfigError(f"classes must be at least 1, got {classes}.")
     check_dropout(lora_dropout)
     import torch
 

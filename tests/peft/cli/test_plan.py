@@ -67,6 +67,7 @@ def test_a_plan_for_a_gpu_needs_none(shell: Path, tmp_path: Path) -> None:
         (("--task", "poetry"), "task must be one of seq-cls, causal-lm"),
         (("--lora-dropout", "nan"), "lora_dropout must lie in [0, 1], got nan"),
         (("--lora-dropout", -0.1), "lora_dropout must lie in [0, 1], got -0.1"),
+        (("--classes", 0), "classes must be at least 1, got 0"),
         (("--dtype", "int8"), "dtype must be one of float32"),
         (("--device", "tpu"), "device: expected cpu or cuda"),
         (("--loss", "chunked"), "loss must be one of model, chunked, chunked only for causal-lm, got 'chunked'"),
