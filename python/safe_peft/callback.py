@@ -68,11 +68,17 @@ class SafeCallback(TrainerCallback, ExportableState):
         Returns:
             The callback itself.
 
+        Raises:
+            BindingError: `trainer` is not a Trainer of transformers.
+
         Example:
             >>> trainer = Trainer(model=model, args=args, train_dataset=data)  # doctest: +SKIP
             >>> callback = SafeCallback(SafeConfig(target_fraction=0.5)).attach(trainer)  # doctest: +SKIP
         """
-        callbacks = trainer.callback_handler.callbacks
+        handler = getattr(trainer, "callback_handler", None)
+        if handler is None:
+            raise BindingError(f"trainer: expected a transformers.Trainer, got {type(trainer).__name__}.")
+        callbacks = handler.callbacks
         if self in callbacks:
             callbacks.remove(self)
         else:

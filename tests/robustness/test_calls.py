@@ -96,8 +96,9 @@ def test_any_steps_are_taken_for_good_or_refused(steps: Any, first: bool) -> Non
 
 @pytest.mark.parametrize("config", [3, "x", ["cka"]], ids=str)
 def test_options_that_are_none(config: Any) -> None:
-    refused(lambda: freezer(config=config), "config: expected options by name")
-    refused(lambda: SafeCallback(config), "config: expected options by name")
+    refused(lambda: freezer(config=config), "config: expected a SafeConfig or a dict")
+    refused(lambda: SafeCallback(config), "config: expected a SafeConfig or a dict")
+    refused(lambda: SafeCallback().attach(config), "trainer: expected a transformers.Trainer, got")
 
 
 @pytest.mark.parametrize("parts", [None, 3, "norms", ["norm"], [3]], ids=str)

@@ -38,7 +38,7 @@ class Binding:
         ['0']
     """
 
-    layers: dict[str, nn.Module]
+    layers: dict[str, nn.Module] = field(repr=False)
     blocks: tuple[str, ...] = ()
     _recompute: set[str] = field(default_factory=set, repr=False)
     _own: list[nn.Module] = field(default_factory=list, repr=False)

@@ -219,11 +219,11 @@ class SafeConfig:
             'random'
         """
         if not isinstance(data, Mapping):
-            raise ConfigError(f"config: expected options by name, got {type(data).__name__}.")
+            raise ConfigError(f"config: expected a SafeConfig or a dict of its options, got {type(data).__name__}.")
         names = [field.name for field in fields(cls)]
         unknown = sorted(set(data) - {*names, "target"})
         if unknown:
-            raise ConfigError(f"config has no option {', '.join(unknown)}; the options are {', '.join(names)}.")
+            raise ConfigError(f"config: there is no option {', '.join(unknown)}; the options are {', '.join(names)}.")
         return cls(**data)
 
 
@@ -275,5 +275,5 @@ def parse_size(text: Any, option: str = "memory_budget") -> int:
         unit = _UNITS.get(match[2].lower()) if match else None
         size = int(float(match[1]) * unit) if match and unit else 0
     if size < 1:
-        raise ConfigError(f'{option}: expected bytes above zero, such as "6GiB", "800MB" or an int, got {text!r}.')
+        raise ConfigError(f'{option}: expected a size such as "6GiB", "800MB" or an int (bytes) above 0, got {text!r}.')
     return size

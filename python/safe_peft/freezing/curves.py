@@ -45,7 +45,7 @@ def curve_value(curve: str, step: int, start: int, end: int) -> float:
     """Return a registered curve's share of the target at a step, between the end of warm-up and the target's step."""
     share = _CURVES[curve](step, start, end)
     if not isinstance(share, int | float) or not 0.0 <= share <= 1.0:
-        raise ConfigError(f"curve {curve!r}: expected a share between 0 and 1 at step {step}, got {share!r}; fix it.")
+        raise ConfigError(f"curve {curve!r}: expected a share between 0 and 1 at step {step}, got {share!r}.")
     return share
 
 

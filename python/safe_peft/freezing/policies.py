@@ -104,7 +104,7 @@ def choose_by(policy: str, inputs: PolicyInputs) -> list[str]:
     """Return the adapters that freeze now, by a registered policy."""
     chosen = list(dict.fromkeys(_POLICIES[policy](inputs)))
     if wrong := [name for name in chosen if name not in inputs.importance]:
-        raise ConfigError(f"policy {policy!r}: expected names out of its inputs' importance, got {wrong[:3]}; fix it.")
+        raise ConfigError(f"policy {policy!r}: expected names from inputs.importance, got {wrong[:3]}.")
     return chosen
 
 

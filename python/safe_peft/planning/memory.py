@@ -78,7 +78,9 @@ def plan_memory(
     if batch is not None:
         inputs = Inputs.of(batch)
     elif batch_size is None:
-        raise PlanError("batch_size: needed in addition to the model, or else batch=..., a batch whose shapes count.")
+        raise PlanError(
+            "batch_size: missing; pass batch_size and sequence_length, or pass batch=... (a training batch)."
+        )
     else:
         inputs = inputs_for(model, batch_size, sequence_length, padded=padded)
     kind = device_kind(device)

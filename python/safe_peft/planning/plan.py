@@ -111,8 +111,8 @@ class MemoryPlan:
             ("peak", self.stock.peak, self.ours.peak),
         ]
         tables: list[Sequence[Sequence[str]]] = [
-            [("kept by", "stock", "ours"), *_sides(self.stock.by_part, self.ours.by_part)],
-            [("block", "stock", "ours", "frozen whole, frees"), *blocks],
+            [("retained by", "stock", "ours"), *_sides(self.stock.by_part, self.ours.by_part)],
+            [("block", "stock", "ours", "freed if frozen"), *blocks],
             [("", "stock", "ours"), *((name, _mib(stock), _mib(ours)) for name, stock, ours in peaks)],
         ]
         frozen = f"{len(self.frozen)} of {self.adapters} adapters frozen"
@@ -128,7 +128,7 @@ class MemoryPlan:
         rows = [
             (", ".join(row.adapters), _mib(row.holds), _mib(row.stock_frees), _mib(row.frees)) for row in self.groups
         ]
-        return text_table([("adapters", "hold", "frozen, free in stock", "in ours"), *rows])
+        return text_table([("adapters", "retain", "freed if frozen, stock", "freed if frozen, ours"), *rows])
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON values; `from_dict` reads them."""
@@ -170,7 +170,7 @@ def parts_cells(plans: Sequence[tuple[str, MemoryPlan]]) -> list[list[str]]:
     """
     heads = [f"{side}, {name}" if name else side for name, _ in plans for side in ("stock", "ours")]
     sides = [side for _, plan in plans for side in (plan.stock, plan.ours)]
-    rows = [["kept by, MiB", *heads]]
+    rows = [["retained by, MiB", *heads]]
     rows += [[part, *map(_mib, sizes)] for part, sizes in merged(*(side.by_part for side in sides)).items()]
     return [*rows, ["retained", *(_mib(side.retained) for side in sides)]]
 

@@ -180,7 +180,7 @@ def test_a_name_is_registered_once() -> None:
 
 def test_a_policy_chooses_among_what_may_freeze(registered: Callable[[Policy], None]) -> None:
     registered(lambda inputs: ["classifier"])
-    with pytest.raises(ConfigError, match=r"policy 'own': expected names out of .* got \['classifier'\]; fix it"):
+    with pytest.raises(ConfigError, match=r"policy 'own': expected names from .* got \['classifier'\]"):
         choose_by("own", inputs_of())
 
 

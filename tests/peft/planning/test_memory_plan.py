@@ -315,7 +315,7 @@ def test_the_frozen_are_patterns_or_a_share() -> None:
 
 def test_what_cannot_be_planned_is_named() -> None:
     model = family("llama").model()
-    with pytest.raises(PlanError, match="batch_size: needed"):
+    with pytest.raises(PlanError, match="batch_size: missing; pass batch_size"):
         plan_memory(model)
     with pytest.raises(PlanError, match="sequence_length: expected an int of at least 1, got None"):
         plan_memory(model, 2)
