@@ -43,7 +43,7 @@ class Save(NamedTuple):
 
 
 class Dropped(NamedTuple):
-    """One tensor that a node held before: the node has released it, or is dead."""
+    """One tensor that a node no longer holds: the node has released it, or is dead."""
 
     storage: weakref.ref[Any]
     key: int  # the storage's identity, valid while the storage lives
@@ -84,13 +84,13 @@ class Retention:
 def measure(fn: Callable[[], Any], *, exclude: Tensor | nn.Module | Iterable[Tensor | nn.Module] = ()) -> Retention:
     """Runs ``fn()`` and measures the tensors that autograd keeps for backward.
 
-    Only tensors count that the graph still holds when ``fn`` returns, so ``fn`` must return the loss, or another tensor
+    Tensors count if the graph still holds them when ``fn`` returns, so ``fn`` must return the loss, or another tensor
     that keeps the graph alive. A storage saved by several nodes or through several views counts once, with its full
     size.
 
-    Backward needs weights too, but they exist anyway. Parameters and buffers of modules that ``fn`` names, as ``model``
-    in ``lambda: model(x)``, do not count, nor do parameters that it names, nor aliases of these (``weight.t()``,
-    ``weight.detach()``). Pass modules that ``fn`` reaches in another way as ``exclude``.
+    Backward needs weights too, but they exist anyway. So parameters and buffers of modules that ``fn`` names, as
+    ``model`` in ``lambda: model(x)``, do not count. Parameters that ``fn`` names do not count either, and aliases of
+    these (``weight.t()``, ``weight.detach()``). Pass modules that ``fn`` reaches in another way as ``exclude``.
 
     Tensors that other hooks inside ``fn`` save (activation checkpointing, ``save_on_cpu``) are not counted. Hooks
     outside of ``fn`` do not see its saved tensors. Hooks belong to a thread, so saves in other threads do not count.
@@ -218,7 +218,7 @@ def announce_reader(x: Tensor) -> None:
 
 
 class _Saved:
-    """The graph holds this instead of a tensor. It dies with its node, and a weak reference notices that."""
+    """The graph holds this object instead of a tensor. A weak reference shows when its node has died."""
 
     __slots__ = ("__weakref__", "made_by", "note", "tensor", "version")
 
@@ -267,7 +267,7 @@ def _named_by(fn: Callable[[], Any]) -> Iterator[nn.Module | nn.Parameter]:
 
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:
-    """The tensors with storages of their own that a subclass or a sparse tensor is made of."""
+    """The inner tensors of a subclass or a sparse tensor, each with its own storage."""
     if is_traceable_wrapper_subclass(tensor):
         names, _ = tensor.__tensor_flatten__()
         parts = [part for name in names if isinstance(part := getattr(tensor, name), Tensor)]
@@ -285,7 +285,7 @@ def _leaves(tensor: Tensor) -> Iterator[Tensor]:
 
 
 def _storage(tensor: Tensor) -> tuple[int, int]:
-    """Identity and size of a tensor's storage; an opaque tensor shows none, so its own identity counts."""
+    """Identity and size of a tensor's storage; for a tensor without a visible storage, its own identity."""
     try:
         storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):

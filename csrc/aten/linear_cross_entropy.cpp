@@ -82,7 +82,7 @@ std::tuple<Tensor, Tensor> in_chunks(const Tensor& x, const Head& head, const Te
   Tensor grad_x = wants_grad ? at::zeros({count, x.size(-1)}, x.options()) : at::empty({0}, x.options());
   for (int64_t start = 0; start < picked.size(0); start += chunks.rows(classes)) {
     const Tensor rows = picked.slice(0, start, start + chunks.rows(classes));
-    // Ignored rows that are computed all the same get class 0, and are cleared below.
+    // Ignored rows that are computed nevertheless get class 0, and are cleared below.
     const Tensor classes_of_rows = targets.index_select(0, rows).mul_(counts.index_select(0, rows));
     auto [losses, grads] = of_chunk(all.index_select(0, rows), head, classes_of_rows, wants_grad);
     loss.index_copy_(0, rows, losses);

@@ -1,6 +1,6 @@
 // `bottleneck` retains for backward the first of these that applies, by the arguments that require grad when the graph
 // is built. z is the pre-activation; the weights themselves and 16 bytes of random state come with each of the three:
-//   W_down               x or its replacement (adapter_input.h); z is made again
+//   W_down               x or its replacement (adapter_input.h); z is recomputed
 //   W_up, and x or b_down    z, r numbers per row
 //   W_up                 the hidden units with dropout, r numbers per row, and no random state
 //   x or b_down          z; for a ReLU one bit per number, which shows where a gradient passes

@@ -1,7 +1,7 @@
 // Bottleneck adapters on a CPU, like lora_sweeps.h: a block of rows is read once, while it is in the cache. In float32
 // and float64, BLAS computes the products of backward.
-// A hidden row has one more number, 1, and W_up one more row, scaling * b_up: so the product adds the bias, and the
-// gradient of that row is the bias's.
+// Each hidden row gets one more number, 1, and W_up one more row, scaling * b_up. So the product adds the bias, and the
+// gradient of that row is the gradient of the bias.
 
 #include "ops/bottleneck.h"
 
@@ -25,7 +25,7 @@ namespace safe_kernels::cpu {
 
 namespace {
 
-constexpr int64_t kOne = 8;  // a hidden row's numbers after those that are padded to whole vectors
+constexpr int64_t kOne = 8;  // numbers that a hidden row gets after its own, which are padded to whole vectors
 
 // The layer down: z [rows, stride] = x W_down' + b_down.
 template <typename T>
@@ -242,12 +242,12 @@ std::tuple<Tensor, Tensor, Tensor> bottleneck_cpu(const Tensor& x, const Tensor&
     at::parallel_for(0, rows, 64, [&](int64_t begin, int64_t end) { forward_rows(args, begin, end); });
   });
   Tensor statistics = at::empty({0}, x.options().dtype(at::kDouble));
-  if (scores)  // b_up shifts all rows alike, which centring removes
+  if (scores)  // b_up shifts all rows by the same vector, and centring removes it
     statistics = score(residual_rows, h, padded(W_up, dtype, kOne), r, *block_starts, block_rows, row_weight);
   return {out, z, statistics};
 }
 
-// z as forward makes it, by the same products in the same order: a ReLU must stop the gradient where it stopped x.
+// z by the same products in the same order as in forward: a ReLU must stop the gradient where it stopped x.
 Tensor remake_z(const Tensor& x, const Tensor& W_down, const Tensor& b_down) {
   const Tensor down = padded(W_down.t(), x.scalar_type()), bias = padded(b_down.unsqueeze(0), x.scalar_type());
   const Rows rows(x);

@@ -35,7 +35,7 @@ void append(std::string& key, Number number) {
   key.append(reinterpret_cast<const char*>(&number), sizeof(number));
 }
 
-// The key notes which tensors share an address, since a record finds a kernel's argument by its address.
+// The key shows which tensors share an address, since a record finds a kernel's argument by its address.
 void append_tensor(std::string& key, const Tensor& tensor, std::vector<Tensor>& tensors) {
   const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
   size_t same = 0;
@@ -93,7 +93,7 @@ std::optional<Signature> signature_of(c10::ArrayRef<c10::IValue> arguments) {
   return found;
 }
 
-// Batches of many lengths may have more kinds of calls; then those that were not made for the longest time are dropped.
+// Batches of many lengths may have more kinds of calls; then the least recently used records are dropped.
 constexpr size_t kMaxRecords = 4096;
 
 // Records of one op by signature. Null: a call that cannot have a record, since it does more than allocate and launch.
@@ -108,7 +108,7 @@ class Records {
     return true;
   }
 
-  // Does nothing if records were dropped since the call began: this one may depend on the state before.
+  // Does nothing if records were dropped since the call began: this record may depend on the earlier state.
   void add(std::string key, std::shared_ptr<const LaunchRecord> record, size_t age) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (age != age_ || by_key_.count(key) != 0) return;  // another thread may have been faster

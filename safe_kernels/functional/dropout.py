@@ -18,7 +18,7 @@ def dropout(x: Tensor, dropout_p: float, *, rng_state: Tensor | None = None) -> 
     Args:
         x: [..., d]; float64, float32, bfloat16 or float16, any strides.
         dropout_p: probability in [0, 1] that an element is dropped; 1 drops all. It is rounded to a multiple of
-            ``2**-16``, for the mask and for the scale alike, so that the expectation of the result is x.
+            ``2**-16``, both for the mask and for the scale, so that the expectation of the result is x.
         rng_state: int64 [2], Philox seed and offset; None: drawn from torch's generator.
 
     Returns:

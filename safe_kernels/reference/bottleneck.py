@@ -43,7 +43,7 @@ def bottleneck(
     kept = z.to(torch.promote_types(x.dtype, W_down.dtype)).reshape(*x.shape[:-1], W_down.shape[0]).contiguous()
     if block_starts is None:
         return out, kept, x.new_empty(0, dtype=torch.float64)
-    # b_up shifts all rows alike, which centring removes.
+    # b_up shifts all rows by the same vector, and centring removes it.
     return out, kept, cka_sums(rows_of(residual), delta, block_starts, block_rows, row_weight)
 
 

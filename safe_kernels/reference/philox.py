@@ -65,7 +65,7 @@ def dropout_threshold(dropout_p: float) -> int:
 def dropout_scale(dropout_p: float) -> float:
     """Return the factor of elements that are kept: 1 / (the exact probability that an element is kept), or 0.
 
-    The probability is the rounded one, so the expectation of dropout is its input, whatever `dropout_p` is.
+    The scale uses the rounded probability, so the expectation of dropout is its input for every `dropout_p`.
 
     Args:
         dropout_p: probability that an element is dropped.

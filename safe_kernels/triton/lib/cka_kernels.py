@@ -49,10 +49,10 @@ def _block_parts_kernel(
     OPERAND: tl.constexpr,
     ADAPTER: tl.constexpr,  # `precision` of products with lora_B
 ):
-    """A whole block and one part of the columns: one read gives all that four kernels compute for larger blocks.
+    """A whole block and one part of the columns: one read replaces four kernels, which larger blocks need.
 
-    The features are multiplied as they are, and the products are centred: a mean of 0 for rows of K and V is all that
-    centred features change. The adapter's part D = H B' of V = (X + D / 2) B is H (B' B) / 2.
+    The features are multiplied without centring. Centring the rows of K and V afterwards has the same effect. The
+    adapter's part D = H B' of V = (X + D / 2) B is H (B' B) / 2.
     """
     block, part = tl.program_id(0), tl.program_id(1)
     offs_m, mask_m = _block_rows(starts, weight, block, 0, M, block_rows, BLOCK_M)

@@ -19,12 +19,12 @@ class Config:
     """How a kernel is split into programs."""
 
     block_m: int
-    block_n: int = 0  # columns of a tile of the result; 0 if a program makes all of them
+    block_n: int = 0  # columns of a tile of the result; 0 if a program computes all of them
     block_k: int = 0  # columns per step of the loop over the summed dimension; 0 without such a loop
     warps: int = 4
     stages: int = 3  # tiles in flight at a time
     at_once: int = 4  # programs that fit on a multiprocessor of sm_90, in all forms of the kernel
-    registers: int = 0  # the most per thread, so that more programs fit; 0: as many as the compiler wants
+    registers: int = 0  # maximum per thread, so that more programs fit; 0: the compiler decides
     shared: int = 0  # KiB of shared memory that a program needs
     half: bool = False  # whether it is only for half-precision factors
     rank: int = 64  # the widest tile of an adapter's columns that it supports
@@ -58,7 +58,7 @@ class Config:
 
 WIDEST = 2**31
 PARTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32, 40, 48)
-"""Numbers of parts of a sum: not all, because a kernel that reads the parts is compiled for each number of them."""
+"""Allowed numbers of parts of a sum; few, because a kernel that reads the parts is compiled for each number."""
 NO_TILES = Config(0, rank=2**31)
 """This kernel is not launched: other code computes the same."""
 
@@ -210,7 +210,7 @@ class Target(NamedTuple):
 
 
 def target() -> Target:
-    """The properties of the current device that decide about configurations."""
+    """The properties of the current device that decide which configurations fit."""
     if triton.knobs.runtime.interpret:
         return Target("interpreter", 0, multiprocessors=64)
     return _target_of(triton.runtime.driver.active.get_current_device())
@@ -243,7 +243,7 @@ def candidates(
 ) -> list[Config]:
     """The configurations that tuning tries on the current device: the table's choice, and the neighbours that fit.
 
-    For half precision these are only the neighbours made for it.
+    For half precision these are only the neighbours for half precision.
     """
     is_half = operand.itemsize == 2 and not terms
     near = (entry for entry in NEIGHBOURS.get(kernel, ()) if entry.half == is_half)
@@ -279,7 +279,7 @@ def float32_precision(wanted: str) -> str:
 
 @lru_cache(maxsize=4096)
 def splits(tiles: int, length: int, step: int, slots: int, most: int = 32) -> tuple[int, int]:
-    """Splits the loop of a launch's programs into parts that have a program each: their number, and their length.
+    """Splits the loop of a launch's programs into parts, one program per part; returns their number and their length.
 
     The parts fill the GPU, and few programs run alone at the end. A launch takes as many rounds as its programs take
     `slots`, and each round as many turns as a program; to start and end a program takes about as long as two turns.

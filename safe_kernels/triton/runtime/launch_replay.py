@@ -45,11 +45,11 @@ class Unrecordable(Exception):
 
 
 class Unreadable(Unrecordable):
-    """The compiled kernel is not as Triton's versions for supported PyTorch compile it: no call can have a record."""
+    """This version of Triton compiles kernels in an unknown form, so no call can have a record."""
 
 
 OBSTACLES: Counter[str] = Counter()
-"""Why calls that could have a record have none, and how many kinds of calls."""
+"""The reasons why calls have no record although they could, and the number of kinds of calls for each."""
 
 
 class Allocation(NamedTuple):
@@ -224,10 +224,10 @@ def _is_watched() -> bool:
 
 
 def _tell(obstacle: str) -> None:
-    """Counts an obstacle; warns of the first one, because such calls are slow and right."""
+    """Counts an obstacle; warns of the first one, because such calls are correct but slow."""
     OBSTACLES[obstacle] += 1
     if OBSTACLES.total() == 1:
-        fix = "Install the Triton that this PyTorch asks for, and unset TRITON_STORE_BINARY_ONLY"
+        fix = "Install the Triton that this PyTorch requires, and unset TRITON_STORE_BINARY_ONLY"
         warnings.warn(
             f"safe_kernels cannot record the launches of a call on a GPU: {obstacle}. Every such call runs in Python, "
             f"which takes about ten times the processor time. {fix}; or set {SWITCH}=0 to accept it.",
