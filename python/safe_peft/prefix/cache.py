@@ -1,11 +1,12 @@
 """Skips the frozen blocks at the bottom of a stack for samples whose output is known.
 
-Below the cut, the lowest block that trains, nothing changes any more. So the input of the cut is the same for a sample
+The cut is the input of the lowest block that trains. Below it nothing changes, so this input is the same for a sample
 in every epoch, unless something random happens below. It is kept, and later forwards run the blocks below the cut only
-for the samples that are not known. If the cut has moved up, a sample goes on from the block up to which it is known.
+for the samples that are not known. If the cut has moved up, a known sample continues from the highest block whose input
+is kept.
 
-What a block receives for a sample names the sample: its hidden states before the first block, its row of the mask, and
-all other arguments. No dataset has to be changed, and padding and the order of samples may differ between epochs.
+A sample is found by its content at the first block: its hidden states, its row of the mask, and all other arguments. No
+dataset has to be changed, and padding and the order of samples may differ between epochs.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ _OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 
 @dataclass
 class Usage:
-    """What the cache has done.
+    """Counts of the cache's use.
 
     Attributes:
         samples: samples in training forwards with a frozen prefix.
-        known: those of which at least one block was skipped.
+        known: samples for which at least one block was skipped.
         skipped: by block, the tokens for which it was skipped.
         reason: why the latest forward did not use the cache; "" if it did.
     """
@@ -56,7 +57,7 @@ class Usage:
 class PrefixCache:
     """The cache of one bound model, for all its stacks.
 
-    With `dropout`, the model's own dropout stays on below the cut. Then nothing is kept if there is any.
+    With `dropout`, the model's own dropout stays on below the cut; if the model has any there, nothing is kept.
     """
 
     def __init__(self, model: nn.Module, store: Store, *, dropout: bool = True) -> None:
@@ -110,7 +111,7 @@ class PrefixCache:
         return self.forwards % CHECK_EVERY == 1
 
     def refuse(self, reason: str) -> None:
-        """Note why a forward does not use the cache; a warning tells it once."""
+        """Record why a forward does not use the cache; log each reason once."""
         self.usage.reason = reason
         if reason not in self._told:
             self._told.add(reason)

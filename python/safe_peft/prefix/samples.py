@@ -19,7 +19,7 @@ PACKED = ("cu_seq", "seq_idx")
 class Samples:
     """The arguments of a block, seen as a batch of samples; `hidden` [samples, tokens, features] is one of them.
 
-    `reason` is why the arguments of one sample cannot be told from those of another; "" if they can.
+    `reason` says why the arguments of single samples cannot be separated; "" if they can.
 
     Example:
         >>> hidden = torch.randn(3, 5, 2)
@@ -66,7 +66,7 @@ class Samples:
         return args, kwargs
 
     def keys(self, kept: Sequence[Tensor | None]) -> list[str]:
-        """Return a key per sample: equal keys mean equal arguments, but for padding and for the place in the batch.
+        """Return a key per sample: equal keys mean equal arguments, except for padding and the place in the batch.
 
         Per sample, `kept` has the indices of its tokens that are not padding; None means all tokens.
         """

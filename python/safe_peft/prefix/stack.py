@@ -33,7 +33,7 @@ DEPENDS = "a sample's output depends on the other samples of its batch, or on so
 DRAWN = "random numbers are drawn below the cut"
 
 
-_ELSEWHERE = Batch(None, None)  # another process has kept the sample
+_ELSEWHERE = Batch(None, None)  # kept by another process
 
 
 class Prefix:
@@ -90,7 +90,7 @@ class Prefix:
         return output
 
     def _unlike(self, plan: Plan, index: int, hidden: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-        """Return why a block's call does not fit to what was noted; "" if it does."""
+        """Return why a block's call has another order or other arguments than the prefix needs; "" if it fits."""
         given = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf is not hidden]
         if index == 0:
             plan.given = given
@@ -122,7 +122,7 @@ class Prefix:
         return self._like(index, full)
 
     def _equals_part(self, plan: Plan, samples: Samples, call: Callable[..., Any], output: Tensor) -> bool:
-        """Whether a block computes some samples without the rest as in the whole batch.
+        """Whether a block gives the same result for a part of a batch as for the whole batch.
 
         Shapes do not always show which arguments have a value per sample: there may be as many heads as samples.
         """
@@ -134,7 +134,7 @@ class Prefix:
         return all(_is_close(_value(plan, again, row), _value(plan, output, row)) for row in plan.tried)
 
     def _of_form(self, plan: Plan, index: int, output: Any, shape: torch.Size) -> Any:
-        """Return a block's output; note if it is not what can be kept and made again."""
+        """Return a block's output; record a reason if such an output cannot be kept and restored."""
         first, length = _first(output), len(output) if isinstance(output, tuple) else 0
         rest = output[1:] if length else ()
         fits = isinstance(first, Tensor) and first.shape == shape and all(one is None for one in rest)
@@ -154,7 +154,7 @@ class Prefix:
         cut = next((index for index, block in enumerate(self._blocks[:-1]) if trains(block)), len(self._blocks) - 1)
         hidden, notes = hidden_of(args, kwargs), running.notes
         if cut < len(self._moments):
-            self._forget(cut)  # what trains may change in a way that PyTorch does not count
+            self._forget(cut)  # trainable tensors may change in a way that PyTorch does not count
         if cut == 0 or hidden is None or hidden.requires_grad or not notes["usable"]:
             return None
         samples = Samples(args, kwargs, hidden)
@@ -182,12 +182,12 @@ class Prefix:
         store.refresh()
         found = {row: store.get(key) for row, key in enumerate(keys)}
         if not all(index in self._tuples for index in range(cut)):
-            return {}  # what a block returns is known once it has run here
+            return {}  # the form of a block's output is known after its first call here
         return {row: one for row, one in found.items() if one is not None and one.depth <= cut}
 
     def _to_check(self, keys: Sequence[str], known: Mapping[int, Known], batch: Batch) -> dict[int, Known]:
-        """Return known samples to compute all the same: all, until samples of a batch are known to be independent."""
-        # The same samples in the same order, of which none has to run without the others.
+        """Return known samples to compute again as a check: all, until samples are known to be independent."""
+        # The same samples in the same order: none has to run without the others.
         is_whole = len(known) == len(keys) and len({one.depth for one in known.values()}) == 1
         is_same = is_whole and batch.samples in self._batches
         if not self._independent and not is_same:
@@ -203,7 +203,7 @@ class Prefix:
         return {**checked, deepest: known[deepest]} if self._cache.checks or is_new else checked
 
     def _compare(self, cut: int) -> str:
-        """Forget what a changed block has computed; return why the blocks below the cut cannot be skipped."""
+        """Drop the kept outputs of a changed block; return why the blocks below the cut cannot be skipped."""
         for index, moment in enumerate(self._moments):
             if not moment.holds():
                 self._forget(index)
@@ -220,7 +220,7 @@ class Prefix:
         return ""
 
     def _forget(self, index: int) -> None:
-        """Forget what a block has computed, and those above it."""
+        """Drop the kept outputs of a block and of those above it."""
         del self._moments[index:]
         self._cache.store.drop(above=index)
         self._independent, self._any_length, self._checked_up_to, self._parts_up_to = False, False, 0, 0
@@ -232,7 +232,7 @@ class Prefix:
         if len(masks) != 1 or masks[0].shape != hidden.shape[:2]:
             return every, None  # with two masks, such as an encoder's and a decoder's, one may belong to another stack
         real = (masks[0] != 0).cpu()
-        real |= ~real.any(1, keepdim=True)  # a sample of nothing but padding is kept whole
+        real |= ~real.any(1, keepdim=True)  # a sample that is only padding is kept whole
         if real.all():
             return every, None
         if self._padding_matters is not False:
@@ -240,7 +240,7 @@ class Prefix:
         return [None if row.all() else row.nonzero().flatten() for row in real], ~real
 
     def _arrive(self, plan: Plan, hidden: Tensor) -> Tensor:
-        """Keep what was computed, and return the input of the cut."""
+        """Keep the computed outputs, and return the input of the cut."""
         plan.reason = plan.reason or self._inexact(plan, hidden)
         drew = "" if plan.drawn == generators() else self._random()
         self._check(plan, plan.cut, hidden)
@@ -261,7 +261,7 @@ class Prefix:
         return self._probe(plan, hidden) if plan.probes and not saves_by_hooks() else hidden
 
     def _inexact(self, plan: Plan, hidden: Tensor) -> str:
-        """Return why what was computed may be different in the next epoch, or is needed now; "" if neither."""
+        """Return why an output may differ in the next epoch, or is needed now; "" if neither."""
         if hidden.requires_grad:
             return TRAINS
         if any(one() is not None and one() is not hidden for one in plan.outputs[:-1]):
@@ -315,7 +315,7 @@ class Prefix:
 
     @contextmanager
     def quiet(self, block: nn.Module) -> Iterator[None]:
-        """Switch off dropout in a block below the cut, if the options say so."""
+        """Switch off dropout in a block below the cut, if the options require it."""
         below = self._blocks[: self._places[id(block)] + 1]
         off = not self._cache.dropout and not self._cache.before_trains() and not any(map(trains, below))
         loud = [module for module in modules_in(block) if module.training] if off else []
@@ -335,7 +335,7 @@ def _value(plan: Plan, values: Tensor, row: int) -> Tensor:
 
 
 def _is_close(one: Tensor, other: Tensor) -> bool:
-    """Whether two outputs are the same but for the rounding of products in batches of other sizes."""
+    """Whether two outputs differ only by the rounding of products in batches of other sizes."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     eps = torch.finfo(one.dtype).eps

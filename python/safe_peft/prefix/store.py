@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 EPOCHS = 2
-"""An entry may go if it was not read while all samples could have been read twice."""
+"""An entry may be dropped if it was not read while all samples could have been read twice."""
 
 
 class Area:
@@ -26,7 +26,7 @@ class Area:
 
     def __init__(self, size: int, file: IO[bytes] | None = None) -> None:
         if file is not None:
-            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and later a crash
+            os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here; later it would be a crash
         self.size = size
         self._map = mmap.mmap(-1 if file is None else file.fileno(), size)
         self._bytes = torch.frombuffer(self._map, dtype=torch.uint8)
@@ -85,14 +85,14 @@ class Entry:
 
 
 class Store:
-    """Tensors by key. When it is full, entries that were not read for a long time go, and else nothing new is kept.
+    """Tensors by key. A full store drops entries that were not read for two epochs, or else keeps nothing new.
 
     Each epoch reads every sample once, in another order. So an entry that was not read for a while is about to be read,
-    and to drop the least recently used one for a new one would lose hits. It goes only when two epochs have passed.
+    and dropping the least recently used one would lose hits. An entry is dropped only after two epochs.
 
     Args:
         memory: bytes in memory.
-        file: bytes in a file without a name, which is gone when the process ends, however it ends.
+        file: bytes in a file without a name, which the system deletes when the process ends, also when it is killed.
 
     Example:
         >>> store = Store(memory=1 << 20)
