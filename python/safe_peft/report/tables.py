@@ -184,7 +184,7 @@ def _accuracy_sentence(groups: dict[str, list[RunRecord]]) -> str:
         f"on {rows:,} test rows is {100 * error:.1f} points"
     )
     if gap <= error:
-        return f"{figures}: on this task memory and time tell the methods apart, accuracy does not."
+        return f"{figures}: on this task the methods differ in memory and time, but not measurably in accuracy."
     if gap <= 2 * error:
-        return f"{figures}: less than twice that error, so accuracy hardly tells the methods apart here."
-    return f"{figures}: more than twice that error, so here accuracy differs too, and has to be weighed with the costs."
+        return f"{figures}: less than twice that error, so the accuracies hardly differ."
+    return f"{figures}: more than twice that error, so the accuracies differ too."

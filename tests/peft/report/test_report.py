@@ -231,9 +231,9 @@ def test_costs_of_a_run_are_sums_over_its_steps() -> None:
 @pytest.mark.parametrize(
     ("accuracy", "says"),
     [
-        (0.805, "memory and time tell the methods apart, accuracy does not"),
+        (0.805, "differ in memory and time, but not measurably in accuracy"),
         (0.780, "less than twice that error"),
-        (0.700, "accuracy differs too"),
+        (0.700, "the accuracies differ too"),
     ],
 )
 def test_the_verdict_judges_accuracy_by_the_error_of_the_test_set(accuracy: float, says: str) -> None:
