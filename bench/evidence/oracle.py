@@ -45,7 +45,7 @@ def run(task: Task, seeds: Sequence[int], folder: Path, forks: Path, chosen: Seq
         task: the sizes.
         seeds: the seeds.
         folder: for the JSON files.
-        forks: for the states at the forks, which are made again if they are missing.
+        forks: for the states at the forks, which are computed again if they are missing.
         chosen: units to freeze; all if there are none.
     """
     data = Data(task)

@@ -72,8 +72,8 @@ def main() -> None:
     options = parser.parse_args()
     stock: dict[tuple[str, str], int] = {}
     for row in rows(options.sizes, read(options.measured)):
-        alike = row.size, row.provider.partition(", ")[2]
-        print(line(row, stock.setdefault(alike, row.planned)).rstrip(), flush=True)
+        shape = row.size, row.provider.partition(", ")[2]
+        print(line(row, stock.setdefault(shape, row.planned)).rstrip(), flush=True)
 
 
 if __name__ == "__main__":

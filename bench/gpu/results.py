@@ -74,7 +74,7 @@ def go_on_after(problem: str) -> None:
 
 
 def so_far(path: Path, part: str) -> dict[str, Any]:
-    """What an earlier process of this part has measured, if this one goes on for it."""
+    """Return the results of an earlier process of this part, if this process continues it."""
     return read(path)["parts"][part] if os.environ.get("GOES_ON") else {}
 
 

@@ -72,7 +72,7 @@ def stock_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def add_liger(name: str, forwards: Providers, tensors: list[Tensor], row: Tensor) -> Providers:
-    """Add Liger. Its backward writes into its inputs, so it gets copies, which are made again before each run."""
+    """Add Liger. Its backward writes into its inputs, so it gets copies, new ones before each run."""
     if name in ("dropout", "rotary"):
         return {}
     copies = [tensor.detach().clone().requires_grad_() for tensor in tensors]

@@ -209,7 +209,7 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
                 swap_class(layer, mixin_for(layer, adapter_of(layer).mixin), LayerState())  # type: ignore[union-attr]
                 own.append(layer)
         recompute = bind_blocks(unwrap(model), parts, own)
-    except BaseException:  # Ctrl-C among them: what is bound without a `Binding` could not be unbound again
+    except BaseException:  # also Ctrl-C: without a `Binding`, the bound modules could not be unbound
         for module in own:
             restore_class(module)
         raise

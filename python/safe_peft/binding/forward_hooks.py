@@ -50,7 +50,7 @@ class Hook:
             self._function(*args)
 
     def __reduce__(self) -> Any:
-        """Put a function of the standard library that does nothing into a copy, so that loading needs no import."""
+        """Put a standard function without effect into copies and pickles, so that loading needs no import of ours."""
         return getattr, (nullcontext(), "__exit__")
 
 
@@ -79,7 +79,7 @@ class Watcher:
         return self._calls[-1] if self._calls else None
 
     def reset(self) -> None:
-        """Forget this thread's forwards. Call it when none is running: an interrupted forward leaves its entry."""
+        """Remove the entries that interrupted forwards of this thread left. Call it when no forward is running."""
         self._calls.clear()
 
     @property

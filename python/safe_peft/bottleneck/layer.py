@@ -144,5 +144,5 @@ def widths(layer: nn.Module) -> tuple[int, int]:
 
 
 def is_linear(layer: nn.Module) -> bool:
-    """Whether `widths` knows the layer."""
+    """Whether `widths` supports the layer."""
     return hasattr(layer, "out_features") or hasattr(layer, "nf")

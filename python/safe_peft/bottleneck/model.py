@@ -57,7 +57,7 @@ class BottleneckModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Refuse batches of several adapters, which PEFT would ignore without a word."""
+        """Refuse batches of several adapters, which PEFT would ignore silently."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError("adapter_names: bottleneck adapters do not support batches of several adapters.")
         yield

@@ -25,8 +25,8 @@ class Sublayer(NamedTuple):
 def sublayers(model: nn.Module) -> list[Sublayer]:
     """Return the sublayers of all transformer blocks, which are the elements of the outermost `nn.ModuleList`s.
 
-    Attention is told by the name or class of a module. The other linear layers of a block are its MLP: two, or three
-    with a gate, from the hidden size to the hidden size.
+    Attention is recognised by the name or class of a module. The other linear layers of a block are its MLP: two, or
+    three with a gate, from the hidden size to the hidden size.
 
     Raises:
         ValueError: A block has another structure, or there is none.

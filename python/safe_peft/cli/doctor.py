@@ -128,7 +128,7 @@ def _triton() -> Iterator[Check]:
     """Check that the kernels for GPUs can be compiled; without a GPU this is not a problem."""
     import torch
 
-    fix = "pip install triton (Linux; the version that torch asks for)"
+    fix = "pip install triton (Linux; the version that torch requires)"
     if importlib.util.find_spec("triton") is None:
         found = "not installed; the reference serves GPUs"
         yield Check("Triton", found, fix if torch.cuda.device_count() else "")
@@ -163,7 +163,7 @@ def _replay() -> Iterator[Check]:
             yield Check("launch replay", f"a kernel fails: {error}", "run the failing op alone with TRITON_DEBUG=1")
             return
         found = "; ".join(OBSTACLES)
-        fix = "pip install the triton that this torch asks for, and unset TRITON_STORE_BINARY_ONLY"
+        fix = "pip install the triton that this torch requires, and unset TRITON_STORE_BINARY_ONLY"
         yield Check("launch replay", found or f"{_C.record_counts()['dropout']} calls recorded", fix if found else "")
 
 

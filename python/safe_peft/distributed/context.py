@@ -39,7 +39,7 @@ class DistributedContext:
         self._seen = self._stale = False
 
     def check(self, optimizer: object) -> None:
-        """Raise if the engine, which may have wrapped the optimizer, cannot adapt when parameters stop training."""
+        """Raise if the engine, which may have wrapped the optimizer, needs parameters that never stop training."""
         reason = _refusal(self._model, self._outer, optimizer) or (self._ddp and ddp.refusal(self._ddp))
         if reason:
             raise BindingError(f"{reason}.")
@@ -47,7 +47,7 @@ class DistributedContext:
     def forward_begins(self, module: nn.Module) -> None:
         """Find DDP's wrapper when a forward of a module begins: it may be newer than the freezer, or unknown to it.
 
-        Raise if the wrapper, or `nn.DataParallel`, cannot adapt when parameters stop training.
+        Raise if the wrapper, or `nn.DataParallel`, needs parameters that never stop training.
         """
         if getattr(module, "_is_replica", False):
             raise BindingError(f"{REPLICA}.")
@@ -105,7 +105,7 @@ class DistributedContext:
             ddp.rebuild_reducer(self._ddp)
 
     def reshard(self) -> None:
-        """Make the model hold the sharded parameters again, which the optimizer holds."""
+        """Give the model the sharded parameters back, which the optimizer holds."""
         fsdp.reshard(self._model)
 
     def gather(self, value: Any) -> list[Any]:

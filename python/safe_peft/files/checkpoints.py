@@ -133,8 +133,8 @@ def _processes(callbacks: Any) -> int:
     """The number of processes, if `SafeCallback` was among a Trainer's callbacks."""
     entries = callbacks.values() if isinstance(callbacks, dict) else ()
     attributes = [entry.get("attributes") for entry in entries if isinstance(entry, dict)]
-    told = [known.get(PROCESSES) for known in attributes if isinstance(known, dict)]
-    return max((number for number in told if isinstance(number, int)), default=1)
+    counts = [known.get(PROCESSES) for known in attributes if isinstance(known, dict)]
+    return max((number for number in counts if isinstance(number, int)), default=1)
 
 
 def _sha256(path: Path, sync: bool = False) -> str:

@@ -39,11 +39,11 @@ Knowledge = tuple[Inputs | None, Measured | None, str | None]
 class Planner:
     """Plans for the largest batch of the training so far.
 
-    A copy of the model without values computes the bytes that a step retains. If the model does not run
-    without values, a forward of the training is measured. If both fail, the first batch reports this.
+    A copy of the model without values computes the bytes that a step retains. If the model does not run without values,
+    a forward of the training is measured. If both fail, a warning or an error follows after the first batch.
 
     If the training is `shared`, other processes have other batches, and decisions use the batch they agreed on, see
-    `agree`. `refused` is the reason why bytes cannot decide; None if they can.
+    `agree`. `refused` is the reason why decisions by bytes are impossible; None if they are possible.
     """
 
     def __init__(
@@ -77,10 +77,12 @@ class Planner:
         return self.watched.suspended()
 
     def end_step(self) -> None:
-        """Finish an optimizer step. The first one checks whether bytes can decide; a memory budget needs that."""
+        """Finish an optimizer step. The first step checks whether bytes can be planned; a memory budget requires it."""
         self.watched.end_step()
         if self.config.needs_plan and not self._checked and self.seen is not None:
-            self.refused = None  # a compiled model shows its first batch late: in the first (eager) scoring step
+            self.refused = (
+                None  # the first batch of a compiled model is seen in the first scoring step, which runs eagerly
+            )
             self._check()
         if self.refused is not None and self.config.memory_budget is not None:
             raise PlanError(
@@ -120,7 +122,7 @@ class Planner:
 
     @property
     def knowledge(self) -> Knowledge:
-        """The inputs of this process's plans: the batch, the measured bytes, and the reason if bytes cannot decide."""
+        """The inputs of this process's plans: the batch, the measured bytes, and the reason if there is no plan."""
         return self.seen, self.watched.measured if self._measures else None, self.refused
 
     def agree(self, known: Sequence[Knowledge]) -> None:
@@ -136,7 +138,7 @@ class Planner:
         if inputs != self.planned.inputs:
             self.planned, self._traces = replace(self.planned, inputs=inputs), {}
 
-    # ---------------------------------------------------------------- whether bytes can decide
+    # ---------------------------------------------------------------- whether decisions by bytes are possible
 
     def _check(self) -> None:
         self._checked = True
@@ -146,7 +148,7 @@ class Planner:
             return None
         measured = self.watched.measured
         if self._measures and measured is not None and self._waits and not measured.table.is_complete():
-            self._waits -= 1  # for example LayerDrop: the next forward may run the layers that this one skipped
+            self._waits -= 1  # for example with LayerDrop: the next forward may run the layers that this one skipped
             self._checked = False
             return None
         table, budget = self._unfrozen(), self.config.memory_budget
@@ -170,7 +172,7 @@ class Planner:
             logger.warning(what, why.rstrip("."))
 
     def acts(self) -> bool:
-        """Whether bytes decide; warns once if they do not."""
+        """Whether decisions are made by bytes; warns once if they are not."""
         if self.planned.inputs is None and self.refused is None:
             self._refuse("the training batch is unknown, because no forward of the model received tensors")
         elif self.refused is None:
@@ -274,7 +276,7 @@ class Planner:
                 frozen=frozen,
                 recompute=recompute,
                 keep_dropout=self.config.keep_dropout,
-                backward=False,  # the peak decides nothing
+                backward=False,  # decisions do not need the peak
             )
         return self._traces[key]
 

@@ -46,8 +46,8 @@ logger = logging.getLogger(__name__)
 class AdapterFreezer:
     """Scores a model's adapters during training, and freezes the least important ones permanently.
 
-    It binds the model in place. Call `step` after every optimizer step. Adapters that do not train at its creation are
-    not changed.
+    It binds the model in place. Call `step` after every optimizer step. Adapters that do not train when the freezer is
+    created are not changed.
 
     Args:
         model: a PEFT model, or a module that contains one or several.
@@ -108,7 +108,7 @@ class AdapterFreezer:
         self.standing.follow(self, self.binding)
 
     def _make(self, model: nn.Module, total_steps: int | None, undo: ExitStack) -> ExitStack:
-        """Run all steps that may fail in only one process; return what removes the hooks."""
+        """Run all steps that may fail in a single process; return the objects that remove the hooks."""
         for one in self._optimizers.given:
             self._processes.check(one)
         self.schedule = resolve(self.config, total_steps)
@@ -210,18 +210,18 @@ class AdapterFreezer:
         self._enforcer.freeze(names)
         self._enforcer.recompute(recompute)
         if names:
-            told = f"froze {len(names)} adapters, {len(self.frozen)} of {len(self._adapters)} in all"
+            text = f"froze {len(names)} adapters, {len(self.frozen)} of {len(self._adapters)} in all"
             was, now = self.planner.retained(before, rerun), self._retained()
             if was is not None and now is not None:
-                told += f"; a step retains {mebibytes(now):,.1f} MiB for backward, {mebibytes(was - now):,.1f} MiB less"
-            logger.info("step %d: %s", self._step, told)
+                text += f"; a step retains {mebibytes(now):,.1f} MiB for backward, {mebibytes(was - now):,.1f} MiB less"
+            logger.info("step %d: %s", self._step, text)
         return names
 
     def _retained(self) -> int | None:
         return self.planner.retained(self.ledger.frozen, tuple(self.binding.recompute))
 
     def _arm(self, due: bool = False) -> None:
-        """Prepare the next step. If `due`, it is a scoring step, because the last one had no evidence."""
+        """Prepare the next step. If `due`, it becomes a scoring step, because the last scoring step had no evidence."""
         frozen = set(self.ledger.frozen)
         live = [index for index, adapter in enumerate(self._adapters) if adapter.name not in frozen]
         if due or self._scorer.armed or is_scoring_step(self.schedule, self._step + 1):
@@ -259,7 +259,7 @@ class AdapterFreezer:
         Args:
             model: the model's name in the report; None takes the name from the model's config.
             retained: pairs of (optimizer step, bytes retained by a forward from that step on), if they were measured.
-            memory: add memory plans of a step at the start and now; takes seconds for a large model.
+            memory: add memory plans of a step at the start and now; this takes seconds for a large model.
 
         Raises:
             PlanError: `memory` is True, and no batch is known or the model does not run without values.
@@ -380,6 +380,6 @@ class AdapterFreezer:
 
 
 def prefix_cache(model: nn.Module, config: SafeConfig) -> PrefixCache | None:
-    """Return the cache of a bound model that the options ask for; None if they ask for none."""
+    """Return the prefix cache of a bound model; None if the options have none."""
     memory, file = (size if isinstance(size, int) else 0 for size in (config.prefix_cache, config.prefix_file))
     return PrefixCache(model, Store(memory, file), dropout=config.prefix_dropout) if memory or file else None

@@ -134,7 +134,7 @@ class Scorer:
             self._gathered, self.broken = dict(evidence.importance), dict(evidence.broken)
 
     def _before_optimizer_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Gradients exist only now. If a closure computes them, they exist after its call."""
+        """Score before the optimizer's step, when gradients exist; with a closure, after its call."""
         if not self.armed:
             return None
         self._before = {}  # an earlier call of this step may have failed
@@ -164,7 +164,7 @@ class Scorer:
             self._gathered = self._judge_all(None)
 
     def _after_optimizer_step(self, optimizer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Score by what the step has changed, and drop the copies."""
+        """Score by the optimizer's update, and drop the copies."""
         if self._before:
             self._gathered = self._judge_all(None)
             self._before = {}
@@ -190,7 +190,7 @@ class Scorer:
             self.memory[name] = memory
         if math.isfinite(value):
             return value
-        if is_first and memory:  # nothing to compare with yet, and nothing wrong
+        if is_first and memory:  # there is no earlier value to compare with; this is not an error
             self.starting.add(name)
         elif parts := broken_parts(evidence):
             self.broken[name] = parts

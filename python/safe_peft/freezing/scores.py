@@ -106,9 +106,9 @@ def velocity(evidence: ScoreInputs) -> float:
 
     v(t) = |sqrt(c(t)) - sqrt(c(t - D))| / D with c = 1 - CKA and D optimizer steps between the two scoring steps; the
     importance is the running mean .5 v(t) + .5 v(t - D). The root grows with the size of the change. Egeria (Wang et
-    al. 2023, arXiv 2201.06227) also freezes what has stopped changing, with a reference model.
+    al. 2023, arXiv 2201.06227) also freezes layers that have stopped changing, with a reference model.
 
-    The first scoring step has nothing to compare with, so its importance is nan.
+    In the first scoring step there is no earlier value, so the importance is nan.
     """
     memory, changed = evidence.memory, cka(evidence)
     if math.isnan(changed):
@@ -187,7 +187,7 @@ def realised(evidence: ScoreInputs) -> float:
 
 @register_score("random")
 def random_score(evidence: ScoreInputs) -> float:
-    """A number from only the seed and the adapter's place: the control for every claim about freezing."""
+    """A number that depends only on the seed and the adapter's place: the control for every claim about freezing."""
     return math.nan if evidence.generator is None else evidence.generator.random()
 
 

@@ -123,7 +123,7 @@ def _part(kind: Any, state: Mapping[str, Any]) -> Any:
 def _check_config(saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
     free = {"total_steps", "on_nonfinite", "prefix_cache", "prefix_file"}  # they affect no decision
     free |= {"freeze_by"} if own["target_fraction"] is None else set()
-    if other := _differences(saved, own, besides=free):
+    if other := _differences(saved, own, apart_from=free):
         raise StateError(f"state was saved with other options: {other}; use the same SafeConfig.")
 
 
@@ -141,6 +141,6 @@ def _check_adapters(saved: Mapping[str, dict[str, Any]], own: Mapping[str, dict[
         )
 
 
-def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], besides: Collection[str] = ()) -> str:
-    names = [name for name in sorted({*saved, *own} - set(besides)) if saved.get(name) != own.get(name)]
+def _differences(saved: Mapping[str, Any], own: Mapping[str, Any], apart_from: Collection[str] = ()) -> str:
+    names = [name for name in sorted({*saved, *own} - set(apart_from)) if saved.get(name) != own.get(name)]
     return ", ".join(f"{name}={saved.get(name)!r} (here {own.get(name)!r})" for name in names)[:500]

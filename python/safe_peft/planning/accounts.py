@@ -88,12 +88,12 @@ class _Argument(NamedTuple):
     node: int
 
     def key(self) -> int:
-        """Identity of its storage; identities are used again, so a dead storage gets a negative one."""
+        """Identity of its storage; a dead storage gets a unique negative one, because identities are reused."""
         return self.storage[0] if self.alive() is not None else -id(self.alive)
 
 
 class _Later(NamedTuple):
-    """What a call will retain once an adapter is frozen: the call's note, the bytes, and the adapter's bit."""
+    """Bytes that a call retains only when an adapter is frozen, with the call's note and the adapter's bit."""
 
     note: _Note
     bytes: int
@@ -103,7 +103,7 @@ class _Later(NamedTuple):
 class Accounts:
     """Observes forwards, with or without values, and returns a table of what they retain.
 
-    The order of the adapters, which train, gives their bits. `recompute` has the names of blocks that run again in
+    All given adapters train; their order gives their bits. `recompute` has the names of blocks that run again in
     backward once they are frozen.
     """
 
@@ -145,7 +145,7 @@ class Accounts:
 
     @observes
     def enter(self, module: nn.Module, args: Any = ()) -> None:
-        """Note that a module's forward begins."""
+        """Record that a module's forward begins."""
         if (path := self._path(module)) is None:
             return
         self.stack.append(path)
@@ -162,9 +162,9 @@ class Accounts:
                 if size := adapter.bytes_once_frozen(output):
                     note = _Note(path, latest_node(), self.places.part(path, before_blocks=not self.entered))
                     self.later.append(_Later(note, size, bit))
-        if path in self.stack:  # modules above it on the stack raised an error, and did not leave
+        if path in self.stack:  # modules above it on the stack raised an error, so their end was not recorded
             del self.stack[len(self.stack) - 1 - self.stack[::-1].index(path) :]
-        # Without gradients it is the first of the two passes of reentrant checkpointing, which saves afterwards.
+        # A forward without gradients is the first pass of reentrant checkpointing; the second pass saves.
         if path in self.blocks and self.saves == 0 and (path in self.recompute or not torch.is_grad_enabled()):
             self.left = path
 
@@ -194,7 +194,7 @@ class Accounts:
         return _Note(path, latest_node(), self.places.part(path, before_blocks=not self.entered))
 
     def note_draw(self) -> None:
-        """Note that random numbers are drawn, and draw a real one, because some code compares generators' states."""
+        """Record that random numbers are drawn, and draw a real one, because some code compares generators' states."""
         path = self.stack[-1] if self.stack else ""
         block = self.places.block(path)
         if block >= 0 and not self.places.in_layer(path):  # a frozen adapter's dropout is off
@@ -244,7 +244,9 @@ class Accounts:
 
     def _saver(self, note: _Note, reach: Reach) -> Saver:
         direct, everything = reach.direct.get(note.node, 0), reach.all.get(note.node, 0)
-        if note.node not in reach.all and note.part == "recompute":  # no node leads to what holds a block's arguments
+        if (
+            note.node not in reach.all and note.part == "recompute"
+        ):  # no node leads to the object that holds a block's arguments
             everything = self._passes(note.module, reach)
         own = direct & ~self.always
         adapter = own.bit_length() - 1 if own else -1
@@ -258,7 +260,7 @@ class Accounts:
         return found
 
     def _holds(self, block: nn.Module) -> int:
-        """Return the bits of what trains inside a block."""
+        """Return the bits of the adapters, or other parameters, that train inside a block."""
         found = 0
         for parameter in parameters_of(block):
             found |= self._bit(parameter) if parameter.requires_grad else 0

@@ -117,7 +117,7 @@ def plan_of(
     step = partial(trace, model, inputs, frozen=frozen, device=device, loss=loss)
     stock = step(fast=False)
     ours = step(recompute=recompute, keep_dropout=keep_dropout)
-    # A recomputed block retains nothing inside, so a trace without it tells what further freezing would free.
+    # A recomputed block retains nothing inside, so a trace without it shows what further freezing would free.
     table = ours.table if not recompute else step(keep_dropout=keep_dropout).table
     now, cut = table.bytes(recompute=recompute), _cut(table.blocks)
     names = [adapter.name for adapter in live_adapters(model)]

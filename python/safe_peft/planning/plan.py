@@ -35,7 +35,7 @@ class Side:
 
 @dataclass(frozen=True)
 class GroupRow:
-    """Adapters that read the same tensors. Freezing only one of them frees little.
+    """Adapters that read the same tensors: freezing only one of them frees little.
 
     Args:
         block: the transformer block; "" outside the blocks.
@@ -72,7 +72,7 @@ class MemoryPlan:
         blocks: bytes that freezing all adapters of a block would free.
         device: the kind of device that the plan is for; "" for any.
         prefix: number of frozen blocks at the bottom, whose output `prefix_cache` keeps.
-        prefix_sample: bytes that it keeps per sample, without padding fewer; they are not part of the peak.
+        prefix_sample: bytes that `prefix_cache` keeps per sample without padding; they are not part of the peak.
 
     Example:
         >>> print(plan_memory(model, batch_size=8, sequence_length=512, frozen=0.5))  # doctest: +SKIP

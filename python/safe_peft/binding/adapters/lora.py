@@ -73,7 +73,7 @@ def refuse_state(layer: Any, keys: list[str], kwargs: Mapping[str, Any] | None) 
 
 
 def _refuse_several(layer: PeftLinear, keys: list[str]) -> str | None:
-    """Refuse active adapters of which one changes what the next one reads."""
+    """Refuse several active adapters if one of them changes the input of the next."""
     if any(key in layer.lora_variant for key in keys):
         return "several adapters are active, and one of them is a variant of LoRA"
     if len({layer.lora_A[key].weight.dtype for key in keys}) > 1:
@@ -105,7 +105,7 @@ def _look_at(kind: type, called: tuple[Any, ...]) -> str | None:
 
 
 def refuse_adapter(layer: Any, key: str, kind: type[nn.Module] = nn.Linear) -> str | None:
-    """Refuse an adapter that is more than two layers of this kind behind an ordinary dropout."""
+    """Refuse an adapter that does more than an ordinary dropout and two layers of this kind."""
     modules = layer._modules
     lora_A, lora_B = modules["lora_A"]._modules[key], modules["lora_B"]._modules[key]
     dropout = modules["lora_dropout"]._modules[key]
@@ -176,7 +176,7 @@ def _plain(base: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None] | None:
 
 
 class Factors(NamedTuple):
-    """What an op reads of one adapter."""
+    """The parts of one adapter that an op reads."""
 
     A: Tensor
     B: Tensor
@@ -340,7 +340,7 @@ class LoraAdapter(Adapter):
         return weight.detach() if isinstance(weight, Tensor) and weight.dtype in FLOATS else None
 
     def dequantise(self) -> Tensor | None:
-        """The weight that a quantised base layer stands for; None where `base_weight` says what there is to know."""
+        """Return the dequantised base weight; None if there is nothing to dequantise."""
         return None
 
 

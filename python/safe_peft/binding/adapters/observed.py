@@ -53,7 +53,7 @@ class ObservedLayer(SwappedModule):
         return call(*args, **kwargs)
 
     def _due(self, state: LayerState, kwargs: Mapping[str, Any]) -> dict[str, Sample]:
-        """Return the adapters that the next call computes and that are to be scored."""
+        """Return the adapters that the next call computes and that need a score."""
         if self.disable_adapters or self.merged or kwargs.get("adapter_names") is not None:
             return {}
         keys = [key for key in active_keys(self, adapter_keys(self)) if key in state.observe]
@@ -138,7 +138,7 @@ class Sample:
 
 
 def _announce(layer: Any, args: tuple[Any, ...]) -> None:
-    """Announce PEFT's lora_A as a reader, so that the norm before it retains the same tensor."""
+    """Announce that PEFT's lora_A retains its input, so that the norm before it retains the same tensor."""
     if not args or not isinstance(args[0], Tensor) or not torch.is_grad_enabled() or torch.compiler.is_compiling():
         return
     if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
@@ -160,7 +160,7 @@ def _announce(layer: Any, args: tuple[Any, ...]) -> None:
 
 @contextmanager
 def aside(layer: Any, args: tuple[Any, ...], *, only: str | None = None) -> Iterator[None]:
-    """Compute outside of the forward: no graph, no scoring, and the same random numbers and modules after it.
+    """Run calls outside of the forward: without graph and scoring, and without effect on random numbers and modules.
 
     `only` is then the only active adapter of the layer. PEFT's own function would set requires_grad too.
     """
@@ -178,7 +178,7 @@ def aside(layer: Any, args: tuple[Any, ...], *, only: str | None = None) -> Iter
 
 @contextmanager
 def _restored(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Undo what calls of modules change in them, such as statistics, and call none of the user's hooks.
+    """Undo the changes that calls make to modules, such as running statistics, and call none of the user's hooks.
 
     A hook may collect outputs for the loss, and these would have no graph.
     """

@@ -1,9 +1,9 @@
 """LoRA of single parameters, such as the weights of all experts in one tensor (`target_parameters`).
 
 PEFT's code computes these layers: it replaces the parameter W by W + scaling · B A during a call. Stock PEFT retains
-this changed weight, of the size of all experts' weights, also for frozen adapters. On the fast path backward makes it
-again from W, A and B, which exist anyway, with PEFT's own code. The experts' input x is retained once, instead of the
-rows that each expert selects from it.
+this changed weight, of the size of all experts' weights, also for frozen adapters. On the fast path, backward
+recomputes it from W, A and B, which exist anyway, with PEFT's own code. The experts' input x is retained once, instead
+of the rows that each expert selects from it.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def _top_hooks() -> Any:
 
 
 class _Hooks:
-    """Hooks that replace a changed weight by its recipe, and leave other tensors to the hooks around them."""
+    """Hooks that replace a saved, changed weight by its recipe, and pass other tensors to the outer hooks."""
 
     def __init__(self, layer: Any, key: str, weight: Tensor) -> None:
         A = layer.lora_A[key].weight
@@ -141,7 +141,7 @@ class _Hooks:
         self._version = 0
         self._gathers: list[weakref.ref[_Gather]] = []
         self._others: set[int | None] = set()
-        """The storages that the graph retains in any case."""
+        """The storages that the graph retains anyway."""
         outer: tuple[Any, Any] = _top_hooks() or (_save, _saved)
         self._pack, self._unpack = outer
 
@@ -160,13 +160,13 @@ class _Hooks:
             self._others = set()
 
     def begin(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Note the call's input."""
+        """Record the call's input."""
         is_first = self._input is None  # the module may call itself, for a part of its input at a time
         if is_first and args and type(args[0]) in TENSORS and args[0].grad_fn is not None:
             self._input, self._version = args[0], args[0]._version
 
     def note(self, proxy: Any, args: Any, weight: Tensor) -> None:
-        """Note a changed weight when PEFT's code has made it."""
+        """Record a changed weight that PEFT's code has computed."""
         if torch.is_grad_enabled() and weight.is_contiguous():
             recipe = _Recipe(self._layer, keep(self._parts), proxy.scaling, weight._version)
             self.made.append((weight, recipe))
@@ -196,7 +196,7 @@ class _Hooks:
             return None
 
     def settle(self) -> None:
-        """Retain the call's input instead of its rows for each expert, if these are larger together."""
+        """Retain the call's input instead of the rows that experts select, if these rows are larger in total."""
         found = [gather for ref in self._gathers if (gather := ref()) is not None]
         live = [gather for gather in found if gather.storage not in self._others and gather.holds()]
         x, gathered = self._input, sum({gather.storage: gather.bytes for gather in live}.values())
@@ -230,7 +230,7 @@ def _saved(packed: tuple[Tensor, int]) -> Tensor:
 
 @dataclass(eq=False)
 class _Recipe:
-    """What a changed weight is made of: W and PEFT's two factors, saved by a node of their own."""
+    """The recipe of a changed weight: W and PEFT's two factors, saved by a node of their own."""
 
     layer: ParamWrapper
     kept: Any
@@ -238,7 +238,7 @@ class _Recipe:
     version: int
 
     def part(self, tensor: Tensor, weight: Tensor) -> _Part | None:
-        """Return the recipe of a tensor that is a part of the weight, as the weight was made; None for any other."""
+        """Return the recipe of a tensor that is a part of the changed weight; None for any other tensor."""
         if type(tensor) not in TENSORS or tensor.dtype != weight.dtype or tensor.numel() == 0:
             return None
         if storage_of(tensor) != storage_of(weight) or tensor._version != self.version:
@@ -249,7 +249,7 @@ class _Recipe:
         return _Part(self, first, behind, tensor.shape, tensor.stride(), int(start - first * size))
 
     def experts(self, first: int, behind: int) -> Tensor:
-        """Make the weights of some experts again."""
+        """Recompute the weights of some experts."""
         if self.layer.merged_adapters:
             raise RuntimeError(f"an adapter was merged into the base weight before backward. {_WRITTEN_TO}")
         W, left, right = (tensor[first:behind] for tensor in _kept(self.kept, _WRITTEN_TO))
@@ -280,7 +280,7 @@ _INPUT_WRITTEN_TO = (
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class _Gather:
-    """What the graph saves instead of rows of the call's input, which are selected for experts."""
+    """Replaces, in the graph, rows of the call's input that were selected for experts."""
 
     packed: Any
     bytes: int
@@ -299,7 +299,7 @@ class _Gather:
 
 @dataclass(eq=False, slots=True)
 class _Part:
-    """What the graph saves instead of a part of a changed weight: one expert's matrix, or all."""
+    """Replaces, in the graph, a part of a changed weight: one expert's matrix, or all."""
 
     recipe: _Recipe
     first: int

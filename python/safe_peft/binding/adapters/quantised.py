@@ -105,6 +105,6 @@ class QuantisedLora(lora.LoraAdapter):
         return None
 
     def dequantise(self) -> Tensor | None:
-        """Make the base weight anew; None where the package gives no way to."""
+        """Dequantise the base weight; None if the package cannot do this."""
         make = DEQUANTISE[dotted_name(original_type(self.layer))]
         return None if make is None else make(self.layer.get_base_layer())

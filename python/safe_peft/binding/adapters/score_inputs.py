@@ -49,7 +49,7 @@ class ScoreInputs:
     """The data about one adapter when it is scored. A score calls the methods that it needs; each may return None.
 
     FSDP2 and tensor parallelism shard tensors. A method gathers its tensor, and every process must call it. So a score
-    must call the same methods for every adapter, whatever the values are.
+    must call the same methods for every adapter, independent of the values.
 
     Args:
         statistics: sums over this step's rows, gathered during its forwards.
@@ -132,7 +132,7 @@ class ScoreInputs:
         return _made(self._base_weight)
 
     def dequantise(self) -> Tensor | None:
-        """Return the weight that a quantised base layer stands for; every call makes it anew, which is costly."""
+        """Return the dequantised base weight; every call dequantises it, which is costly."""
         return _made(self._dequantise)
 
     def update_A(self) -> Tensor | None:

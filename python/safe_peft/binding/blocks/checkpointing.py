@@ -1,9 +1,9 @@
 """Activation checkpointing, switched on by transformers or by a model's own code, in a model with frozen blocks.
 
 Reentrant checkpointing trains nothing, without an error, if no input requires grad. So checkpointing set-ups call
-`enable_input_require_grads`, which makes the embeddings' output a leaf. With a frozen prefix it builds the whole graph
-below the lowest live adapter, which nothing needs. Only a leaf from this hook of transformers (or PEFT) may be cut off,
-and only if the model itself called the embeddings. Any other leaf belongs to the user.
+`enable_input_require_grads`, which makes the embeddings' output a leaf. With a frozen prefix, this leaf makes
+autograd build the graph below the lowest live adapter, which is not needed. Only a leaf from this hook of transformers
+(or PEFT) may be cut off, and only if the model itself called the embeddings. Any other leaf belongs to the user.
 """
 
 from __future__ import annotations

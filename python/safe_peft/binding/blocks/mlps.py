@@ -39,7 +39,7 @@ def activation_kind(module: nn.Module | None) -> str | None:
 
 @dataclass
 class Activation(Part):
-    """An activation of the given kind of `safe_kernels.activation`."""
+    """An activation module that computes one kind of `safe_kernels.activation`."""
 
     stem = "mlps"
     kind: str
@@ -149,7 +149,7 @@ class Mlp(Part):
         return agrees(partial(original_type(module).forward, clone, x), expected)
 
     def _first(self, module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
-        """Call the layers before the activation; return the gate, and what is multiplied by it."""
+        """Call the layers before the activation; return the gate, and the factor that its activation multiplies."""
         layers: Any = module._modules
         z = layers[self.gate](x)
         if self.fused:

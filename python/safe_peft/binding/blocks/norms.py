@@ -134,10 +134,10 @@ class Norm(Part):
             return False
         if x.dtype in _16_BIT and not self.keeps_dtype:
             return False
-        alike = all(x.dtype == p.dtype for p in shown)
+        is_one_dtype = all(x.dtype == p.dtype for p in shown)
         if isinstance(module, _SHAPED) and original_type(module) is not nn.LayerNorm:
-            return alike and (x.dtype not in _16_BIT or not autocasts(x))
-        return alike or (self.formula == "layer_norm" and autocasts(x))
+            return is_one_dtype and (x.dtype not in _16_BIT or not autocasts(x))
+        return is_one_dtype or (self.formula == "layer_norm" and autocasts(x))
 
     def _ones_for(self, x: Tensor) -> Tensor:
         """Return ones, the weight of a norm without a weight. Like a parameter, it is created once, not per call."""

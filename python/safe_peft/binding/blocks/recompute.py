@@ -52,7 +52,7 @@ class _Handle:
 
 
 class Run:
-    """One call of a block that can be repeated exactly; `reason` says why it retains its tensors if it cannot.
+    """One call of a block that backward repeats; if an exact repetition is impossible, `reason` says why.
 
     In the second call, dropout draws the same numbers, and autocast and modules have the same state. If the block draws
     random numbers, the states of the generators are retained too (5,056 bytes on a CPU).
@@ -157,7 +157,7 @@ class Run:
                 found[index] = tensor
             return tensor
 
-        # New leaves, so that a hook that the block puts on an argument is not registered twice on the real argument.
+        # New leaves: the block may register a hook on an argument, and the real argument has this hook already.
         args, kwargs = self._given.rebuild([t.detach().requires_grad_(t.requires_grad) for t in tensors])
         with self._as_before(states), saved_tensors_hooks(pack, lambda tensor: tensor):
             self._call(*args, **kwargs)
@@ -204,7 +204,7 @@ class Moment:
         self._on_all = [hooks.copy() for hooks in _HOOKS_ON_ALL]
         self._names = [tuple(module._parameters) for module in modules]
         self._buffers = self._buffer_versions()
-        # An id is used again if its object is gone, so the objects are kept.
+        # Python reuses the id of a deleted object, so the objects are kept.
         self._tensors = [t for m in modules for kind in (m._parameters, m._buffers) for t in kind.values()]
         self._parameters = self._parameter_values()
         self._storages = self._parameter_storages()
@@ -213,7 +213,7 @@ class Moment:
         return {id(p): _values(p) for m in self._modules for p in m._parameters.values() if p is not None}
 
     def _parameter_storages(self) -> list[int | None]:
-        """Return what `parameter.data = ...` replaces."""
+        """Return the parts of a parameter that `parameter.data = ...` replaces."""
         return [storage_of(p) for module in self._modules for p in module._parameters.values() if p is not None]
 
     def _buffer_versions(self) -> list[tuple[int, int]]:
@@ -321,5 +321,5 @@ def _restore(module: nn.Module, look: _Look) -> None:
         else:
             own[name] = value
     own.update(engines)
-    if type(module) is not look.kind:  # bound then, and not now
+    if type(module) is not look.kind:  # bound at that time, and not now
         module.__class__ = look.kind

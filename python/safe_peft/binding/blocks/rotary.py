@@ -29,9 +29,9 @@ _READ_BY_PYTHON = ("__builtins__", "__name__", "__package__", "__path__", "__spe
 
 
 class _Names(dict[str, Any]):
-    """The global names of a module, with another value for a function as long as that is the recognised one.
+    """The global names of a module, with a replacement for the recognised function while it is unchanged.
 
-    Python looks them up one by one in `__missing__`, except those that it reads from the dictionary itself.
+    Python looks names up in the dictionary itself first, and then in `__missing__`.
     """
 
     def __init__(self, module: dict[str, Any], name: str, code: FunctionCode, ours: Callable[..., Any]) -> None:
@@ -50,7 +50,7 @@ class Rotary(Part):
         name: of the function, among the global names of the forward.
         code: of the function.
         dtypes: of q and k, and of cos and sin; and for each such pair the dtype of the results.
-        takes_part: whether cos and sin may be for the first features of each head.
+        takes_part: whether cos and sin may cover only the first features of each head.
     """
 
     stem = "attention"
@@ -95,7 +95,7 @@ class Rotary(Part):
         return f"{kind.__name__}.forward is replaced"
 
     def compute(self, module: Any, /, *args: Any, **kwargs: Any) -> Any:
-        """Run the module's own forward with the op. A compiler fuses the function by itself."""
+        """Run the module's own forward with the op; None while compiling, because a compiler fuses the function."""
         if torch.compiler.is_compiling() or is_transformed() or self._replaced(module) is not None:
             return None
         return self._run(module, *args, **kwargs)
@@ -113,7 +113,7 @@ class Rotary(Part):
         return rotate
 
     def _takes(self, q: Any, k: Any, cos: Any, sin: Any) -> bool:
-        """Whether the op computes a call, with results as the function gives them."""
+        """Whether the op supports a call and gives results of the same dtypes as the function."""
         if not is_plain(q, k, cos, sin) or cos.requires_grad or sin.requires_grad or cos.shape != sin.shape:
             return False
         if q.dtype != k.dtype or cos.dtype != sin.dtype or (q.dtype, cos.dtype) not in self.dtypes:
