@@ -1,4 +1,4 @@
-// `linear_cross_entropy` in PyTorch's own products and softmax, a chunk of rows at a time: whole logits are never in
+// `linear_cross_entropy` in PyTorch's own products and softmax, a chunk of rows at a time: the full logits are never in
 // memory. One implementation for CPUs and GPUs, since nearly all of its time is the products with the head.
 
 #include "ops/linear_cross_entropy.h"

@@ -93,7 +93,7 @@ std::tuple<Tensor, Tensor, Tensor> lora_conv_backward_of(
   std::vector<int64_t> size = C10_AS_INTARRAYREF_SLOW(x_size).vec(), h_size = grads.sizes().vec();
   if (static_cast<int64_t>(size.size()) < grads.dim()) size.insert(size.begin(), 1);
   h_size[1] = lora_A.size(0);
-  // What backward computes again, or tensors of these shapes whose values nothing reads.
+  // Tensors that backward recomputes; if their values are not read, only tensors of the same shapes.
   const bool reads_x = wants_A || wants_B;
   const Tensor y = reads_x ? dropped(with_batch(*x, positions).to(dtype), positions, dropout_p, rng_state)
                            : at::empty(size, inner.options().memory_format(format));

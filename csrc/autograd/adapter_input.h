@@ -2,7 +2,7 @@
 //   x is the output of an activation    the activation's inputs, which the activation retains anyway
 //   only lora_B trains                  h = dropout(x) A', r numbers per row
 //   dropout, and x is a slice of a larger tensor    a copy; PEFT keeps only the dropped copy and its mask
-//   x is wider than what PEFT's lora_A reads, and no norm keeps it    one copy in that dtype; PEFT keeps one per reader
+//   lora_A reads x in a narrower dtype with PEFT, and no norm keeps x    one copy in that dtype; PEFT: one per reader
 //   otherwise                           x itself, shared with every other reader
 
 #pragma once

@@ -88,8 +88,8 @@ auto each_of(std::tuple<Tensors...>& results) {
   return std::apply([](Tensors&... each) { return std::tie(each...); }, results);
 }
 
-// A node that calls `op` in forward. `Kind::save(ctx, results, arguments...)` saves what backward needs. All results
-// but the first have no derivative.
+// A node that calls `op` in forward. `Kind::save(ctx, results, arguments...)` saves what backward needs. Only the
+// first result has a derivative.
 template <class Kind, auto op>
 struct OpNode;
 

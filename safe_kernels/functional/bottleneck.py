@@ -31,8 +31,8 @@ def bottleneck(
     output. The op computes in float32 (float64 for float64) and rounds once. Retained bytes depend on the arguments
     that require grad:
 
-    * W_down: x, once for all layers that read it, and with dropout 16 bytes of random state. Backward makes the
-      pre-activation again.
+    * W_down: x, once for all layers that read it, and with dropout 16 bytes of random state. Backward
+      recomputes the pre-activation.
     * otherwise W_up: the pre-activation, or without x and b_down the hidden units, r numbers per row.
     * otherwise x or b_down (a frozen adapter): for "relu" one bit per hidden unit, otherwise the pre-activation. With
       dropout left on 16 bytes more.

@@ -24,8 +24,8 @@ def dora(
     """Compute a linear layer with its DoRA adapter: ``scale * x (W + scaling * B A)' + bias`` (arXiv 2402.09353).
 
     ``scale = magnitude / norm``, and norm is the norm of each row of ``W + scaling * B A``. Every call computes it from
-    a few rows at a time, so that no second weight is stored. It is a constant for the gradients. Dropout acts on all
-    that differs from ``x W' + bias``, which includes ``(scale - 1) * dropout(x) W'``, as in PEFT.
+    a few rows at a time, so that no second weight is stored. It is a constant for the gradients. As in PEFT, dropout
+    acts on everything except ``x W' + bias``, also on ``(scale - 1) * dropout(x) W'``.
 
     Retained bytes depend on the arguments that require grad:
 

@@ -11,7 +11,7 @@ from safe_kernels.functional.random import draw_rng_state
 def dropout(x: Tensor, dropout_p: float, *, rng_state: Tensor | None = None) -> Tensor:
     """Drop elements of x and scale the others by ``1 / (1 - dropout_p)`` (Srivastava et al. 2014).
 
-    Backward computes the mask again from the random state. So autograd retains only 16 bytes, not x and not a mask. The
+    Backward recomputes the mask from the random state. So autograd retains only 16 bytes, and neither x nor a mask. The
     result can be differentiated any number of times. The op always drops: call it only in training. With ``dropout_p``
     0 it returns a copy.
 

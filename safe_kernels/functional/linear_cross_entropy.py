@@ -23,7 +23,7 @@ def linear_cross_entropy(
     row in the dtype of x, and nothing else. Without a gradient there is no graph node. Products are in the dtype of x,
     the softmax and the losses in float32 (float64 for float64). On a CPU, ignored rows are skipped.
 
-    The op makes no gradient of the layer. The mean over the tokens that count is a quotient of the result's sum::
+    The op computes no gradient of the layer. Divide the sum by the number of tokens that count to get the mean loss::
 
         loss = linear_cross_entropy(x, weight, None, target).sum() / (target != -100).sum()
 

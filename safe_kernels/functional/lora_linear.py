@@ -23,9 +23,8 @@ def lora_linear(
 ) -> Tensor:
     """Compute a linear layer with its LoRA adapter: ``x W' + bias + scaling * (dropout(x) A') B'`` (arXiv 2106.09685).
 
-    On a GPU with Triton it is one product of matrices: the adapter is one more step of the sum that makes an element
-    of the output, so that the layer's output without the adapter never exists. On a CPU it is PyTorch's product with
-    weight, and `lora` over that.
+    On a GPU with Triton, the adapter is added inside the product of x and weight, so the layer's output without the
+    adapter is never stored. On a CPU it is PyTorch's product with weight, and `lora` over that.
 
     Retained bytes depend on the arguments that require grad:
 
