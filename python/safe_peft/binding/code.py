@@ -34,7 +34,7 @@ _OBSERVES = "_safe_observes"
 _CHANGERS = frozenset({"globals", "exec", "eval"})
 """Functions that may change the global names of their caller."""
 _STABLE = ("builtins", "math", "torch", "typing")
-"""Packages whose modules and classes are taken to stay as they are."""
+"""Packages whose modules and classes are assumed not to change."""
 _TRACKER = "torch.utils.module_tracker"
 _HOOKS_ON_ALL: tuple[dict[int, Any], ...] = (
     global_hooks._global_forward_hooks,
@@ -163,7 +163,7 @@ def own_method(kind: type, name: str) -> Any:
 
 
 def own_methods(*methods: tuple[type, str]) -> Methods:
-    """Return what `replaced` needs to know about methods, each given by its class and name."""
+    """Return the records of methods, given by class and name, that `replaced` compares."""
     return tuple((kind, name, own_method(kind, name)) for kind, name in methods)
 
 
@@ -202,7 +202,7 @@ def _codes(code: CodeType) -> Iterator[CodeType]:
 
 
 def _is_compared(value: Any) -> bool:
-    """Whether a value that a function reads stays the same as long as its identity does, or is compared itself."""
+    """Whether comparing a value that a function reads, or its identity, shows every change of the value."""
     if isinstance(value, ModuleType | type):
         return (value.__name__ if isinstance(value, ModuleType) else value.__module__).partition(".")[0] in _STABLE
     compared = isinstance(value, FunctionType | BuiltinFunctionType | torch.dtype | torch.device)

@@ -1,4 +1,4 @@
-"""A node of the graph that only keeps tensors, as backward's other nodes do; and what identifies their memory."""
+"""A node of the graph that only keeps tensors, and the identity of a tensor's memory."""
 
 from __future__ import annotations
 
@@ -30,5 +30,5 @@ def keep(tensors: Sequence[Tensor]) -> Callable[[], tuple[Tensor, ...]]:
 
 
 def storage_of(tensor: Tensor) -> int | None:
-    """Return what identifies a tensor's memory; None for a tensor without a storage, such as a sparse one."""
+    """Return the identity of a tensor's memory; None for a tensor without a storage, such as a sparse one."""
     return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else None

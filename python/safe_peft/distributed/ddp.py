@@ -17,7 +17,7 @@ distributed: Any = torch.distributed
 def running_ddp(model: nn.Module) -> DistributedDataParallel | None:
     """Return the wrapper whose forward runs now and contains a model.
 
-    A Trainer passes on only the inner model, and accelerate may wrap it later. DDP notes the running wrapper for
+    A Trainer passes on only the inner model, and accelerate may wrap it later. DDP records the running wrapper for
     torch.compile.
     """
     wrapper = DistributedDataParallel._get_active_ddp_module()
@@ -67,7 +67,7 @@ def rebuild_reducer(ddp: DistributedDataParallel) -> None:
 
 
 def _builtin_hook(ddp: DistributedDataParallel) -> object | None:
-    """The communication hook in C++, which DDP notes only in its log."""
+    """The communication hook in C++, which DDP records only in its log."""
     name = ddp._get_ddp_logging_data().get("comm_hook", "")
     kinds = distributed.BuiltinCommHookType.__members__.values()
     return next((kind for kind in kinds if str(kind) == name), None)

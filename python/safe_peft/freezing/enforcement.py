@@ -37,7 +37,7 @@ class FreezeEnforcer:
         self._refuse_shared()
 
     def _refuse_shared(self) -> None:
-        """Freezing one of two adapters with a common parameter would stop the other, or the frozen one would change."""
+        """Refuse adapters that share a parameter: freezing one would stop the other, or the frozen one would change."""
         owners: dict[int, str] = {}
         for adapter in self._adapters:
             for parameter in (p for p in adapter.parameters() if p.requires_grad):
@@ -49,7 +49,7 @@ class FreezeEnforcer:
                     )
 
     def check_present(self) -> None:
-        """Raise if an adapter is not in its place any more: PEFT may delete adapters, or unload the model."""
+        """Raise if an adapter is no longer in the model: PEFT may delete adapters, or unload the model."""
         if unloaded := [a.name for a, parent, name in self._places if parent._modules.get(name) is not a.layer]:
             raise BindingError(
                 f"{_some(unloaded)}: no longer in the model. The model was unloaded, merged and unloaded, or its "
@@ -69,7 +69,7 @@ class FreezeEnforcer:
             allow_recompilations(names, self._binding.blocks)
 
     def freeze_again(self, names: Sequence[str]) -> None:
-        """Freeze adapters that were frozen before a restart. The optimizers' saved state is newer than that freeze."""
+        """Freeze adapters that were frozen before a restart. The optimizers' state was saved after that event."""
         if not names:
             return
         self._processes.reshard()

@@ -32,7 +32,7 @@ class Standing:
         undo: does the same, and unbinds the model.
         alone: no other process shares the training. Several processes would have to change at the same time.
         attached: the freezer has hooks on the model.
-        finished: the training has ended, and frozen adapters shall stay frozen.
+        finished: the training has ended, and frozen adapters must stay frozen.
         by_trainer: a Trainer's callback made the freezer.
     """
 

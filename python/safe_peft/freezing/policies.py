@@ -17,7 +17,7 @@ from .registry import Registry
 
 @dataclass(frozen=True)
 class PolicyInputs:
-    """What a policy chooses from at one freeze event.
+    """The inputs of a policy at one freeze event.
 
     Args:
         importance: of the adapters that may freeze now, the least important first.
@@ -119,9 +119,9 @@ def greedy(inputs: PolicyInputs) -> list[str]:
 def random_sets(inputs: PolicyInputs) -> list[str]:
     """Freeze adapters in a random order until the limit is met, without those that it does not need: a control.
 
-    Each set has as many bytes as any other policy's, and none of its members can be left out. Without that, a model of
-    30 blocks would freeze completely for a quarter of its bytes, because one live adapter in the lowest layer keeps the
-    graph of all layers. For the same reason most sets are prefixes if frozen blocks are not recomputed. The score
+    The set meets the same limit as any other policy's, and needs each of its members for it. Otherwise a model of 30
+    blocks would freeze completely to save a quarter of its bytes, because one live adapter in the lowest layer keeps
+    the graph of all layers. For the same reason most sets are prefixes if frozen blocks are not recomputed. The score
     "random" with "greedy" is no such control: it chooses by bytes too.
     """
     order = list(inputs.table.adapters)

@@ -22,7 +22,7 @@ class Registry(dict[str, Entry]):
         raise ConfigError(f"{self._option}: expected one of {', '.join(sorted(self))}, got {name!r}.")
 
     def adding(self, name: str, entry: Callable[[Function], Entry]) -> Callable[[Function], Function]:
-        """Return a decorator that registers what `entry` makes of a function; the name must be new."""
+        """Return a decorator that registers `entry(function)` under a new name."""
         if name in self:
             raise ConfigError(f"{self._option} {name!r} is already registered; choose another name.")
 

@@ -68,7 +68,7 @@ class RunIdentity:
 
 @dataclass(frozen=True)
 class FreezerState:
-    """What changes in a training.
+    """The state that changes during a training.
 
     A state from an earlier safe_peft has no `memory`, the score's own numbers, and no `mask_version`, the version of
     dropout's random bits.

@@ -129,7 +129,7 @@ class Norms:
     def held(self) -> Iterator[tuple[int, int, Saver]]:
         """Yield the identity, size and `Saver` of each storage that a norm dropped.
 
-        A norm retains its input until a reader retains the output, and some statistics in any case.
+        A norm retains its input until a reader retains the output, and some statistics always.
         """
         for drop in self._dropped:
             node = drop.note.node

@@ -36,8 +36,8 @@ def fit(
     The search is greedy. It freezes sets of adapters that free memory: adapters that read the same tensors, a block, or
     all blocks up to a certain block, because the graph below the lowest live adapter is not built. With "auto", blocks
     are recomputed before more adapters freeze, because that costs only time. Only as many blocks are recomputed as the
-    limit requires. Without recomputation the search runs again from every cut, with all blocks below the cut frozen. Of
-    the choices within the limit, the one wins whose frozen adapters have the least importance in sum.
+    limit requires. Without recomputation the search runs again from every cut, with all blocks below the cut frozen.
+    The result is the choice within the limit with the smallest sum of the importance of its frozen adapters.
 
     Args:
         table: what a step retains, with nothing or a part frozen.
@@ -76,8 +76,8 @@ def fit(
 
     best = min((choice_of(search.run(limit)) for search in searches), key=rank)
     if not best.fits:
-        return best  # no cut can free more: all that may freeze and frees memory is frozen
-    for search in [one for one in searches if not one.blocks]:  # with recomputation nearly no cut pays for its search
+        return best  # no cut can free more: every adapter that may freeze and frees memory is frozen
+    for search in [one for one in searches if not one.blocks]:  # recomputation hardly gains from further cuts
         for below in search.cuts():
             best = min(best, choice_of(search.run(limit, below, most=cost(best))), key=rank)
     return best

@@ -1,4 +1,4 @@
-"""What a step retains, as plain data: every storage, the modules that retain it, and what must freeze to free it."""
+"""The storages that a step retains, as plain data: the modules that retain each, and what must freeze to free it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTS = (
     *("attention", "MLP", "norms", "head and loss", "embeddings", "block", "recompute", "dropout"),
     *("LoRA dropout", "LoRA inputs"),
 )
-"""The part that retains a storage; of several parts, the first one: what freezing one adapter can free is last."""
+"""The parts of a step. A storage counts for the first part that retains it; parts that one adapter frees are last."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Saver:
 
 @dataclass(frozen=True)
 class Storage:
-    """The bytes and the savers of one storage; without savers it is a block's input that is not retained yet."""
+    """The bytes and the savers of one storage. A block's input that is not retained yet has no savers."""
 
     bytes: int
     savers: tuple[Saver, ...]
@@ -95,7 +95,7 @@ class _Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class RetainedTable:
-    """Everything a step retains, and what it would retain with more adapters frozen or blocks recomputed.
+    """The bytes that a step retains, also with more adapters frozen or blocks recomputed.
 
     The prediction is exact except in one case, in which a step retains a little less: if nothing before an MLP's
     activation is live, the layer after the activation retains its own input instead of the activation's input.

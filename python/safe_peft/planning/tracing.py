@@ -1,7 +1,7 @@
 """Runs one training step on a copy of a model without values, and records retained bytes and peak memory.
 
-No formula estimates anything. The code of the model, of PEFT and of this package runs as in training, and every saved
-tensor is recorded. So the plan is right for every architecture that runs.
+Nothing is estimated by formulas. The code of the model, of PEFT and of this package runs as in training, and every
+saved tensor is recorded. So the plan is correct for every architecture that runs.
 """
 
 from __future__ import annotations

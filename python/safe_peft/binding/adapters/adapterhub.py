@@ -64,7 +64,7 @@ def _refuse_input(x: Any, weight: Tensor) -> str | None:
 
 
 class _OneOp:
-    """An adapter as its own forward sees it: the layer down passes its input on, and the layer up is the op."""
+    """An adapter whose own forward calls our op: the layer down returns its input, and the layer up is the op."""
 
     def __init__(self, layer: nn.Module) -> None:
         self._layer: Any = layer
@@ -87,7 +87,7 @@ class _OneOp:
 
 
 class SafeHubAdapter(ObservedLayer):
-    """One adapter of AdapterHub. Its score compares what it is added to with the sum of both."""
+    """One adapter of AdapterHub. Its score compares the features without the adapter's output and with it."""
 
     disable_adapters = merged = False
     name: str
@@ -148,7 +148,7 @@ class HubAdapter(BottleneckAdapter):
         return list(layer.parameters())
 
     def is_present(self) -> bool:
-        return True  # a deleted adapter is no longer called, and what is not called is neither scored nor frozen
+        return True  # a deleted adapter is no longer called, so it is neither scored nor frozen
 
     def traits(self) -> dict[str, Any]:
         return {**Adapter.traits(self), "scaling": self.scaling(), "kind": self.kind()}

@@ -161,7 +161,7 @@ class BottleneckAdapter(LoraAdapter):
         return torch.eye(self.layer.out_features, device=self.pair()[0].device)
 
     def bytes_once_frozen(self, output: Tensor) -> int:
-        """Return what the fast path retains for a gradient that passes the frozen adapter: see `Adapter`."""
+        """Return the bytes that the fast path retains for a gradient that passes the frozen adapter: see `Adapter`."""
         if self.refusal(self.layer) is not None or not self.layer.__dict__.get(STATE):
             return 0
         weight = self.pair()[0]

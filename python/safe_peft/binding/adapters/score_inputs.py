@@ -156,7 +156,7 @@ class ScoreInputs:
 
 
 def _made(source: Source) -> Tensor | None:
-    """Torch's own functions would take a shard's sum for the whole tensor's."""
+    """Torch's own functions would treat the sum over a shard as the sum over the tensor."""
     tensor = source if source is None or isinstance(source, Tensor) else source()
     return None if tensor is None else whole(tensor)
 

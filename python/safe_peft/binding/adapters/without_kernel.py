@@ -45,7 +45,7 @@ class Ia3Adapter(Adapter):
     """One IA3 adapter: a vector that scales the input or the output of one linear layer.
 
     Scores read the vector and its gradient as `lora_A`. There is no product, so `relative_norm` and `drift` give nan.
-    PEFT's code retains no more than is needed: what the vector scales while it trains, and nothing once it is frozen.
+    PEFT's code retains only what is needed: the scaled tensor while the vector trains, and nothing once it is frozen.
     """
 
     layer_type: ClassVar[type[nn.Module]] = Ia3Linear

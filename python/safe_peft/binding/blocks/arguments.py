@@ -55,7 +55,7 @@ class Given:
         return [tensor for tensor in self.tensors if id(tensor) not in self._direct]
 
     def was_written(self) -> bool:
-        """Whether a tensor was written in place since then. Call it once: it drops the values that it compares with."""
+        """Whether a tensor was written in place since then. Call it once: it drops the stored values."""
         copies, self._copies = self._copies, []
         if [version(tensor) for tensor in self.tensors] != self._versions:
             return True

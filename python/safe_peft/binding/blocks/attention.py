@@ -64,9 +64,9 @@ class Attention(Part):
         return part if computes else None
 
     def compute(self, module: Any, /, *args: Any, **kwargs: Any) -> tuple[Tensor] | None:
-        """Compute a call with SDPA, which does not help in all calls.
+        """Compute a call with SDPA, if this retains less.
 
-        With dropout it retains the probabilities too, and it gives a bias no gradient.
+        With dropout, SDPA retains the probabilities too. It computes no gradient of a bias.
         """
         given = {**dict(zip(self.arguments, args, strict=False)), **kwargs}
         x = given.pop(self.arguments[0], None)
@@ -114,7 +114,7 @@ class Attention(Part):
 
 
 def _written_out(query: Tensor, key: Tensor, value: Tensor, added: Tensor | None) -> Tensor:
-    """Compute the formula of SDPA from single operations; each retains only what its own inputs' gradients need."""
+    """Compute the formula of SDPA from single operations, which retain only what the needed gradients require."""
     scores = query @ key.transpose(-1, -2) / math.sqrt(query.shape[-1])
     return (scores if added is None else scores + added).softmax(-1) @ value
 

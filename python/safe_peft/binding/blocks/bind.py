@@ -34,7 +34,7 @@ def parts_of(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part]]:
 
 
 def unrecognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
-    """Yield the modules that look like such parts and compute something else: path, module and reason."""
+    """Yield the modules that look like such parts but compute something else: path, module and reason."""
     for name, module, part, in_block in _look_at(model):
         kind = original_type(module)
         if part is not None or module._modules:
@@ -46,7 +46,7 @@ def unrecognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
 
 
 def _look_at(model: nn.Module) -> Iterator[tuple[str, nn.Module, Part | None, bool]]:
-    """Yield path, module, part if recognised, and whether it is in a block, for all modules that no other one covers.
+    """Yield path, module, part if recognised, and whether it is in a block, for all modules outside of bound modules.
 
     An adapter layer has its own binding, which covers the modules in it.
     """

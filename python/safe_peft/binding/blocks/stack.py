@@ -121,7 +121,7 @@ class Block:
     def _is_waited_for(self) -> bool:
         """Whether a hook needs a gradient up to and in the lowest block that trains, or outside of the blocks.
 
-        If nothing trains at all, the leaf is all that a backward of the loss has, as in stock PEFT.
+        If nothing trains, backward of the loss needs this leaf, as in stock PEFT.
         """
         for block in self.stack:
             modules = list(modules_in(block))
