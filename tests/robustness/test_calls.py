@@ -103,7 +103,7 @@ def test_options_that_are_none(config: Any) -> None:
 
 @pytest.mark.parametrize("parts", [None, 3, "norms", ["norm"], [3]], ids=str)
 def test_parts_that_are_none(parts: Any) -> None:
-    refused(lambda: bind(MODEL, parts=parts), "parts: expected some of")
+    refused(lambda: bind(MODEL, parts=parts), "parts: expected a list of some of")
 
 
 @pytest.mark.parametrize("path", [None, 3, b"x"], ids=repr)

@@ -108,7 +108,10 @@ class Binding:
             )
         adapters = self.live_adapters()
         if not adapters:
-            raise BindingError("no adapter trains: requires_grad is False everywhere; call model.set_adapter(...).")
+            raise BindingError(
+                "no adapter trains: requires_grad is False everywhere; call model.set_adapter(...), or load the model "
+                "with PeftModel.from_pretrained(..., is_trainable=True)."
+            )
         for state in self._states():
             state.owner, state.observe = weakref.ref(self), {}
         return adapters
@@ -197,7 +200,7 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
         >>> binding.detach()
     """
     if not isinstance(parts, Collection) or isinstance(parts, str) or not set(parts) <= set(PARTS):
-        raise ConfigError(f"parts: expected some of {', '.join(PARTS)}, got {parts!r}.")
+        raise ConfigError(f"parts: expected a list of some of {', '.join(PARTS)}, got {parts!r}.")
     modules = list(walk(unwrap(model)))
     layers = {short_name(name): module for name, module in modules if adapter_of(module) is not None}
     if not layers:
@@ -219,6 +222,9 @@ def bind(model: nn.Module, *, parts: Collection[str] = PARTS) -> Binding:
 def _nothing_to_bind(model: nn.Module, modules: list[nn.Module]) -> str:
     kinds = Counter(kind for module in modules if (kind := peft_kind(module)) is not None)
     if not kinds:
-        return f"{type(model).__name__} has no adapter layer of PEFT; pass the model that peft.get_peft_model returned."
+        return (
+            f"{type(model).__name__} has no adapter layer of PEFT, such as those of LoRA; pass the model that "
+            "peft.get_peft_model returned. Prompt and prefix tuning have no such layers."
+        )
     found = ", ".join(f"{count} {kind}" for kind, count in kinds.items())
     return f"{type(model).__name__} has no layer that can be bound: expected lora.Linear, found {found}."

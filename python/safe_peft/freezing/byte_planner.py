@@ -174,7 +174,7 @@ class Planner:
     def acts(self) -> bool:
         """Whether decisions are made by bytes; warns once if they are not."""
         if self.planned.inputs is None and self.refused is None:
-            self._refuse("the training batch is unknown, because no forward of the model received tensors")
+            self._refuse("the training batch is unknown: no forward in training mode received tensors")
         elif self.refused is None:
             self._plans(may_measure=not self._shared)  # processes have measured different batches
         return self.refused is None
@@ -256,8 +256,8 @@ class Planner:
 
     def _warn(self, choice: Choice, budget: int) -> None:
         logger.warning(
-            "memory_budget cannot be met: with all permitted adapters frozen a step retains %s allowed; make the batch "
-            "smaller, allow recompute, or list fewer adapters in never_freeze.",
+            "memory_budget cannot be met: with all permitted adapters frozen a step retains at least %s allowed; make "
+            "the batch smaller, allow recompute, or list fewer adapters in never_freeze.",
             f"{choice.bytes:,} bytes, {choice.bytes - budget:,} more than the {budget:,}",
         )
         self.planned = replace(self.planned, warned=True)

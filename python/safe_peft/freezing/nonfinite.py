@@ -48,7 +48,10 @@ class NonFinite:
         """Return the error to raise at the end of a scoring step, if any; `broken` names parts with NaN or Inf."""
         unknown = [name for name, value in importance.items() if not math.isfinite(value) and name not in broken]
         if new := self._new(unknown, False):
-            why = "%d adapters have no finite importance at step %d and stay trainable: %s; explain(model) shows why."
+            why = (
+                "%d adapters have no finite importance at step %d and stay trainable: %s. Usual causes: no forward in "
+                "training mode (call model.train()), or a score that cannot be computed for these layers."
+            )
             logger.warning(why, len(new), step, _some(new))
         if not broken:
             return None
@@ -59,7 +62,7 @@ class NonFinite:
         if self._raises:
             return ScoreError(
                 f"{what} of {_some(list(broken))}; {fix}. The freezer stays usable; with on_nonfinite='warn' training "
-                "goes on, and these adapters do not freeze."
+                "continues, and these adapters do not freeze."
             )
         if new := self._new(broken, True):
             why = "%s of %s, which stay trainable; %s, or set on_nonfinite='raise' to stop the training."

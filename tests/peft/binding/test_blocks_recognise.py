@@ -203,7 +203,9 @@ def test_only_the_parts_that_are_asked_for() -> None:
         with bind(model, parts=parts):
             bound = {part.stem for _, module, part in parts_of(model) if isinstance(module, SwappedModule)}
             assert bound == set(parts)
-    with pytest.raises(ConfigError, match=r"parts: expected some of norms, mlps, attention, dropouts, got \('norm',\)"):
+    with pytest.raises(
+        ConfigError, match=r"parts: expected a list of some of norms, mlps, attention, dropouts, got \('norm',\)"
+    ):
         bind(model, parts=("norm",))
 
 
