@@ -27,7 +27,7 @@ struct Head {
   double scaling, softcap;
 };
 
-// In float16 small probabilities would lose bits; a power of two changes nothing else.
+// In float16 small probabilities would lose bits; scaling by a power of two is exact.
 constexpr double kHalfBoost = 64.0;
 
 // The losses of a chunk's rows, and the gradients for x if they are wanted.
@@ -50,7 +50,7 @@ std::tuple<Tensor, Tensor> of_chunk(const Tensor& x, const Head& head, const Ten
   return {loss, grad};
 }
 
-// How many rows a chunk has: its logits have about `elements` numbers, but no product is too narrow to be fast.
+// The rows of a chunk: its logits have about `elements` numbers, and its products are wide enough to be fast.
 struct Chunks {
   int64_t elements, min_rows;
   bool reads_targets;  // rows without a target are skipped, and wrong targets are errors; a GPU would have to wait

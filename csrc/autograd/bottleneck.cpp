@@ -1,10 +1,10 @@
 // `bottleneck` retains for backward the first of these that applies, by the arguments that require grad when the graph
-// is built. z is the pre-activation; the weights themselves and 16 bytes of random state come with each of the three:
+// is built. z is the pre-activation. The weights come with each, and with dropout 16 bytes of random state:
 //   W_down               x or its replacement (adapter_input.h); z is recomputed
 //   W_up, and x or b_down    z, r numbers per row
 //   W_up                 the hidden units with dropout, r numbers per row, and no random state
 //   x or b_down          z; for a ReLU one bit per number, which shows where a gradient passes
-//   residual or b_up     nothing
+//   residual or b_up     only the weights
 //   none of them         no node at all
 
 #include "ops/bottleneck.h"
@@ -43,7 +43,7 @@ Tensor unpack_signs(const Tensor& bits, const c10::SymInt& r, at::ScalarType dty
   return passes.narrow_symint(-1, 0, r).to(dtype).mul(2).sub(1);
 }
 
-// z in the dtype in which PEFT's layer down would give it.
+// z in the dtype of the output of PEFT's layer down.
 Tensor as_kept(const Tensor& z, const Tensor& W_down) {
   const auto dtype = dtype_that_peft_reads(W_down);
   return c10::elementSize(dtype) < static_cast<size_t>(z.element_size()) ? z.to(dtype) : z;

@@ -1,5 +1,5 @@
 // `dora` retains for backward, by the arguments that require grad when the graph is built:
-//   lora_A, lora_B or magnitude   x or its replacement (adapter_input.h), 16 bytes of random state, and what x needs
+//   lora_A, lora_B or magnitude   x or its replacement (adapter_input.h), 16 bytes of random state; the next row
 //   x                             weight, A, B, magnitude, the norm (one number per row of weight), the random state
 //   bias only                     nothing
 //   none of them                  no node at all

@@ -1,7 +1,7 @@
 // `linear_cross_entropy` retains for backward:
 //   x requires grad   the gradient of each row's loss for x, in the dtype of x
 //   otherwise         no node at all
-// It makes no gradient of weight and bias. The gradient that arrives has one number per row, so backward is a product.
+// It has no gradient of weight and bias. The incoming gradient has one number per row, so backward is one product.
 
 #include "ops/linear_cross_entropy.h"
 
@@ -43,9 +43,9 @@ struct LinearCrossEntropyFunction : torch::autograd::Function<LinearCrossEntropy
     variable_list result(7);
     if (!grads[0].defined()) return result;
     Tensor grad_x = ctx->get_saved_variables()[0];
-    // An ignored row has no gradient, even if what arrives is not finite, such as 1 / 0 tokens.
+    // An ignored row has no gradient, even if the incoming gradient is not finite, such as 1 / 0 tokens.
     const Tensor factors = grads[0].masked_fill(grad_x.eq(0).all(-1), 0.0);
-    // The retained gradient depends on x, which a recorded backward (create_graph=True) must not overlook.
+    // The retained gradient depends on x; a recorded backward (create_graph=True) must take this into account.
     if (at::GradMode::is_enabled()) grad_x = grad_x.detach().set_requires_grad(true);
     result[0] = ScaleRows::call(factors, grad_x);
     return result;

@@ -1,10 +1,10 @@
 // `lora_conv` retains for backward, by the arguments that require grad when the graph is built:
 //   lora_A     x or its replacement (adapter_input.h), 16 bytes of random state, weight, A, B
-//   only lora_B of the adapter   h = dropout(x) * A, r channels, A, B; for the gradient of x what is said there
+//   only lora_B of the adapter   h = dropout(x) * A, r channels, A, B; for the gradient of x as in the next row
 //   x          weight, A, B, the random state, and the numbers of the shape of x
 //   bias only  nothing
 //   none of them   no node at all
-// PyTorch's convolution saves its input even if its weight is frozen, and so does the one of a frozen lora_A.
+// PyTorch's convolution saves its input even if its weight is frozen; with PEFT, a frozen lora_A does this too.
 
 #include "ops/lora_conv.h"
 
