@@ -26,7 +26,7 @@ class SafeLightningCallback(Callback):
     """Freezes adapters while a LightningModule trains, and logs `safe/*`.
 
     The module is or contains the PEFT model. The length of the training comes from the Trainer. Checkpoints contain the
-    method's state, so `fit(ckpt_path=...)` resumes. When `fit` ends, also by an exception, the model is an ordinary
+    method's state, so `fit(ckpt_path=...)` resumes. When `fit` ends, also with an exception, the model is an ordinary
     PEFT model again.
 
     Args:

@@ -125,7 +125,7 @@ def _trainer(config: FinetuneConfig, prepared: Prepared, folder: str, safe: Safe
         data_collator=_collator(config.task, prepared.tokenizer),
         callbacks=[] if safe is None else [safe],
     )
-    for shown in (PrinterCallback, ProgressCallback):  # both write to standard output, where only the result goes
+    for shown in (PrinterCallback, ProgressCallback):  # both write to standard output, which is for the result only
         trainer.remove_callback(shown)
     return trainer
 
@@ -236,7 +236,7 @@ class _Lines(TrainerCallback):
 
 @torch.no_grad()
 def _evaluate(trainer: _Trainer, task: str, safe: SafeCallback | None) -> float:
-    """Return accuracy, or perplexity per predicted token, since a Trainer's eval_loss weighs batches by rows."""
+    """Return accuracy, or perplexity per predicted token. A Trainer's eval_loss weights batches by samples instead."""
     gained, units = 0.0, 0
     trainer.model.eval()
     with _suspended(safe):

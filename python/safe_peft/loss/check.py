@@ -1,4 +1,4 @@
-"""Checks that a loss in chunks equals the model's own in a call: arguments, logits, and the loss on a few tokens."""
+"""Checks that a chunked loss equals the model's own loss in a call: arguments, logits, and the loss on a few tokens."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _CHECKED: weakref.WeakKeyDictionary[nn.Module, tuple[Any, set[Any]]] = weakref.W
 
 
 class Head(NamedTuple):
-    """A model's last layer, and what its model makes of the logits: a factor, then a soft cap (0 for none)."""
+    """A model's last layer, and the model's changes of its logits: a factor, then a soft cap (0 for none)."""
 
     layer: nn.Linear
     scaling: float
@@ -50,7 +50,7 @@ class Head(NamedTuple):
 
 
 def change(logits: Tensor, scaling: float, softcap: float) -> Tensor:
-    """Return the logits as the model changes them."""
+    """Return the logits after the model's changes."""
     logits = logits * scaling if scaling != 1.0 else logits
     return softcap * torch.tanh(logits / softcap) if softcap else logits
 
@@ -74,7 +74,7 @@ def check(model: nn.Module, batch: Mapping[str, Any]) -> Head:
     known = _CHECKED.get(base)
     if known is None or known[0] != state:
         known = _CHECKED[base] = (state, set())
-    if call not in known[1] and labels.shape[1] > 1:  # one token per sample has no target, and no loss to compare
+    if call not in known[1] and labels.shape[1] > 1:  # one token per sample has no target, and so no loss
         _compare(inner, base, head, batch)
         if call is not None:
             known[1].add(call)

@@ -32,20 +32,20 @@ class Plan:
         cut: the index of the first block that always runs.
         name: the name of that block.
         keys: of the samples.
-        batch: what identifies this batch.
+        batch: the identity of this batch.
         kept: per sample, the indices of its tokens; None means all.
         padding: [samples, tokens], True where there is padding that has no effect; None without padding.
         known: by sample, the block whose input is known, and this input.
-        checked: samples that are computed although they are known, by what is kept of them.
-        tried: samples that run with the rest and once more without it, for a comparison.
+        checked: samples that are computed although they are known: the depth and the value that are kept.
+        tried: samples that run twice for a comparison: in the whole batch, and in a part of it.
         drawn: the state of the generators before the first block.
 
     Attributes:
         probes: whether backward shows if padding has an effect.
         given: the arguments of the first block.
-        reason: why this forward is not what it would be without the cache, or cannot be kept.
-        outputs: what the blocks have returned.
-        version: of the last of these, which a write in place changes.
+        reason: why this forward differs from one without the cache, or cannot be kept.
+        outputs: the outputs of the blocks so far.
+        version: the last output's version, which a write in place changes.
     """
 
     cut: int
@@ -69,27 +69,27 @@ class Plan:
 
     @property
     def filled(self) -> bool:
-        """Whether the padding of a known sample is filled, and not what the blocks compute for it."""
+        """Whether the padding of a known sample is filled instead of computed by the blocks."""
         return any(self.kept[row] is not None for row in self.known)
 
     @property
     def last(self) -> Tensor | None:
-        """What the last block has returned, if nothing was written to it."""
+        """The output of the last block, if nothing was written to it."""
         last = self.outputs[-1]() if self.outputs else None
         return last if last is not None and last._version == self.version else None
 
     def returned(self, output: Tensor) -> None:
-        """Note what a block returns."""
+        """Record a block's output."""
         self.outputs.append(weakref.ref(output))
         self.version = output._version
 
     def require_exact(self) -> None:
-        """Raise if the samples that were skipped are not what they would be without the cache."""
+        """Raise if skipped samples could differ from those of a forward without the cache."""
         if self.reason and self.known:
             raise RuntimeError(f"prefix_cache: {self.reason}, after blocks were skipped; {OFF}.")
 
     def enter(self, index: int, hidden: Tensor) -> Tensor:
-        """Put in the samples that are known up to a block."""
+        """Insert the samples that are known up to a block."""
         arrived = {row: value for row, (depth, value) in self.waiting.items() if depth <= index}
         if not arrived:
             return hidden
@@ -109,7 +109,7 @@ class Plan:
 
 
 def unknown(hidden: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Return hidden states that are not known: NaN, so that a model that reads them does not go on without notice."""
+    """Return NaN for unknown hidden states: a model that reads them gets a NaN loss, and not a wrong one."""
     return torch.full_like(hidden, torch.nan, dtype=dtype)
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import keystr, tree_flatten_with_path, tree_map_only
 from ..binding.blocks.arguments import leaves, may_carry
 
 PACKED = ("cu_seq", "seq_idx")
-"""How the names of arguments begin that mark several samples in one row."""
+"""Prefixes of the names of arguments that mark several samples in one row."""
 
 
 class Samples:
@@ -94,7 +94,7 @@ class Samples:
 
 
 def _without_padding(name: str, part: Tensor, tokens: int, places: Tensor | None) -> Tensor:
-    """Select the tokens of a sample in a mask or in positions; another argument may have tokens of something else."""
+    """Select the tokens of a sample in a mask or in positions; the tokens of another argument may be others."""
     if places is None:
         return part
     if part.dim() >= 2 and part.shape[-2:] == (tokens, tokens):
