@@ -61,7 +61,7 @@ def report(folder: Annotated[Path, typer.Argument(help="A folder with a report.j
     from ..report.report import FreezeReport
     from ..report.tables import plans_table, runs_table, verdict
 
-    path = folder if folder.suffix == ".json" else folder / "report.json"
+    path = folder if folder.suffix == ".json" or folder.is_file() else folder / "report.json"
     found = FreezeReport.load(path)
     parts = [str(found)]
     if found.runs:

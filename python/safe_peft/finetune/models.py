@@ -38,7 +38,7 @@ def _loading(model: str, what: str) -> Iterator[None]:
     except (OSError, ValueError, ImportError) as error:
         reason = first_line(error)
         offline = not Path(model).exists() and is_offline_mode()
-        hint = "; it is not a local folder, and HF_HUB_OFFLINE is set" if offline else ""
+        hint = "; it is not a local folder, and the hub is switched off (HF_HUB_OFFLINE)" if offline else ""
         raise ConfigError(
             f"model: the {what} of {model!r} cannot be loaded{hint} ({reason}). Give a folder, or a reachable hub id."
         ) from error

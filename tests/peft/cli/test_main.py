@@ -139,6 +139,9 @@ def test_report_refuses_a_damaged_file_and_writes_nothing(tmp_path: Path) -> Non
 def test_a_folder_without_a_report_is_named(tmp_path: Path) -> None:
     status, _, err = call("report", tmp_path / "nowhere")
     assert (status, "report.json does not exist" in err) == (2, True)
+    (tmp_path / "train.csv").write_text("text,label")
+    status, _, err = call("report", tmp_path / "train.csv")
+    assert (status, "train.csv is not JSON" in err) == (2, True)
 
 
 @pytest.mark.parametrize("reason", [errno.ENOSPC, errno.EACCES])
