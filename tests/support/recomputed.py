@@ -126,6 +126,10 @@ class Odd(nn.Module):
         x = hidden.value if isinstance(hidden, Carrier) else hidden
         if self.way == "batch norm":
             x = self.norm(x)
+        if self.way == "own weight":
+            with torch.no_grad():
+                self.norm.weight.clamp_(max=0.5)
+            x = x * self.norm.weight
         if self.way == "in place":
             x.mul_(0.5)
         y = torch.sin(self.lin(x)) * self.calls

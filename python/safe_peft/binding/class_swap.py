@@ -96,6 +96,12 @@ def saves_by_hooks() -> bool:
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def forbids_hooks() -> bool:
+    """Whether the user has forbidden hooks for saved tensors, with `disable_saved_tensors_hooks`."""
+    autograd: Any = torch._C._autograd
+    return not autograd._saved_tensors_hooks_is_enabled()
+
+
 @torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)

@@ -107,6 +107,16 @@ def test_states_that_are_recorded_have_their_gradient(what: str) -> None:
     compare(model, compute)
 
 
+def test_where_hooks_for_saved_tensors_are_forbidden() -> None:
+    model = made("llama")
+
+    def compute() -> Tensor:
+        with torch.autograd.graph.disable_saved_tensors_hooks("forbidden"):
+            return model(input_ids=IDS, labels=IDS).loss
+
+    compare(model, compute)
+
+
 def test_a_vector_that_a_hook_adds_trains() -> None:
     model = made("llama")
     vector = nn.Parameter(torch.full((32,), 0.01))
@@ -128,7 +138,21 @@ def test_what_a_hook_hangs_on_an_argument_happens_once() -> None:
     compare(model, lambda: model(input_ids=IDS, labels=IDS).loss)
 
 
-@pytest.mark.parametrize(("way", "why"), [("object", ""), ("in place", "in place"), ("batch norm", "buffers")])
+def test_a_parameter_that_peft_changes_for_one_call() -> None:
+    torch.manual_seed(0)
+    config = LoraConfig(target_modules=["v_proj"], target_parameters=["q_proj.weight"], init_lora_weights=False)
+    model = get_peft_model(llama(), config).train()
+    compare(model, lambda: model(input_ids=IDS, labels=IDS).loss)
+    with frozen_above_the_first(model) as binding:
+        binding.recompute = binding.blocks
+        model(input_ids=IDS, labels=IDS)
+        assert "not recomputed" not in str(explain(model).blocks)
+
+
+@pytest.mark.parametrize(
+    ("way", "why"),
+    [("object", ""), ("in place", "in place"), ("batch norm", "buffers"), ("own weight", "parameters")],
+)
 def test_blocks_of_other_peoples_making(way: str, why: str) -> None:
     torch.manual_seed(0)
     model = get_peft_model(Stack(way), LoraConfig(target_modules=["lin"], init_lora_weights=False)).train()

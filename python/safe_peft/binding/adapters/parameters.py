@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,7 @@ from torch.nn.utils.parametrize import cached, is_parametrized, register_paramet
 
 from safe_kernels.retention import Recorder
 
-from ..class_swap import is_bound, is_transformed
+from ..class_swap import forbids_hooks, is_bound, is_transformed
 from ..keep import keep, storage_of
 from .base import FLOATS, TENSORS, active_keys, adapter_keys, register_adapter
 from .lora import LoraAdapter
@@ -46,7 +46,7 @@ class SafeParameter(BaseRunsApart):
         if fast and keys and _retains(self) is None:
             return _changed(self, keys[0])
         context: AbstractContextManager[None] = super()._activate_lora(active_adapters)  # type: ignore[misc]
-        return context
+        return _entered(self, context) if fast and keys else context
 
 
 @register_adapter
@@ -102,8 +102,7 @@ def _changed(layer: Any, key: str) -> Iterator[None]:
     base, name, weight = layer.get_base_layer(), layer.parameter_name, layer.get_param()
     proxy = _Proxy(*layer.get_delta_factors(key))
     hooks = _Hooks(layer, key, weight) if torch.is_grad_enabled() and not _others_save() else None
-    # PyTorch sets the parameter to itself, which counts as a write to it.
-    with nullcontext() if weight.is_inference() else _unsafe_preserve_version_counter(weight):
+    with _same_version(weight):
         register_parametrization(base, name, proxy, unsafe=True)
     try:
         with cached(), nullcontext() if hooks is None else hooks.around(proxy, layer.base_layer):
@@ -112,10 +111,23 @@ def _changed(layer: Any, key: str) -> Iterator[None]:
         layer._remove_parametrizations()
 
 
+@contextmanager
+def _entered(layer: Any, context: AbstractContextManager[None]) -> Iterator[None]:
+    """Enter PEFT's context without a write to the parameter, which a block that runs again would refuse."""
+    with ExitStack() as stack:
+        with _same_version(layer.get_param()):
+            stack.enter_context(context)
+        yield
+
+
+def _same_version(weight: Tensor) -> AbstractContextManager[Any]:
+    """Return a context for PyTorch's parametrization: it sets the parameter to itself, which counts as a write."""
+    return nullcontext() if weight.is_inference() else _unsafe_preserve_version_counter(weight)
+
+
 def _others_save() -> bool:
     """Whether others decide about saved tensors: offloading, a ban, or a checkpoint, which retains no weight anyway."""
-    autograd: Any = torch._C._autograd
-    if not autograd._saved_tensors_hooks_is_enabled():
+    if forbids_hooks():
         return True
     top = _top_hooks()
     return top is not None and not isinstance(getattr(top[0], "__self__", None), _Hooks | Recorder)

@@ -33,7 +33,7 @@ from .arguments import Given, TensorsUsed, version
 from .trains import may_ask_for_gradient, modules_in
 
 WROTE = "it writes into its arguments in place, as a static cache does"
-COUNTED = "it changes its own buffers in each call, as a batch norm does"
+COUNTED = "it changes its own buffers or parameters in each call, as a batch norm does"
 _ENGINES = frozenset({"_parameters", "_buffers"})
 """FSDP replaces these before each call, so they are not part of a snapshot."""
 _CONTAINERS = frozenset({list, dict, set, OrderedDict})
@@ -104,7 +104,7 @@ class Run:
         self._saved = {}
         if not saved:
             return
-        self.reason = WROTE if self._given.was_written() else COUNTED if self._moment.buffers_changed() else ""
+        self.reason = WROTE if self._given.was_written() else COUNTED if self._moment.was_written() else ""
         if self.reason:
             # Detached, because a node's own output would keep the node alive in a cycle.
             self._places = list(saved)
@@ -223,6 +223,17 @@ class Moment:
         """Whether a buffer was replaced or written in place since then."""
         return self._buffer_versions() != self._buffers
 
+    def _written(self) -> Iterator[tuple[nn.Module, str]]:
+        """Yield the parameters that were written in place, by module and name; FSDP's new ones are not compared."""
+        for module in self._modules:
+            for key, p in module._parameters.items():
+                if p is not None and self._parameters.get(id(p), now := _values(p)) != now:
+                    yield module, key
+
+    def was_written(self) -> bool:
+        """Whether a buffer was replaced, or a buffer or a parameter was written in place since then."""
+        return self.buffers_changed() or any(True for _ in self._written())
+
     def holds(self) -> bool:
         """Whether modules, parameters and buffers are as they were then."""
         if self.buffers_changed() or not all(map(_is_as, self._modules, self._then)):
@@ -235,18 +246,15 @@ class Moment:
         Autograd raises the same for a tensor that it saved. Writes through .data are detected only for parameters of
         one dimension on a CPU: norms, biases.
         """
-        for module, names in zip(self._modules, self._names, strict=True):
-            found = [(key, "replaced", "change the model") for key in names if key not in module._parameters]
-            for key, p in module._parameters.items():
-                if p is not None and self._parameters.get(id(p), now := _values(p)) != now:
-                    found.append((key, "modified by an inplace operation", "step the optimizer"))
-            if found:
-                key, happened, action = found[0]
-                raise RuntimeError(
-                    f"{key} of a {type(module).__name__} in {name} was {happened} between forward and backward, and "
-                    f"backward recomputes the block; {action} after backward, or remove the block from "
-                    "`binding.recompute`."
-                )
+        pairs = ((module, key) for module, names in zip(self._modules, self._names, strict=True) for key in names)
+        found = [(*pair, "replaced", "change the model") for pair in pairs if pair[1] not in pair[0]._parameters]
+        found += [(*pair, "modified by an inplace operation", "step the optimizer") for pair in self._written()]
+        for module, key, happened, action in found:
+            raise RuntimeError(
+                f"{key} of a {type(module).__name__} in {name} was {happened} between forward and backward, and "
+                f"backward recomputes the block; {action} after backward, or remove the block from "
+                "`binding.recompute`."
+            )
 
     @contextmanager
     def back(self) -> Iterator[None]:

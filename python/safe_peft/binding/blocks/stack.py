@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ...distributed.wrappers import parameters_of, short_name, walk
 from ..adapters import peft_kind
-from ..class_swap import STATE, SwappedModule, is_bound, is_transformed, original_type
+from ..class_swap import STATE, SwappedModule, forbids_hooks, is_bound, is_transformed, original_type
 from .arguments import leaves, may_carry
 from .checkpointing import Checkpointing, Entry, checkpoints
 from .recompute import Run
@@ -107,7 +107,8 @@ class Block:
         passes = any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in given)
         may_pass = passes or any(map(may_carry, given))  # shared keys and values of a trained block, in a cache
         live = trains(block)
-        if not live and may_pass and self.name in self.recompute and not checkpoints(block):
+        again = not live and may_pass and self.name in self.recompute and not checkpoints(block)
+        if again and not forbids_hooks():
             run = Run(call, block, self.name)
             output = run.first(args, kwargs)
             self.not_again = run.reason
