@@ -113,6 +113,10 @@ class Carrier:
         self.value, self.seen = value, list[int]()
 
 
+class Labelled(Tensor):
+    """A tensor that is more than a plain one."""
+
+
 class Odd(nn.Module):
     """A block that takes and gives objects, and may write into what it is given."""
 
@@ -132,7 +136,7 @@ class Odd(nn.Module):
             x = x * self.norm.weight
         if self.way == "in place":
             x.mul_(0.5)
-        y = torch.sin(self.lin(x)) * self.calls
+        y = torch.sin(self.lin(x)) * self.calls * (2 if type(x) is Labelled else 1)
         if isinstance(hidden, Carrier):
             hidden.seen.append(len(hidden.seen))
             new = Carrier(y * (1 + len(hidden.seen)))
@@ -148,6 +152,7 @@ class Stack(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden: Any = Carrier(x) if self.way == "object" else x * 1
+        hidden = hidden.as_subclass(Labelled) if self.way == "subclass" else hidden
         for block in self.blocks:
             hidden = block(hidden)
         return (hidden.value if isinstance(hidden, Carrier) else hidden).square().sum()

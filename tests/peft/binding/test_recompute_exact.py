@@ -11,6 +11,7 @@ import transformers as hf
 from peft import LoraConfig, get_peft_model
 from recomputed import IDS, MODELS, Stack, adapted, compare, frozen_above_the_first, llama, made, mixtral, same, step
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from safe_kernels.retention import measure
 from safe_peft import explain
@@ -117,6 +118,13 @@ def test_where_hooks_for_saved_tensors_are_forbidden() -> None:
     compare(model, compute)
 
 
+def test_a_forward_without_values() -> None:
+    model = made("llama")
+    with frozen_above_the_first(model) as binding, FakeTensorMode(allow_non_fake_inputs=True):
+        binding.recompute = binding.blocks
+        assert model(input_ids=IDS, labels=IDS).loss.shape == ()
+
+
 def test_a_vector_that_a_hook_adds_trains() -> None:
     model = made("llama")
     vector = nn.Parameter(torch.full((32,), 0.01))
@@ -151,7 +159,10 @@ def test_a_parameter_that_peft_changes_for_one_call() -> None:
 
 @pytest.mark.parametrize(
     ("way", "why"),
-    [("object", ""), ("in place", "in place"), ("batch norm", "buffers"), ("own weight", "parameters")],
+    [
+        *(("object", ""), ("in place", "in place"), ("batch norm", "buffers"), ("own weight", "parameters")),
+        ("subclass", "subclass"),
+    ],
 )
 def test_blocks_of_other_peoples_making(way: str, why: str) -> None:
     torch.manual_seed(0)

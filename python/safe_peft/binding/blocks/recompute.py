@@ -20,20 +20,23 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules import module as global_hooks
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 from safe_kernels.inversion import fingerprint, leave_hooks
 
-from ..adapters.base import unscored
+from ..adapters.base import TENSORS, unscored
 from ..keep import keep, storage_of
 from .arguments import Given, TensorsUsed, version
 from .trains import may_ask_for_gradient, modules_in
 
 WROTE = "it writes into its arguments in place, as a static cache does"
 COUNTED = "it changes its own buffers or parameters in each call, as a batch norm does"
+SUBCLASS = "autograd saves an argument as a plain tensor, and not as the subclass that it is"
 _ENGINES = frozenset({"_parameters", "_buffers"})
 """FSDP replaces these before each call, so they are not part of a snapshot."""
 _CONTAINERS = frozenset({list, dict, set, OrderedDict})
@@ -84,7 +87,8 @@ class Run:
         except BaseException:
             self._saved = {}  # the nodes' hooks refer to this object, in a cycle that the collector cannot find
             raise
-        drew = bool(self._devices) or not torch.equal(before, torch.get_rng_state())
+        with unset_fake_temporarily():  # the generator's state is real
+            drew = bool(self._devices) or not torch.equal(before, torch.get_rng_state())
         self._settle([before, *states] if drew else [], {id(t) for t in objects if used and id(t) not in used.seen})
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):  # `_kept` keeps the hooks around this call alive, as long as its graph exists
@@ -105,6 +109,8 @@ class Run:
         if not saved:
             return
         self.reason = WROTE if self._given.was_written() else COUNTED if self._moment.was_written() else ""
+        if not all(type(t) in TENSORS or is_traceable_wrapper_subclass(t) for t in self._given.tensors):
+            self.reason = self.reason or SUBCLASS
         if self.reason:
             # Detached, because a node's own output would keep the node alive in a cycle.
             self._places = list(saved)
