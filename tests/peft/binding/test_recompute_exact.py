@@ -161,7 +161,7 @@ def test_a_parameter_that_peft_changes_for_one_call() -> None:
     ("way", "why"),
     [
         *(("object", ""), ("in place", "in place"), ("batch norm", "buffers"), ("own weight", "parameters")),
-        ("subclass", "subclass"),
+        *(("subclass", "subclass"), ("data of a buffer", "buffers")),
     ],
 )
 def test_blocks_of_other_peoples_making(way: str, why: str) -> None:
@@ -173,8 +173,9 @@ def test_blocks_of_other_peoples_making(way: str, why: str) -> None:
             binding.recompute.update(names)
             for block in model.base_model.model.blocks:
                 block.calls = 0
+                block.mean.zero_()
             results.append(step(model, lambda: model(x)))
-            calls.append([block.calls for block in model.base_model.model.blocks])
+            calls.append([(block.calls, block.mean.tolist()) for block in model.base_model.model.blocks])
         state = explain(model).blocks[binding.blocks[1]]
     same(results[1], results[0])
     assert calls[0] == calls[1], "a call in backward leaves no trace in the module"

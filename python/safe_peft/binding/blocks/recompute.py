@@ -222,8 +222,8 @@ class Moment:
         """Return the parts of a parameter that `parameter.data = ...` replaces."""
         return [storage_of(p) for module in self._modules for p in module._parameters.values() if p is not None]
 
-    def _buffer_versions(self) -> list[tuple[int, int]]:
-        return [(id(b), version(b)) for module in self._modules for b in module._buffers.values() if b is not None]
+    def _buffer_versions(self) -> list[tuple[int, int, int | None]]:
+        return [(id(b), *_values(b)) for module in self._modules for b in module._buffers.values() if b is not None]
 
     def buffers_changed(self) -> bool:
         """Whether a buffer was replaced or written in place since then."""
@@ -285,9 +285,9 @@ class Moment:
                 hooks.update(wanted)
 
 
-def _values(parameter: Tensor) -> tuple[int, int | None]:
-    """Return the values that a write changes."""
-    return version(parameter), fingerprint(parameter) if parameter.dim() == 1 else None
+def _values(tensor: Tensor) -> tuple[int, int | None]:
+    """Return what a write changes: the version, and in one dimension on a CPU the values, for a write through .data."""
+    return version(tensor), fingerprint(tensor) if tensor.dim() == 1 else None
 
 
 class _Look(NamedTuple):
