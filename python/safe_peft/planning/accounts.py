@@ -20,7 +20,7 @@ from safe_kernels.retention import Dropped, Recorder, Save, storages
 
 from ..binding.adapters import Adapter, peft_kind
 from ..binding.blocks import transformer_blocks
-from ..binding.blocks.checkpointing import is_made
+from ..binding.blocks.checkpointing import checkpoints, is_made
 from ..binding.blocks.stack import hidden_of
 from ..binding.code import observes
 from ..distributed.wrappers import parameters_of, short_name, walk
@@ -124,6 +124,7 @@ class Accounts:
         self.arguments: dict[str, list[_Argument]] = {}
         self.samples: dict[str, int] = {}  # by block, bytes of hidden states per sample
         self.random: set[str] = set()  # blocks that draw random numbers
+        self.checkpointed: set[str] = set()  # blocks with checkpointing that is not reentrant
         self.thread = threading.get_ident()
 
     @contextmanager
@@ -164,9 +165,13 @@ class Accounts:
                     self.later.append(_Later(note, size, bit))
         if path in self.stack:  # modules above it on the stack raised an error, so their end was not recorded
             del self.stack[len(self.stack) - 1 - self.stack[::-1].index(path) :]
+        if path not in self.blocks:
+            return
         # A forward without gradients is the first pass of reentrant checkpointing; the second pass saves.
-        if path in self.blocks and self.saves == 0 and (path in self.recompute or not torch.is_grad_enabled()):
+        if self.saves == 0 and (path in self.recompute or not torch.is_grad_enabled()):
             self.left = path
+        elif torch.is_grad_enabled() and (self.saves == 0 or checkpoints(module)):
+            self.checkpointed.add(path)
 
     def _keep_arguments(self, block: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if (path := self._path(block)) is not None:
@@ -231,6 +236,11 @@ class Accounts:
             sizes[-id(later)] = later.bytes
             savers[-id(later)] = [replace(saver, needs=needs, adapter=-1, unless=later.bit)]
         inputs = {name: {a.key(): a.storage[1] for a in found} for name, found in self.arguments.items()}
+        for name in self.checkpointed:
+            needs = self._holds(self.blocks[name]) | self._passes(name, reach)
+            for key in inputs[name].keys() & savers.keys():  # the loss does not lead to what saved them
+                others = [saver for saver in savers[key] if saver.needs]
+                savers[key] = [*others, Saver(name, "block", self.places.block(name), needs)]
         sizes |= {key: size for found in inputs.values() for key, size in found.items() if key not in known}
         places = {key: index for index, key in enumerate(sizes)}
         blocks = []

@@ -44,7 +44,7 @@ def plan_memory(
 
     The model's own code runs a step on tensors that have shapes but no memory. So the model may be on the meta device,
     and every architecture works whose code does not read the values of its inputs. Mixed precision is planned inside
-    `torch.autocast`. Retained bytes do not include what activation checkpointing without reentrance keeps.
+    `torch.autocast`. With activation checkpointing, a block retains its input.
 
     Args:
         model: a PEFT model on any device, bound or not; it is not changed.
