@@ -26,6 +26,7 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2,3", help="seeds, separated by commas")
     parser.add_argument("--only", default="", help="units such as 0.mlp,3.attention, or arms; all by default")
     parser.add_argument("--folder", type=Path, help="for the JSON files; bench/results/evidence/<task> by default")
+    parser.add_argument("--base", type=Path, help="folder of the trainings with nothing frozen, if it is another one")
     given = parser.parse_args()
     sizes = {"steps": given.steps, "epochs": given.epochs}
     name = "-".join([given.task, *(f"{n}-{size}" for size, n in sizes.items() if n != getattr(TASKS["film"], size))])
@@ -41,14 +42,14 @@ def main() -> None:
 
         draw(folder, ("windows", "curves"), ROOT / "docs" / "evidence.svg")
         return
-    print("\n".join(table.lines() if given.part == "table" else summary(folder)))
+    print("\n".join(table.lines() if given.part == "table" else summary(folder, given.base)))
 
 
-def summary(folder: Path) -> list[str]:
-    """Return the tables of what was run."""
+def summary(folder: Path, base: Path | None = None) -> list[str]:
+    """Return the tables of what was run; `base` is the folder of the trainings with nothing frozen."""
     lines = oracle.summary(folder)
     for part in arms.PARTS:
-        found = arms.summary(part, folder)
+        found = arms.summary(part, folder, base)
         lines += ["", f"{part}:", "", *found] if len(found) > 2 else []
     if any(folder.glob("flatness-*.json")):
         lines += ["", "flatness:", "", *flatness.summary(folder)]

@@ -105,13 +105,16 @@ def freeze(training: Training, config: SafeConfig) -> dict[str, Any]:
     }
 
 
-def paired(part: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
-    """Return the results of a part by arm, each with its "base": the training of the same seed with nothing frozen."""
-    flat = {(one["seed"], one["arm"]): one for one in finished("flatness", folder)}
-    runs = {(seed, DEFAULTS[part]): one for (seed, arm), one in flat.items() if arm == "default" and part in DEFAULTS}
+def paired(part: str, folder: Path, other: Path | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Return the results of a part by arm, each with its "base": the training of the same seed with nothing frozen.
+
+    `other` is the folder of the bases, if they have another number of steps.
+    """
+    flat, base = (list(finished("flatness", place)) for place in (folder, other or folder))
+    runs = {(one["seed"], DEFAULTS[part]): one for one in flat if one["arm"] == "default" and part in DEFAULTS}
     runs |= {(one["seed"], one["arm"]): one for one in finished(part, folder)}
-    bases = {seed: one for (seed, arm), one in flat.items() if arm == NOTHING}
-    bases |= {one["seed"]: one for one in finished("oracle", folder) if one["unit"] == NOTHING}
+    bases = {one["seed"]: one for one in base if one["arm"] == NOTHING}
+    bases |= {one["seed"]: one for one in finished("oracle", other or folder) if one["unit"] == NOTHING}
     found: dict[str, list[dict[str, Any]]] = {arm: [] for arm in PARTS[part]}
     for (seed, arm), one in sorted(runs.items()):
         if seed in bases:
@@ -119,11 +122,11 @@ def paired(part: str, folder: Path) -> dict[str, list[dict[str, Any]]]:
     return {arm: runs for arm, runs in found.items() if runs}
 
 
-def summary(part: str, folder: Path) -> list[str]:
+def summary(part: str, folder: Path, other: Path | None = None) -> list[str]:
     """Return the table of a part: costs, and the rise of the test cross entropy compared with nothing frozen."""
     lines = ["| arm | bytes, end | bytes, mean | FLOPs | rise of the test cross entropy, nats | accuracy | seeds |"]
     lines.append("|---|---|---|---|---|---|---|")
-    for arm, runs in paired(part, folder).items():
+    for arm, runs in paired(part, folder, other).items():
         cells = [f"{fmean(one[name] for one in runs):.2f}" for name in ("bytes_end", "bytes", "flops")]
         cells.append(mean([one["cross_entropy"] - one["base"]["cross_entropy"] for one in runs], "+.4f"))
         cells.append(mean([100 * (one["accuracy"] - one["base"]["accuracy"]) for one in runs], "+.2f") + " points")

@@ -33,7 +33,8 @@ class Task:
         steps: optimizer steps of a whole training.
         fork: the step after which the trainings of one seed differ.
         batch_size: rows per batch.
-        epochs: passes over the training rows. With more than one, fewer rows are used.
+        epochs: passes over the training rows. With more than one, fewer rows are used. More steps than rows for one
+            pass begin a second pass.
         max_length: a sentence is cut after this many tokens.
         test_rows: rows of the test.
         learning_rate: AdamW's peak; it rises over 6 % of the steps and then falls linearly to zero.
@@ -90,7 +91,7 @@ class Data:
         change: Callable[[Sequence[Example]], Sequence[Example]]
         change = with_swapped_words if task.name == "order" else list
         train, test = map(change, assets.load_film_reviews())
-        self.train = train[: task.steps * task.batch_size // task.epochs]
+        self.train = train[: min(ROWS, task.steps * task.batch_size // task.epochs)]
         self.test = [*test, *train[ROWS:]][: task.test_rows]
 
     def batch(self, examples: Sequence[Example]) -> dict[str, Tensor]:

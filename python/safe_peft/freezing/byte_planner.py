@@ -80,9 +80,8 @@ class Planner:
         """Finish an optimizer step. The first step checks whether bytes can be planned; a memory budget requires it."""
         self.watched.end_step()
         if self.config.needs_plan and not self._checked and self.seen is not None:
-            self.refused = (
-                None  # the first batch of a compiled model is seen in the first scoring step, which runs eagerly
-            )
+            # The first batch of a compiled model is seen in the first scoring step, which runs eagerly.
+            self.refused = None
             self._check()
         if self.refused is not None and self.config.memory_budget is not None:
             raise PlanError(

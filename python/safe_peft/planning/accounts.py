@@ -254,9 +254,8 @@ class Accounts:
 
     def _saver(self, note: _Note, reach: Reach) -> Saver:
         direct, everything = reach.direct.get(note.node, 0), reach.all.get(note.node, 0)
-        if (
-            note.node not in reach.all and note.part == "recompute"
-        ):  # no node leads to the object that holds a block's arguments
+        # No node leads to the object that holds a block's arguments.
+        if note.node not in reach.all and note.part == "recompute":
             everything = self._passes(note.module, reach)
         own = direct & ~self.always
         adapter = own.bit_length() - 1 if own else -1
