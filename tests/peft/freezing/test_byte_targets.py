@@ -88,7 +88,7 @@ def qwen2_vl() -> tuple[nn.Module, dict[str, Any]]:
 
 
 MODELS: list[Callable[[], tuple[nn.Module, dict[str, Any]]]] = [mixtral, qwen3_moe, deberta, wav2vec2, llava, qwen2_vl]
-TARGETS = r".*(q_proj|v_proj|o_proj|query_proj|value_proj|output_dense)"
+TARGETS = ["q_proj", "v_proj", "o_proj", "query_proj", "value_proj", "output_dense"]
 
 
 def made(build: Callable[[], tuple[nn.Module, dict[str, Any]]]) -> tuple[Any, dict[str, Any]]:

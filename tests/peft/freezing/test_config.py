@@ -55,7 +55,7 @@ def test_json_round_trip(config: SafeConfig) -> None:
         ({"seed": -1}, "seed"),
         ({"keep_dropout": 1}, "keep_dropout"),
         ({"never_freeze": "*.0.*"}, "never_freeze: expected a tuple"),
-        ({"memory_budget": "much"}, "memory_budget: expected bytes"),
+        ({"memory_budget": "much"}, "memory_budget: expected a size"),
         ({"freeze_by": "flops"}, "freeze_by: expected one of bytes, adapters"),
         ({"recompute": "always"}, "recompute: expected one of off, frozen, auto"),
         ({"recompute": "auto"}, 'recompute: "auto" needs a memory_budget'),
