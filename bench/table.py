@@ -175,8 +175,7 @@ SECTIONS = (
     ),
     (
         "Peak memory of a process that trains SmolLM2-135M (real weights, fp32, 4 x 512 tokens, LoRA r 16 on every "
-        "linear layer). *model* is the model's own loss, *chunked* is `chunked_loss` (measured 2026-11-30), on both "
-        "sides:",
+        "linear layer). *model* is the model's own loss, *chunked* is `chunked_loss`, on both sides:",
         "test_peak",
         peak_table,
     ),
@@ -193,8 +192,8 @@ SECTIONS = (
     ),
     (
         "A whole training step with each [family of adapters](adapters.md), of a BERT or a GPT-2 with random weights "
-        "(2 blocks, d 384, MLP of 768, 64 x 12 tokens, LoRA r 4, bottlenecks of 96 units, AdamW). The machine was "
-        "busy; the rows *noise* show how far a time may be off:",
+        "(2 blocks, d 384, MLP of 768, 64 x 12 tokens, LoRA r 4, bottlenecks of 96 units, AdamW). The rows "
+        "*noise* show how far a time may be off:",
         "test_family_step",
         families_table,
     ),

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+import bench_peak
 import pytest
 from torch.distributed.run import get_args_parser
 from typer.core import TyperCommand
@@ -116,6 +117,10 @@ def test_a_wrong_one_does_not(line: str, monkeypatch: pytest.MonkeyPatch) -> Non
     with pytest.raises(SystemExit) as stopped:
         call(line.split()[0], line.split()[1:], monkeypatch)
     assert stopped.value.code == 2
+
+
+def test_the_process_of_the_memory_benchmark_starts() -> None:
+    assert "--provider" in bench_peak.start("--help")
 
 
 def test_there_are_commands() -> None:

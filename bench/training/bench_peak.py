@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from functools import cache
@@ -13,12 +14,18 @@ import smollm2
 from pytest_benchmark.fixture import BenchmarkFixture
 
 
+def start(*options: str) -> str:
+    """Run the script in a separate process, which imports from the same folders, and return its output."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, smollm2.__file__, *options]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
+
+
 @cache
 def run(provider: str, p: float, frozen: str, loss: str) -> dict[str, Any]:
     """Run two steps in a separate process."""
-    command = [sys.executable, smollm2.__file__, "--provider", provider, "--p", p, "--frozen", frozen, "--loss", loss]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    output = start("--provider", provider, "--p", str(p), "--frozen", frozen, "--loss", loss)
+    return json.loads(output.splitlines()[-1])
 
 
 CASES = [

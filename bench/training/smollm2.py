@@ -2,7 +2,7 @@
 
 Run as a script it trains a few steps in this fresh process and prints the peak of its memory as JSON:
 
-    python bench/training/smollm2.py --provider safe --p 0.1 --frozen "lower half" --loss chunked
+    PYTHONPATH=examples python bench/training/smollm2.py --provider safe --p 0.1 --frozen "lower half" --loss chunked
 """
 
 from __future__ import annotations
