@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-import transformers
 from evidence import arms, flatness, oracle, picture, results, table
 from evidence.tasks import TASKS, Data, Task, with_swapped_words
 from evidence.training import Training, forked
+from releases import TRANSFORMERS_4
 
 from safe_peft import SafeConfig
 
@@ -114,7 +114,7 @@ def test_an_arm_frees_bytes_and_flops(part: str, arm: str, tmp_path: Path) -> No
     assert f"<!-- {arm} (1) -->" in (tmp_path / "picture.svg").read_text()
 
 
-@pytest.mark.skipif(transformers.__version__ < "5", reason="transformers 4 cannot take another attention after loading")
+@pytest.mark.skipif(TRANSFORMERS_4, reason="transformers 4 cannot take another attention after loading")
 def test_the_sharpness_is_that_of_the_loss_whatever_the_scale_of_the_factors(data: Data) -> None:
     training = Training(TASK, data, seed=0)
     training.run(TASK.steps)

@@ -66,6 +66,11 @@ def decoder(**lora: Any) -> PeftModel:
     return model
 
 
+def first_of(output: Any) -> Any:
+    """The hidden states that a block returns; in transformers 4 they are in a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
 class Pair:
     """The same bound model twice: without a cache, and with one. `plain` may also have one that keeps nothing."""
 

@@ -8,6 +8,7 @@ import torch
 import transformers as hf
 from peft import LoraConfig, PeftModel, get_peft_model
 from recomputed import EXPERTS
+from releases import TRANSFORMERS_4
 from tiny import VOCABULARY, randomise_adapters
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
@@ -15,7 +16,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 PARAMETERS = ["experts.gate_up_proj", "experts.down_proj"]
 _SIZES = {**EXPERTS, "num_hidden_layers": 2, "num_experts_per_tok": 2, "use_cache": False}
 _QWEN = {"num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16}
-STACKED = int(hf.__version__.split(".")[0]) >= 5
+STACKED = not TRANSFORMERS_4
 """Before, transformers had a list of MLPs for most models' experts, and GPT-OSS's experts reshaped their input."""
 _SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("Mixtral", {}),

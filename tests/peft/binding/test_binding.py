@@ -121,7 +121,9 @@ def test_binding_twice_leaves_the_first_binding_in_charge() -> None:
 
 
 def test_a_model_without_adapters_is_refused() -> None:
-    with pytest.raises(BindingError, match=r"Sequential has no adapter layer of PEFT, .* pass the model that"):
+    with pytest.raises(
+        BindingError, match="Sequential has no adapter layer of PEFT, such as those of LoRA; pass the model"
+    ):
         bind(nn.Sequential(nn.Linear(2, 2)))
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from cached_pair import Pair, epochs, freeze, with_dropout
+from cached_pair import Pair, epochs, first_of, freeze, with_dropout
 from peft import LoraConfig, get_peft_model
 from tiny import VOCABULARY, bert, gpt2
 from torch import Tensor, nn
@@ -65,8 +65,7 @@ class Collecting(nn.Module):
         hidden = self.bert.bert.embeddings(input_ids)
         kept = []
         for number, layer in enumerate(self.bert.bert.encoder.layer):
-            found = layer(hidden)
-            hidden = found[0] if isinstance(found, tuple) else found  # transformers 4
+            hidden = first_of(layer(hidden))
             if self.collects is True or (self.collects is not False and self.collects == number):
                 kept.append(hidden)
         return torch.stack([hidden, *kept]).mean(0)
