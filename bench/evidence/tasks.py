@@ -33,8 +33,8 @@ class Task:
         steps: optimizer steps of a whole training.
         fork: the step after which the trainings of one seed differ.
         batch_size: rows per batch.
-        epochs: passes over the training rows. With more than one, fewer rows are used. More steps than rows for one
-            pass begin a second pass.
+        epochs: passes over the training rows. With more than one, fewer rows are used. If there are too few
+            rows for all steps, another pass begins.
         max_length: a sentence is cut after this many tokens.
         test_rows: rows of the test.
         learning_rate: AdamW's peak; it rises over 6 % of the steps and then falls linearly to zero.

@@ -221,7 +221,7 @@ class AdapterFreezer:
         return self.planner.retained(self.ledger.frozen, tuple(self.binding.recompute))
 
     def _arm(self, due: bool = False) -> None:
-        """Prepare the next step. If `due`, it becomes a scoring step, because the last scoring step had no evidence."""
+        """Prepare the next step. If `due`, it measures importance, because the last measurement had no evidence."""
         frozen = set(self.ledger.frozen)
         live = [index for index, adapter in enumerate(self._adapters) if adapter.name not in frozen]
         if due or self._scorer.armed or is_scoring_step(self.schedule, self._step + 1):

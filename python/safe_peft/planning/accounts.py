@@ -236,19 +236,20 @@ class Accounts:
             sizes[-id(later)] = later.bytes
             savers[-id(later)] = [replace(saver, needs=needs, adapter=-1, unless=later.bit)]
         inputs = {name: {a.key(): a.storage[1] for a in found} for name, found in self.arguments.items()}
-        for name in self.checkpointed:
-            needs = self._holds(self.blocks[name]) | self._passes(name, reach)
-            for key in inputs[name].keys() & savers.keys():  # the loss does not lead to what saved them
-                others = [saver for saver in savers[key] if saver.needs]
-                savers[key] = [*others, Saver(name, "block", self.places.block(name), needs)]
+        holds = {name: self._holds(block) for name, block in self.blocks.items()}
+        passes = {name: self._passes(name, reach) for name in self.blocks}
+        for name in filter(self.checkpointed.__contains__, self.blocks):  # the same order in all processes
+            saver = Saver(name, "block", self.places.block(name), holds[name] | passes[name])
+            for key in inputs[name].keys() & savers.keys():  # the loss does not lead to the node that saved them
+                savers[key] = [*(one for one in savers[key] if one.needs), saver]
         sizes |= {key: size for found in inputs.values() for key, size in found.items() if key not in known}
         places = {key: index for index, key in enumerate(sizes)}
         blocks = []
-        for name, block in self.blocks.items():
+        for name in self.blocks:
             kept = tuple(places[key] for key in inputs.get(name, ()) if key in places)
             state = torch.get_rng_state().numel() if name in self.random else 0
             sample = self.samples.get(name, 0)
-            blocks.append(BlockFacts(name, self._holds(block), self._passes(name, reach), kept, state, sample))
+            blocks.append(BlockFacts(name, holds[name], passes[name], kept, state, sample))
         found = tuple(Storage(size, tuple(dict.fromkeys(savers.get(key, ())))) for key, size in sizes.items())
         return RetainedTable(tuple(adapter.name for adapter in self.adapters), tuple(blocks), found)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -269,7 +269,7 @@ class _Recipe:
             return _Proxy(left.to(W.dtype), right.to(W.dtype), self.scaling).forward(W)
 
 
-def _kept(kept: Any, words: str) -> Any:
+def _kept(kept: Callable[[], tuple[Tensor, ...]], words: str) -> tuple[Tensor, ...]:
     """Return the kept tensors; if one was written to, `words` explain the fix."""
     try:
         return kept()

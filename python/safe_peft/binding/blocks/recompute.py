@@ -219,7 +219,7 @@ class Moment:
         return {id(p): _values(p) for m in self._modules for p in m._parameters.values() if p is not None}
 
     def _parameter_storages(self) -> list[int | None]:
-        """Return the parts of a parameter that `parameter.data = ...` replaces."""
+        """Return the identity of each parameter's memory, which `parameter.data = ...` replaces."""
         return [storage_of(p) for module in self._modules for p in module._parameters.values() if p is not None]
 
     def _buffer_versions(self) -> list[tuple[int, int, int | None]]:
