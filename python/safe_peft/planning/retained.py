@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 MIB = 2**20
 Live = NDArray[np.bool_]
 """Which adapters are live: one bool per adapter, and a last one for parameters that always train."""
+_EXACT = np.errstate(invalid="ignore")
+"""All numbers here are 0 or 1, but a BLAS may raise the flag for numbers that it reads beyond the end of a matrix."""
 
 PARTS = (
     *("attention", "MLP", "norms", "head and loss", "embeddings", "block", "recompute", "dropout"),
@@ -128,6 +130,7 @@ class RetainedTable:
         """
         return int(self.bytes_of(self.live(frozen)[None], recompute)[0])
 
+    @_EXACT
     def bytes_of(self, live: Live, recompute: Collection[str] = ()) -> NDArray[np.int64]:
         """Return [cases], the bytes that a step would retain, for `live` of shape [cases, adapters + 1]."""
         rows, columns = self._rows, live.T.astype(np.float32)
@@ -145,6 +148,7 @@ class RetainedTable:
         again = self._recomputed(self.live(frozen)[:, None].astype(np.float32), recompute)
         return [block.name for block, runs in zip(self.blocks, again[:, 0], strict=False) if runs]
 
+    @_EXACT
     def _recomputed(self, columns: NDArray[np.float32], recompute: Collection[str]) -> NDArray[np.bool_]:
         """Return [blocks + 1, cases]; the last row, with index -1, is for everything outside the blocks."""
         asked = set(recompute)
